@@ -1,0 +1,39 @@
+# make demo: set up and run the main job.   make test: set up and run the tests.   Both start from a bare clone.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := JAX_PLATFORMS=cpu $(BIN)/python
+CONFIG ?= configs/digits.py
+
+.PHONY: demo test test-slow check-export base lint clean
+demo: .venv/demo.ok
+	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
+	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
+
+test: .venv/test.ok
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/test.ok
+	$(RUN) -m pytest -m slow
+
+# Replay the demo's exports in stock diffusers (torch; after `make demo`).
+check-export: .venv/test.ok
+	for n in 8 4 2; do $(RUN) -m proreflow_jax.export --config=$(CONFIG) --stage=$$n --check || exit 1; done
+
+# Train the embedded base model again (about half an hour); compare before replacing proreflow_jax/assets/digits.
+base: .venv/demo.ok
+	$(RUN) -m proreflow_jax.pretrain --config=configs/digits_base.py --out=runs/base
+
+lint: .venv/test.ok
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf runs/digits
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/%.ok: setup.py | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	touch $@

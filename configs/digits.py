@@ -1,0 +1,91 @@
+"""The demo: progressive reflow of the embedded digits model in 8, 4, then 2 windows (ProReflow-II's chain).
+
+    make demo
+    python -m proreflow_jax.distill --config=configs/digits.py
+
+Machine: a laptop (2 CPU cores). Time and the expected table: README.md. Every field can be overridden by
+--config.field=value. [paper] marks what the paper states; everything else is this project's choice.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs.common import optimizer
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def get_config() -> ConfigDict:
+    """Every number of the experiment."""
+    c = ConfigDict()
+    c.name = "digits"  # run folder below `root`
+    c.root = "runs"  # where run folders lie
+    c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number >= 0
+    c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
+
+    c.model = ConfigDict()
+    c.model.path = str(HERE / "proreflow_jax" / "assets" / "digits")  # diffusers folder of the base model
+    c.model.dtype = "float32"  # of the student's computation: "float32" or "bfloat16"; master weights are float32
+    c.model.teacher_dtype = "float32"  # of the teacher's computation
+
+    c.data = ConfigDict()
+    c.data.kind = "digits"  # "digits" (written on first use), "tfds" (a prepared dataset), "prompts" (a text file)
+    c.data.path = "runs/data/digits"  # dataset folder, or the text file with one prompt a line
+    c.data.split = "train"  # tfds split
+    c.data.image_key = "image"  # tfds feature with the image
+    c.data.caption_key = "caption"  # tfds feature with the text; a path such as "captions/text" reaches into a sequence
+    c.data.resolution = 32  # pixels a side
+
+    c.student = ConfigDict()
+    c.student.prediction = "ddim_eps"  # reading of the network: "ddim_eps", "velocity", "diff_eps" (the paper does not say)
+    c.student.path = "linear"  # inside a window: "linear" [paper] or "first_order" (Rectified Diffusion)
+
+    c.pairs = ConfigDict()
+    c.pairs.mode = "stored"  # "stored": make_pairs writes records; "online": the teacher runs inside the train step
+    c.pairs.start = "noise"  # "noise": whole trajectories from pure noise; "data": one window from noised images
+    c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
+    c.pairs.solver = "ddim"  # of the diffusion teacher: "ddim" [paper], "euler", "heun", "dpmpp_2m"
+    c.pairs.steps = 8  # solver steps per window of the diffusion teacher in the first stage [paper: 4]; later stages scale
+    c.pairs.substeps = 4  # Euler steps per old window when a student makes the pairs (the paper does not say)
+    c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale; 1: none [paper]
+    c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, for teacher and student alike
+    c.pairs.examples = 2048  # records a stage; from noise each holds a whole trajectory
+    c.pairs.shard_size = 512  # records a shard; a kill costs at most one shard
+    c.pairs.batch = 128  # trajectories computed at once; divides shard_size and is a multiple of the devices
+    c.pairs.storage = "float32"  # dtype of the stored states: "float32", "float16", "bfloat16"
+
+    c.loss = ConfigDict()
+    c.loss.space = "velocity"  # what is compared: "velocity" [paper] or "output" (noise matching, PeRFlow)
+    c.loss.alpha = 1.0  # weight of 1 - cosine [paper has the term, not the number]
+    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start; 0: uniform [paper]
+
+    c.train = ConfigDict()
+    c.train.steps = 500  # updates per stage (the paper does not say)
+    c.train.batch = 64  # global batch: examples per update, over all devices and accumulation (the paper does not say)
+    c.train.accumulation = 1  # parts a batch is computed in; divides batch / devices
+    c.train.ema = 0.99  # decay of the averaged weights, which are handed on; 0: off (the paper does not say)
+    c.train.log_every = 20  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
+
+    c.optimizer = optimizer(learning_rate=1e-3, warmup_steps=20)  # the paper does not say
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 100  # steps between checkpoints
+    c.checkpoint.keep = 2  # newest checkpoints kept
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices over which only the batch is split; -1: all that are left
+    c.mesh.fsdp = 1  # devices over which the state is split too
+    c.mesh.tensor = 1  # devices over which layers are split
+    c.mesh.rules = ((".*", "fsdp"),)  # ordered (regex, "fsdp" or "replicated") over parameter names
+
+    c.export = ConfigDict()
+    c.export.stages = (8, 4, 2)  # stages whose student is exported to <run>/export/stage-N
+
+    c.evaluate = ConfigDict()
+    c.evaluate.examples = 1000  # images per row of the table; the Frechet distance depends on it
+    c.evaluate.batch = 250  # images computed at once
+    c.evaluate.teacher_steps = (64, 8, 4, 2)  # rows of the base model; the first is the reference of the distances
+    c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students
+    c.evaluate.columns = 10  # images of each row in the picture
+    return c

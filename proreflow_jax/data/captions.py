@@ -1,0 +1,277 @@
+"""Images with captions from a prepared tfds dataset, or captions alone from a text file: random access, plain numpy.
+
+A dataset folder may come from a stranger. Its metadata can name modules that tfds would import and paths outside the
+folder; its images can be bombs. So the metadata is read here first and refused by our own rules, records are taken as
+raw bytes, and an image is opened with a list of formats and a limit on its pixels before any of it is decoded.
+TensorFlow is not needed.
+"""
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf import json_format
+from jaxtyping import UInt8
+from PIL import Image
+from tensorflow_datasets.core.proto import dataset_info_pb2
+from tensorflow_datasets.proto import tf_example_pb2
+
+from . import files
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel; others have no one meaning
+PIXEL_LIMIT = 64 << 20  # a 8192 x 8192 picture
+BYTE_LIMIT = 64 << 20
+LINE_LIMIT = 4096  # bytes; CLIP reads 77 tokens
+
+_FEATURES = "tensorflow_datasets.core.features."
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
+_TEMPLATE = re.compile(r"(?:[A-Za-z0-9._-]|\{(?:DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})*")
+
+
+# --- images and captions ----------------------------------------------------------------------------------------------
+
+
+class ImageCaptions:
+    """`source[i] -> {"image": uint8 (res, res, 3), "caption": str}`, with the image's first caption.
+
+    `source[i, j]` takes its caption j, modulo the number it has.
+
+    Args:
+        records: random access to serialized tf.Example bytes.
+        name: what messages call the dataset (its folder).
+        image_key: the feature with the encoded image.
+        caption_key: the feature with the text; a path such as "captions/text" reaches into a sequence.
+        resolution: side of the square in pixels.
+
+    Raises (when an example is taken): ValueError naming the record if its image or caption is not usable.
+    """
+
+    def __init__(self, records: Any, name: str, image_key: str, caption_key: str, resolution: int) -> None:
+        self._records, self._name = records, name
+        self._image_key, self._caption_key, self._resolution = image_key, caption_key, resolution
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        index, choice = index if isinstance(index, tuple) else (index, 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} is outside 0 .. {len(self) - 1}")
+        try:
+            feature = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            captions = feature[self._caption_key].bytes_list.value
+            if not captions:
+                raise ValueError(f"no text under {self._caption_key!r}, see --config.data.caption_key")
+            image = decode_image(b"".join(feature[self._image_key].bytes_list.value[:1]), self._resolution)
+            return {"image": image, "caption": captions[choice % len(captions)].decode("utf-8")}
+        except (RuntimeError, ValueError) as error:  # ArrayRecord reports damage as RuntimeError
+            raise ValueError(f"{self._name} (--config.data.path), record {index}: {files.one_line(error)}") from error
+
+
+def open_tfds(
+    folder: str | os.PathLike, split: str, image_key: str, caption_key: str, resolution: int
+) -> ImageCaptions:
+    """Opens one split of a dataset that tfds prepared as ArrayRecord.
+
+    Args:
+        folder: holds dataset_info.json, features.json and the shards; local or mounted, e.g.
+            ~/tensorflow_datasets/coco_captions/2014/1.1.0.
+        split: as in tfds: "train", "train[:1%]".
+        image_key, caption_key, resolution: see `ImageCaptions`.
+
+    Raises:
+        FileNotFoundError: no such folder, or a shard is missing.
+        ValueError: metadata that is broken or reaches outside, no such split or feature, a short shard.
+    """
+    folder = Path(folder).expanduser()
+    if resolution < 8:
+        raise ValueError(f"resolution {resolution} must be at least 8 pixels: set --config.data.resolution")
+    check_metadata(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        features, shards = builder.info.features, builder.info.splits[split].file_instructions
+        records = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    except Exception as error:  # whatever tfds makes of a folder, the user reads one line
+        why = f"{type(error).__name__}: {files.one_line(error)}"
+        raise ValueError(f"{folder} (--config.data.path) has no good {split!r} (--config.data.split): {why}") from error
+    _check_keys(folder, features, image_key, caption_key)
+    for shard in shards:
+        _check_shard(Path(shard.filename), shard.examples_in_shard)
+    return ImageCaptions(records, str(folder), image_key, caption_key, resolution)
+
+
+def decode_image(encoded: bytes, resolution: int) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
+    """Decodes an image: centre square of the short side, resized bicubically.
+
+    Transparency is laid on white, grey becomes RGB. An image of that size already comes back unchanged.
+
+    Raises:
+        ValueError: not an image of FORMATS and MODES, damaged, or larger than the limits (found before decoding).
+    """
+    if len(encoded) > BYTE_LIMIT:
+        raise ValueError(f"an image of {len(encoded)} bytes is over the limit of {BYTE_LIMIT}")
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except Exception as error:  # Pillow's readers raise many kinds on bytes from strangers; so below
+        raise ValueError(f"not an image of {', '.join(FORMATS)} ({files.one_line(error)})") from error
+    width, height = image.size
+    if width * height > PIXEL_LIMIT:
+        raise ValueError(f"an image of {width} x {height} is over the limit of {PIXEL_LIMIT} pixels")
+    if image.mode not in MODES:
+        raise ValueError(f"an image of mode {image.mode}: only 8 bits a channel are read ({', '.join(MODES)})")
+    try:
+        image = _rgb(image)
+    except Exception as error:
+        raise ValueError(f"a damaged {image.format} image ({files.one_line(error)})") from error
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)  # cropping and resizing in one: no huge picture in between
+    return np.array(image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    over = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), over).convert("RGB")
+
+
+# --- a stranger's folder ----------------------------------------------------------------------------------------------
+
+
+def check_metadata(folder: str | os.PathLike) -> None:
+    """Refuses a tfds folder whose metadata names foreign modules or paths outside it, before tfds reads a byte.
+
+    Raises:
+        FileNotFoundError: no such folder, or no prepared dataset in it.
+        ValueError: broken metadata, a foreign module, a name with a path in it, or shards that are not ArrayRecord.
+    """
+    folder = Path(folder)
+    for name in ("dataset_info.json", "features.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: --config.data.path must name a folder tfds prepared")
+    _check_features(folder / "features.json", files.read_json(folder / "features.json"))
+    path = folder / "dataset_info.json"
+    try:
+        info = json_format.ParseDict(files.read_json(path), dataset_info_pb2.DatasetInfo())
+    except json_format.ParseError as error:
+        raise ValueError(f"{path} is not tfds metadata ({files.one_line(error)}): see --config.data.path") from error
+    names = [info.name, info.file_format, *info.alternative_file_formats, *(split.name for split in info.splits)]
+    for name in names:
+        _check_name(path, name)
+    for split in info.splits:
+        if not _TEMPLATE.fullmatch(split.filepath_template) or ".." in split.filepath_template:
+            raise ValueError(f"{path} has the file name {split.filepath_template!r}, which may lead outside: refused")
+    if "array_record" not in (info.file_format, *info.alternative_file_formats):
+        mend = "prepare it with `tfds build --file_format=array_record` (see --config.data.path)"
+        raise ValueError(f"{path} says the shards are {info.file_format or 'tfrecord'}, not array_record: {mend}")
+
+
+def _check_features(path: Path, value: Any) -> None:
+    """Walks features.json: tfds imports the module a `pythonClassName` (or an old file's `type`) names."""
+    if isinstance(value, list):
+        for item in value:
+            _check_features(path, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if ".." in key or key.startswith(("/", "~")) or "\\" in key or not key.isprintable():
+                raise ValueError(f"{path} has a feature named {key!r}, which may lead outside the folder: refused")
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(item, str):
+                if not item.startswith(_FEATURES) or not _NAME.fullmatch(item):
+                    raise ValueError(f"{path} names the foreign module {item!r} (only {_FEATURES}* may be): refused")
+            _check_features(path, item)
+
+
+def _check_name(path: Path, name: str) -> None:
+    if name and (not _NAME.fullmatch(name) or ".." in name):
+        raise ValueError(f"{path} has the name {name!r}, only letters, digits, . _ - are taken: refused")
+
+
+def _check_keys(folder: Path, features: Any, image_key: str, caption_key: str) -> None:
+    """Compares the two keys with the dataset's flat feature names, and the features' kinds with what is read here."""
+    flat = _flatten(features)
+    for flag, key in (("image_key", image_key), ("caption_key", caption_key)):
+        if key not in flat:
+            raise ValueError(f"{folder} has no feature {key!r}, it has {sorted(flat)}: set --config.data.{flag}")
+    image, caption = flat[image_key], flat[caption_key]
+    if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype) != np.uint8:
+        raise ValueError(f"{folder}: {image_key!r} is {_kind(image)}, not an 8-bit image: set --config.data.image_key")
+    if not isinstance(caption, tfds.features.Text):
+        raise ValueError(f"{folder}: {caption_key!r} is {_kind(caption)}, not text: set --config.data.caption_key")
+
+
+def _flatten(feature: Any, prefix: str = "") -> dict[str, Any]:
+    """{path: feature} of a feature tree; a sequence is transparent, as it is in the serialized records."""
+    if isinstance(feature, tfds.features.Sequence):
+        return _flatten(feature.feature, prefix)
+    if isinstance(feature, tfds.features.FeaturesDict):
+        below = (_flatten(item, f"{prefix}/{name}" if prefix else name) for name, item in feature.items())
+        return {path: item for flat in below for path, item in flat.items()}
+    return {prefix: feature}
+
+
+def _kind(feature: Any) -> str:
+    return f"{type(feature).__name__} of {feature.np_dtype}" if hasattr(feature, "np_dtype") else type(feature).__name__
+
+
+def _check_shard(path: Path, count: int) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing although dataset_info.json counts it: see --config.data.path")
+    if (held := files.count_records(path)) != count:
+        raise ValueError(f"{path} holds {held} examples where dataset_info.json says {count}: see --config.data.path")
+
+
+# --- captions alone ---------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """Captions from a text file, one a line: `source[i] -> {"caption": str}`. Blank lines are skipped, ends stripped.
+
+    Args:
+        path: the file, in UTF-8.
+        flag: the flag that names it, for messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not UTF-8, is longer than LINE_LIMIT bytes or holds control characters (its number is
+            named), or no caption at all.
+    """
+
+    def __init__(self, path: str | os.PathLike, flag: str = "--config.data.path") -> None:
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file: {flag} must name a text file with one prompt a line")
+        self._prompts = []
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 2), b""), 1):
+                prompt = _prompt(line, f"{path}, line {number}", flag)
+                if prompt:
+                    self._prompts.append(prompt)
+        if not self._prompts:
+            raise ValueError(f"{path} holds no prompt: {flag} must name a text file with one prompt a line")
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"prompt {index} is outside 0 .. {len(self) - 1}")
+        return {"caption": self._prompts[index]}
+
+
+def _prompt(line: bytes, where: str, flag: str) -> str:
+    if len(line.rstrip(b"\r\n")) > LINE_LIMIT:
+        raise ValueError(f"{where} is longer than {LINE_LIMIT} bytes: shorten it ({flag})")
+    try:
+        text = line.decode("utf-8").removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8 ({flag})") from error
+    if _CONTROL.search(text):
+        raise ValueError(f"{where} holds a control character: take it out ({flag})")
+    return text

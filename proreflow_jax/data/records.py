@@ -1,0 +1,276 @@
+"""Pair records: what the teacher produced, kept in ArrayRecord shards that a student can trust.
+
+A folder of pairs is written by any number of processes that come and go, and is read only when it is whole:
+
+    plan.json                                  fixed at the first start; another plan is refused
+    pairs-00003-of-00016.array_record          examples [3 S, 4 S), always the same bytes
+    pairs-00003-of-00016.done.json             its count, size and hash, written after the shard is in place
+    MANIFEST.json                              all of these together, once every marker is valid; readers demand it
+
+A shard is written to a temporary name, closed, synced, re-opened and counted, hashed, renamed, and only then marked
+done: a process killed at any moment costs at most the shard it was at. One example is one safetensors blob, a dict of
+numpy arrays (states (m+1, h, w, c), first (), ids (length,)); nothing is ever unpickled.
+"""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from . import files
+from .shards import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
+
+__all__ = [
+    "PairRecords",
+    "clean",
+    "fix_plan",
+    "missing_shards",
+    "publish",
+    "read_plan",
+    "shard_count",
+    "shard_name",
+    "shard_range",
+    "write_shard",
+]
+
+MANIFEST = "MANIFEST.json"
+WRITER = "group_size:1,uncompressed"  # one record a chunk: random access; latents do not compress
+DTYPES = {  # safetensors' names; its own reader for numpy (0.8) has no bfloat16
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+REDO = "delete it and run make_pairs again with the same config"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def missing_shards(folder: str | os.PathLike, plan: Mapping[str, Any]) -> list[int]:
+    """Returns the shards without a valid marker, ascending: the work that is left."""
+    plan = files.plain(plan)
+    return [shard for shard in range(shard_count(plan)) if _marker(Path(folder), plan, shard) is None]
+
+
+def write_shard(
+    folder: str | os.PathLike, plan: Mapping[str, Any], shard: int, examples: Iterable[Mapping[str, np.ndarray]]
+) -> Path:
+    """Writes one whole shard and marks it done; equal examples give equal bytes, whoever writes them.
+
+    Args:
+        folder: a folder whose plan was fixed by `fix_plan`.
+        plan: that plan.
+        shard: which shard; its examples are those of `shard_range(plan, shard)`, in this order.
+        examples: one dict of numpy arrays each; of a dtype in DTYPES.
+
+    Returns: the path of the shard.
+
+    Raises:
+        ValueError: too few or too many examples, or one that is not a dict of arrays of DTYPES.
+        OSError: the shard could not be written (a full disk, say); nothing is marked, no temporary is left.
+    """
+    folder, plan, ids = Path(folder), files.plain(plan), shard_range(plan, shard)
+    path = folder / shard_name(plan, shard)
+    draft = files.temporary(path)
+    try:
+        _write_records(draft, path, examples, len(ids))
+        row = {"name": path.name, "count": len(ids), "bytes": draft.stat().st_size, "sha256": files.sha256(draft)}
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    files.sync(folder)
+    files.write_json(_marker_path(folder, plan, shard), {**row, "plan": files.digest(plan)})
+    return path
+
+
+def publish(folder: str | os.PathLike, plan: Mapping[str, Any]) -> bool:
+    """Writes MANIFEST.json if every shard is marked done; returns whether it did. Any process may call it, any time."""
+    folder, plan = Path(folder), files.plain(plan)
+    rows = [_marker(folder, plan, shard) for shard in range(shard_count(plan))]
+    if None in rows:
+        return False
+    files.write_json(folder / MANIFEST, {"plan": files.digest(plan), "examples": plan["examples"], "shards": rows})
+    return True
+
+
+def clean(folder: str | os.PathLike) -> list[str]:
+    """Removes the temporaries that dead writers left and returns their names. Call it before this process writes."""
+    stale = files.stale_temporaries(Path(folder))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return [path.name for path in stale]
+
+
+def _write_records(draft: Path, path: Path, examples: Iterable[Mapping[str, Any]], count: int) -> None:
+    """Writes, closes, syncs, re-opens and counts."""
+    with _disk(path):
+        writer = ArrayRecordWriter(str(draft), WRITER)
+    written = 0
+    for example in examples:
+        written += 1
+        if written > count:
+            break
+        blob = _encode(example)
+        with _disk(path):
+            writer.write(blob)
+    with _disk(path):
+        writer.close()
+    if written != count:
+        raise ValueError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
+    files.sync(draft)
+    if (held := files.count_records(draft)) != count:
+        raise OSError(f"{path} holds {held} of {count} examples just written: look at the disk, run make_pairs again")
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """ArrayRecord reports a failed write as a RuntimeError; it is an OSError (the examples' own errors pass by)."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} could not be written: {files.one_line(error)}") from error
+
+
+def _encode(example: Mapping[str, Any]) -> bytes:
+    """One example -> safetensors bytes. safetensors 0.8 writes the wrong bytes of a strided array: hence order="C"."""
+    if not example or not all(isinstance(value, np.ndarray | np.generic) for value in example.values()):
+        kinds = {name: type(value).__name__ for name, value in example.items()}
+        raise ValueError(f"a pair record is a dict of numpy arrays and this one is {kinds}")
+    arrays = {name: np.asarray(value, order="C") for name, value in example.items()}
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES.values():
+            known = ", ".join(map(str, DTYPES.values()))
+            raise ValueError(f"a pair record's {name} is {array.dtype}, none of {known}")
+    return safetensors.numpy.save(arrays)
+
+
+def _decode(blob: bytes) -> dict[str, np.ndarray]:
+    tensors = safetensors.deserialize(blob)
+    return {name: np.frombuffer(t["data"], DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in tensors}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class PairRecords:
+    """Random access to a finished folder of pairs: `len(records)`, `records[i] -> {name: array}`, `records.plan`.
+
+    Opening demands MANIFEST.json and compares it with the plan, with the names and sizes in the folder and with every
+    shard's number of records; with verify=True also with every shard's hash (at the disk's speed; on a pod let one
+    process do it).
+
+    Raises:
+        FileNotFoundError: no plan, no manifest, or a shard of it is missing.
+        ValueError: a shard is short, swapped, duplicated, foreign or damaged; the one line names it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).is_file():
+            raise FileNotFoundError(f"{self.folder / MANIFEST} is missing, pairs unfinished: run make_pairs to the end")
+        self.plan = read_plan(self.folder)
+        rows = _manifest_rows(self.folder, self.plan)
+        _refuse_foreign(self.folder, {row["name"] for row in rows})
+        hashes = {row["sha256"]: row["name"] for row in rows} if verify else {}
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda row: _check_shard(self.folder / row["name"], row, hashes), rows))
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.plan["examples"]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} is outside 0 .. {len(self) - 1}")
+        shard, row = divmod(int(index), self.plan["shard_size"])
+        try:
+            return _decode(self._reader(shard).read([row])[0])
+        except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            path = self.folder / shard_name(self.plan, shard)
+            raise ValueError(f"{path} is damaged at record {row} ({files.one_line(error)}): {REDO}") from error
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        """One open file per shard, opened when first read."""
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = ArrayRecordReader(
+                    str(self.folder / shard_name(self.plan, shard)), files.RANDOM_ACCESS
+                )
+            return self._readers[shard]
+
+
+def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The manifest's rows, in shard order, after every field was compared with what the plan asks for."""
+    path = folder / MANIFEST
+    manifest = files.read_json(path)
+    if manifest.get("plan") != files.digest(plan):
+        raise ValueError(f"{path} belongs to another plan than {folder / PLAN}: restore it or make the pairs anew")
+    rows = manifest.get("shards")
+    if not isinstance(rows, list) or len(rows) != shard_count(plan):
+        raise ValueError(f"{path} does not list the plan's {shard_count(plan)} shards: {REDO}")
+    for shard, row in enumerate(rows):
+        if not _is_row(row, plan, shard):
+            name = row.get("name") if isinstance(row, dict) else row
+            asked = f"{shard_name(plan, shard)} with {len(shard_range(plan, shard))} examples"
+            raise ValueError(f"{path} lists {name!r} where {asked} belongs: {REDO}")
+    return rows
+
+
+def _refuse_foreign(folder: Path, names: set[str]) -> None:
+    for path in sorted(folder.glob("*.array_record")):
+        if path.name not in names:
+            raise ValueError(f"{path} does not belong to these pairs ({MANIFEST} does not name it): take it out")
+
+
+def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Compares one shard with its row: size, number of records and, if `hashes` {sha256: name} is given, bytes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run make_pairs again with the same config")
+    if path.stat().st_size != row["bytes"]:
+        raise ValueError(f"{path} is {path.stat().st_size} bytes long and was written with {row['bytes']}: {REDO}")
+    if hashes and (found := files.sha256(path)) != row["sha256"]:
+        why = f"holds the bytes of {hashes[found]}" if found in hashes else "is damaged or foreign (its hash differs)"
+        raise ValueError(f"{path} {why}: {REDO}")
+    if (held := files.count_records(path)) != row["count"]:
+        raise ValueError(f"{path} holds {held} examples and was written with {row['count']}: {REDO}")
+
+
+# --- markers ----------------------------------------------------------------------------------------------------------
+
+
+def _marker_path(folder: Path, plan: Mapping[str, Any], shard: int) -> Path:
+    return folder / shard_name(plan, shard).replace(".array_record", ".done.json")
+
+
+def _marker(folder: Path, plan: dict[str, Any], shard: int) -> dict[str, Any] | None:
+    """A shard's row {name, count, bytes, sha256} if its marker is whole, of this plan, and the file has that size."""
+    try:
+        row = files.read_json(_marker_path(folder, plan, shard))
+    except (FileNotFoundError, ValueError):
+        return None
+    path = folder / shard_name(plan, shard)
+    if row.pop("plan", None) != files.digest(plan) or not _is_row(row, plan, shard) or not path.is_file():
+        return None
+    return row if path.stat().st_size == row["bytes"] else None
+
+
+def _is_row(row: Any, plan: Mapping[str, Any], shard: int) -> bool:
+    asked = {"name": shard_name(plan, shard), "count": len(shard_range(plan, shard))}
+    shape = {"name": str, "count": int, "bytes": int, "sha256": str}
+    if not isinstance(row, dict) or {name: type(value) for name, value in row.items()} != shape:
+        return False
+    return all(row[name] == value for name, value in asked.items())

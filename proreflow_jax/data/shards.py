@@ -1,0 +1,70 @@
+"""The plan of a folder of pairs: which example lies in which shard, fixed once and for all readers and writers.
+
+Shard s holds the examples [s S, (s + 1) S), whoever makes it and however many processes there are; so a shard's bytes
+depend on the plan alone, and a folder that was begun under one plan refuses another.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import files
+
+PLAN = "plan.json"
+
+
+def fix_plan(folder: str | os.PathLike, plan: Mapping[str, Any]) -> None:
+    """Writes `plan` to folder/plan.json at the first start; later starts must bring the same plan.
+
+    Of the plan's fields this file reads `examples` and `shard_size`; the others (seed, model digest, solver, ...) are
+    opaque.
+
+    Raises:
+        ValueError: the folder holds another plan (the first differing field is named), or the plan is no plain JSON.
+    """
+    shard_count(plan)
+    folder, plan = Path(folder), files.plain(plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / PLAN).exists():
+        files.write_json(folder / PLAN, plan, replace=False)
+    held = read_plan(folder)
+    for name in [*plan, *(name for name in held if name not in plan)]:
+        if name not in held or name not in plan or held[name] != plan[name]:
+            old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (held, plan))
+            raise ValueError(
+                f"{folder / PLAN} was fixed with {name} = {old} and this run says {new}: "
+                "take another folder by --config.name, or give the config its old value back"
+            )
+
+
+def read_plan(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns the plan of a folder of pairs; FileNotFoundError if there is none, ValueError if it is broken."""
+    plan = files.read_json(Path(folder) / PLAN)
+    shard_count(plan)
+    return plan
+
+
+def shard_count(plan: Mapping[str, Any]) -> int:
+    """Returns how many shards the plan has: examples / shard_size, rounded up; the last one may be shorter."""
+    for name in ("examples", "shard_size"):
+        value = plan.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"pairs.{name} = {value!r} is not a whole number of at least 1: set --config.pairs.{name}")
+    count = -(-plan["examples"] // plan["shard_size"])
+    if count > 99_999:
+        raise ValueError(f"{count} shards are more than a name's five digits hold: raise --config.pairs.shard_size")
+    return count
+
+
+def shard_range(plan: Mapping[str, Any], shard: int) -> range:
+    """Returns the example ids of a shard: [s S, (s + 1) S), cut at the number of examples."""
+    if not 0 <= shard < shard_count(plan):
+        raise ValueError(f"shard {shard} is outside the plan's 0 .. {shard_count(plan) - 1}")
+    return range(shard * plan["shard_size"], min((shard + 1) * plan["shard_size"], plan["examples"]))
+
+
+def shard_name(plan: Mapping[str, Any], shard: int) -> str:
+    """Returns a shard's file name, pairs-00003-of-00016.array_record."""
+    return f"pairs-{shard:05d}-of-{shard_count(plan):05d}.array_record"

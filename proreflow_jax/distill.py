@@ -1,0 +1,39 @@
+"""The main job: every stage of a config in order (pairs, training, hand-over), then the exports.
+
+Run the same command again to resume, wherever it was stopped.
+"""
+
+import logging
+import time
+
+from ml_collections import ConfigDict
+
+from proreflow_jax import cli, export, make_pairs, train
+from proreflow_jax.experiment import open_experiment
+from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.runtime import files
+from proreflow_jax.runtime.checkpoint import lock
+
+log = logging.getLogger(__name__)
+
+
+def distill(config: ConfigDict) -> None:
+    """Runs the whole chain of a config; what is done already is not done again."""
+    experiment = open_experiment(config)
+    exported = [find_stage(experiment.stages, count) for count in config.export.stages]
+    began = time.monotonic()
+    with lock(experiment.run):
+        if not (experiment.run / "config.json").exists():
+            files.write_json(experiment.run / "config.json", config.to_dict())
+        for stage in experiment.stages:
+            with lock(stage.folder):
+                if config.pairs.mode == "stored":
+                    make_pairs.run_stage(experiment, stage)
+                train.run_stage(experiment, stage)
+        for stage in exported:
+            export.run_stage(experiment, stage, experiment.run / "export" / stage.folder.name)
+    log.info("%s: all %d stages are done (%.0f s)", experiment.run, len(experiment.stages), time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    cli.start(distill, __doc__, "configs/digits.py")

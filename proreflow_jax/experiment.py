@@ -1,0 +1,254 @@
+"""A config and its base model as one value: opened, and checked as far as it can be before anything is written."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+from proreflow_jax.data import captions, digits, shards
+from proreflow_jax.data.loader import Source
+from proreflow_jax.flow.prediction import check_reading
+from proreflow_jax.flow.schedule import from_config
+from proreflow_jax.models import pipeline
+from proreflow_jax.models.network import Params
+from proreflow_jax.reflow import stages
+from proreflow_jax.reflow.pairs import Frozen, Networks, PairRecipe, check_steps
+from proreflow_jax.reflow.stages import DONE, Stage
+from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings
+from proreflow_jax.reflow.step import LossRecipe, check_loss
+from proreflow_jax.reflow.teacher import DIFFUSION, Flow
+from proreflow_jax.runtime import files, mesh, optimizer
+from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
+
+DTYPES = ("float32", "bfloat16")
+STORAGE = ("float32", "float16", "bfloat16")
+MODES, TEACHERS, KINDS = ("stored", "online"), ("previous", "base"), ("digits", "tfds", "prompts")
+RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP}
+PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
+
+
+class Experiment(NamedTuple):
+    """What every verb works with."""
+
+    config: ConfigDict
+    run: Path
+    base: pipeline.Pipeline
+    networks: Networks
+    flow: Flow  # of the base model
+    stages: list[Stage]
+    mesh: Mesh
+
+
+class Weights(NamedTuple):
+    """A network somebody hands on: how it is read, and the digest that lineage is made of."""
+
+    params: Params
+    flow: Flow
+    digest: str
+
+
+def open_experiment(config: ConfigDict) -> Experiment:
+    """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
+    run = Path(config.root) / files.check_name(config.name)
+    plan = stages.plan_stages(config.stages, run)
+    machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh.check_batch(config.train.batch, config.train.accumulation, machine)
+    _check_choices(config)
+    base = pipeline.load(config.model.path)
+    networks = Networks(base.unet, base.text_encoder, base.vae, from_config(base.scheduler), base.scaling)
+    flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
+    _choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
+    experiment = Experiment(config, run, base, networks, flow, plan, machine)
+    for stage in plan:
+        check_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))
+    _check_pairs(config, machine)
+    optimizer.make({**config.optimizer, "steps": config.train.steps})
+    return experiment
+
+
+def _choice(value: Any, known: Sequence[str], what: str) -> None:
+    if value not in known:
+        raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}")
+
+
+def _check_choices(config: ConfigDict) -> None:
+    check_reading(config.student.prediction, config.student.path)
+    check_loss(loss_recipe(config))
+    for value, known, field in (
+        (config.model.dtype, DTYPES, "model.dtype"),
+        (config.model.teacher_dtype, DTYPES, "model.teacher_dtype"),
+        (config.pairs.mode, MODES, "pairs.mode"),
+        (config.pairs.teacher, TEACHERS, "pairs.teacher"),
+        (config.pairs.storage, STORAGE, "pairs.storage"),
+        (config.data.kind, KINDS, "data.kind"),
+    ):
+        _choice(value, known, f"--config.{field}")
+    for _, value in config.mesh.rules:
+        _choice(value, tuple(RULES), "a value of --config.mesh.rules")
+    if config.pairs.start == "data" and config.data.kind == "prompts":
+        raise ValueError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")
+    for field, value, low in (("seed", config.seed, 0), ("train.steps", config.train.steps, 1), ("pairs.substeps", config.pairs.substeps, 1)):
+        if value < low:
+            raise ValueError(f"--config.{field}={value} must be at least {low}")
+    if not 0 <= config.train.ema < 1:
+        raise ValueError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
+    if not 0 <= config.pairs.prompt_dropout <= 1:
+        raise ValueError(f"--config.pairs.prompt_dropout={config.pairs.prompt_dropout} must be in [0, 1]")
+
+
+def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
+    p, ways = config.pairs, machine.shape["data"] * machine.shape["fsdp"]
+    shards.shard_count({"examples": p.examples, "shard_size": p.shard_size})
+    if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
+        raise ValueError(
+            f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple of {ways} devices"
+        )
+
+
+def loss_recipe(config: ConfigDict) -> LossRecipe:
+    """The loss as the step wants it."""
+    return LossRecipe(config.loss.space, config.loss.alpha, config.loss.window_start_prob, config.model.dtype)
+
+
+def student_flow(config: ConfigDict, stage: Stage) -> Flow:
+    """How the student of a stage is read."""
+    return Flow(config.student.prediction, stage.windows, config.student.path)
+
+
+def _made_by_base(config: ConfigDict, stage: Stage) -> bool:
+    return stage.parent is None or config.pairs.teacher == "base"
+
+
+def teacher_flow(experiment: Experiment, stage: Stage) -> Flow:
+    """How the network that makes a stage's pairs is read."""
+    if _made_by_base(experiment.config, stage):
+        return experiment.flow
+    before = experiment.stages[[s.windows for s in experiment.stages].index(stage.windows) - 1]
+    return student_flow(experiment.config, before)
+
+
+def pair_recipe(experiment: Experiment, stage: Stage) -> PairRecipe:
+    """How a stage's pairs are made. Teacher steps a window grow as windows merge, so the solver's step stays the same."""
+    config, teacher = experiment.config, teacher_flow(experiment, stage)
+    per_window = config.pairs.steps * experiment.stages[0].windows // stage.windows
+    if teacher.windows:
+        per_window = config.pairs.substeps * teacher.windows // stage.windows
+    return PairRecipe(
+        windows=stage.windows,
+        start=config.pairs.start,
+        steps=per_window,
+        solver=config.pairs.solver,
+        guidance=config.pairs.guidance,
+        dropout=config.pairs.prompt_dropout,
+        latent=experiment.base.latent_shape,
+        dtype=config.model.teacher_dtype,
+    )
+
+
+def run_key(config: ConfigDict, purpose: int, windows: int) -> jax.Array:
+    """The one key of a job, from the run's seed, what it is for, and the stage."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), purpose), windows)
+
+
+def base_weights(experiment: Experiment) -> Weights:
+    """The base model's UNet, on every device."""
+    params = jax.device_put(experiment.base.params["unet"], mesh.replicated(experiment.mesh))
+    return Weights(params, experiment.flow, fold(digest(params)))
+
+
+def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
+    """The finished student of a stage (its average where there is one), or the base model for None.
+
+    Raises FileNotFoundError if the stage is not done, ValueError if its weights are not those its DONE.json names.
+    """
+    if stage is None:
+        return base_weights(experiment)
+    if not (stage.folder / DONE).is_file():
+        raise FileNotFoundError(f"{stage.folder / DONE} is missing: finish the stage by distill, or train --stage={stage.windows}")
+    done = files.read_json(stage.folder / DONE)
+    with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
+        state = checkpoints.restore(done["step"], state_target(experiment)).state
+    params = jax.device_put(averaged(state), mesh.replicated(experiment.mesh))
+    found = fold(digest(params))
+    if found != done["digest"]:
+        raise ValueError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
+    return Weights(params, Flow(**done["flow"]), found)
+
+
+def parent_stage(experiment: Experiment, stage: Stage) -> Stage | None:
+    """The stage a stage starts from; None is the base model."""
+    return next((other for other in experiment.stages if other.folder == stage.parent), None)
+
+
+def frozen_arrays(experiment: Experiment, teacher: Params, stage: Stage, with_vae: bool) -> Frozen:
+    """The arrays that a stage's jobs read and never change, on every device."""
+    params, place = experiment.base.params, mesh.replicated(experiment.mesh)
+    vae = params["vae"] if with_vae else {}
+    empty = experiment.base.tokenizer.encode([""])[0]
+    put = partial(jax.device_put, device=place)
+    return Frozen(put(params["text_encoder"]), put(vae), teacher, put(empty), run_key(experiment.config, PAIR_KEY, stage.windows))
+
+
+def make_optimizer(config: ConfigDict) -> Any:
+    """The optax chain of a stage."""
+    return optimizer.make({**config.optimizer, "steps": config.train.steps})
+
+
+def fresh_state(experiment: Experiment, params: Params) -> TrainState:
+    """A state that starts from given weights, born where it lives."""
+    init = lambda p: init_state(p, make_optimizer(experiment.config), experiment.config.train.ema > 0)
+    return jax.jit(init, out_shardings=state_places(experiment))(params)
+
+
+def _state_shapes(experiment: Experiment) -> TrainState:
+    config = experiment.config
+    init = lambda p: init_state(p, make_optimizer(config), config.train.ema > 0)
+    return jax.eval_shape(init, experiment.networks.unet.shapes)
+
+
+def state_places(experiment: Experiment) -> Any:
+    """Shardings of the training state by --config.mesh.rules."""
+    rules = [(pattern, RULES[value]) for pattern, value in experiment.config.mesh.rules]
+    return state_shardings(experiment.mesh, rules, _state_shapes(experiment))
+
+
+def state_target(experiment: Experiment) -> TrainState:
+    """Shapes, dtypes and shardings of the training state, for a restore."""
+    place = lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p)
+    return jax.tree.map(place, _state_shapes(experiment), state_places(experiment))
+
+
+def open_source(experiment: Experiment) -> Source:
+    """The captions (and images) of the config, as random access to {"caption", "image"}."""
+    d = experiment.config.data
+    if d.kind == "prompts":
+        return captions.Prompts(d.path)
+    if d.kind == "digits":
+        digits.write_dataset(d.path, d.resolution, seed=0)
+    return captions.open_tfds(d.path, d.split, d.image_key, d.caption_key, d.resolution)
+
+
+def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
+    """What may not change while a stage is under way: the named blocks of the config, flat, and the parent's digest."""
+    config = experiment.config
+    plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
+    for block in blocks:
+        plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
+    return plan | {"seed": config.seed, "parent": parent}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON gives back."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping | ConfigDict) else value
+
+
+def to_host(value: Any) -> Any:
+    """Device arrays as numpy arrays that can be stored."""
+    return jax.tree.map(np.asarray, jax.device_get(value))

@@ -1,0 +1,47 @@
+"""How far a velocity is from its target: one number per example, in at least float32; only the step averages."""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+_TINY = 1e-24  # a squared norm below this counts as zero; its power -3/2, needed by the gradient, fits in float32
+
+
+def squared_error(v: Float[Array, "b *d"], target: Float[Array, "b *d"]) -> Float[Array, "b"]:
+    """Mean over all entries of (v - target)^2, (b,)."""
+    return jnp.mean(jnp.square(_flat(v) - _flat(target)), axis=1)
+
+
+def cosine(v: Float[Array, "b *d"], target: Float[Array, "b *d"]) -> Float[Array, "b"]:
+    """Cosine of the angle between v and target, each example taken as one long vector; (b,), in [-1, 1].
+
+    A zero vector has cosine 0 with everything, and gradient 0.
+    """
+    v, target = _flat(v), _flat(target)
+    return jnp.sum(_unit(v) * _unit(target), axis=1)
+
+
+def aligned(v: Float[Array, "b *d"], target: Float[Array, "b *d"], alpha: Float[ArrayLike, ""]) -> Float[Array, "b"]:
+    """Squared error + alpha (1 - cosine), (b,): ProReflow's aligned v-prediction (Ke et al. 2025).
+
+    alpha: weight of the direction, may be traced; 0 is plain reflow.
+    """
+    return squared_error(v, target) + alpha * (1 - cosine(v, target))
+
+
+def relative_error(v: Float[Array, "b *d"], target: Float[Array, "b *d"]) -> Float[Array, "b"]:
+    """|v - target| / |target|, (b,). A zero target counts as one of norm 1e-12."""
+    v, target = _flat(v), _flat(target)
+    return jnp.sqrt(jnp.sum(jnp.square(v - target), axis=1) / jnp.maximum(jnp.sum(jnp.square(target), axis=1), _TINY))
+
+
+def _flat(x: Float[Array, "b *d"]) -> Float[Array, "b n"]:
+    """Each example as one vector of at least float32."""
+    return x.reshape(x.shape[0], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _unit(x: Float[Array, "b n"]) -> Float[Array, "b n"]:
+    """Each row divided by its norm; a zero row stays zero, without a division that a gradient could find."""
+    square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
+    zero = square < _TINY
+    return jnp.where(zero, 0.0, x / jnp.sqrt(jnp.where(zero, 1.0, square)))

@@ -1,0 +1,213 @@
+"""One algebra for everything a network may output.
+
+A teacher reads its output at one time: epsilon, x0 ("sample") or v ("v_prediction"), tied by
+
+    z = a x0 + s eps,    v = a eps - s x0.
+
+A student reads its output across a window [t_s, t_e]: as the velocity of the window ("velocity"), as the epsilon of one
+DDIM jump across it ("ddim_eps"), or as PeRFlow's rescaled noise ("diff_eps"). The two jumps are z_e = l z_s + h out
+with constants l and h of the window. Let z_t lie on the chord z_t = z_s + v (t - t_s), so that z_e is the chord at t_e;
+eliminate z_s:
+
+    z_t = z_s + v (t - t_s)   and   v (t_e - t_s) = (l - 1) z_s + h out
+    =>  v [(t_e - t_s) + (l - 1) (t - t_s)] = (l - 1) z_t + h out
+    =>  v = [(l - 1) z_t + h out] / D,    D = l (t - t_s) + (t_e - t).
+
+So each reading is one affine map v = A(t) z_t + B(t) out. D never vanishes in the window: at t_s it is t_e - t_s, at
+t_e it is l (t_e - t_s). The longer way, z_e first and (z_e - z_t) / (t_e - t) after, is 0/0 at t_e. Losses, samplers
+and teachers all speak velocity and need nothing else.
+"""
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from proreflow_jax.flow.schedule import Schedule, as_time, per_example
+from proreflow_jax.flow.windows import check_path
+
+OUTPUTS = ("epsilon", "sample", "v_prediction")
+READINGS = ("velocity", "ddim_eps", "diff_eps")
+
+
+def convert(
+    source: str,
+    target: str,
+    schedule: Schedule,
+    z: Float[Array, "b *d"],
+    out: Float[Array, "b *d"],
+    t: Float[ArrayLike, "b"],
+) -> Float[Array, "b *d"]:
+    """`out`, which a network of type `source` gave at (z, t), as type `target`; shape of z.
+
+    source, target: "epsilon", "sample" (x0) or "v_prediction" (Salimans and Ho 2022, app. D).
+    Raises ValueError for another name.
+    """
+    for name in (source, target):
+        if name not in OUTPUTS:
+            raise ValueError(
+                f"prediction_type {name!r}, must be one of {', '.join(OUTPUTS)}; choose another --config.model"
+            )
+    if source == target:
+        return out
+    a, s = per_example(schedule.alpha(t), z), per_example(schedule.sigma(t), z)
+    if source == "epsilon":
+        x0, eps = (z - s * out) / a, out
+    elif source == "sample":
+        x0, eps = out, (z - a * out) / s
+    else:
+        x0, eps = a * z - s * out, s * z + a * out
+    return {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0}[target]
+
+
+def ddim_jump(
+    schedule: Schedule,
+    z: Float[Array, "b *d"],
+    eps: Float[Array, "b *d"],
+    t: Float[ArrayLike, "b"],
+    u: Float[ArrayLike, "b"],
+) -> Float[Array, "b *d"]:
+    """One deterministic DDIM step from t to u, z_u = a_u x0 + s_u eps (Song et al. 2021, eq. 12, eta 0); shape of z."""
+    ell, h = _ddim_coefficients(schedule, t, u)
+    return per_example(ell, z) * z + per_example(h, z) * eps
+
+
+def flow_velocity(
+    schedule: Schedule, z: Float[Array, "b *d"], eps: Float[Array, "b *d"], t: Float[ArrayLike, "b"]
+) -> Float[Array, "b *d"]:
+    """dz/dt of an epsilon model's probability flow, a'/a z + (s' - s a'/a) eps, per unit of t; shape of z.
+
+    It is the derivative of `ddim_jump` in u at u = t (Song et al. 2021, eq. 13-14).
+    """
+    A, B = _flow_coefficients(schedule, t)
+    return per_example(A, z) * z + per_example(B, z) * eps
+
+
+def check_reading(prediction: str, path: str) -> None:
+    """Raises ValueError unless `prediction` is a student's reading that has a meaning on `path`."""
+    if prediction not in READINGS:
+        raise ValueError(
+            f"prediction {prediction!r}, must be one of {', '.join(READINGS)}; change --config.student.prediction"
+        )
+    check_path(path)
+    if path == "first_order" and prediction != "ddim_eps":
+        raise ValueError(
+            f"path first_order with {prediction}, must be used with ddim_eps; change --config.student.path"
+        )
+
+
+def affine(
+    prediction: str,
+    path: str,
+    schedule: Schedule,
+    t: Float[ArrayLike, "b"],
+    t_s: Float[ArrayLike, "b"],
+    t_e: Float[ArrayLike, "b"],
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """(A, B), each (b,), of v = A z_t + B out at t in the window [t_e, t_s]; finite at every t of it, ends included.
+
+    linear: v is the chord's velocity, by the derivation on top of this file (diff_eps: PeRFlow, Yan et al. 2024).
+    first_order: v = (z_e - z_t) / (t_e - t), where z_e is the DDIM jump from t to t_e; at t_e its limit,
+      `flow_velocity`. In float32 A and B keep a relative error below 1e-4, the worst of it one grid step before t_e.
+    Raises ValueError for an unknown reading or path, and for first_order with anything but ddim_eps.
+    """
+    check_reading(prediction, path)
+    t, t_s, t_e = as_time(t), as_time(t_s), as_time(t_e)
+    if prediction == "velocity":
+        return jnp.zeros_like(t), jnp.ones_like(t)
+    if path == "first_order":
+        return _first_order(schedule, t, t_e)
+    jump = _ddim_coefficients if prediction == "ddim_eps" else _diff_coefficients
+    ell, h = jump(schedule, t_s, t_e)
+    D = ell * (t - t_s) + (t_e - t)
+    return (ell - 1) / D, h / D
+
+
+def to_velocity(
+    prediction: str,
+    path: str,
+    schedule: Schedule,
+    z: Float[Array, "b *d"],
+    out: Float[Array, "b *d"],
+    t: Float[ArrayLike, "b"],
+    t_s: Float[ArrayLike, "b"],
+    t_e: Float[ArrayLike, "b"],
+) -> Float[Array, "b *d"]:
+    """The velocity, per unit of t, that an output at (z, t) means in its window; shape of z. Raises as `affine`."""
+    A, B = affine(prediction, path, schedule, t, t_s, t_e)
+    return per_example(A, z) * z + per_example(B, z) * out
+
+
+def from_velocity(
+    prediction: str,
+    path: str,
+    schedule: Schedule,
+    z: Float[Array, "b *d"],
+    v: Float[Array, "b *d"],
+    t: Float[ArrayLike, "b"],
+    t_s: Float[ArrayLike, "b"],
+    t_e: Float[ArrayLike, "b"],
+) -> Float[Array, "b *d"]:
+    """The output that means velocity v at (z, t): the target of the raw output; shape of z. Raises as `affine`.
+
+    Between t = 1/1000 and 0 the noise level is constant: where no output moves the state (B = 0: first_order there, or
+    the last of 1000 windows) the target is 0.
+    """
+    A, B = affine(prediction, path, schedule, t, t_s, t_e)
+    out = (v - per_example(A, z) * z) / per_example(jnp.where(B == 0, 1.0, B), z)
+    return jnp.where(per_example(B, z) == 0, 0.0, out)
+
+
+def advance(
+    prediction: str,
+    path: str,
+    schedule: Schedule,
+    z: Float[Array, "b *d"],
+    out: Float[Array, "b *d"],
+    t: Float[ArrayLike, "b"],
+    u: Float[ArrayLike, "b"],
+    t_s: Float[ArrayLike, "b"],
+    t_e: Float[ArrayLike, "b"],
+) -> Float[Array, "b *d"]:
+    """The state at u, moved from (z, t) along the path of the reading, both times in one window; shape of z.
+
+    linear: z + (u - t) v. first_order: a DDIM step, which stays on that path. Raises as `affine`.
+    """
+    check_reading(prediction, path)
+    if path == "first_order":
+        return ddim_jump(schedule, z, out, t, u)
+    v = to_velocity(prediction, path, schedule, z, out, t, t_s, t_e)
+    return z + per_example(as_time(u) - as_time(t), z) * v
+
+
+def _ddim_coefficients(
+    schedule: Schedule, t: Float[ArrayLike, "b"], u: Float[ArrayLike, "b"]
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """(l, h) of the DDIM step z_u = l z_t + h eps."""
+    ell = schedule.alpha(u) / schedule.alpha(t)
+    return ell, schedule.sigma(u) - ell * schedule.sigma(t)
+
+
+def _diff_coefficients(
+    schedule: Schedule, t_s: Float[ArrayLike, "b"], t_e: Float[ArrayLike, "b"]
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """(l, h) of PeRFlow's jump: undo z_s = g z_e + sqrt(1 - g^2) out with g = a_s / a_e."""
+    a_s, a_e = schedule.alpha(t_s), schedule.alpha(t_e)
+    return a_e / a_s, -jnp.sqrt((a_e - a_s) * (a_e + a_s)) / a_s
+
+
+def _flow_coefficients(schedule: Schedule, t: Float[ArrayLike, "b"]) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """(A, B) of the probability flow dz/dt = A z + B eps."""
+    da, ds = schedule.rates(t)
+    A = da / schedule.alpha(t)
+    return A, ds - A * schedule.sigma(t)
+
+
+def _first_order(
+    schedule: Schedule, t: Float[Array, "b"], t_e: Float[Array, "b"]
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """(A, B) of the mean velocity of a DDIM step from t to t_e, and of its limit where t = t_e."""
+    ell, h = _ddim_coefficients(schedule, t, t_e)
+    at_end = t == t_e
+    left = jnp.where(at_end, 1.0, t_e - t)
+    A, B = _flow_coefficients(schedule, t_e)
+    return jnp.where(at_end, A, (ell - 1) / left), jnp.where(at_end, B, h / left)

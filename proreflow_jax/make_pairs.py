@@ -1,0 +1,113 @@
+"""Make one stage's pairs: the teacher crosses every window and the states at the bounds are written as records.
+
+Run the same command again to resume; at most one shard is made twice.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from proreflow_jax import cli
+from proreflow_jax.data import loader, records
+from proreflow_jax.experiment import (
+    Experiment,
+    frozen_arrays,
+    load_weights,
+    open_experiment,
+    open_source,
+    pair_recipe,
+    parent_stage,
+    stage_plan,
+    teacher_flow,
+    to_host,
+)
+from proreflow_jax.reflow import pairs
+from proreflow_jax.reflow.stages import Stage, find_stage
+from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.checkpoint import lock
+
+log = logging.getLogger(__name__)
+PLANNED = ("pairs", "student", "data", "model")
+
+
+def make_pairs(config: ConfigDict, stage: int) -> None:
+    """The verb: all records of one stage, published when the last one is there."""
+    experiment = open_experiment(config)
+    chosen = find_stage(experiment.stages, stage)
+    if config.pairs.mode != "stored":
+        raise ValueError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
+    with lock(chosen.folder):
+        run_stage(experiment, chosen)
+
+
+def run_stage(experiment: Experiment, stage: Stage) -> None:
+    """Makes what is missing of a stage's pairs. The caller holds the stage's lock."""
+    config, folder = experiment.config, stage.folder / "pairs"
+    by_base = teacher_flow(experiment, stage).windows == 0
+    teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage))
+    plan = stage_plan(experiment, stage, teacher.digest, PLANNED)
+    records.fix_plan(folder, plan)
+    records.clean(folder)
+    missing = records.missing_shards(folder, plan)
+    if not missing:
+        records.publish(folder, plan)
+        log.info("stage %d: %d pair records are there", stage.windows, config.pairs.examples)
+        return
+
+    recipe = pair_recipe(experiment, stage)
+    log.info(
+        "stage %d: %d pair records by the %s, %d steps a window",
+        stage.windows, config.pairs.examples, "base model" if by_base else f"{teacher.flow.windows}-window student", recipe.steps,
+    )  # fmt: skip
+    source = open_source(experiment)
+    frozen = frozen_arrays(experiment, teacher.params, stage, with_vae=recipe.start == "data")
+    batches = mesh.batch_sharding(experiment.mesh)
+    made = partial(pairs.make_pairs, recipe=recipe, flow=teacher.flow, networks=experiment.networks)
+    jitted = jax.jit(made, in_shardings=(None, batches), out_shardings=mesh.replicated(experiment.mesh))
+    with tqdm(total=len(missing) * config.pairs.shard_size, unit="pair", disable=None, desc="pairs") as bar:
+        for shard in missing:
+            rows = _rows(experiment, source, jitted, frozen, records.shard_range(plan, shard), bar)
+            records.write_shard(folder, plan, shard, rows)
+    if not records.publish(folder, plan):
+        raise RuntimeError(f"{folder}: shards are missing after the last one was made; run the same command again")
+
+
+def _rows(
+    experiment: Experiment, source: loader.Source, jitted: Any, frozen: pairs.Frozen, ids: range, bar: tqdm
+) -> Iterator[dict[str, np.ndarray]]:
+    """The records of one shard in order. Every batch has one shape; the last is filled up and cut."""
+    config = experiment.config
+    for begin in range(ids.start, ids.stop, config.pairs.batch):
+        numbers = np.arange(begin, begin + config.pairs.batch)
+        rows = read_rows(experiment, source, numbers)
+        made = to_host(jitted(frozen, mesh.put_batch(experiment.mesh, rows)))
+        made["states"] = made["states"].astype(jnp.dtype(config.pairs.storage))
+        count = min(config.pairs.batch, ids.stop - begin)
+        bar.update(count)
+        for i in range(count):
+            yield {name: values[i] for name, values in made.items()}
+
+
+def read_rows(experiment: Experiment, source: loader.Source, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs of examples by their number: number p reads item p of the source's shuffled epochs.
+
+    Returns index (b,), ids (b, s), and image (b, h, w, 3) uint8 if pairs start from data.
+    """
+    config, n = experiment.config, len(source)
+    order = {epoch: loader.permutation(config.seed, epoch, n) for epoch in sorted({int(p) // n for p in numbers})}
+    items = [source[int(order[int(p) // n][int(p) % n])] for p in numbers]
+    rows = {"index": numbers.astype(np.int32), "ids": experiment.base.tokenizer.encode([item["caption"] for item in items])}
+    if config.pairs.start == "data":
+        rows["image"] = np.stack([item["image"] for item in items])
+    return rows
+
+
+if __name__ == "__main__":
+    cli.start(make_pairs, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage whose pairs are made")})

@@ -1,0 +1,76 @@
+"""A drawn module as pure functions over a flat dict {torch name: array}. The one file that knows flax's state machinery.
+
+Names are the module's attribute paths, which equal torch's state-dict names; arrays keep JAX's layout (`weights.py`
+holds the transposes). Host cost of a flat dict is a tenth of an `nnx.State` (docs of the tensor count of SD 1.5).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from proreflow_jax.models import clip, unet, vae
+
+Params = dict[str, Float[Array, "..."]]
+TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+class Network(NamedTuple):
+    """One network: what its parameters look like, how they begin, what it computes."""
+
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[Key[Array, ""]], Params]
+    apply: Callable[..., Any]  # apply(params, *inputs, method="__call__")
+    config: dict
+
+
+def _name(path: tuple) -> str:
+    *head, leaf = map(str, path)
+    return ".".join([*head, TORCH_NAME[leaf]])
+
+
+def network(build: Callable[[nnx.Rngs], nnx.Module], config: dict) -> Network:
+    """Turns a module's constructor into pure functions; nothing is allocated here.
+
+    Args:
+      build: makes the module from an nnx.Rngs.
+      config: the component's config.json, kept beside the functions.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    paths = {_name(path): path for path, _ in nnx.to_flat_state(state)}
+    flat = dict(nnx.to_flat_state(state))
+    shapes = {name: jax.ShapeDtypeStruct(flat[path].get_value().shape, jnp.float32) for name, path in paths.items()}
+
+    def init(key: Key[Array, ""]) -> Params:
+        made = dict(nnx.to_flat_state(nnx.state(build(nnx.Rngs(key)))))
+        return {name: made[path].get_value() for name, path in paths.items()}
+
+    def apply(params: Params, *inputs: Any, method: str = "__call__", **keywords: Any) -> Any:
+        leaves = [(path, flat[path].replace(params[name])) for name, path in paths.items()]
+        module = nnx.merge(graph, nnx.from_flat_state(leaves))
+        return getattr(module, method)(*inputs, **keywords)
+
+    return Network(shapes, init, apply, config)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """The parameters in a compute dtype."""
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def make_unet(config: dict) -> Network:
+    """apply(params, latents (b,h,w,c), timesteps (b,), context (b,s,d)[, pooled, time_ids]) -> (b,h,w,c)."""
+    return network(lambda rngs: unet.UNet(unet.architecture(config), rngs), config)
+
+
+def make_vae(config: dict) -> Network:
+    """apply(params, x, method="encode") -> (mean, std); method="decode" -> images; latents are unscaled."""
+    return network(lambda rngs: vae.AutoencoderKL(config, rngs), config)
+
+
+def make_text_encoder(config: dict) -> Network:
+    """apply(params, ids (b,s)) -> TextStates."""
+    return network(lambda rngs: clip.CLIPText(config, rngs), config)

@@ -1,0 +1,132 @@
+"""safetensors <-> parameters, total in both directions: every name and shape fits, or one error says which does not.
+
+Torch keeps convolutions as (out, in, h, w) and linear weights as (out, in); ours are (h, w, in, out) and (in, out).
+Embedding tables are the same in both.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+TABLE = re.compile(r"(token|position)_embedding\.weight$")
+IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that old text encoders stored
+CONFIG_NAMES = ("config.json", "scheduler_config.json")
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # so in SD 1.5's VAE on the Hub
+OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
+STEMS = ("diffusion_pytorch_model", "model")
+LISTED = 4  # names printed of each kind of mismatch
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json (or scheduler_config.json) of one component of a diffusers folder.
+
+    Raises FileNotFoundError naming the path, or ValueError when it is not JSON.
+    """
+    for name in CONFIG_NAMES:
+        if (folder / name).is_file():
+            try:
+                return json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder / name} is not valid JSON: {error}") from None
+    names = " or ".join(CONFIG_NAMES)
+    raise FileNotFoundError(f"{folder} holds no {names}: --config.model.path must name a diffusers folder")
+
+
+def _files(folder: Path) -> list[Path]:
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ValueError(f"{index} is not an index of safetensors files (JSON with a weight_map)") from None
+            if bad := [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", str(name))]:
+                raise ValueError(f"{index}: {bad[0]!r} is not a plain file name that ends in .safetensors")
+            return [folder / name for name in names]
+    raise FileNotFoundError(f"{folder} holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of one component, torch names and layout, as they lie on disk (one file or sharded)."""
+    tensors: dict[str, np.ndarray] = {}
+    for path in _files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    return tensors
+
+
+def _to_ours(name: str, tensor: np.ndarray) -> np.ndarray:
+    if tensor.ndim == 4:
+        return tensor.transpose(2, 3, 1, 0)
+    return tensor.T if tensor.ndim == 2 and not TABLE.search(name) else tensor
+
+
+def _to_torch(name: str, tensor: np.ndarray) -> np.ndarray:
+    if tensor.ndim == 4:
+        tensor = tensor.transpose(3, 2, 0, 1)
+    elif tensor.ndim == 2 and not TABLE.search(name):
+        tensor = tensor.T
+    return np.ascontiguousarray(tensor)
+
+
+def _listing(kind: str, rows: Iterable[str]) -> list[str]:
+    rows = sorted(rows)
+    more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+    return [f"{len(rows)} {kind}: {', '.join(rows[:LISTED])}{more}"] if rows else []
+
+
+def from_torch(
+    tensors: Mapping[str, np.ndarray], shapes: Shapes, origin: str, dtype: Any = np.float32
+) -> dict[str, np.ndarray]:
+    """Torch tensors -> parameters in our layout.
+
+    Args:
+      tensors: {torch name: array in torch's layout}; text encoders with or without the `text_model.` prefix, VAEs with
+        the attention names of today or of old diffusers.
+      shapes: what the network expects, from `Network.shapes`.
+      origin: where the tensors come from, for the error.
+      dtype: of the result.
+
+    Raises:
+      ValueError: one line with every kind of mismatch: missing, unexpected, of another shape, not finite.
+    """
+    today = lambda name: OLD_NAME.sub(lambda found: OLD[found[0]], name)
+    tensors = {today(name): value for name, value in tensors.items() if not IGNORED.search(name)}
+    if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in tensors:
+        tensors = {name if name.startswith("text_") else f"text_model.{name}": v for name, v in tensors.items()}
+    ours = {name: _to_ours(name, value) for name, value in tensors.items()}
+    both = ours.keys() & shapes.keys()
+    wrong = [f"{n} {ours[n].shape} instead of {shapes[n].shape}" for n in both if ours[n].shape != shapes[n].shape]
+    broken = [n for n in both if not np.isfinite(ours[n].astype(np.float32)).all()]
+    problems = [
+        *_listing("missing", shapes.keys() - ours.keys()),
+        *_listing("unexpected", ours.keys() - shapes.keys()),
+        *_listing("of another shape (ours)", wrong),
+        *_listing("not finite", broken),
+    ]
+    if problems:
+        raise ValueError(f"{origin}: weights do not fit its config.json: {'; '.join(problems)}")
+    return {name: np.ascontiguousarray(ours[name], dtype) for name in shapes}
+
+
+def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Parameters -> torch's layout, ready for `save_tensors`; the inverse of `from_torch`."""
+    return {name: _to_torch(name, np.asarray(value, dtype)) for name, value in sorted(params.items())}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one .safetensors file as diffusers and transformers expect it."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})

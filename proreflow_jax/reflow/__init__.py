@@ -1,0 +1,1 @@
+"""The paper: where mathematics (flow/) meets networks (models/)."""

@@ -1,0 +1,130 @@
+"""Pairs (state at a window's noisy start, state at its clean end), made by a teacher; stored and online mode share this.
+
+Example i draws everything from fold_in(key, i), whichever process or batch makes it.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from proreflow_jax.flow import solvers
+from proreflow_jax.flow import windows as windowing
+from proreflow_jax.flow.schedule import Schedule, grid_time, per_example
+from proreflow_jax.models.network import Network, Params
+from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
+
+STARTS = ("noise", "data")
+
+
+class PairRecipe(NamedTuple):
+    """How one stage's pairs are made; every field comes from the config."""
+
+    windows: int  # N of the stage that trains on them
+    start: str  # "noise": whole trajectories from pure noise; "data": one window, from noised latents
+    steps: int  # teacher steps per window
+    solver: str  # of a diffusion teacher
+    guidance: float  # scale of classifier-free guidance; 1: none
+    dropout: float  # probability that a prompt is replaced by the empty one, for teacher and student alike
+    latent: tuple[int, int, int]  # (h, w, c)
+    dtype: str  # of the teacher's computation
+
+
+class Networks(NamedTuple):
+    """The networks of a model and the numbers around them; functions only, parameters travel as `Frozen`."""
+
+    unet: Network
+    text_encoder: Network
+    vae: Network
+    schedule: Schedule
+    scaling: float  # diffusion works on latents times this
+
+
+class Frozen(NamedTuple):
+    """Arrays that a job reads and never changes; an argument of the jitted function, so that they are no constants of it."""
+
+    text_encoder: Params
+    vae: Params  # {} unless pairs start from data
+    teacher: Params  # {} where no pairs are made
+    empty: Int[Array, " s"]  # ids of the empty prompt
+    key: Key[Array, ""]  # of the pairs
+
+
+def make_pairs(
+    frozen: Frozen, batch: Mapping[str, Array], *, recipe: PairRecipe, flow: Flow, networks: Networks
+) -> dict[str, Array]:
+    """Pairs of one batch.
+
+    Args:
+      frozen: the teacher, the text encoder, the VAE, the empty prompt, the key of the job.
+      batch: index (b,) example numbers, ids (b, s) prompts, and image (b, h, w, 3) uint8 when recipe.start is "data".
+      recipe, flow, networks: bound by `partial` before jit; flow says how the teacher is read.
+
+    Returns:
+      states (b, m + 1, h, w, c), first (b,), ids (b, s): records as `data.records` keeps them; m = N from noise, 1 from data.
+    """
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(frozen.key, i), 4))(batch["index"])
+    drop = jax.vmap(lambda k: jax.random.bernoulli(k, recipe.dropout))(keys[:, 0])
+    ids = jnp.where(drop[:, None], frozen.empty, batch["ids"])
+    noise = jax.vmap(lambda k: jax.random.normal(k, recipe.latent))(keys[:, 1])
+
+    predict = make_predict(networks.unet, frozen.teacher, recipe.dtype)
+    states_of = lambda rows: text_context(networks.text_encoder, frozen.text_encoder, rows)
+    empty = states_of(frozen.empty[None]) if recipe.guidance != 1 else None
+    guided = solvers.guided(predict, states_of(ids), empty, recipe.guidance)
+    step = make_step(flow, networks.schedule, guided, recipe.solver)
+
+    if recipe.start == "noise":
+        return {"states": whole_trajectory(step, noise, recipe), "first": jnp.zeros(len(ids), jnp.int32), "ids": ids}
+    x0 = encode(networks, frozen.vae, batch["image"], keys[:, 2])
+    k = jax.vmap(lambda w: jax.random.randint(w, (), 0, recipe.windows))(keys[:, 3])
+    return {"states": one_window(step, networks.schedule, x0, noise, k, recipe), "first": k, "ids": ids}
+
+
+def whole_trajectory(
+    step: solvers.Step, noise: Float[Array, "b h w c"], recipe: PairRecipe
+) -> Float[Array, "b bounds h w c"]:
+    """From pure noise to data, every window bound kept: (b, N + 1, h, w, c)."""
+    nodes = windowing.sampling_nodes(recipe.windows * recipe.steps, recipe.windows)
+    _, states = solvers.solve(step, noise, nodes.astype(np.float32), keep=True)
+    return jnp.moveaxis(states[:: recipe.steps], 0, 1)
+
+
+def one_window(
+    step: solvers.Step,
+    schedule: Schedule,
+    x0: Float[Array, "b h w c"],
+    noise: Float[Array, "b h w c"],
+    k: Int[Array, " b"],
+    recipe: PairRecipe,
+) -> Float[Array, "b 2 h w c"]:
+    """Latents noised to the start of window k, and the teacher's state at its end: (b, 2, h, w, c)."""
+    width = 1000 // recipe.windows
+    t_s, t_e = grid_time(1000 - k * width), grid_time(1000 - (k + 1) * width)
+    z_s = per_example(schedule.alpha(t_s), x0) * x0 + per_example(schedule.sigma(t_s), x0) * noise
+    z_e = solvers.solve(step, z_s, windowing.nodes(t_s, t_e, recipe.steps))
+    return jnp.stack([z_s, z_e], axis=1)
+
+
+def encode(networks: Networks, vae: Params, images: Array, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
+    """uint8 images -> scaled latents, drawn from the autoencoder's posterior."""
+    pixels = images.astype(jnp.float32) / 127.5 - 1.0
+    mean, std = networks.vae.apply(vae, pixels, method="encode")
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    return jax.lax.stop_gradient((mean + std * noise) * networks.scaling)
+
+
+def check_steps(recipe: PairRecipe, flow: Flow) -> None:
+    """Raises ValueError, one line, if a recipe cannot be carried out; before anything is compiled."""
+    windowing.check_windows(recipe.windows)
+    windowing.check_steps(recipe.steps, 1000 // recipe.windows)
+    if recipe.start not in STARTS:
+        raise ValueError(f"--config.pairs.start={recipe.start!r} must be one of {', '.join(STARTS)}")
+    if flow.windows == 0 and recipe.solver not in solvers.SOLVERS:
+        raise ValueError(f"--config.pairs.solver={recipe.solver!r} must be one of {', '.join(solvers.SOLVERS)}")
+    if flow.windows and flow.windows % recipe.windows:
+        raise ValueError(f"a stage of {recipe.windows} windows cannot learn from {flow.windows}: each of --config.stages must divide the one before")
+

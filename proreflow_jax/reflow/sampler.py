@@ -1,0 +1,53 @@
+"""K-step sampling: noise and prompts -> latents -> images, for a diffusion model or a student of any number of windows."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from proreflow_jax.flow import solvers, windows
+from proreflow_jax.flow.schedule import Schedule
+from proreflow_jax.models.network import Network, Params
+from proreflow_jax.reflow.teacher import Flow, make_predict, make_step
+
+
+def check_sampling(steps: int, flow: Flow) -> None:
+    """Raises ValueError, one line, if this flow cannot be sampled in so many steps."""
+    windows.sampling_nodes(steps, max(flow.windows, 1))
+
+
+def sample_latents(
+    params: Params,
+    noise: Float[Array, "b h w c"],
+    context: Float[Array, "b s d"],
+    negative: Float[Array, "n s d"],
+    *,
+    unet: Network,
+    schedule: Schedule,
+    flow: Flow,
+    steps: int,
+    guidance: Any,
+    solver: str = "ddim",
+) -> Float[Array, "b h w c"]:
+    """Latents at t = 0 from noise at t = 1, still scaled.
+
+    Args:
+      params: of the UNet.
+      noise: unit normal.
+      context, negative: text states of the prompts and of the negative prompts (one for all, or one each).
+      steps: network evaluations per image (twice that with guidance, one batched call a step).
+      guidance: scale; the Python number 1 turns it off.
+      solver: of a diffusion model; a student moves along its own path.
+    """
+    nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
+    predict = solvers.guided(make_predict(unet, params), context, negative, guidance)
+    return solvers.solve(make_step(flow, schedule, predict, solver), noise, nodes)
+
+
+def decode(
+    vae: Network, params: Params, latents: Float[Array, "b h w c"], scaling: float
+) -> UInt8[Array, "b height width 3"]:
+    """Scaled latents -> uint8 images."""
+    images = vae.apply(params, latents / scaling, method="decode")
+    return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)

@@ -1,0 +1,111 @@
+"""What training carries from step to step, and the update that every job of this project shares.
+
+A job brings two pure functions: `draw(frozen, batch, key)` makes whatever is random (noise, times, the teacher's pairs) for the
+whole global batch, and `loss(params, drawn)` is deterministic. So gradients accumulated over parts of a batch are those
+of the whole, and one key per run is enough: it is folded with the step here and nowhere else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from proreflow_jax.models.network import Params
+from proreflow_jax.runtime import mesh as meshes
+from proreflow_jax.runtime.optimizer import ema
+
+Batch = Mapping[str, Array]
+Draw = Callable[[PyTree, Batch, Key[Array, ""]], dict[str, Array]]
+Loss = Callable[[Params, Mapping[str, Array]], tuple[Float[Array, ""], PyTree]]
+
+
+class TrainState(NamedTuple):
+    """Master weights and everything that must survive a kill; `ema` is empty when the config turns it off."""
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    opt_state: PyTree
+
+
+def averaged(state: TrainState) -> Params:
+    """The weights to hand on: the average where there is one."""
+    return state.ema or state.params
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, average: bool) -> TrainState:
+    """A fresh state around `params`; their average starts as a copy of them."""
+    copy = {name: jnp.array(value) for name, value in params.items()} if average else {}
+    return TrainState(jnp.zeros((), jnp.int32), dict(params), copy, optimizer.init(dict(params)))
+
+
+def train_step(
+    state: TrainState,
+    frozen: PyTree,
+    batch: Batch,
+    key: Key[Array, ""],
+    *,
+    draw: Draw,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    accumulation: int,
+    unroll: bool,
+) -> tuple[TrainState, PyTree]:
+    """One update on one global batch.
+
+    Args:
+      state: donated by the jit that wraps this.
+      frozen: whatever `draw` reads beside the batch and never changes: a teacher, encoders.
+      batch: {name: (b, ...)}; leading axes split over the mesh.
+      key: the run's one key; folded with the step.
+      draw, loss, optimizer, ema_decay, accumulation: bound once by `partial`. `loss` returns (mean, metrics), and metrics
+        are sums or means that average over parts of a batch.
+      unroll: write the accumulation out instead of scanning (XLA's CPU convolution gradients are slow inside a scan).
+
+    Returns:
+      (state, metrics): metrics plus "loss" and "grad_norm".
+    """
+    drawn = draw(frozen, batch, jax.random.fold_in(key, state.step))
+
+    parts = jax.tree.map(lambda x: _split(x, accumulation), drawn)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    one = lambda part: value_and_grad(state.params, part)
+    if accumulation == 1 or unroll:
+        results = [one(jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(accumulation)]
+        stacked = jax.tree.map(lambda *xs: sum(xs) / accumulation, *results)
+    else:
+        first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+        add = lambda total, part: (jax.tree.map(lambda a, b: a + b / accumulation, total, one(part)), None)
+        stacked, _ = jax.lax.scan(add, zero, parts)
+    (mean, metrics), gradients = stacked
+
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = ema(state.ema, params, ema_decay, state.step) if state.ema else {}
+    numbers = {"loss": mean, "grad_norm": optax.global_norm(gradients), **metrics}
+    return TrainState(state.step + 1, params, average, opt_state), numbers
+
+
+def _split(x: Array, parts: int) -> Array:
+    """(b, ...) -> (parts, b / parts, ...), each part spread over the devices as the whole was."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def state_shardings(mesh: Mesh, rules: list, state: PyTree) -> PyTree:
+    """Shardings of a TrainState (or its shapes) by the rules over parameter names; moments follow their parameter."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shapes = {name: value.shape for name, value in state.params.items()}
+    by_name = meshes.shardings(mesh, meshes.specs(rules, shapes, mesh))
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        found = by_name.get(names[-1]) if names else None
+        return found if found is not None and leaf.shape == shapes[names[-1]] else replicated
+
+    return jax.tree_util.tree_map_with_path(place, state)

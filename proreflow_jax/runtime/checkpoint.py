@@ -1,0 +1,277 @@
+"""Checkpoints that are never wrong in silence. The only file that imports orbax.
+
+What orbax leaves open is closed here. A flipped bit in an array file comes back as a wrong weight: so a digest of
+every leaf, computed on the device before the save, is stored in the same commit and compared after the restore. A
+wrong dtype is cast: so dtypes, shapes and names are compared first. A failed background save says nothing until
+somebody waits: so `check` looks at every step, and leaving the `with` block raises. A step that turns out bad is
+named, passed over, and removed by the next save.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers
+
+from proreflow_jax.runtime import files
+from proreflow_jax.runtime.digest import digest, fold, leaf_path, named_leaves
+from proreflow_jax.runtime.inventory import check_seal, check_target, inventory, wrong_values
+
+__all__ = ["Checkpoints", "Restored", "digest", "fold", "lock"]
+
+log = logging.getLogger(__name__)
+PASS_ON = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # say nothing about the bytes: never fall back
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` gives back."""
+
+    step: int
+    state: PyTree
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in one folder, newest `keep` kept, saved in the background. Use it as a context manager.
+
+    `every`: steps between saves, for `due` (None: never by count). `read_only`: look without touching, for jobs
+    that read the folder of a training run that may be alive. Hold `lock` on the run's folder while writing.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, every: int | None = None, read_only: bool = False) -> None:
+        if keep < 1 or (every is not None and every < 1):
+            raise ValueError(f"keep={keep} and every={every} must be at least 1: change --config.checkpoint.*")
+        self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
+        if read_only and not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} does not exist: run the training job that writes it first")
+        self.keep, self.every, self.read_only = keep, every, read_only
+        self._manager = self._open()
+        self._pending: int | None = None
+        self._target: PyTree = None
+        self._saved: dict[int, dict[str, str]] = {}
+        self._bad: set[int] = set()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait for the save in flight and close. Raises what that save raised, unless an error is on its way."""
+        failed: Exception | None = None
+        for end in (self.wait, self._manager.close):
+            try:
+                end()
+            except Exception as problem:
+                failed = failed or problem
+        if failed is not None and error is None:
+            raise failed
+        if failed is not None and failed is not error:
+            log.error("%s", _line(failed))
+
+    def due(self, step: int) -> bool:
+        """True if `step` is a multiple of `every`, or the machine is about to be taken away."""
+        return bool(self.every and step % self.every == 0) or self.preempted(step)
+
+    def preempted(self, step: int) -> bool:
+        """True on all processes at the same step after one of them got SIGTERM; needs `initialize_distributed`."""
+        return self._manager.reached_preemption(step)
+
+    def latest(self) -> int | None:
+        """The newest step in the folder, good or bad, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+        """Copy the state off the device, then write it in the background; `meta` is any JSON object.
+
+        Raises RuntimeError naming step and folder if this save, or the one before, fails.
+        """
+        if self.read_only:  # orbax itself would write
+            raise RuntimeError(f"{self.folder} was opened read-only: step {step} cannot be saved there")
+        self.wait()
+        leaves = named_leaves(state)
+        digests = digest(leaves)
+        record = inventory(step, leaves, digests, meta)
+        with self._loud(step):
+            for bad in sorted(self._bad & set(self._manager.all_steps())):
+                self._manager.delete(bad)
+            self._bad.clear()
+            items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(record))
+            if not self._manager.save(step, args=items, force=True):
+                raise OSError("orbax refused it: does another run write here?")
+        self._pending = step
+        self._target, self._saved = _abstract(state), {step: digests}
+
+    def check(self) -> None:
+        """Raises RuntimeError if the save in flight has failed by now. Never waits: call it every step."""
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in flight. Raises RuntimeError naming its step and folder if it failed."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        with self._loud(step):
+            self._manager.wait_until_finished()
+            self._manager.reload()
+            if step not in self._manager.all_steps():
+                raise OSError("it is not there")
+
+    def restore(self, step: int | None, target: PyTree) -> Restored:
+        """The state of `step` (None: the newest good one) in the structure, dtypes and shardings of `target`.
+
+        `target` is a pytree of ShapeDtypeStruct with shardings, or of arrays. A bad step is named in a warning and,
+        with step None, the one before is taken. Raises ValueError if names, shapes or dtypes differ from the
+        target's or if no step is good; FileNotFoundError if there is none.
+        """
+        known = sorted(self._manager.all_steps(), reverse=True)
+        steps = known if step is None else [s for s in known if s == step]
+        if not steps:
+            raise FileNotFoundError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
+
+        for candidate in steps:
+            restored, reason = self._attempt(candidate, target)
+            if restored is not None:
+                self._target, self._saved[candidate] = _abstract(target), restored[1]
+                return restored[0]
+            self._bad.add(candidate)
+            log.warning("checkpoint of step %d in %s is damaged and not used: %s", candidate, self.folder, reason)
+        raise ValueError(f"no good checkpoint in {self.folder} (damaged: {steps}): remove the folder to start again")
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The `meta` given to `save`. Raises ValueError if it is damaged, FileNotFoundError if it is not there."""
+        if step not in self._manager.all_steps():
+            raise FileNotFoundError(f"{self.folder} holds no checkpoint of step {step}")
+        record, reason = _everywhere(lambda: self._read_record(step))
+        if reason:
+            raise ValueError(f"checkpoint of step {step} in {self.folder} is damaged: {reason}")
+        return record["meta"]
+
+    def finish(self, step: int, target: PyTree = None) -> dict[str, str]:
+        """Wait, open the folder anew, restore `step` and compare it with what was saved: only then is a stage done.
+
+        Returns the digests. `target` is needed only if this object neither saved nor restored. A second copy of the
+        state lives on the devices meanwhile: drop the first. Raises RuntimeError or ValueError if anything differs.
+        """
+        self.wait()
+        expected, target = self._saved.get(step), self._target if target is None else target
+        self._manager.close()
+        self._manager = self._open()
+        self.restore(step, target)
+        found = self._saved[step]
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?"
+            )
+        return found
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(self.keep),
+            cleanup_tmp_directories=not self.read_only,
+            create=not self.read_only,
+            read_only=self.read_only,
+            enable_async_checkpointing=True,
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    @contextmanager
+    def _loud(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            where = f"checkpoint of step {step} was not written to {self.folder / str(step)}"
+            raise RuntimeError(f"{where}: {_line(error)}; mend it and run the same command again") from error
+
+    def _attempt(self, step: int, target: PyTree) -> tuple[tuple[Restored, dict[str, str]] | None, str]:
+        """((restored, digests), "") or (None, why the step is bad)."""
+        record, reason = _everywhere(lambda: self._read_record(step))
+        if reason:
+            return None, reason
+        wanted = _wanted(target)
+        check_target(record, wanted, f"checkpoint of step {step} in {self.folder}")
+
+        leaves, reason = _everywhere(lambda: self._read_leaves(step, wanted))
+        if reason:
+            return None, reason
+        found = digest(leaves)
+        wrong = wrong_values(record, found)
+        if wrong:
+            return None, f"the values of {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''} are not those saved"
+        state = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
+        return (Restored(step, state, record["meta"]), found), ""
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        check_seal(record, step)
+        return record
+
+    def _read_leaves(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        return jax.block_until_ready(self._manager.restore(step, args=items)["state"])
+
+
+def lock(folder: str | Path) -> Any:
+    """Context manager: this job alone writes to `folder`. Two writers would lose each other's saves in silence.
+
+    Process 0 of a job holds it for all; object stores (`gs://`) have no locks. Raises ValueError naming folder and
+    holder.
+    """
+    if "://" in str(folder) or jax.process_index() != 0:
+        return nullcontext()
+    return files.lock(folder)
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    return jax.tree.map(_abstract_leaf, tree)
+
+
+def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _wanted(target: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape, dtype and sharding} in the order of the target's leaves."""
+    leaves = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+    bare = [path for path, leaf in leaves.items() if getattr(leaf, "sharding", None) is None]
+    if bare:
+        raise ValueError(f"the target of restore has no sharding for {', '.join(bare[:5])}: state where the leaf lives")
+    return {path: _abstract_leaf(leaf) for path, leaf in leaves.items()}  # no tree.map: it would sort them
+
+
+def _everywhere(read: Callable[[], Any]) -> tuple[Any, str]:
+    """(value, "") if `read` works on every process, else (None, why): all processes take the same branch."""
+    try:
+        value, reason = read(), ""
+    except PASS_ON:
+        raise
+    except Exception as error:
+        value, reason = None, _line(error)
+    if reason:
+        _forget_failed_tasks()
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(bool(reason)))
+        if failed.any() and not reason:
+            reason = f"process {int(np.argmax(failed))} could not read it"
+    return (None, reason) if reason else (value, "")
+
+
+def _forget_failed_tasks() -> None:
+    """A damaged step leaves one failed task per leaf; asyncio would print a traceback for each when it is collected."""
+    asyncio_log = logging.getLogger("asyncio")
+    before, asyncio_log.disabled = asyncio_log.disabled, True
+    gc.collect()
+    asyncio_log.disabled = before
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,130 @@
+"""Small files that are whole or absent: atomic JSON, atomic folders, safe names, and the lock of a run folder.
+
+Everything is written beside its destination and renamed, because a rename within one file system is the only write
+that a kill cannot cut in half.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def check_name(name: str) -> str:
+    """The name itself, if it is safe as a file name. Raises ValueError for anything else, `.` and `..` included."""
+    if not NAME.fullmatch(name) or set(name) == {"."}:
+        raise ValueError(f"name {name!r} is not made of letters, digits, '.', '_' and '-' only: rename it")
+    return name
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as JSON with sorted keys; a reader sees the old file or the new one, also after a power cut."""
+    path = Path(path)
+    text = json.dumps(obj, indent=2, sort_keys=True) + "\n"
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read_json(path: str | Path) -> Any:
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError in one line when it is no UTF-8 JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: run the job that writes it first") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no valid JSON ({reason}): delete it and run the job that writes it") from None
+
+
+@contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
+
+    With `overwrite` an existing `path` is moved aside first and removed last. Raises ValueError if it exists without.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already: choose another folder, remove it, or pass --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        if overwrite:
+            _swap(temporary, path)
+        else:
+            os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Hold `folder`/.lock; the kernel frees it when the process dies, so a kill leaves nothing to clean up.
+
+    Local and NFS folders only: the caller skips it for object stores. Raises ValueError naming the folder and its
+    holder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        raise ValueError(f"{folder} is in use by process {holder}: stop it, or choose another run folder") from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode("ascii"), 0)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` at `path`; what lay there is moved aside, and put back if the second rename fails."""
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    existed = path.exists()
+    if existed:
+        os.rename(path, old / "previous")
+    try:
+        os.rename(new, path)
+    except BaseException:
+        if existed:
+            os.rename(old / "previous", path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,134 @@
+"""Metrics of a run: one JSON object per logged step, TensorBoard, a progress bar, the stop at a number that is none.
+
+metrics.jsonl is the record; everything else is a view. After a resume the lines past the restored step are dropped,
+so the file of a killed run equals that of a run never killed. The loop dispatches step n and then hands in the
+numbers of step n - 1: nothing here touches the device.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+LINE_SECONDS = 30.0  # between plain log lines where there is no terminal
+WINDOW = re.compile(r"(?:^|/)window/(\d+)(?:/|$)")
+
+
+class Metrics:
+    """Writes metrics.jsonl (and TensorBoard's files) to `folder`, on process 0 only. Use it as a context manager.
+
+    `start_step`: steps done before this process; `total_steps`: the run's length. `progress`: a bar on stderr if
+    that is a terminal or `bar` asks for it, else a log line every LINE_SECONDS.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        start_step: int,
+        total_steps: int,
+        tensorboard: bool = True,
+        progress: bool = True,
+        bar: bool | None = None,
+    ) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self._active = jax.process_index() == 0
+        self._start, self._total, self._began = start_step, total_steps, time.monotonic()
+        self._lines, self._last_line = progress, self._began
+        self._file = self._writer = self._bar = None
+        if not self._active:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        keep_until(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start_step + 1)
+        if progress and (sys.stderr.isatty() if bar is None else bar):
+            self._bar = tqdm(total=total_steps, initial=start_step, file=sys.stderr, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close everything: what was written stays, whatever happened."""
+        for resource in (self._bar, self._writer, self._file):
+            if resource is not None:
+                resource.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of `step` (steps done so far). Host floats: a device array here would be waited for."""
+        if not self._active:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step, **{name: v if math.isfinite(v) else str(v) for name, v in numbers.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+        self._show(step, numbers)
+
+    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
+        loss = {"loss": f"{numbers['loss']:.4g}"} if "loss" in numbers else {}
+        if self._bar is not None:
+            self._bar.set_postfix(loss, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if not self._lines or (now - self._last_line < LINE_SECONDS and step < self._total):
+            return
+        self._last_line = now
+        rate = (step - self._start) / max(now - self._began, 1e-9)
+        remaining = (self._total - step) / rate if rate > 0 else math.inf
+        text = "".join(f", {name} {value}" for name, value in loss.items())
+        log.info("step %d of %d%s, %.3g steps/s, %s left", step, self._total, text, rate, _duration(remaining))
+
+
+def check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Raises FloatingPointError in one line, naming the step, the numbers that are none and their windows.
+
+    A window is read from keys like `window/3/loss`.
+    """
+    wrong = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
+    if not wrong:
+        return
+    windows = sorted({int(found[1]) for name in wrong if (found := WINDOW.search(name))})
+    where = f" in window {', '.join(map(str, windows))}" if windows else ""
+    values = ", ".join(f"{name}={value}" for name, value in wrong.items())
+    raise FloatingPointError(f"step {step}{where}: {values}; lower --config.optimizer.learning_rate or clip_norm")
+
+
+def keep_until(path: str | Path, step: int) -> None:
+    """Drop the lines of a metrics.jsonl past `step`, and a last line that a kill cut in half; atomic."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity if it is no whole record."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "unknown time"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

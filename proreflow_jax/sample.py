@@ -1,0 +1,68 @@
+"""Draw pictures: prompts -> one PNG, from a stage's student or from the base model (--stage=0)."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from proreflow_jax import cli
+from proreflow_jax.data.captions import Prompts
+from proreflow_jax.experiment import load_weights, open_experiment
+from proreflow_jax.reflow import sampler
+from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.reflow.teacher import text_context
+
+log = logging.getLogger(__name__)
+BASE_STEPS = 50
+
+
+def sample(
+    config: ConfigDict, prompt: str, prompts: str, negative: str, stage: int, steps: int, guidance: float, count: int, seed: int, out: str
+) -> None:
+    """Writes a grid: one row a prompt, `count` seeds in columns. Column j of any call with one seed starts from the same noise."""
+    experiment = open_experiment(config)
+    chosen = find_stage(experiment.stages, stage) if stage else None
+    texts = [row["caption"] for row in map(Prompts(prompts, "--prompts").__getitem__, range(len(Prompts(prompts, "--prompts"))))] if prompts else [prompt]
+    if not texts[0]:
+        raise ValueError("--prompt is empty: say what to draw, or name a text file by --prompts")
+    if count < 1 or seed < 0:
+        raise ValueError(f"--count={count} must be at least 1 and --seed={seed} at least 0")
+    path = Path(out)
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise ValueError(f"--out={out} must be a .png file in a folder that exists")
+    weights = load_weights(experiment, chosen)
+    steps = steps or (stage if stage else BASE_STEPS)
+    sampler.check_sampling(steps, weights.flow)
+
+    n, params, encode = experiment.networks, experiment.base.params, experiment.base.tokenizer.encode
+    context = text_context(n.text_encoder, params["text_encoder"], np.repeat(encode(texts), count, axis=0))
+    against = text_context(n.text_encoder, params["text_encoder"], encode([negative]))
+    noise = jax.random.normal(jax.random.key(seed), (count, *experiment.base.latent_shape))
+    noise = np.tile(noise, (len(texts), 1, 1, 1))
+    draw = partial(
+        sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=weights.flow, steps=steps, guidance=float(guidance)
+    )
+    latents = jax.jit(draw)(weights.params, noise, context, against)
+    images = np.asarray(sampler.decode(n.vae, params["vae"], latents, n.scaling))
+    rows = images.reshape(len(texts), count, *images.shape[1:])
+    Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(path)
+    log.info("wrote %s: %d prompts x %d seeds, %d steps, guidance %g", path, len(texts), count, steps, guidance)
+
+
+if __name__ == "__main__":
+    options = {
+        "prompt": ("a handwritten seven", "what to draw"),
+        "prompts": ("", "text file with one prompt a line, instead of --prompt"),
+        "negative": ("", "negative prompt; has an effect when guidance is not 1"),
+        "stage": (2, "windows of the student's stage; 0: the base model"),
+        "steps": (0, "network evaluations, at least the stage's windows; 0: as many as windows, or 50 for the base model"),
+        "guidance": (1.0, "classifier-free guidance scale; 1: none"),
+        "count": (8, "pictures of each prompt"),
+        "seed": (0, "of the noise"),
+        "out": ("samples.png", "PNG file to write"),
+    }
+    cli.start(sample, __doc__, "configs/digits.py", options)

@@ -1,0 +1,178 @@
+"""Train one stage: a student learns to cross each window in a straight line.
+
+Needs the stage's pairs (make_pairs) unless --config.pairs.mode=online. Run the same command again to resume.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from proreflow_jax import cli
+from proreflow_jax.data import loader, records, shards
+from proreflow_jax.experiment import (
+    TRAIN_KEY,
+    Experiment,
+    Weights,
+    fresh_state,
+    frozen_arrays,
+    load_weights,
+    loss_recipe,
+    make_optimizer,
+    open_experiment,
+    open_source,
+    pair_recipe,
+    parent_stage,
+    run_key,
+    stage_plan,
+    state_places,
+    state_target,
+    student_flow,
+    teacher_flow,
+)
+from proreflow_jax.make_pairs import PLANNED, read_rows
+from proreflow_jax.reflow import loop, pairs
+from proreflow_jax.reflow.stages import DONE, Stage, check_identity, find_stage
+from proreflow_jax.reflow.state import averaged, train_step
+from proreflow_jax.reflow.step import draw_examples, reflow_loss
+from proreflow_jax.reflow.teacher import text_context
+from proreflow_jax.runtime import files, mesh
+from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold, lock
+from proreflow_jax.runtime.metrics import Metrics
+
+log = logging.getLogger(__name__)
+IDENTITY_PROMPTS = 4  # prompts of the source on which the step-0 identity is checked
+
+
+def train(config: ConfigDict, stage: int) -> None:
+    """The verb: one stage to its end, DONE.json included."""
+    experiment = open_experiment(config)
+    chosen = find_stage(experiment.stages, stage)
+    with lock(chosen.folder):
+        run_stage(experiment, chosen)
+
+
+def run_stage(experiment: Experiment, stage: Stage) -> None:
+    """Trains what is missing of a stage. The caller holds the stage's lock."""
+    config = experiment.config
+    parent = load_weights(experiment, parent_stage(experiment, stage))
+    plan = stage_plan(experiment, stage, parent.digest, (*PLANNED, "loss", "train", "optimizer"))
+    shards.fix_plan(stage.folder, plan)
+    if (stage.folder / DONE).is_file():
+        log.info("stage %d: done", stage.windows)
+        return
+    source = _source(experiment, stage)
+    if stage.parent is None:
+        _identity(experiment, stage, parent)
+    with Checkpoints(stage.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.every) as checkpoints:
+        start, state = 0, None
+        if checkpoints.latest() is not None:
+            start, state, _ = checkpoints.restore(None, state_target(experiment))
+        if start < config.train.steps:
+            log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
+            state = fresh_state(experiment, parent.params) if state is None else state
+            state = _advance(experiment, stage, source, checkpoints, start, state, parent.digest)
+        weights = fold(digest(jax.device_put(averaged(state), mesh.replicated(experiment.mesh))))
+        del state
+        checkpoints.finish(config.train.steps, state_target(experiment))
+    flow = student_flow(config, stage)
+    done = {"step": config.train.steps, "digest": weights, "parent": parent.digest, "flow": flow._asdict()}
+    files.write_json(stage.folder / DONE, done)
+
+
+def _source(experiment: Experiment, stage: Stage) -> loader.Source:
+    """Pair records, or captions (and images) for the online mode."""
+    if experiment.config.pairs.mode == "online":
+        return open_source(experiment)
+    return records.PairRecords(stage.folder / "pairs")
+
+
+def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
+    ids = experiment.base.tokenizer.encode(["", "a", "b", "c"][:IDENTITY_PROMPTS])
+    networks, params = experiment.networks, experiment.base.params
+    gap = check_identity(
+        parent.params,
+        text_context(networks.text_encoder, params["text_encoder"], ids),
+        experiment.base.latent_shape,
+        run_key(experiment.config, TRAIN_KEY, 0),
+        unet=networks.unet,
+        schedule=networks.schedule,
+        base=experiment.flow,
+        student=student_flow(experiment.config, stage),
+    )
+    if gap is not None:
+        log.info("step-0 identity: the untrained student is its teacher, one DDIM step a window (gap %.1e)", gap)
+
+
+def _advance(
+    experiment: Experiment, stage: Stage, source: loader.Source, checkpoints: Checkpoints, start: int, state: Any, parent: str
+) -> Any:
+    """Runs the loop from `start` to the end of the stage."""
+    config = experiment.config
+    step = make_step(experiment, stage)
+
+    def meta(done: int) -> dict[str, Any]:
+        lineage = {"parent": parent, "windows": stage.windows}
+        return {"seed": config.seed, "position": done * config.train.batch, "lineage": lineage}
+
+    with Metrics(stage.folder, start, config.train.steps) as metrics, _batches(experiment, source, start) as batches:
+        return loop.run(
+            step, state, batches, total=config.train.steps, metrics=metrics, checkpoints=checkpoints,
+            log_every=config.train.log_every, meta=meta,
+        )  # fmt: skip
+
+
+def make_step(experiment: Experiment, stage: Stage) -> Any:
+    """(state, batch) -> (state, numbers), jitted with the shardings of the mesh; the state is donated."""
+    config, networks = experiment.config, experiment.networks
+    flow, loss, online = student_flow(config, stage), loss_recipe(config), config.pairs.mode == "online"
+    examples = partial(draw_examples, flow=flow, networks=networks, loss=loss)
+
+    def draw(frozen: pairs.Frozen, batch: dict, key: jax.Array) -> dict:
+        return examples(frozen, made(frozen, batch) if online else batch, key)
+
+    made = partial(
+        pairs.make_pairs, recipe=pair_recipe(experiment, stage), flow=teacher_flow(experiment, stage), networks=networks
+    )
+    step = partial(
+        train_step,
+        draw=draw,
+        loss=partial(reflow_loss, flow=flow, networks=networks, loss=loss),
+        optimizer=make_optimizer(config),
+        ema_decay=config.train.ema,
+        accumulation=config.train.accumulation,
+        unroll=jax.default_backend() == "cpu",
+    )
+    places, rows = state_places(experiment), mesh.batch_sharding(experiment.mesh)
+    jitted = jax.jit(step, in_shardings=(places, None, rows, None), out_shardings=(places, None), donate_argnums=0)
+    teacher = {}
+    if online:
+        by_base = teacher_flow(experiment, stage).windows == 0
+        teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage)).params
+    frozen = frozen_arrays(experiment, teacher, stage, with_vae=online and config.pairs.start == "data")
+    key = run_key(config, TRAIN_KEY, stage.windows)
+    return lambda state, batch: jitted(state, frozen, batch, key)
+
+
+@contextmanager
+def _batches(experiment: Experiment, source: loader.Source, start: int) -> Iterator[Iterator[tuple[int, dict[str, jax.Array]]]]:
+    """(steps done before, global batch on the mesh) from `start` on: records, or numbered prompts for the online mode."""
+    config, machine = experiment.config, experiment.mesh
+    b = config.train.batch
+    rows = loader.rows(b, jax.process_index(), jax.process_count())
+    if config.pairs.mode == "online":
+        numbers = lambda step: np.arange(step * b + rows.start, step * b + rows.stop)
+        yield ((step, mesh.put_batch(machine, read_rows(experiment, source, numbers(step)))) for step in count(start))
+        return
+    with loader.Loader(source, b, config.seed, start_step=start, rows=rows) as batches:
+        yield ((step, mesh.put_batch(machine, batch)) for step, batch in batches)
+
+
+if __name__ == "__main__":
+    cli.start(train, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage to train")})
