@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     c.text.merges = 200  # most merges of the tokenizer's byte-pair encoding
 
     c.diffusion = ConfigDict()
-    c.diffusion.steps = 3500  # training steps
+    c.diffusion.steps = 5500  # training steps
     c.diffusion.batch = 128  # latents a step
     c.diffusion.ema = 0.999  # decay of the averaged weights, which are the result
     c.diffusion.prompt_dropout = 0.1  # probability that a prompt is replaced by the empty one

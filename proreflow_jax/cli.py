@@ -14,6 +14,8 @@ from proreflow_jax.runtime.mesh import initialize_distributed
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 MOST_HOST_DEVICES = 8
+FIELDS = "Every field is explained in the config file, for example --config.train.batch=32 --config.stages='(4, 2)'."
+QUOTES = "'\""
 log = logging.getLogger("proreflow_jax")
 
 
@@ -31,27 +33,17 @@ def start(verb: Callable[..., None], about: str, config: str, options: Mapping[s
     name = verb.__name__
     values = flags.FlagValues()
     options = dict(options or {})
-    sys.path[:0] = _config_roots(config)
-    config_flags.DEFINE_config_file("config", config, "the experiment; override any field by --config.field=value", flag_values=values)
-    flags.DEFINE_bool("traceback", False, "show where an error was raised", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this page", short_name="h", flag_values=values)
-    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for option, (default, text) in options.items():
-        define[type(default)](option, default, text, flag_values=values)
     try:
-        _parse(values, name, about)
+        experiment = _read(values, name, about, config, options)
         _prepare()
-        verb(_resolved(values.config), **{option: getattr(values, option) for option in options})
+        verb(experiment, **{option: getattr(values, option) for option in options})
     except KeyboardInterrupt:
         _leave(INTERRUPTED, f"{name}: interrupted; run the same command again to go on")
-    except (ValueError, FileNotFoundError, flags.Error, KeyError, AttributeError, TypeError) as error:
-        if _ours(error, values):
-            _leave(USER_ERROR, f"{name}: {' '.join(str(error).split())}")
-        raise
-    except (FloatingPointError, RuntimeError, OSError) as error:
-        if values.is_parsed() and values.traceback:
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError, OSError) as error:
+        if _traced():
             raise
-        _leave(FAILED, f"{name}: {' '.join(str(error).split())}")
+        mendable = isinstance(error, ValueError | FileNotFoundError)
+        _leave(USER_ERROR if mendable else FAILED, f"{name}: {_said(error)}")
     sys.exit(0)
 
 
@@ -61,32 +53,62 @@ def _config_roots(default: str) -> list[str]:
     return [str(Path(path).resolve().parent.parent) for path in [*named, default]]
 
 
-def _parse(values: flags.FlagValues, name: str, about: str) -> None:
-    if any(word in ("--help", "-h", "--helpfull", "-help") for word in sys.argv[1:]):
-        print(_help(values, name, about))
-        sys.exit(0)
+def _read(values: flags.FlagValues, name: str, about: str, config: str, options: Mapping[str, tuple]) -> ConfigDict:
+    """Reads the flags and returns the config, locked. Whatever either of them raises becomes a ValueError of one line."""
     try:
-        rest = values(sys.argv)[1:]
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError) as error:
-        raise ValueError(f"{' '.join(str(error).split())}; `{name} --help` lists the flags") from None
+        _define(values, config, options)
+        _parse(values, name, about, config)
+        return values.config.lock()
+    except Exception as error:
+        if _traced():
+            raise
+        raise ValueError(f"{_reason(error)}; `{name} --help` lists the flags") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with the flags or the config file, in words. ml_collections quotes an unknown field several times over."""
+    said = _said(error).rstrip(".").replace("\\n", " ").replace("\\", "")
+    if isinstance(error, KeyError | AttributeError) and said[:1] in QUOTES:
+        return f"no such config field: {said.strip(QUOTES).replace(QUOTES[0], ',')}"
+    return said if isinstance(error, ValueError | OSError | TypeError | flags.Error) else f"{type(error).__name__}: {said}"
+
+
+def _define(values: flags.FlagValues, config: str, options: Mapping[str, tuple]) -> None:
+    """Defines the flags. ml_collections may read the config file already here."""
+    flags.DEFINE_bool("traceback", False, "show where an error was raised", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this page", short_name="h", flag_values=values)
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    for option, (default, text) in options.items():
+        define[type(default)](option, default, text, flag_values=values)
+    sys.path[:0] = _config_roots(config)
+    config_flags.DEFINE_config_file("config", config, "the experiment", flag_values=values)
+
+
+def _parse(values: flags.FlagValues, name: str, about: str, config: str) -> None:
+    if any(word in ("--help", "-h", "--helpfull", "-help") for word in sys.argv[1:]):
+        print(_help(values, name, about, config))
+        sys.exit(0)
+    rest = values(sys.argv)[1:]
     if rest:
-        raise ValueError(f"{rest[0]!r} is not a flag: fields are set by --config.field=value; `{name} --help` lists the flags")
+        raise ValueError(f"{rest[0]!r} is not a flag: fields are set by --config.field=value")
 
 
-def _help(values: flags.FlagValues, name: str, about: str) -> str:
-    lines = [f"python -m proreflow_jax.{name}: {about.strip()}", "", "Flags:"]
-    for flag in (values[key] for key in values):
-        if flag.name == "help" or not flag.help or ":" in flag.name:
-            continue
-        lines.append(f"  --{flag.name} (default {flag.default!r}): {flag.help}" if flag.name != "config" else "")
-    lines.append(f"  --config (default {values['config'].default!r}): {values['config'].help}")
-    return "\n".join(line for line in lines if line or line == "") + "\n\nEvery field is explained in the config file itself."
+def _help(values: flags.FlagValues, name: str, about: str, config: str) -> str:
+    own = [values[key] for key in values if key not in ("help", "h", "config") and values[key].help]
+    rows = [("config", config, "the experiment, a Python file; any field is overridden by --config.field=value")]
+    rows += [(flag.name, flag.default, flag.help) for flag in own if flag.name in values and ":" not in flag.name]
+    lines = [f"  --{flag}={default}\n      {text}" for flag, default, text in rows]
+    return "\n".join([f"python -m proreflow_jax.{name}", "", about.strip(), "", "Flags and their defaults:", *lines, "", FIELDS])
 
 
-def _ours(error: Exception, values: flags.FlagValues) -> bool:
-    """A ValueError or a missing file is the user's to mend; other kinds only while the flags were read."""
-    traced = values.is_parsed() and values.traceback
-    return not traced and (isinstance(error, ValueError | FileNotFoundError | flags.Error) or not values.is_parsed())
+def _traced() -> bool:
+    """Whether the user wants to see where an error was raised, also one that keeps the flags from being read."""
+    return any(word in ("--traceback", "--traceback=true") for word in sys.argv[1:])
+
+
+def _said(error: Exception) -> str:
+    """An error's message on one line; a KeyError's without the quotes Python puts around it."""
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
 def _prepare() -> None:
@@ -98,11 +120,6 @@ def _prepare() -> None:
         cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_HOST_DEVICES)
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))  # a power of two divides most batches
     initialize_distributed()
-
-
-def _resolved(config: ConfigDict) -> ConfigDict:
-    config.lock()
-    return config
 
 
 def _leave(code: int, line: str) -> None:

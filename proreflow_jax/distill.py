@@ -9,7 +9,8 @@ import time
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli, export, make_pairs, train
-from proreflow_jax.experiment import open_experiment
+from proreflow_jax.checks import check_export
+from proreflow_jax.experiment import check_ready, open_experiment
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.runtime import files
 from proreflow_jax.runtime.checkpoint import lock
@@ -21,6 +22,9 @@ def distill(config: ConfigDict) -> None:
     """Runs the whole chain of a config; what is done already is not done again."""
     experiment = open_experiment(config)
     exported = [find_stage(experiment.stages, count) for count in config.export.stages]
+    if exported:
+        check_export(config)
+    check_ready(experiment, experiment.stages[0])
     began = time.monotonic()
     with lock(experiment.run):
         if not (experiment.run / "config.json").exists():

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -46,9 +45,9 @@ class Row(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """The classifier and the moments of the real digits in its features."""
+    """The digits' judges, and the moments of the real digits in their features."""
 
-    network: classifier.Classifier
+    judges: classifier.Judges
     real: tuple[np.ndarray, np.ndarray]
 
 
@@ -57,7 +56,7 @@ def evaluate(config: ConfigDict) -> None:
     experiment = open_experiment(config)
     if config.data.kind != "digits":
         raise ValueError(f"--config.data.kind={config.data.kind}: the table is made for digits so far")
-    if config.evaluate.examples % config.evaluate.batch:
+    if config.evaluate.batch < 1 or config.evaluate.examples < 1 or config.evaluate.examples % config.evaluate.batch:
         raise ValueError(
             f"--config.evaluate.examples={config.evaluate.examples} must be a multiple of --config.evaluate.batch={config.evaluate.batch}"
         )
@@ -84,8 +83,8 @@ def _notes(config: ConfigDict) -> list[str]:
     return [
         f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from the "
         f"same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
-        f"Frechet distance to the 1,797 real digits in the features of {classifier.NAME}, n = {n}. "
-        "recognised: share of images that the same classifier takes for the digit of the prompt.",
+        f"Frechet distance to the 1,797 real digits in the features of {classifier.FEATURES}, n = {n}. "
+        f"recognised: share of images that {classifier.READER}, trained on the real digits, takes for the digit of the prompt.",
         f"guidance 1, one seed ({config.seed}); s / image: latents and decoding on this machine, compilation excluded.",
     ]
 
@@ -118,7 +117,7 @@ def measure(experiment: Experiment, rows: list[Row]) -> tuple[list[dict[str, Any
             teacher[row.steps] = distance
         change = distance / teacher[row.steps] - 1 if teacher.get(row.steps) and row.weights.flow.windows else None
         pixels = digits.to_pixels8(images)
-        fid = frechet.frechet_distance(frechet.moments(classifier.features(judge.network, pixels)), judge.real)
+        fid = frechet.frechet_distance(frechet.moments(classifier.features(judge.judges, pixels)), judge.real)
         results.append(
             {
                 "method": row.method,
@@ -126,7 +125,7 @@ def measure(experiment: Experiment, rows: list[Row]) -> tuple[list[dict[str, Any
                 "distance": distance,
                 "against": "" if change is None else f"{100 * change:+.0f} %",
                 "frechet": fid,
-                "recognised": f"{100 * float(np.mean(classifier.predict(judge.network, pixels) == labels)):.1f} %",
+                "recognised": f"{100 * float(np.mean(classifier.read(judge.judges, pixels) == labels)):.1f} %",
                 "seconds": seconds,
             }
         )
@@ -138,8 +137,8 @@ def measure(experiment: Experiment, rows: list[Row]) -> tuple[list[dict[str, Any
 def _judge(size: int) -> Judge:
     images, labels = digits.load(size)
     pixels = digits.to_pixels8(images)
-    network = classifier.fit(pixels, labels)
-    return Judge(network, frechet.moments(classifier.features(network, pixels)))
+    judges = classifier.fit(pixels, labels)
+    return Judge(judges, frechet.moments(classifier.features(judges, pixels)))
 
 
 def _drawer(experiment: Experiment, flow: Flow) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from proreflow_jax.data import captions, digits, shards
+from proreflow_jax.checks import RULES, check_choice, check_config
+from proreflow_jax.data import captions, digits
+from proreflow_jax.data.files import sha256
 from proreflow_jax.data.loader import Source
-from proreflow_jax.flow.prediction import check_reading
 from proreflow_jax.flow.schedule import from_config
 from proreflow_jax.models import pipeline
 from proreflow_jax.models.network import Params
@@ -25,10 +26,7 @@ from proreflow_jax.reflow.teacher import DIFFUSION, Flow
 from proreflow_jax.runtime import files, mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 
-DTYPES = ("float32", "bfloat16")
-STORAGE = ("float32", "float16", "bfloat16")
-MODES, TEACHERS, KINDS = ("stored", "online"), ("previous", "base"), ("digits", "tfds", "prompts")
-RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP}
+FREE = ("model.path", "train.log_every")  # fields that a resumed stage may change
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
 
 
@@ -55,59 +53,29 @@ class Weights(NamedTuple):
 def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     run = Path(config.root) / files.check_name(config.name)
-    plan = stages.plan_stages(config.stages, run)
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    mesh.check_batch(config.train.batch, config.train.accumulation, machine)
-    _check_choices(config)
+    check_config(config, machine)
+    plan = stages.plan_stages(config.stages, run)
+    check_loss(loss_recipe(config))
     base = pipeline.load(config.model.path)
+    if base.unet.config.get("addition_embed_type"):
+        raise ValueError(f"{config.model.path} has two text encoders (SDXL), which are not wired up yet: use an SD 1.5 or 2.1 --config.model.path")
     networks = Networks(base.unet, base.text_encoder, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
-    _choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
+    check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
     experiment = Experiment(config, run, base, networks, flow, plan, machine)
     for stage in plan:
         check_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))
-    _check_pairs(config, machine)
-    optimizer.make({**config.optimizer, "steps": config.train.steps})
+    _check_resolution(experiment)
     return experiment
 
 
-def _choice(value: Any, known: Sequence[str], what: str) -> None:
-    if value not in known:
-        raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}")
-
-
-def _check_choices(config: ConfigDict) -> None:
-    check_reading(config.student.prediction, config.student.path)
-    check_loss(loss_recipe(config))
-    for value, known, field in (
-        (config.model.dtype, DTYPES, "model.dtype"),
-        (config.model.teacher_dtype, DTYPES, "model.teacher_dtype"),
-        (config.pairs.mode, MODES, "pairs.mode"),
-        (config.pairs.teacher, TEACHERS, "pairs.teacher"),
-        (config.pairs.storage, STORAGE, "pairs.storage"),
-        (config.data.kind, KINDS, "data.kind"),
-    ):
-        _choice(value, known, f"--config.{field}")
-    for _, value in config.mesh.rules:
-        _choice(value, tuple(RULES), "a value of --config.mesh.rules")
-    if config.pairs.start == "data" and config.data.kind == "prompts":
-        raise ValueError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")
-    for field, value, low in (("seed", config.seed, 0), ("train.steps", config.train.steps, 1), ("pairs.substeps", config.pairs.substeps, 1)):
-        if value < low:
-            raise ValueError(f"--config.{field}={value} must be at least {low}")
-    if not 0 <= config.train.ema < 1:
-        raise ValueError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
-    if not 0 <= config.pairs.prompt_dropout <= 1:
-        raise ValueError(f"--config.pairs.prompt_dropout={config.pairs.prompt_dropout} must be in [0, 1]")
-
-
-def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
-    p, ways = config.pairs, machine.shape["data"] * machine.shape["fsdp"]
-    shards.shard_count({"examples": p.examples, "shard_size": p.shard_size})
-    if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
-        raise ValueError(
-            f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple of {ways} devices"
-        )
+def _check_resolution(experiment: Experiment) -> None:
+    """Images become latents of the shape that the noise has; raises ValueError otherwise."""
+    c, base = experiment.config, experiment.base
+    side = base.latent_shape[0] * 2 ** (len(base.vae.config["block_out_channels"]) - 1)
+    if c.pairs.start == "data" and c.data.resolution != side:
+        raise ValueError(f"--config.data.resolution={c.data.resolution} must be {side}, the pixels a side of {c.model.path}")
 
 
 def loss_recipe(config: ConfigDict) -> LossRecipe:
@@ -169,7 +137,7 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     if stage is None:
         return base_weights(experiment)
     if not (stage.folder / DONE).is_file():
-        raise FileNotFoundError(f"{stage.folder / DONE} is missing: finish the stage by distill, or train --stage={stage.windows}")
+        raise FileNotFoundError(f"{stage.folder / DONE} is missing: run distill, or train --stage={stage.windows}")
     done = files.read_json(stage.folder / DONE)
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(done["step"], state_target(experiment)).state
@@ -223,6 +191,19 @@ def state_target(experiment: Experiment) -> TrainState:
     return jax.tree.map(place, _state_shapes(experiment), state_places(experiment))
 
 
+def check_ready(experiment: Experiment, stage: Stage) -> None:
+    """Raises FileNotFoundError, one line, if the stage that another starts from is not done; ValueError for bad data or rules.
+
+    A job asks this before it makes its folder. The digits are written by the job itself, so nothing is asked of them.
+    """
+    state_places(experiment)
+    before = parent_stage(experiment, stage)
+    if before is not None and not (before.folder / DONE).is_file():
+        raise FileNotFoundError(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
+    if experiment.config.data.kind != "digits":
+        open_source(experiment)
+
+
 def open_source(experiment: Experiment) -> Source:
     """The captions (and images) of the config, as random access to {"caption", "image"}."""
     d = experiment.config.data
@@ -234,12 +215,17 @@ def open_source(experiment: Experiment) -> Source:
 
 
 def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
-    """What may not change while a stage is under way: the named blocks of the config, flat, and the parent's digest."""
+    """What may not change while a stage is under way: the named blocks of the config, flat, and the parent's digest.
+
+    Left out is what changes no result: where the base model lies (its digest is the first parent) and how often is logged.
+    """
     config = experiment.config
     plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
-    return plan | {"seed": config.seed, "parent": parent}
+    if config.data.kind == "prompts":
+        plan["prompts"] = sha256(Path(config.data.path))
+    return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
 
 
 def _plain(value: Any) -> Any:

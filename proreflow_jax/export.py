@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
+from proreflow_jax.checks import check_export
 from proreflow_jax.experiment import Experiment, load_weights, open_experiment, to_host
 from proreflow_jax.models import weights
 from proreflow_jax.reflow.stages import Stage, find_stage
@@ -50,11 +51,8 @@ def run_stage(experiment: Experiment, stage: Stage, target: Path, overwrite: boo
 
     Raises ValueError if the folder holds something else, or if the student's reading has no stock scheduler.
     """
+    check_export(experiment.config)
     student = load_weights(experiment, stage)
-    if student.flow.prediction != "ddim_eps":
-        raise ValueError(
-            f"--config.student.prediction={student.flow.prediction}: no stock scheduler reads this student; train with ddim_eps to export"
-        )
     if again and not overwrite and (target / CARD).is_file() and files.read_json(target / CARD)["digest"] == student.digest:
         log.info("%s: is there", target)
         return

@@ -18,6 +18,7 @@ from proreflow_jax import cli
 from proreflow_jax.data import loader, records
 from proreflow_jax.experiment import (
     Experiment,
+    check_ready,
     frozen_arrays,
     load_weights,
     open_experiment,
@@ -43,6 +44,7 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
     chosen = find_stage(experiment.stages, stage)
     if config.pairs.mode != "stored":
         raise ValueError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
+    check_ready(experiment, chosen)
     with lock(chosen.folder):
         run_stage(experiment, chosen)
 

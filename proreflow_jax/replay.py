@@ -56,8 +56,9 @@ def _prompts(experiment: Experiment) -> list[str]:
 
 def our_latents(experiment: Experiment, stage: Stage, prompts: list[str], noise: np.ndarray) -> np.ndarray:
     """Latents (n, h, w, c) of our sampler, scaled."""
-    student, n, params = load_weights(experiment, stage), experiment.networks, experiment.base.params
-    context = text_context(n.text_encoder, params["text_encoder"], experiment.base.tokenizer.encode(prompts))
+    student, n = load_weights(experiment, stage), experiment.networks
+    text, ids = jax.device_put(experiment.base.params["text_encoder"]), jnp.asarray(experiment.base.tokenizer.encode(prompts))
+    context = text_context(n.text_encoder, text, ids)
     sample = partial(sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=student.flow, steps=stage.windows, guidance=1.0)
     return np.asarray(jax.jit(sample)(student.params, jnp.asarray(noise), context, context))
 

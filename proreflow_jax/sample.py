@@ -5,13 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from proreflow_jax import cli
 from proreflow_jax.data.captions import Prompts
-from proreflow_jax.experiment import load_weights, open_experiment
+from proreflow_jax.experiment import load_weights, open_experiment, student_flow
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import text_context
@@ -34,15 +35,15 @@ def sample(
     path = Path(out)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise ValueError(f"--out={out} must be a .png file in a folder that exists")
-    weights = load_weights(experiment, chosen)
     steps = steps or (stage if stage else BASE_STEPS)
-    sampler.check_sampling(steps, weights.flow)
+    sampler.check_sampling(steps, student_flow(config, chosen) if chosen else experiment.flow)
+    weights = load_weights(experiment, chosen)
 
-    n, params, encode = experiment.networks, experiment.base.params, experiment.base.tokenizer.encode
-    context = text_context(n.text_encoder, params["text_encoder"], np.repeat(encode(texts), count, axis=0))
-    against = text_context(n.text_encoder, params["text_encoder"], encode([negative]))
+    n, params, encode = experiment.networks, jax.device_put(experiment.base.params), experiment.base.tokenizer.encode
+    context = text_context(n.text_encoder, params["text_encoder"], jnp.repeat(encode(texts), count, axis=0))
+    against = text_context(n.text_encoder, params["text_encoder"], jnp.asarray(encode([negative])))
     noise = jax.random.normal(jax.random.key(seed), (count, *experiment.base.latent_shape))
-    noise = np.tile(noise, (len(texts), 1, 1, 1))
+    noise = jnp.tile(noise, (len(texts), 1, 1, 1))
     draw = partial(
         sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=weights.flow, steps=steps, guidance=float(guidance)
     )

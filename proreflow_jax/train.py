@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from proreflow_jax.experiment import (
     TRAIN_KEY,
     Experiment,
     Weights,
+    check_ready,
     fresh_state,
     frozen_arrays,
     load_weights,
@@ -47,13 +49,16 @@ from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold, lock
 from proreflow_jax.runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
-IDENTITY_PROMPTS = 4  # prompts of the source on which the step-0 identity is checked
+IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
 
 
 def train(config: ConfigDict, stage: int) -> None:
     """The verb: one stage to its end, DONE.json included."""
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
+    check_ready(experiment, chosen)
+    if config.pairs.mode == "stored" and not (chosen.folder / "pairs" / records.MANIFEST).is_file():
+        raise FileNotFoundError(f"{chosen.folder / 'pairs'} holds no finished pairs: run make_pairs --stage={stage} first")
     with lock(chosen.folder):
         run_stage(experiment, chosen)
 
@@ -94,11 +99,11 @@ def _source(experiment: Experiment, stage: Stage) -> loader.Source:
 
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
-    ids = experiment.base.tokenizer.encode(["", "a", "b", "c"][:IDENTITY_PROMPTS])
-    networks, params = experiment.networks, experiment.base.params
+    ids = jnp.asarray(experiment.base.tokenizer.encode(IDENTITY_PROMPTS))
+    networks, text = experiment.networks, jax.device_put(experiment.base.params["text_encoder"])
     gap = check_identity(
         parent.params,
-        text_context(networks.text_encoder, params["text_encoder"], ids),
+        text_context(networks.text_encoder, text, ids),
         experiment.base.latent_shape,
         run_key(experiment.config, TRAIN_KEY, 0),
         unet=networks.unet,

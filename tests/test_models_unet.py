@@ -22,9 +22,7 @@ BLOCKS = dict(
     out_channels=4,
 )
 LINEAR = dict(use_linear_projection=True, layers_per_block=1)
-ADDED = dict(
-    addition_embed_type="text_time", addition_time_embed_dim=6, projection_class_embeddings_input_dim=10 + 6 * 6
-)
+ADDED = dict(addition_embed_type="text_time", addition_time_embed_dim=6, projection_class_embeddings_input_dim=10 + 6 * 6)
 KINDS = {
     "SD 1.5": BLOCKS | dict(layers_per_block=2, attention_head_dim=2, sample_size=8),
     "SD 2.1": BLOCKS | LINEAR | dict(attention_head_dim=(2, 4)),

@@ -1,40 +1,44 @@
-"""The judge of the digits: a small network of scikit-learn's, trained on the real ones, and its hidden features."""
+"""The judges of the digits, both trained on the real ones: a support vector machine that reads them, a network for features.
 
-from typing import NamedTuple
+The machine is the better reader (96 % of scikit-learn's last 397 digits, other writers, when trained on the first 1,400; the
+network 92 %); the network has the hidden features that a Frechet distance needs.
+"""
+
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-NAME = "digits-mlp64"  # named beside every Frechet distance: 64 hidden units on 8x8 pixels in [0, 16]
+FEATURES = "digits-mlp64"  # named beside every Frechet distance: 64 hidden units on 8x8 pixels
+READER = "digits-svm"  # named beside every recognition rate: RBF kernel on 8x8 pixels
 HIDDEN = 64
 INK = 16.0
 
 
-class Classifier(NamedTuple):
-    """Weights of a network with one hidden layer: (64, 64), (64,), (64, 10), (10,)."""
+class Judges(NamedTuple):
+    """A fitted reader (scikit-learn's SVC), and the first layer of the feature network, (64, 64) and (64,)."""
 
-    w1: np.ndarray
-    b1: np.ndarray
-    w2: np.ndarray
-    b2: np.ndarray
+    reader: Any
+    weight: np.ndarray
+    bias: np.ndarray
 
 
-def fit(pixels: Float[np.ndarray, "n 64"], labels: Int[np.ndarray, " n"]) -> Classifier:
-    """Trains on real digits, the same network every time (seed 0). Raises ValueError if scikit-learn is missing."""
+def fit(pixels: Float[np.ndarray, "n 64"], labels: Int[np.ndarray, " n"]) -> Judges:
+    """Trains both on real digits, the same every time. Raises ValueError if scikit-learn is missing."""
     try:
         from sklearn.neural_network import MLPClassifier
+        from sklearn.svm import SVC
     except ImportError:
-        raise ValueError("the digits' classifier needs scikit-learn: pip install 'proreflow_jax[demo]'") from None
-    model = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=150, random_state=0, early_stopping=False, tol=1e-6)
-    model.fit(pixels / INK, labels)
-    return Classifier(model.coefs_[0], model.intercepts_[0], model.coefs_[1], model.intercepts_[1])
+        raise ValueError("the digits' judges need scikit-learn: pip install 'proreflow_jax[demo]'") from None
+    network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=400, random_state=0).fit(pixels / INK, labels)
+    return Judges(SVC(C=10.0, gamma=0.25).fit(pixels / INK, labels), network.coefs_[0], network.intercepts_[0])
 
 
-def features(judge: Classifier, pixels: Float[np.ndarray, "n 64"]) -> Float[np.ndarray, "n 64"]:
+def features(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Float[np.ndarray, "n 64"]:
     """Hidden activations after the ReLU: the feature space of the Frechet distance."""
-    return np.maximum(pixels / INK @ judge.w1 + judge.b1, 0.0)
+    return np.maximum(pixels / INK @ judges.weight + judges.bias, 0.0)
 
 
-def predict(judge: Classifier, pixels: Float[np.ndarray, "n 64"]) -> Int[np.ndarray, " n"]:
+def read(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Int[np.ndarray, " n"]:
     """The digit each image is taken for."""
-    return np.argmax(features(judge, pixels) @ judge.w2 + judge.b2, axis=1)
+    return judges.reader.predict(pixels / INK)

@@ -48,7 +48,8 @@ def _read(folder: Path) -> Tokenizer:
         return build(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raise FileNotFoundError(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: is --config.model.path a diffusers folder?")
+    rule = "--config.model.path must name a diffusers folder"
+    raise FileNotFoundError(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: {rule}")
 
 
 def _text(value: str | dict | None, default: str) -> str:

@@ -62,7 +62,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     for path in _files(folder):
         try:
             with safe_open(path, framework="numpy") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     return tensors

@@ -1,0 +1,110 @@
+"""What a config must satisfy, found out before a model is read or a byte is written. Every refusal is one line."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+from proreflow_jax.data import shards
+from proreflow_jax.flow import solvers
+from proreflow_jax.flow.prediction import check_reading
+from proreflow_jax.reflow.pairs import STARTS
+from proreflow_jax.runtime import mesh, optimizer
+
+DTYPES = ("float32", "bfloat16")
+STORAGE = ("float32", "float16", "bfloat16")
+MODES, TEACHERS, KINDS = ("stored", "online"), ("previous", "base"), ("digits", "tfds", "prompts")
+RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP}
+CHOICES = {
+    "model.dtype": DTYPES,
+    "model.teacher_dtype": DTYPES,
+    "pairs.mode": MODES,
+    "pairs.start": STARTS,
+    "pairs.teacher": TEACHERS,
+    "pairs.solver": tuple(solvers.SOLVERS),
+    "pairs.storage": STORAGE,
+    "data.kind": KINDS,
+}
+RANGES = {  # field: (lowest, highest); both ends are allowed
+    "seed": (0, 2**63 - 1),
+    "pairs.substeps": (1, 1000),
+    "pairs.guidance": (0.0, 1000.0),
+    "pairs.prompt_dropout": (0.0, 1.0),
+    "loss.alpha": (0.0, 1e6),
+    "train.steps": (1, 2**31 - 1),
+    "train.log_every": (1, 2**31 - 1),
+    "checkpoint.every": (1, 2**31 - 1),
+    "checkpoint.keep": (1, 2**31 - 1),
+}
+
+
+def check_config(config: ConfigDict, machine: Mesh) -> None:
+    """Raises ValueError for a value that no job can carry out on this mesh, whatever the base model is."""
+    for field in ("stages", "export.stages", "evaluate.teacher_steps"):
+        _check_counts(field, _get(config, field))
+    for field, known in CHOICES.items():
+        check_choice(_get(config, field), known, f"--config.{field}")
+    for field, (low, high) in RANGES.items():
+        if not low <= _get(config, field) <= high:
+            raise ValueError(f"--config.{field}={_get(config, field)} must be in [{low}, {high}]")
+    if not 0 <= config.train.ema < 1:
+        raise ValueError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
+    check_reading(config.student.prediction, config.student.path)
+    _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
+    _check_table("optimizer.decay_rules", config.optimizer.decay_rules, (True, False))
+    optimizer.make({**config.optimizer, "steps": config.train.steps})
+    mesh.check_batch(config.train.batch, config.train.accumulation, machine)
+    _check_pairs(config, machine)
+
+
+def check_export(config: ConfigDict) -> None:
+    """Raises ValueError if a stage shall be exported that no stock scheduler reads."""
+    if config.student.prediction != "ddim_eps":
+        raise ValueError(
+            f"--config.student.prediction={config.student.prediction}: no stock scheduler reads this student; train with "
+            "ddim_eps to export, or export nothing by --config.export.stages='()'"
+        )
+
+
+def check_choice(value: Any, known: Sequence[str], what: str) -> None:
+    """Raises ValueError unless the value is one of the known; `what` is the flag, or where the value stands."""
+    if value not in known:
+        raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}")
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _check_counts(field: str, values: Any) -> None:
+    if not isinstance(values, tuple) or any(type(value) is not int for value in values):
+        raise ValueError(f"--config.{field}={values!r} must be whole numbers, for example --config.{field}='(4, 2)'")
+
+
+def _check_table(field: str, rows: Any, known: Sequence[Any]) -> None:
+    """An ordered (regex, value) table whose values are among the known."""
+    for row in rows:
+        if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
+            raise ValueError(f"--config.{field}: {row!r} must be a pair (regex, value)")
+        if row[1] not in known:
+            raise ValueError(f"--config.{field}: {row[1]!r} in {row!r} must be one of {', '.join(map(str, known))}")
+        try:
+            re.compile(row[0])
+        except re.error as error:
+            raise ValueError(f"--config.{field}: {row[0]!r} is no regular expression ({error})") from None
+
+
+def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
+    p, ways = config.pairs, machine.shape["data"] * machine.shape["fsdp"]
+    shards.shard_count({"examples": p.examples, "shard_size": p.shard_size})
+    if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
+        raise ValueError(
+            f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple "
+            f"of {ways} devices (data x fsdp)"
+        )
+    if p.start == "data" and config.data.kind == "prompts":
+        raise ValueError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")

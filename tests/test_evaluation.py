@@ -1,0 +1,121 @@
+"""Numbers about a checkpoint: the Frechet distance against its textbook form, the judge of the digits, what people read."""
+
+import html.parser
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+from PIL import Image
+
+from proreflow_jax.evaluation import classifier, report
+from proreflow_jax.evaluation.frechet import frechet_distance, moments
+
+COLUMNS = {"name": "method", "steps": "steps", "fd": "FD"}
+ROWS = [{"name": "teacher <64>", "steps": 64, "fd": 0.123456}, {"name": "a | b & c", "steps": 2}]
+
+
+def features(seed, n=300, d=12, shift=0.0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + shift
+
+
+@pytest.mark.parametrize("n", [300, 8])
+def test_the_distance_is_that_of_the_matrix_square_root(n):
+    """With 8 examples of 12 features both covariances are singular."""
+    (m1, c1), (m2, c2) = moments(features(0, n)), moments(features(1, n, shift=0.5))
+    root = scipy.linalg.sqrtm(c1 @ c2)
+    want = np.sum((m1 - m2) ** 2) + np.trace(c1 + c2 - 2 * root.real)
+    found = frechet_distance((m1, c1), (m2, c2))
+    assert found == pytest.approx(want, rel=1e-6)
+    assert found == pytest.approx(frechet_distance((m2, c2), (m1, c1)), rel=1e-6)
+
+
+def test_equal_sets_have_distance_zero_and_a_shift_its_square():
+    first = moments(features(0))
+    assert abs(frechet_distance(first, first)) < 1e-6
+    assert frechet_distance(first, (first[0] + 2.0, first[1])) == pytest.approx(12 * 4.0, rel=1e-6)
+
+
+def test_one_dimension_by_hand():
+    assert frechet_distance((np.zeros(1), np.array([[4.0]])), (np.ones(1), np.array([[9.0]]))) == pytest.approx(2.0)
+
+
+def test_moments_are_float64_and_need_two_examples():
+    mean, covariance = moments(features(0).astype(np.float32))
+    assert mean.dtype == covariance.dtype == np.float64
+    np.testing.assert_allclose(covariance, np.cov(features(0).T), rtol=1e-4)
+    with pytest.raises(ValueError, match="1 examples have no covariance: raise --config.evaluate.examples"):
+        moments(features(0)[:1])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    return data.data.astype(np.float64), data.target
+
+
+def test_the_judge_is_the_same_every_time_and_knows_digits(digits):
+    pixels, labels = digits[0][:400], digits[1][:400]
+    judge, again = classifier.fit(pixels, labels), classifier.fit(pixels, labels)
+    assert all(np.array_equal(a, b) for a, b in zip(judge[1:], again[1:], strict=True))
+    unseen = classifier.read(judge, digits[0][400:800])
+    assert (unseen == digits[1][400:800]).mean() > 0.85
+    found = classifier.features(judge, pixels)
+    assert found.shape == (400, 64) and found.min() >= 0
+    first, second = moments(found[:200]), moments(found[200:])
+    noise = moments(classifier.features(judge, np.random.default_rng(0).uniform(0, 16, (200, 64))))
+    assert frechet_distance(first, second) < 0.2 * frechet_distance(first, noise)
+
+
+def test_a_missing_scikit_learn_is_named_with_what_mends_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.neural_network", None)
+    with pytest.raises(ValueError, match="needs scikit-learn: pip install"):
+        classifier.fit(np.zeros((4, 64)), np.arange(4))
+
+
+def test_a_table_lines_up_and_leaves_unknown_cells_empty():
+    lines = report.table(ROWS, COLUMNS).splitlines()
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["|", "method", "|", "steps", "|", "FD", "|"]
+    assert lines[1].count("|") == 4 and ":" in lines[1]
+    assert lines[2].endswith("| 0.123 |") and lines[3].endswith("|       |")
+
+
+def test_a_picture_has_a_row_a_method_and_a_column_a_seed(tmp_path):
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    images[0, ..., 0], images[1, ..., 1], images[2, ..., 2] = 255, 255, 255
+    report.picture(tmp_path / "p.png", [("first", images), ("second", images[::-1])], ["a", "b"])
+    picture = Image.open(tmp_path / "p.png")
+    step = report.CELL + report.GAP
+    assert picture.size == (report.LABEL + 2 * step, 22 + 2 * step)
+    middle = lambda i, j: picture.getpixel((report.LABEL + j * step + 32, 22 + i * step + 32))
+    assert [middle(0, 0), middle(0, 1)] == [(255, 0, 0), (0, 255, 0)]
+    assert [middle(1, 0), middle(1, 1)] == [(0, 0, 255), (0, 255, 0)]
+    assert np.asarray(picture)[:, : report.LABEL].min() < 100  # labels are written
+
+
+def test_a_page_shows_its_text_as_text(tmp_path):
+    path = tmp_path / "index.html"
+    report.page(path, "<b>run</b>", ["a <script>alert(1)</script> note"], ROWS, {"name": "<i>method</i>", "fd": "FD"}, 'p".png')
+    text = path.read_text(encoding="utf-8")
+    tags, shown = [], []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.handle_data = shown.append
+    parser.feed(text)
+    names = [tag for tag, _ in tags]
+    assert not {"script", "b", "i"} & set(names) and names.count("tr") == 3 and names.count("td") == 4
+    for part in ("<b>run</b>", "a <script>alert(1)</script> note", "<i>method</i>", "teacher <64>", "a | b & c", "0.123"):
+        assert part in shown
+    assert dict(tags)["img"]["src"] == 'p".png'
+
+
+def test_evaluation_needs_neither_jax_nor_scikit_learn_to_be_read():
+    """The report's helpers stay light."""
+    code = (
+        "import sys; from proreflow_jax.evaluation import classifier, frechet, report; "
+        "sys.exit(any(name in sys.modules for name in ('sklearn', 'flax', 'tensorflow')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,177 @@
+"""The loop: numbers in order, checkpoints when due, a clean stop at a signal, and nothing bad ever saved."""
+
+import os
+import signal
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from proreflow_jax.reflow import loop
+from proreflow_jax.runtime.checkpoint import Checkpoints
+
+
+class Recorder:
+    """Stands for metrics and checkpoints, and writes down what is asked of it, in order."""
+
+    def __init__(self, every=3):
+        self.every, self.events = every, []
+
+    def write(self, step, values):
+        self.events.append(("metrics", step, values["loss"]))
+
+    def due(self, step):
+        return step % self.every == 0
+
+    def preempted(self, step):
+        return False
+
+    def save(self, step, state, meta):
+        self.events.append(("save", step, int(state), meta))
+
+    def check(self):
+        self.events.append(("check",))
+
+    def wait(self):
+        self.events.append(("wait",))
+
+    def of(self, kind):
+        return [event[1:] for event in self.events if event[0] == kind]
+
+
+def count(state, batch):
+    """A step that adds the batch; its loss is the number of steps done."""
+    return state + 1, {"loss": jnp.float32(state + 1)}
+
+
+def run(recorder, step=count, start=0, total=7, log_every=1):
+    batches = ((i, np.float32(i)) for i in range(start, 100))
+    options = {"metrics": recorder, "checkpoints": recorder, "log_every": log_every}
+    return loop.run(step, jnp.asarray(start), batches, total=total, meta=lambda done: {"position": done}, **options)
+
+
+def test_every_number_is_written_once_in_order_with_its_own_step():
+    recorder = Recorder()
+    assert int(run(recorder)) == 7
+    assert recorder.of("metrics") == [(n, float(n)) for n in range(1, 8)]
+
+
+def test_checkpoints_hold_the_state_of_their_step_and_the_last_is_saved():
+    recorder = Recorder()
+    run(recorder)
+    assert recorder.of("save") == [(n, n, {"position": n}) for n in (3, 6, 7)]
+    assert recorder.events[-1] == ("wait",)
+    assert len(recorder.of("check")) == 7
+
+
+def test_a_checkpoints_numbers_are_written_before_it_is_saved():
+    recorder = Recorder()
+    run(recorder)
+    kinds = [event[:2] for event in recorder.events if event[0] in ("metrics", "save")]
+    for step in (3, 6, 7):
+        assert kinds.index(("metrics", step)) < kinds.index(("save", step))
+
+
+def test_a_resumed_run_goes_on_where_it_was():
+    recorder = Recorder()
+    assert int(run(recorder, start=4)) == 7
+    assert recorder.of("metrics") == [(5, 5.0), (6, 6.0), (7, 7.0)]
+    assert [row[0] for row in recorder.of("save")] == [6, 7]
+
+
+def test_lines_come_every_so_often_and_at_the_end():
+    recorder = Recorder()
+    run(recorder, log_every=3)
+    assert [row[0] for row in recorder.of("metrics")] == [3, 6, 7]
+
+
+def test_a_step_is_sent_before_the_numbers_of_the_one_before_are_read():
+    recorder = Recorder(every=100)
+
+    def watched(state, batch):
+        recorder.events.append(("sent", int(batch) + 1))
+        return count(state, batch)
+
+    run(recorder, watched, total=3)
+    assert [event[:2] for event in recorder.events if event[0] in ("sent", "metrics")] == [
+        ("sent", 1), ("sent", 2), ("metrics", 1), ("sent", 3), ("metrics", 2), ("metrics", 3)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [1, 3, 4, 7])
+def test_a_number_that_is_none_stops_the_run_names_step_and_window_and_saves_nothing_after(bad):
+    recorder = Recorder()
+
+    def breaks(state, batch):
+        done = int(state) + 1
+        sums = jnp.array([1.0, 0.0, jnp.nan if done >= bad else 2.0])
+        return state + 1, {"loss": jnp.sum(sums), "window": {"loss": sums, "count": jnp.array([1.0, 0.0, 1.0])}}
+
+    with pytest.raises(FloatingPointError, match=f"step {bad} in window 2: .*nan") as caught:
+        run(recorder, breaks, log_every=100)
+    assert "\n" not in str(caught.value)
+    assert all(row[0] < bad for row in recorder.of("save"))
+
+
+def test_sigterm_saves_the_step_and_leaves_with_zero(tmp_path):
+    """With real checkpoints; the next run reads what is there."""
+
+    def told(state, batch):
+        if batch == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"x": state["x"] + 1}, {"loss": jnp.float32(1)}
+
+    recorder, before = Recorder(), signal.getsignal(signal.SIGTERM)
+    state, batches = {"x": jnp.zeros(())}, ((i, i) for i in range(100))
+    meta = lambda done: {"seed": 0, "position": done, "lineage": {}}
+    with Checkpoints(tmp_path / "c", every=50) as checkpoints, pytest.raises(SystemExit) as left:
+        loop.run(told, state, batches, total=90, metrics=recorder, checkpoints=checkpoints, log_every=1, meta=meta)
+    assert left.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 5
+        assert float(checkpoints.restore(None, {"x": jnp.zeros(())}).state["x"]) == 5
+    assert [row[0] for row in recorder.of("metrics")] == [1, 2, 3, 4, 5]
+
+
+def test_sigterm_in_the_last_step_ends_the_run_as_done():
+    recorder = Recorder()
+
+    def told(state, batch):
+        if batch == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count(state, batch)
+
+    assert int(run(recorder, told)) == 7
+    assert [row[0] for row in recorder.of("save")] == [3, 6, 7]
+
+
+def test_the_signal_is_given_back_when_a_step_fails():
+    def fails(state, batch):
+        raise RuntimeError("no device")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="no device"):
+        run(Recorder(), fails)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_the_main_thread_it_runs_without_the_signal():
+    recorder = Recorder()
+    worker = threading.Thread(target=run, args=(recorder,))
+    worker.start()
+    worker.join(60)
+    assert len(recorder.of("metrics")) == 7
+
+
+def test_host_metrics_are_means_of_the_windows_that_had_examples():
+    sums = {"loss": jnp.array([6.0, 0.0, 5.0]), "cosine": jnp.array([1.0, 0.0, 0.5]), "count": jnp.array([3.0, 0.0, 2.0])}
+    assert loop.host_metrics({"loss": jnp.float32(2.5), "window": sums}) == {
+        "loss": 2.5,
+        "window/0/loss": 2.0,
+        "window/2/loss": 2.5,
+        "window/0/cosine": pytest.approx(1 / 3),
+        "window/2/cosine": 0.25,
+    }
+    assert loop.host_metrics({"loss": jnp.float32(1)}) == {"loss": 1.0}

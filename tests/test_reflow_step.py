@@ -1,0 +1,243 @@
+"""The loss of the paper: where times fall, what the target is, that a perfect student has none, that gradients stay home."""
+
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_jit
+
+from proreflow_jax.flow import losses, prediction
+from proreflow_jax.reflow import pairs, step
+from proreflow_jax.reflow.step import LossRecipe, draw_examples, draw_times, reflow_loss
+from proreflow_jax.reflow.teacher import Flow
+
+TOYS = tiny.toy_networks()
+FROZEN = tiny.toy_frozen(TOYS)
+LOSS = LossRecipe("velocity", 1.0, 0.25, "float32")
+READINGS = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]
+KEY = jax.random.key(3)
+
+
+def records(b, m, n):
+    """Pair records with random states; those of m < n windows start somewhere."""
+    rng = np.random.default_rng(0)
+    states, first = rng.standard_normal((b, m + 1, *tiny.LATENT)), rng.integers(0, n - m + 1, b)
+    return {"states": jnp.asarray(states, jnp.float32), "first": jnp.asarray(first, jnp.int32), "ids": tiny.rows(b)["ids"]}
+
+
+@cache
+def drawer(flow, loss, x64):
+    return quick_jit(partial(draw_examples, flow=flow, networks=TOYS, loss=loss))
+
+
+def drawn(flow, rows=None, loss=LOSS, key=KEY):
+    """Examples of 32 records of whole trajectories, or of `rows`."""
+    rows = records(32, flow.windows, flow.windows) if rows is None else rows
+    return drawer(flow, loss, jax.config.jax_enable_x64)(FROZEN, rows, key)
+
+
+@cache
+def valuer(flow, loss, apply, x64):
+    networks = TOYS._replace(unet=TOYS.unet._replace(apply=apply))
+    return quick_jit(partial(reflow_loss, flow=flow, networks=networks, loss=loss))
+
+
+def evaluated(params, x, flow, loss=LOSS, apply=tiny.toy_unet):
+    return jax.device_get(valuer(flow, loss, apply, jax.config.jax_enable_x64)(params, x))
+
+
+def says(params, z, t, context):
+    """A UNet that gives what it is told, whatever it is asked."""
+    return params["out"]
+
+
+def perfect(flow, x):
+    """The output that a perfect student gives."""
+    place = (x["z"], x["v"], x["t"], x["t_s"], x["t_e"])
+    return {"out": quick_jit(partial(prediction.from_velocity, flow.prediction, flow.path, TOYS.schedule))(*place)}
+
+
+@pytest.mark.parametrize("n", [1, 8, 250])
+def test_times_lie_in_their_window_start_included_end_excluded(n):
+    k = jnp.arange(20_000) % n
+    t, t_s, t_e = (np.round(1000 * np.asarray(x, np.float64), 3) for x in draw_times(KEY, k, n, 0.1))
+    np.testing.assert_array_equal(t_s, 1000 - 1000 // n * np.asarray(k))
+    np.testing.assert_array_equal(t_e, t_s - 1000 // n)
+    assert (t <= t_s).all() and (t > t_e).all()
+    np.testing.assert_array_equal(t, np.round(t))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_window_starts_come_with_their_probability(p):
+    width, count = 125, 200_000
+    t, t_s, _ = draw_times(KEY, jnp.zeros(count, jnp.int32), 8, p)
+    want = p + (1 - p) / width
+    assert abs(float((t == t_s).mean()) - want) <= 4 * np.sqrt(want * (1 - want) / count)
+
+
+def test_times_are_uniform_where_the_start_has_no_extra_weight():
+    width, count = 125, 125_000
+    t, t_s, _ = draw_times(KEY, jnp.full(count, 5), 8, 0.0)
+    seen = np.bincount(np.round(1000 * np.asarray(t_s - t)).astype(int), minlength=width)
+    assert len(seen) == width
+    chi_square = ((seen - count / width) ** 2 / (count / width)).sum()
+    assert 124 - 4 * np.sqrt(248) < chi_square < 124 + 4 * np.sqrt(248)  # 124 degrees of freedom, four deviations
+
+
+@pytest.mark.parametrize("m", [8, 1, 3])
+def test_an_example_is_one_window_of_its_record_and_lies_on_its_chord(m):
+    flow, b = Flow("velocity", 8), 128
+    rows = records(b, m, 8)
+    x = jax.device_get(drawn(flow, rows))
+    k, first = np.asarray(x["k"]), np.asarray(rows["first"])
+    j = k - first
+    assert (j >= 0).all() and (j < m).all() and len(set(j)) == m
+    assert m == 8 or len(set(first)) > 1
+    z_s, z_e = (np.asarray(rows["states"])[np.arange(b), i] for i in (j, j + 1))
+    np.testing.assert_allclose(x["t_s"], 1 - k / 8, atol=1e-7)
+    np.testing.assert_allclose(x["t_e"], 1 - (k + 1) / 8, atol=1e-7)
+    np.testing.assert_allclose(x["v"], (z_e - z_s) * -8, rtol=1e-4, atol=1e-5)
+    share = ((x["t_s"] - x["t"]) * 8).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(x["z"], z_s + share * (z_e - z_s), rtol=1e-4, atol=1e-5)
+
+
+def test_windows_are_picked_evenly_and_context_is_the_prompts():
+    flow, b = Flow("velocity", 4), 4000
+    x = drawn(flow, records(b, 4, 4) | {"ids": jnp.broadcast_to(jnp.arange(8), (b, 8))})
+    assert np.abs(np.bincount(x["k"]) - 1000).max() < 4 * np.sqrt(1000 * 0.75)
+    np.testing.assert_array_equal(x["context"][5], FROZEN.text_encoder["table.weight"][:8])
+
+
+def test_states_may_be_stored_in_half_precision():
+    flow = Flow("ddim_eps", 8)
+    rows = records(32, 8, 8)
+    half = rows | {"states": rows["states"].astype(jnp.bfloat16)}
+    x = drawn(flow, half)
+    assert x["z"].dtype == x["v"].dtype == jnp.float32
+    same = drawn(flow, rows | {"states": half["states"].astype(jnp.float32)})
+    np.testing.assert_array_equal(x["v"], same["v"])
+
+
+@pytest.mark.parametrize("reading, path", READINGS)
+@pytest.mark.parametrize("space", step.SPACES)
+def test_a_perfect_student_has_no_loss(reading, path, space):
+    """In float64, with the network itself an arithmetic fact."""
+    flow, loss = Flow(reading, 4, path), LOSS._replace(space=space)
+    with jax.enable_x64(True):
+        x = {name: v.astype(float) if v.dtype == jnp.float32 else v for name, v in drawn(flow).items()}
+        right = perfect(flow, x)
+        value, metrics = evaluated(right, x, flow, loss, says)
+        off, _ = evaluated({"out": 1.01 * right["out"]}, x, flow, loss, says)
+    assert abs(float(value)) < 1e-10 < 1e-6 < float(off)
+    assert np.abs(metrics["window"]["relative_error"]).max() < 1e-10
+    np.testing.assert_allclose(metrics["window"]["cosine"], metrics["window"]["count"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("reading, path", READINGS)
+def test_a_student_with_the_targets_output_lands_on_the_clean_end(reading, path):
+    """Crossing the rest of the window from z_t with the perfect output ends at the pair's second state."""
+    flow, b = Flow(reading, 4, path), 32
+    rows = records(b, 4, 4)
+    with jax.enable_x64(True):
+        x = drawn(flow, rows)
+        place = (x["t"], x["t_e"], x["t_s"], x["t_e"])
+        move = quick_jit(partial(prediction.advance, reading, path, TOYS.schedule))
+        end = np.asarray(move(x["z"], perfect(flow, x)["out"], *place))
+        k = np.asarray(x["k"])
+    np.testing.assert_allclose(end, np.asarray(rows["states"])[np.arange(b), k + 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", step.SPACES)
+def test_the_sums_of_the_windows_add_up_to_the_mean(space):
+    flow, loss = Flow("ddim_eps", 8), LOSS._replace(space=space)
+    value, metrics = evaluated(FROZEN.teacher, drawn(flow), flow, loss)
+    sums = metrics["window"]
+    assert all(values.shape == (8,) for values in sums.values()) and sums["count"].sum() == 32
+    np.testing.assert_allclose(sums["loss"].sum() / 32, value, rtol=1e-5)
+
+
+def test_a_window_holds_the_sums_of_its_own_examples():
+    flow = Flow("velocity", 8)
+    x = drawn(flow)
+    _, metrics = evaluated(FROZEN.teacher, x, flow)
+    out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["t"] - 1, x["context"])
+    k = np.asarray(x["k"])
+    for name, rows in (("cosine", losses.cosine(out, x["v"])), ("loss", losses.aligned(out, x["v"], 1.0))):
+        want = [np.asarray(rows)[k == i].sum() for i in range(8)]
+        np.testing.assert_allclose(metrics["window"][name], want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(metrics["window"]["count"], np.bincount(k, minlength=8))
+
+
+@pytest.mark.parametrize("scale", [0.1, 7.0])
+def test_the_direction_term_is_free_of_scale(scale):
+    flow = Flow("velocity", 4)
+    x = drawn(flow)
+    square, both = LOSS._replace(alpha=0.0), LOSS._replace(alpha=5.0)
+    term = lambda out: evaluated({"out": out}, x, flow, both, says)[0] - evaluated({"out": out}, x, flow, square, says)[0]
+    size = float(jnp.mean(x["v"] ** 2)) * max(1.0, scale) ** 2
+    assert abs(term(scale * x["v"])) < 1e-6 * size
+    assert abs(term(-scale * x["v"]) - 10.0) < 1e-6 * size
+
+
+def test_velocity_and_output_space_agree_where_the_network_gives_velocities():
+    flow = Flow("velocity", 4)
+    values = [float(evaluated(FROZEN.teacher, drawn(flow), flow, LOSS._replace(space=space))[0]) for space in step.SPACES]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
+
+
+def test_the_network_computes_in_the_asked_dtype_and_the_loss_in_float32():
+    flow, seen = Flow("ddim_eps", 4), []
+
+    def watched(params, z, timestep, context):
+        seen.append((params["conv_in.weight"].dtype, z.dtype, timestep.dtype, context.dtype))
+        return tiny.toy_unet(params, z, timestep, context)
+
+    networks, loss = TOYS._replace(unet=TOYS.unet._replace(apply=watched)), LOSS._replace(dtype="bfloat16")
+    mean = lambda params, x: reflow_loss(params, x, flow=flow, networks=networks, loss=loss)[0]
+    value, gradient = jax.eval_shape(jax.value_and_grad(mean), FROZEN.teacher, drawn(flow))
+    assert seen == [(jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16)]
+    assert value.dtype == jnp.float32 and all(g.dtype == jnp.float32 for g in gradient.values())
+
+
+@pytest.mark.parametrize("start", pairs.STARTS)
+def test_no_gradient_reaches_teacher_text_encoder_or_autoencoder(start):
+    recipe = pairs.PairRecipe(4, start, 2, "ddim", 2.0, 0.1, tiny.LATENT, "float32")
+    flow, rows = Flow("ddim_eps", 4), tiny.rows(4)
+
+    def value(student, arrays):
+        frozen = FROZEN._replace(**arrays)
+        made = pairs.make_pairs(frozen, rows, recipe=recipe, flow=Flow("epsilon"), networks=TOYS)
+        x = draw_examples(frozen, made, KEY, flow=flow, networks=TOYS, loss=LOSS)
+        return reflow_loss(student, x, flow=flow, networks=TOYS, loss=LOSS)[0]
+
+    arrays = {name: getattr(FROZEN, name) for name in ("teacher", "text_encoder", "vae")}
+    ours, theirs = quick_jit(jax.grad(value, argnums=(0, 1)))(FROZEN.teacher, arrays)
+    assert all(np.abs(g).max() > 0 for g in ours.values())
+    assert all(not np.any(g) for g in jax.tree.leaves(theirs))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"space": "image"}, "--config.loss.space='image' must be one of velocity, output"),
+        ({"window_start_prob": 1.5}, "--config.loss.window_start_prob=1.5 must be in"),
+        ({"window_start_prob": float("nan")}, "--config.loss.window_start_prob=nan must be in"),
+        ({"alpha": -1.0}, "--config.loss.alpha=-1.0 must not be negative"),
+    ],
+)
+def test_a_loss_that_does_not_exist_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        step.check_loss(LOSS._replace(**changes))
+    step.check_loss(LOSS)
+
+
+def test_one_draw_serves_every_example_with_its_own_time_and_window():
+    flow, loss = Flow("velocity", 8), LOSS._replace(window_start_prob=0.0)
+    x, again, other = (jax.device_get(drawn(flow, loss=loss, key=key)) for key in (KEY, KEY, jax.random.key(4)))
+    assert len(set(x["t"])) > 25
+    np.testing.assert_array_equal(again["z"], x["z"])
+    assert (other["k"] != x["k"]).any() and (other["t"] != x["t"]).any()

@@ -1,0 +1,207 @@
+"""The chain on a tiny model: its lineage, a second start, a changed config, damaged folders, all variants, the exports."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from verb import keep_networks, kept_programs, run, tiny_flags
+
+from proreflow_jax import replay
+from proreflow_jax.data import digits
+from proreflow_jax.runtime.files import read_json
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+        keep_networks(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def chain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run; its run folder is folder/runs/tiny. Tests only read it."""
+    folder = tmp_path_factory.mktemp("chain")
+    ended = run("distill", *tiny_flags(folder, model))
+    assert ended.code == 0, ended.err
+    return folder
+
+
+@pytest.fixture
+def copied(chain: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may spoil; times of change are kept."""
+    return Path(shutil.copytree(chain, tmp_path / "copy"))
+
+
+def files(folder: Path) -> dict[str, tuple[int, str]]:
+    """{path: (time of change, hash)} of every file but locks."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in found}
+
+
+def same_command(folder: Path, chain: Path, model: Path, **fields: object) -> list[str]:
+    """The command of the finished run, on a copy of it: prompts stay where they were."""
+    return tiny_flags(folder, model, data__path=chain / "prompts.txt", **fields)
+
+
+def test_every_stage_names_the_weights_it_started_from(chain):
+    run_folder = chain / "runs" / "tiny"
+    first, second = (read_json(run_folder / f"stage-{n}" / "DONE.json") for n in (4, 2))
+    plans = [read_json(run_folder / f"stage-{n}" / "plan.json") for n in (4, 2)]
+    pairs = [read_json(run_folder / f"stage-{n}" / "pairs" / "plan.json") for n in (4, 2)]
+    assert second["parent"] == first["digest"]
+    assert len({first["parent"], first["digest"], second["digest"]}) == 3
+    assert [plan["parent"] for plan in plans] == [plan["parent"] for plan in pairs] == [first["parent"], first["digest"]]
+    assert [done["flow"]["windows"] for done in (first, second)] == [4, 2]
+    assert [done["step"] for done in (first, second)] == [6, 6]
+    exported = [read_json(run_folder / "export" / f"stage-{n}" / "reflow.json")["digest"] for n in (4, 2)]
+    assert exported == [first["digest"], second["digest"]]
+    assert read_json(run_folder / "config.json")["stages"] == [4, 2]
+    lines = [json.loads(line) for line in (run_folder / "stage-2" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6] and all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_the_same_command_again_does_nothing(chain, model, copied):
+    before = files(copied)
+    ended = run("distill", *same_command(copied, chain, model))
+    assert ended.code == 0, ended.err
+    assert files(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"train__steps": 8}, "train.steps"),
+        ({"loss__alpha": 0.5}, "loss.alpha"),
+        ({"optimizer__learning_rate": 0.1}, "optimizer.learning_rate"),
+        ({"pairs__guidance": 2.0}, "pairs.guidance"),
+        ({"pairs__examples": 48}, "examples"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_another_config_in_the_same_folder_is_refused_by_field(chain, model, copied, fields, named):
+    before = files(copied)
+    ended = run("distill", *same_command(copied, chain, model, **fields))
+    assert ended.code == 2 and len(ended.err.splitlines()[-1:]) == 1
+    assert f"fixed with {named} = " in ended.err and "Traceback" not in ended.err
+    assert files(copied) == before
+
+
+def test_another_base_model_in_the_same_folder_is_refused(chain, copied, tmp_path):
+    other = tiny.write_model(tmp_path / "other", seed=5)
+    ended = run("distill", *same_command(copied, chain, other))
+    assert ended.code == 2 and "fixed with" in ended.err
+
+
+def test_a_damaged_pair_shard_is_refused_by_name(chain, model, copied):
+    stage = copied / "runs" / "tiny" / "stage-2"
+    shutil.rmtree(stage / "checkpoints")
+    (stage / "DONE.json").unlink()
+    shard = sorted((stage / "pairs").glob("*.array_record"))[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    ended = run("train", *same_command(copied, chain, model), "--stage=2")
+    assert ended.code == 2 and shard.name in ended.err.splitlines()[-1]
+    assert not (stage / "DONE.json").exists()
+
+
+def test_weights_that_are_not_those_of_done_are_refused(chain, model, copied):
+    done = copied / "runs" / "tiny" / "stage-4" / "DONE.json"
+    done.write_text(json.dumps({**read_json(done), "digest": "0" * 16}))
+    ended = run("export", *same_command(copied, chain, model), "--stage=4", f"--out={copied / 'out'}")
+    assert ended.code == 2 and "DONE.json" in ended.err and not (copied / "out").exists()
+
+
+def test_make_pairs_and_train_alone_are_the_same_as_distill(chain, model, tmp_path):
+    command = same_command(tmp_path, chain, model)
+    for verb in ("make_pairs", "train"):
+        ended = run(verb, *command, "--stage=4")
+        assert ended.code == 0, ended.err
+    mine, theirs = (folder / "runs" / "tiny" / "stage-4" for folder in (tmp_path, chain))
+    assert read_json(mine / "DONE.json") == read_json(theirs / "DONE.json")
+    hashes = [{name: hashed for name, (_, hashed) in files(folder / "pairs").items()} for folder in (mine, theirs)]
+    assert hashes[0] == hashes[1] and len(hashes[0]) > 4
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as 8 x 8 pictures with captions."""
+    folder = tmp_path_factory.mktemp("pictures") / "digits"
+    digits.write_dataset(folder, 8, seed=0)
+    return folder
+
+
+VARIANTS = [
+    {"pairs__mode": "online", "pairs__start": "data", "train__accumulation": 2, "train__ema": 0},
+    {"student__path": "first_order", "loss__space": "output", "pairs__guidance": 2.0, "pairs__storage": "float16"},
+    {"student__prediction": "velocity", "pairs__solver": "heun", "model__dtype": "bfloat16", "mesh__fsdp": 2},
+    pytest.param({"pairs__mode": "online"}, marks=pytest.mark.slow),
+    pytest.param({"pairs__start": "data", "student__prediction": "diff_eps"}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items()))
+def test_every_variant_runs(model, pictures, tmp_path, fields):
+    images = {"data__kind": "digits", "data__path": pictures, "data__resolution": 8} if "pairs__start" in fields else {}
+    short = {"stages": "(2,)", "export__stages": "()", "train__steps": 2, "optimizer__warmup_steps": 0, "pairs__examples": 16}
+    ended = run("distill", *tiny_flags(tmp_path, model, **short, **images, **fields))
+    assert ended.code == 0, ended.err
+    stage = tmp_path / "runs" / "tiny" / "stage-2"
+    done = read_json(stage / "DONE.json")
+    assert done["digest"] != done["parent"]
+    assert (stage / "pairs").exists() == (fields.get("pairs__mode") != "online")
+    if fields.get("student__prediction") == "velocity":
+        words = [*tiny_flags(tmp_path, model, **short, **fields), "--stage=2", f"--out={tmp_path / 'out'}"]
+        ended = run("export", *words)
+        assert ended.code == 2 and "velocity" in ended.err and not (tmp_path / "out").exists()
+
+
+def test_an_export_is_the_student_in_stock_diffusers(chain, model, tmp_path):
+    target = tmp_path / "exported"
+    words = [*same_command(chain, chain, model), "--stage=2", f"--out={target}"]
+    ended = run("export", *words, "--check")
+    assert ended.code == 0, ended.err
+    proof = read_json(target / "replay.json")
+    assert proof["steps"] == 2 and proof["largest_difference"] <= replay.LIMIT < proof["largest_value"]
+
+    again = run("export", *words)
+    assert again.code == 2 and str(target) in again.err and "--overwrite" in again.err
+    assert run("export", *words, "--overwrite").code == 0 and not (target / "replay.json").exists()
+
+
+def test_a_wrong_export_is_found_out(chain, model, tmp_path):
+    target = tmp_path / "exported"
+    words = [*same_command(chain, chain, model), "--stage=2", f"--out={target}"]
+    assert run("export", *words).code == 0
+    path = target / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**read_json(path), "set_alpha_to_one": True}))
+    ended = run("export", *words, "--check")
+    assert ended.code == 1 and "differ by" in ended.err.splitlines()[-1]
+
+
+def test_pictures_of_base_and_student(chain, model, tmp_path):
+    def draw(name: str, *words: str) -> np.ndarray:
+        out = tmp_path / name
+        ended = run("sample", *same_command(chain, chain, model), "--count=3", f"--out={out}", *words)
+        assert ended.code == 0, ended.err
+        return np.asarray(Image.open(out))
+
+    student = draw("student.png", "--stage=2", "--prompt=a three")
+    assert student.shape == (8, 24, 3) and student.std() > 0
+    np.testing.assert_array_equal(draw("again.png", "--stage=2", "--prompt=a three"), student)
+    words = ("--stage=0", "--steps=3", f"--prompts={chain / 'prompts.txt'}", "--guidance=3")
+    base = draw("base.png", *words, "--negative=the number two")
+    assert base.shape == (48, 24, 3)
+    other = draw("other.png", *words, "--negative=five")
+    assert (other != base).any()

@@ -1,0 +1,106 @@
+"""A run that is killed wherever it stands and started again by the same command ends bit-equal to one that never was."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from verb import ROOT, environment, tiny_flags
+
+from proreflow_jax.runtime.files import read_json
+
+STEPS = {"train__steps": 24, "checkpoint__every": 4, "train__log_every": 4}
+POINTS = (  # kill when this appears in the run's folder
+    "stage-4/pairs/pairs-00000-*.array_record",  # between two shards
+    "stage-4/checkpoints/4*",  # while the first checkpoint is being written
+    "stage-4/DONE.json",  # between two stages
+    "stage-2/checkpoints/8*",
+    "export/.stage-*",  # while an export is being written
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its prompts, compiled programs, and a run `whole` that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("kill")
+    tiny.write_model(folder / "model")
+    ended = subprocess.run(**command(folder, "whole"), timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def command(folder: Path, name: str) -> dict:
+    """Arguments of subprocess for the distillation of folder/runs/<name>."""
+    words = tiny_flags(folder, folder / "model", name=name, **STEPS)
+    return {
+        "args": [sys.executable, "-m", "proreflow_jax.distill", *words],
+        "env": environment(folder / "programs", devices=2),
+        "cwd": ROOT,
+        "text": True,
+        "stderr": subprocess.PIPE,
+        "stdout": subprocess.DEVNULL,
+    }
+
+
+def struck(folder: Path, name: str, point: str, what: signal.Signals) -> tuple[int, str]:
+    """Starts the run, sends it a signal as soon as `point` appears, and returns (exit code, stderr)."""
+    run = folder / "runs" / name
+    with subprocess.Popen(**command(folder, name)) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not any(run.glob(point)):
+                assert process.poll() is None, f"ended before {point} appeared: {process.stderr.read()}"
+                assert time.monotonic() < deadline, f"{point} never appeared"
+                time.sleep(0.001)
+            process.send_signal(what)
+            _, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    return process.returncode, errors
+
+
+def results(run: Path) -> dict:
+    """What must be bit-equal: the pairs' files, every stage's DONE.json, the losses, the exported weights."""
+    hashed = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    lines = [json.loads(line) for path in sorted(run.glob("stage-*/metrics.jsonl")) for line in path.read_text().splitlines()]
+    return {
+        "pairs": {str(p.relative_to(run)): hashed(p) for p in sorted(run.glob("stage-*/pairs/*.array_record"))},
+        "done": {n: read_json(run / f"stage-{n}" / "DONE.json") for n in (4, 2)},
+        "losses": [(line["step"], line["loss"]) for line in lines],
+        "exports": {str(p.relative_to(run)): hashed(p) for p in sorted(run.glob("export/*/unet/*.safetensors"))},
+    }
+
+
+def finish(folder: Path, name: str) -> dict:
+    ended = subprocess.run(**command(folder, name), timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    run = folder / "runs" / name
+    assert [str(path) for path in run.rglob("*") if ".tmp" in path.name] == []  # nothing half-written is left
+    return results(run)
+
+
+def test_killed_in_every_phase_the_result_is_bit_equal(place):
+    for point in POINTS:
+        code, _ = struck(place, "killed", point, signal.SIGKILL)
+        assert code == -signal.SIGKILL, f"not killed at {point}"
+    whole = results(place / "runs" / "whole")
+    assert len(whole["pairs"]) == 4 and len(whole["exports"]) == 2 and len(whole["losses"]) == 12
+    assert finish(place, "killed") == whole
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 0, "asked to stop")],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on(place, what, code, said):
+    ended, errors = struck(place, said.replace(" ", "-"), "stage-4/checkpoints/4*", what)
+    assert ended == code, errors
+    last = errors.splitlines()[-1]
+    assert said in last and "run the same command again" in last and "Traceback" not in errors
+    assert finish(place, said.replace(" ", "-")) == results(place / "runs" / "whole")

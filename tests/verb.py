@@ -1,0 +1,128 @@
+"""Runs a verb as `python -m proreflow_jax.<verb>` would, inside the test's process: a start costs seconds of imports."""
+
+import io
+import json
+import logging
+import os
+import runpy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from proreflow_jax.models import pipeline
+from proreflow_jax.models.network import Network
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "digits.py"
+PROMPTS = ("a handwritten zero", "a handwritten one", "the number two", "a three", "a photo of the digit four", "five")
+TINY = {  # two stages of a few steps, for the model of tiny.write_model on eight devices
+    "name": "tiny",
+    "stages": "(4, 2)",
+    "export.stages": "(4, 2)",
+    "data.kind": "prompts",
+    "data.resolution": 8,
+    "pairs.steps": 1,
+    "pairs.substeps": 1,
+    "pairs.examples": 32,
+    "pairs.shard_size": 16,
+    "pairs.batch": 16,
+    "train.steps": 6,
+    "train.batch": 16,
+    "train.log_every": 2,
+    "optimizer.warmup_steps": 2,
+    "checkpoint.every": 2,
+    "evaluate.examples": 16,
+    "evaluate.batch": 16,
+    "evaluate.teacher_steps": "(8, 4)",
+    "evaluate.student_steps": "((4, 4), (2, 2))",
+    "evaluate.columns": 4,
+}
+
+
+class Ended(NamedTuple):
+    """How a verb ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def tiny_flags(folder: Path, model: Path, **fields: object) -> list[str]:
+    """--config and its overrides for the tiny chain in folder/runs; a field's dots are written as two underscores.
+
+    Prompts lie in folder/prompts.txt, which is written if it is not there.
+    """
+    prompts = folder / "prompts.txt"
+    if not prompts.exists():
+        prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    values = TINY | {"root": folder / "runs", "model.path": model, "data.path": prompts}
+    values |= {name.replace("__", "."): value for name, value in fields.items()}
+    return [f"--config={CONFIG}", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def keep_networks(patch: pytest.MonkeyPatch) -> None:
+    """Draws each network once per config.json: drawing is tracing, which is most of what opening a tiny model costs."""
+    drawn = {}
+
+    def once(name: str, make: Callable[[dict], Network]) -> Callable[[dict], Network]:
+        key = lambda config: (name, json.dumps(config, sort_keys=True))
+        return lambda config: drawn[key(config)] if key(config) in drawn else drawn.setdefault(key(config), make(config))
+
+    for name, make in list(pipeline.MAKERS.items()):
+        patch.setitem(pipeline.MAKERS, name, once(name, make))
+
+
+@contextmanager
+def kept_programs(folder: Path) -> Iterator[None]:
+    """XLA programs are compiled once per folder, here and (by `environment`) in processes started from here."""
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (True, str(folder), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def environment(cache: Path, devices: int) -> dict[str, str]:
+    """Of a verb's own process: some CPU devices, quick compilation, and programs kept in `cache`."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run(verb: str, *words: str) -> Ended:
+    """The verb's exit code and output. Whatever else it raises is a traceback for the user, and so it is here."""
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, list(sys.path))
+    root = logging.getLogger()
+    loggers = {name: logging.getLogger(name).level for name in ("", "absl", "orbax", "jax", "etils")}
+    handlers = list(root.handlers)
+    sys.argv = [f"proreflow_jax/{verb}.py", *words]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, about modules that are imported already
+            runpy.run_module(f"proreflow_jax.{verb}", run_name="__main__")
+    except SystemExit as end:
+        return Ended(end.code, out.getvalue(), err.getvalue())
+    finally:
+        sys.argv, sys.path[:] = before
+        root.handlers[:] = handlers
+        sys.modules.pop("config_config", None)  # ml_collections would merge the next config file into it
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
+    raise AssertionError(f"{verb} came back without an exit code")
