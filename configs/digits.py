@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
 
     c.evaluate = ConfigDict()
     c.evaluate.examples = 1000  # images per row of the table; the Frechet distance depends on it
-    c.evaluate.batch = 250  # images computed at once
+    c.evaluate.batch = 200  # images computed at once; divides examples and is a multiple of the devices
     c.evaluate.teacher_steps = (64, 8, 4, 2)  # rows of the base model; the first is the reference of the distances
     c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students
     c.evaluate.columns = 10  # images of each row in the picture

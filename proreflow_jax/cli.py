@@ -98,7 +98,9 @@ def _help(values: flags.FlagValues, name: str, about: str, config: str) -> str:
     rows = [("config", config, "the experiment, a Python file; any field is overridden by --config.field=value")]
     rows += [(flag.name, flag.default, flag.help) for flag in own if flag.name in values and ":" not in flag.name]
     lines = [f"  --{flag}={default}\n      {text}" for flag, default, text in rows]
-    return "\n".join([f"python -m proreflow_jax.{name}", "", about.strip(), "", "Flags and their defaults:", *lines, "", FIELDS])
+    return "\n".join(
+        [f"python -m proreflow_jax.{name}", "", about.strip(), "", "Flags and their defaults:", *lines, "", FIELDS]
+    )
 
 
 def _traced() -> bool:
@@ -117,7 +119,9 @@ def _prepare() -> None:
     for noisy in ("absl", "orbax", "jax", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_HOST_DEVICES)
+        cores = min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_HOST_DEVICES
+        )
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))  # a power of two divides most batches
     initialize_distributed()
 

@@ -22,7 +22,7 @@ from proreflow_jax.flow import solvers, windows
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
-from proreflow_jax.runtime import files
+from proreflow_jax.runtime import files, mesh
 
 log = logging.getLogger(__name__)
 COLUMNS = {
@@ -56,9 +56,12 @@ def evaluate(config: ConfigDict) -> None:
     experiment = open_experiment(config)
     if config.data.kind != "digits":
         raise ValueError(f"--config.data.kind={config.data.kind}: the table is made for digits so far")
-    if config.evaluate.batch < 1 or config.evaluate.examples < 1 or config.evaluate.examples % config.evaluate.batch:
+    examples, batch = config.evaluate.examples, config.evaluate.batch
+    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    if batch < 1 or examples < 1 or examples % batch or batch % ways:
         raise ValueError(
-            f"--config.evaluate.examples={config.evaluate.examples} must be a multiple of --config.evaluate.batch={config.evaluate.batch}"
+            f"--config.evaluate.batch={batch} must divide --config.evaluate.examples={examples} "
+            f"and be a multiple of {ways} devices"
         )
     rows = _rows(experiment)
     began = time.monotonic()
@@ -81,10 +84,10 @@ def evaluate(config: ConfigDict) -> None:
 def _notes(config: ConfigDict) -> list[str]:
     n = config.evaluate.examples
     return [
-        f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from the "
-        f"same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
+        f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from "
+        f"the same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
         f"Frechet distance to the 1,797 real digits in the features of {classifier.FEATURES}, n = {n}. "
-        f"recognised: share of images that {classifier.READER}, trained on the real digits, takes for the digit of the prompt.",
+        f"recognised: share of images that {classifier.READER} (trained on the real digits) takes for the prompt's digit.",
         f"guidance 1, one seed ({config.seed}); s / image: latents and decoding on this machine, compilation excluded.",
     ]
 
@@ -137,15 +140,24 @@ def measure(experiment: Experiment, rows: list[Row]) -> tuple[list[dict[str, Any
 def _judge(size: int) -> Judge:
     images, labels = digits.load(size)
     pixels = digits.to_pixels8(images)
-    judges = classifier.fit(pixels, labels)
+    offsets = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    moved = np.concatenate([digits.to_pixels8(_moved(images, *offset)) for offset in offsets])
+    judges = classifier.fit(pixels, labels, moved, np.tile(labels, len(offsets)))
     return Judge(judges, frechet.moments(classifier.features(judges, pixels)))
+
+
+def _moved(images: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Images moved by up to one pixel; what comes in is black."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    h, w = images.shape[1:3]
+    return padded[:, 1 - down : 1 - down + h, 1 - right : 1 - right + w]
 
 
 def _drawer(experiment: Experiment, flow: Flow) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, noise, ids, steps) -> (latents, images). One step is compiled per flow and serves every number of steps."""
     n, frozen = experiment.networks, experiment.base.params
-    text = jax.device_put(frozen["text_encoder"])
-    vae = jax.device_put(frozen["vae"])
+    whole, split = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
+    text, vae = (jax.device_put(frozen[name], whole) for name in ("text_encoder", "vae"))
     context = jax.jit(partial(text_context, n.text_encoder))
     decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling))
 
@@ -157,7 +169,7 @@ def _drawer(experiment: Experiment, flow: Flow) -> Callable[..., tuple[jax.Array
 
     def draw(params: Any, noise: jax.Array, ids: np.ndarray, steps: int) -> tuple[jax.Array, jax.Array]:
         nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
-        z, states = noise, context(text, ids)
+        z, states = jax.device_put(noise, split), context(text, jax.device_put(ids, split))
         for t, u in zip(nodes[:-1], nodes[1:], strict=True):
             z = move(params, z, t, u, states)
         return z, decode(vae, z)
@@ -170,7 +182,9 @@ def _sample(draw: Callable, row: Row, noise: jax.Array, ids: np.ndarray, batch: 
     params = row.weights.params
     jax.block_until_ready(draw(params, noise[:batch], ids[:batch], max(row.weights.flow.windows, 1)))
     began = time.monotonic()
-    parts = [jax.device_get(draw(params, noise[i : i + batch], ids[i : i + batch], row.steps)) for i in range(0, len(noise), batch)]
+    parts = [
+        jax.device_get(draw(params, noise[i : i + batch], ids[i : i + batch], row.steps)) for i in range(0, len(noise), batch)
+    ]
     seconds = (time.monotonic() - began) / len(noise)
     latents, images = (np.concatenate(column) for column in zip(*parts, strict=True))
     return latents, images, seconds

@@ -59,7 +59,9 @@ def open_experiment(config: ConfigDict) -> Experiment:
     check_loss(loss_recipe(config))
     base = pipeline.load(config.model.path)
     if base.unet.config.get("addition_embed_type"):
-        raise ValueError(f"{config.model.path} has two text encoders (SDXL), which are not wired up yet: use an SD 1.5 or 2.1 --config.model.path")
+        raise ValueError(
+            f"{config.model.path} has two text encoders (SDXL), not wired up yet: take an SD 1.5 or 2.1 --config.model.path"
+        )
     networks = Networks(base.unet, base.text_encoder, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
@@ -159,7 +161,9 @@ def frozen_arrays(experiment: Experiment, teacher: Params, stage: Stage, with_va
     vae = params["vae"] if with_vae else {}
     empty = experiment.base.tokenizer.encode([""])[0]
     put = partial(jax.device_put, device=place)
-    return Frozen(put(params["text_encoder"]), put(vae), teacher, put(empty), run_key(experiment.config, PAIR_KEY, stage.windows))
+    return Frozen(
+        put(params["text_encoder"]), put(vae), teacher, put(empty), run_key(experiment.config, PAIR_KEY, stage.windows)
+    )
 
 
 def make_optimizer(config: ConfigDict) -> Any:

@@ -58,7 +58,9 @@ def run_stage(experiment: Experiment, stage: Stage, target: Path, overwrite: boo
         return
     base = experiment.base
     with files.atomic_folder(target, overwrite) as draft:
-        shutil.copytree(base.folder, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet", "scheduler", ".*", "README*"))
+        shutil.copytree(
+            base.folder, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet", "scheduler", ".*", "README*")
+        )
         (draft / "unet").mkdir()
         shutil.copy(base.folder / "unet" / "config.json", draft / "unet" / "config.json")
         tensors = weights.to_torch(to_host(student.params), np.float32)

@@ -64,10 +64,9 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
         return
 
     recipe = pair_recipe(experiment, stage)
-    log.info(
-        "stage %d: %d pair records by the %s, %d steps a window",
-        stage.windows, config.pairs.examples, "base model" if by_base else f"{teacher.flow.windows}-window student", recipe.steps,
-    )  # fmt: skip
+    maker = "base model" if by_base else f"{teacher.flow.windows}-window student"
+    count = config.pairs.examples
+    log.info("stage %d: %d pair records by the %s, %d steps a window", stage.windows, count, maker, recipe.steps)
     source = open_source(experiment)
     frozen = frozen_arrays(experiment, teacher.params, stage, with_vae=recipe.start == "data")
     batches = mesh.batch_sharding(experiment.mesh)

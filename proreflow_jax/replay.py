@@ -40,7 +40,13 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
     gap = float(np.abs(ours - theirs).max())
     result = {"steps": stage.windows, "images": COUNT, "largest_difference": gap, "largest_value": float(np.abs(theirs).max())}
     files.write_json(folder / "replay.json", {**result, "diffusers": diffusers.__version__, "torch": torch.__version__})
-    log.info("%s: %d steps in diffusers, largest difference of the latents %.1e (values to %.1f)", folder, stage.windows, gap, result["largest_value"])
+    log.info(
+        "%s: %d steps in diffusers, largest difference of the latents %.1e (values to %.1f)",
+        folder,
+        stage.windows,
+        gap,
+        result["largest_value"],
+    )
     if not gap <= LIMIT:
         raise RuntimeError(f"{folder}: diffusers' latents differ by {gap:.1e} from ours, must be at most {LIMIT:.0e}")
     return gap
@@ -59,7 +65,9 @@ def our_latents(experiment: Experiment, stage: Stage, prompts: list[str], noise:
     student, n = load_weights(experiment, stage), experiment.networks
     text, ids = jax.device_put(experiment.base.params["text_encoder"]), jnp.asarray(experiment.base.tokenizer.encode(prompts))
     context = text_context(n.text_encoder, text, ids)
-    sample = partial(sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=student.flow, steps=stage.windows, guidance=1.0)
+    sample = partial(
+        sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=student.flow, steps=stage.windows, guidance=1.0
+    )
     return np.asarray(jax.jit(sample)(student.params, jnp.asarray(noise), context, context))
 
 

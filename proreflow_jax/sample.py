@@ -22,12 +22,22 @@ BASE_STEPS = 50
 
 
 def sample(
-    config: ConfigDict, prompt: str, prompts: str, negative: str, stage: int, steps: int, guidance: float, count: int, seed: int, out: str
+    config: ConfigDict,
+    prompt: str,
+    prompts: str,
+    negative: str,
+    stage: int,
+    steps: int,
+    guidance: float,
+    count: int,
+    seed: int,
+    out: str,
 ) -> None:
-    """Writes a grid: one row a prompt, `count` seeds in columns. Column j of any call with one seed starts from the same noise."""
+    """Writes a grid: one row a prompt, `count` seeds in columns. Column j starts from the same noise in every row and call."""
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage) if stage else None
-    texts = [row["caption"] for row in map(Prompts(prompts, "--prompts").__getitem__, range(len(Prompts(prompts, "--prompts"))))] if prompts else [prompt]
+    listed = Prompts(prompts, "--prompts") if prompts else [{"caption": prompt}]
+    texts = [listed[i]["caption"] for i in range(len(listed))]
     if not texts[0]:
         raise ValueError("--prompt is empty: say what to draw, or name a text file by --prompts")
     if count < 1 or seed < 0:

@@ -10,10 +10,11 @@ import pytest
 
 from proreflow_jax.reflow import loop
 from proreflow_jax.runtime.checkpoint import Checkpoints
+from proreflow_jax.runtime.metrics import Metrics
 
 
-class Recorder:
-    """Stands for metrics and checkpoints, and writes down what is asked of it, in order."""
+class Recorder(Metrics, Checkpoints):
+    """Stands for both, by its type only, and writes down what is asked of it, in order."""
 
     def __init__(self, every=3):
         self.every, self.events = every, []

@@ -143,7 +143,7 @@ def alone():
     return on_mesh(TOYS, FROZEN, (1, 1))
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (1, 4), (8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 4), (8, 1), (2, 4)])
 def test_any_mesh_gives_the_same_losses_and_weights_and_compiles_once(alone, shape):
     losses, compiled, split, state = on_mesh(TOYS, FROZEN, shape)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)

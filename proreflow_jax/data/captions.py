@@ -74,9 +74,7 @@ class ImageCaptions:
             raise ValueError(f"{self._name} (--config.data.path), record {index}: {files.one_line(error)}") from error
 
 
-def open_tfds(
-    folder: str | os.PathLike, split: str, image_key: str, caption_key: str, resolution: int
-) -> ImageCaptions:
+def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key: str, resolution: int) -> ImageCaptions:
     """Opens one split of a dataset that tfds prepared as ArrayRecord.
 
     Args:

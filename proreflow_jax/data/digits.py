@@ -169,9 +169,7 @@ def _is_good(folder: Path, size: int, seed: int) -> bool:
     stamp = files.read_json(folder / STAMP)
     for name, asked in (("size", size), ("seed", seed)):
         if stamp.get(name) != asked:
-            raise ValueError(
-                f"{folder} holds digits of {name} {stamp.get(name)}, not {asked}: set another --config.data.path"
-            )
+            raise ValueError(f"{folder} holds digits of {name} {stamp.get(name)}, not {asked}: set another --config.data.path")
     shard = folder / Path(str(stamp.get("shard"))).name
     if not shard.is_file() or files.sha256(shard) != stamp.get("sha256"):
         raise ValueError(f"{shard} is damaged: delete {folder} and run again")

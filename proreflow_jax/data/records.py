@@ -97,13 +97,25 @@ def write_shard(
 
 
 def publish(folder: str | os.PathLike, plan: Mapping[str, Any]) -> bool:
-    """Writes MANIFEST.json if every shard is marked done; returns whether it did. Any process may call it, any time."""
+    """Writes MANIFEST.json if every shard is marked done, and returns whether they are. Any process may call it, any time.
+
+    A manifest that says the same already stays as it is.
+    """
     folder, plan = Path(folder), files.plain(plan)
     rows = [_marker(folder, plan, shard) for shard in range(shard_count(plan))]
     if None in rows:
         return False
-    files.write_json(folder / MANIFEST, {"plan": files.digest(plan), "examples": plan["examples"], "shards": rows})
+    manifest = {"plan": files.digest(plan), "examples": plan["examples"], "shards": rows}
+    if not _says(folder / MANIFEST, manifest):
+        files.write_json(folder / MANIFEST, manifest)
     return True
+
+
+def _says(path: Path, value: dict[str, Any]) -> bool:
+    try:
+        return files.read_json(path) == value
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def clean(folder: str | os.PathLike) -> list[str]:
@@ -207,9 +219,7 @@ class PairRecords:
         """One open file per shard, opened when first read."""
         with self._lock:
             if shard not in self._readers:
-                self._readers[shard] = ArrayRecordReader(
-                    str(self.folder / shard_name(self.plan, shard)), files.RANDOM_ACCESS
-                )
+                self._readers[shard] = ArrayRecordReader(str(self.folder / shard_name(self.plan, shard)), files.RANDOM_ACCESS)
             return self._readers[shard]
 
 

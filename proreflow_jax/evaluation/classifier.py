@@ -1,7 +1,8 @@
 """The judges of the digits, both trained on the real ones: a support vector machine that reads them, a network for features.
 
-The machine is the better reader (96 % of scikit-learn's last 397 digits, other writers, when trained on the first 1,400; the
-network 92 %); the network has the hidden features that a Frechet distance needs.
+The reader is the best that was tried on held-out writers (scikit-learn's last 397 digits after the first 1,400): 96.7 % when it
+has also seen them moved by a pixel, as the model was taught; 96.2 % without, 92.2 % for the network. The network has the hidden
+features that a Frechet distance needs.
 """
 
 from typing import Any, NamedTuple
@@ -23,15 +24,26 @@ class Judges(NamedTuple):
     bias: np.ndarray
 
 
-def fit(pixels: Float[np.ndarray, "n 64"], labels: Int[np.ndarray, " n"]) -> Judges:
-    """Trains both on real digits, the same every time. Raises ValueError if scikit-learn is missing."""
+def fit(
+    pixels: Float[np.ndarray, "n 64"],
+    labels: Int[np.ndarray, " n"],
+    moved: Float[np.ndarray, "m 64"] | None = None,
+    moved_labels: Int[np.ndarray, " m"] | None = None,
+) -> Judges:
+    """Trains both on real digits, the same every time; the reader also on moved copies of them, where given.
+
+    Raises ValueError if scikit-learn is missing.
+    """
     try:
         from sklearn.neural_network import MLPClassifier
         from sklearn.svm import SVC
     except ImportError:
         raise ValueError("the digits' judges need scikit-learn: pip install 'proreflow_jax[demo]'") from None
     network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=400, random_state=0).fit(pixels / INK, labels)
-    return Judges(SVC(C=10.0, gamma=0.25).fit(pixels / INK, labels), network.coefs_[0], network.intercepts_[0])
+    seen, told = (
+        (pixels, labels) if moved is None else (np.concatenate([pixels, moved]), np.concatenate([labels, moved_labels]))
+    )
+    return Judges(SVC(C=10.0, gamma=0.25).fit(seen / INK, told), network.coefs_[0], network.intercepts_[0])
 
 
 def features(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Float[np.ndarray, "n 64"]:

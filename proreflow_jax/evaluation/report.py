@@ -10,6 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 LABEL, CELL, GAP = 190, 64, 4  # pixels: label column, one image, between images
 INK, PAPER = (20, 20, 20), (255, 255, 255)
+STYLE = (
+    "body{font:15px system-ui;margin:2em auto;max-width:62em;padding:0 1em}td,th{padding:.3em .8em;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f4f4f4}img{max-width:100%}"
+)
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:
@@ -18,7 +22,10 @@ def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> s
     body = [[cell(row.get(key, "")) for key in columns] for row in rows]
     heads = list(columns.values())
     widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
-    aligned = [[text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))] for line in [heads, *body]]
+    aligned = [
+        [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))]
+        for line in [heads, *body]
+    ]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
     lines = ["| " + " | ".join(line) + " |" for line in aligned]
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
@@ -41,15 +48,16 @@ def picture(path: Path, rows: Sequence[tuple[str, UInt8[np.ndarray, "n h w 3"]]]
     canvas.save(path)
 
 
-def page(path: Path, title: str, notes: Sequence[str], rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], image: str) -> None:
+def page(
+    path: Path, title: str, notes: Sequence[str], rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], image: str
+) -> None:
     """Writes the same table and picture as one HTML page; `image` is a file beside it."""
     cell = lambda value: html.escape(f"{value:.3g}" if isinstance(value, float) else str(value))
     head = "".join(f"<th>{html.escape(text)}</th>" for text in columns.values())
     body = "".join("<tr>" + "".join(f"<td>{cell(row.get(key, ''))}</td>" for key in columns) + "</tr>" for row in rows)
-    style = "body{font:15px system-ui;margin:2em auto;max-width:62em;padding:0 1em}td,th{padding:.3em .8em;text-align:right}td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f4f4f4}img{max-width:100%}"
     text = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     path.write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>{text}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         f'<p><img src="{html.escape(image)}" alt="samples: one row a method, one seed a column"></p></html>\n',
         encoding="utf-8",

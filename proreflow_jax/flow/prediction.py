@@ -44,9 +44,7 @@ def convert(
     """
     for name in (source, target):
         if name not in OUTPUTS:
-            raise ValueError(
-                f"prediction_type {name!r}, must be one of {', '.join(OUTPUTS)}; choose another --config.model"
-            )
+            raise ValueError(f"prediction_type {name!r}, must be one of {', '.join(OUTPUTS)}; choose another --config.model")
     if source == target:
         return out
     a, s = per_example(schedule.alpha(t), z), per_example(schedule.sigma(t), z)
@@ -85,14 +83,10 @@ def flow_velocity(
 def check_reading(prediction: str, path: str) -> None:
     """Raises ValueError unless `prediction` is a student's reading that has a meaning on `path`."""
     if prediction not in READINGS:
-        raise ValueError(
-            f"prediction {prediction!r}, must be one of {', '.join(READINGS)}; change --config.student.prediction"
-        )
+        raise ValueError(f"prediction {prediction!r}, must be one of {', '.join(READINGS)}; change --config.student.prediction")
     check_path(path)
     if path == "first_order" and prediction != "ddim_eps":
-        raise ValueError(
-            f"path first_order with {prediction}, must be used with ddim_eps; change --config.student.path"
-        )
+        raise ValueError(f"path first_order with {prediction}, must be used with ddim_eps; change --config.student.path")
 
 
 def affine(

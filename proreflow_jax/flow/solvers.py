@@ -30,16 +30,12 @@ def ddim_step(
     return ddim_jump(schedule, z, predict_eps(z, t), t, u)
 
 
-def euler_step(
-    velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]
-) -> Float[Array, "b *d"]:
+def euler_step(velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]) -> Float[Array, "b *d"]:
     """One Euler step in t: one call of velocity(z, t) = dz/dt, first order; shape of z. Exact on a straight flow."""
     return z + per_example(u - t, z) * velocity(z, t)
 
 
-def heun_step(
-    velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]
-) -> Float[Array, "b *d"]:
+def heun_step(velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]) -> Float[Array, "b *d"]:
     """One Heun step in t: two calls of velocity, second order (Karras et al. 2022, alg. 1); shape of z.
 
     As there, the step that ends at u = 0 is Euler's: the flow of a diffusion has no useful slope at its clean end.

@@ -77,14 +77,10 @@ def sampling_nodes(steps: int, n: int) -> Float[np.ndarray, "steps_plus_1"]:
     """
     check_windows(n)
     if steps < n:
-        raise ValueError(
-            f"{steps} sampling steps, must be at least the number of windows, {n}; change --steps"
-        )
+        raise ValueError(f"{steps} sampling steps, must be at least the number of windows, {n}; change --steps")
     width = GRID // n
     if steps > GRID:
-        raise ValueError(
-            f"{steps} sampling steps, must be at most the {GRID} steps of the grid; change --steps"
-        )
+        raise ValueError(f"{steps} sampling steps, must be at most the {GRID} steps of the grid; change --steps")
     edges, shares = _bound_indices(n), [steps // n + (k < steps % n) for k in range(n)]
     inner = [edge - (width * np.arange(m) + m // 2) // m for edge, m in zip(edges, shares, strict=False)]
     return np.concatenate([*inner, [0]]) / GRID

@@ -82,9 +82,7 @@ class TransformerBlock(nnx.Module):
 class Transformer2D(nnx.Module):
     """Transformer blocks over the pixels of a feature map, between two projections (1x1 convs in SD 1.5, linear later)."""
 
-    def __init__(
-        self, width: int, heads: int, depth: int, context: int, groups: int, linear: bool, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, width: int, heads: int, depth: int, context: int, groups: int, linear: bool, rngs: nnx.Rngs) -> None:
         project = lambda: nnx.Linear(width, width, rngs=rngs) if linear else layers.conv(width, width, 1, rngs)
         self.norm = layers.group_norm(width, groups, 1e-6, rngs)
         self.proj_in, self.proj_out = project(), project()

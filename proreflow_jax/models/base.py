@@ -97,9 +97,7 @@ def scheduler_config(betas: Mapping[str, Any]) -> dict:
     }
 
 
-def write_pipeline(
-    folder: Path, configs: Mapping[str, dict], params: Mapping[str, Mapping[str, Any]], scheduler: dict
-) -> None:
+def write_pipeline(folder: Path, configs: Mapping[str, dict], params: Mapping[str, Mapping[str, Any]], scheduler: dict) -> None:
     """Writes unet/, vae/, text_encoder/, scheduler/ and model_index.json into `folder`; the tokenizer is the caller's.
 
     Args:

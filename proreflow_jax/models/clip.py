@@ -93,9 +93,7 @@ class TextTransformer(nnx.Module):
     def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
         self.embeddings = Embeddings(config, rngs)
         self.encoder = Encoder(config, rngs)
-        self.final_layer_norm = nnx.LayerNorm(
-            config["hidden_size"], epsilon=config.get("layer_norm_eps", 1e-5), rngs=rngs
-        )
+        self.final_layer_norm = nnx.LayerNorm(config["hidden_size"], epsilon=config.get("layer_norm_eps", 1e-5), rngs=rngs)
 
 
 class CLIPText(nnx.Module):

@@ -152,9 +152,7 @@ class MidBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """ResNet blocks over the state joined with the skips, transformers as on the way down, then an upsampler."""
 
-    def __init__(
-        self, a: Architecture, inputs: int, skips: list[int], level: Level, last: bool, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, a: Architecture, inputs: int, skips: list[int], level: Level, last: bool, rngs: nnx.Rngs) -> None:
         width, n = level.width, level.resnets + 1
         sources = [inputs] + [width] * (n - 1)
         pairs = zip(sources, skips, strict=True)

@@ -1,4 +1,4 @@
-"""batch -> step -> metrics -> checkpoint. The device never waits for the host: numbers of step n are read after n + 1 is sent."""
+"""batch -> step -> metrics -> checkpoint. The device never waits for the host: step n is read after n + 1 is sent."""
 
 import logging
 import signal

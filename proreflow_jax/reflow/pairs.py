@@ -84,9 +84,7 @@ def make_pairs(
     return {"states": one_window(step, networks.schedule, x0, noise, k, recipe), "first": k, "ids": ids}
 
 
-def whole_trajectory(
-    step: solvers.Step, noise: Float[Array, "b h w c"], recipe: PairRecipe
-) -> Float[Array, "b bounds h w c"]:
+def whole_trajectory(step: solvers.Step, noise: Float[Array, "b h w c"], recipe: PairRecipe) -> Float[Array, "b bounds h w c"]:
     """From pure noise to data, every window bound kept: (b, N + 1, h, w, c)."""
     nodes = windowing.sampling_nodes(recipe.windows * recipe.steps, recipe.windows)
     _, states = solvers.solve(step, noise, nodes.astype(np.float32), keep=True)
@@ -126,5 +124,7 @@ def check_steps(recipe: PairRecipe, flow: Flow) -> None:
     if flow.windows == 0 and recipe.solver not in solvers.SOLVERS:
         raise ValueError(f"--config.pairs.solver={recipe.solver!r} must be one of {', '.join(solvers.SOLVERS)}")
     if flow.windows and flow.windows % recipe.windows:
-        raise ValueError(f"a stage of {recipe.windows} windows cannot learn from {flow.windows}: each of --config.stages must divide the one before")
-
+        raise ValueError(
+            f"a stage of {recipe.windows} windows cannot learn from {flow.windows}: each of --config.stages must "
+            "divide the one before"
+        )

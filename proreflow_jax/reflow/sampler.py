@@ -45,9 +45,7 @@ def sample_latents(
     return solvers.solve(make_step(flow, schedule, predict, solver), noise, nodes)
 
 
-def decode(
-    vae: Network, params: Params, latents: Float[Array, "b h w c"], scaling: float
-) -> UInt8[Array, "b height width 3"]:
+def decode(vae: Network, params: Params, latents: Float[Array, "b h w c"], scaling: float) -> UInt8[Array, "b height width 3"]:
     """Scaled latents -> uint8 images."""
     images = vae.apply(params, latents / scaling, method="decode")
     return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)

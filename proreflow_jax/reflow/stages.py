@@ -35,7 +35,9 @@ def plan_stages(windows_of_stages: Sequence[int], run: Path) -> list[Stage]:
         windows.check_windows(count)
     for before, after in zip(counts, counts[1:], strict=False):
         if before <= after or before % after:
-            raise ValueError(f"--config.stages={tuple(counts)}: {after} must be a smaller divisor of {before}: windows are merged")
+            raise ValueError(
+                f"--config.stages={tuple(counts)}: {after} must be a smaller divisor of {before}: windows are merged"
+            )
     folders = [run / f"stage-{count}" for count in counts]
     return [Stage(*row) for row in zip(counts, folders, [None, *folders[:-1]], strict=True)]
 
@@ -49,8 +51,13 @@ def find_stage(stages: Sequence[Stage], count: int) -> Stage:
 
 
 def identity_gap(
-    params: Params, z: Float[Array, "b h w c"], context: Float[Array, "b s d"], *, unet: Network, schedule: Schedule,
-    student: Flow
+    params: Params,
+    z: Float[Array, "b h w c"],
+    context: Float[Array, "b s d"],
+    *,
+    unet: Network,
+    schedule: Schedule,
+    student: Flow,
 ) -> Float[Array, ""]:
     """Largest difference, over all windows, between the untrained student's step and one DDIM step of its teacher.
 
@@ -79,8 +86,15 @@ def identity_gap(
 
 
 def check_identity(
-    params: Params, context: Float[Array, "b s d"], latent: tuple[int, int, int], key: Key[Array, ""], *, unet: Network,
-    schedule: Schedule, base: Flow, student: Flow
+    params: Params,
+    context: Float[Array, "b s d"],
+    latent: tuple[int, int, int],
+    key: Key[Array, ""],
+    *,
+    unet: Network,
+    schedule: Schedule,
+    base: Flow,
+    student: Flow,
 ) -> float | None:
     """The step-0 identity: an untrained ddim_eps student of an epsilon model is that model, one DDIM step a window.
 

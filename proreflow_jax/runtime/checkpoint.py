@@ -169,9 +169,7 @@ class Checkpoints:
         self.restore(step, target)
         found = self._saved[step]
         if expected is not None and found != expected:
-            raise ValueError(
-                f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?"
-            )
+            raise ValueError(f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?")
         return found
 
     def _open(self) -> ocp.CheckpointManager:

@@ -42,9 +42,7 @@ def _fill(axes: tuple[int, ...], devices: int) -> tuple[int, ...]:
     return filled
 
 
-def specs(
-    rules: Sequence[tuple[str, Spec]], shapes: Mapping[str, Sequence[int]], mesh: Mesh
-) -> dict[str, PartitionSpec]:
+def specs(rules: Sequence[tuple[str, Spec]], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> dict[str, PartitionSpec]:
     """{name: PartitionSpec} by the first rule that matches; a value is a PartitionSpec or `FSDP`.
 
     A mesh axis that does not divide its dimension is dropped there: the dimension is replicated. Raises ValueError
