@@ -64,7 +64,7 @@ def our_latents(experiment: Experiment, stage: Stage, prompts: list[str], noise:
     """Latents (n, h, w, c) of our sampler, scaled."""
     student, n = load_weights(experiment, stage), experiment.networks
     text, ids = jax.device_put(experiment.base.params["text_encoder"]), jnp.asarray(experiment.base.tokenizer.encode(prompts))
-    context = text_context(n.text_encoder, text, ids)
+    context = jax.jit(partial(text_context, n.text_encoder))(text, ids)
     sample = partial(
         sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=student.flow, steps=stage.windows, guidance=1.0
     )

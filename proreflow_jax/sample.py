@@ -50,15 +50,17 @@ def sample(
     weights = load_weights(experiment, chosen)
 
     n, params, encode = experiment.networks, jax.device_put(experiment.base.params), experiment.base.tokenizer.encode
-    context = text_context(n.text_encoder, params["text_encoder"], jnp.repeat(encode(texts), count, axis=0))
-    against = text_context(n.text_encoder, params["text_encoder"], jnp.asarray(encode([negative])))
+    read = jax.jit(partial(text_context, n.text_encoder))
+    context = read(params["text_encoder"], np.repeat(encode(texts), count, axis=0))
+    against = read(params["text_encoder"], encode([negative]))
     noise = jax.random.normal(jax.random.key(seed), (count, *experiment.base.latent_shape))
     noise = jnp.tile(noise, (len(texts), 1, 1, 1))
     draw = partial(
         sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=weights.flow, steps=steps, guidance=float(guidance)
     )
     latents = jax.jit(draw)(weights.params, noise, context, against)
-    images = np.asarray(sampler.decode(n.vae, params["vae"], latents, n.scaling))
+    decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
+    images = np.asarray(decode(params["vae"], latents))
     rows = images.reshape(len(texts), count, *images.shape[1:])
     Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(path)
     log.info("wrote %s: %d prompts x %d seeds, %d steps, guidance %g", path, len(texts), count, steps, guidance)

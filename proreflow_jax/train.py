@@ -103,7 +103,7 @@ def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
     networks, text = experiment.networks, jax.device_put(experiment.base.params["text_encoder"])
     gap = check_identity(
         parent.params,
-        text_context(networks.text_encoder, text, ids),
+        jax.jit(partial(text_context, networks.text_encoder))(text, ids),
         experiment.base.latent_shape,
         run_key(experiment.config, TRAIN_KEY, 0),
         unet=networks.unet,

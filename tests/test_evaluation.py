@@ -87,7 +87,7 @@ def test_the_features_are_the_same_every_time_and_tell_digits_from_noise(digits,
 
 def test_a_missing_scikit_learn_is_named_with_what_mends_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.neural_network", None)
-    with pytest.raises(ValueError, match="needs scikit-learn: pip install"):
+    with pytest.raises(ValueError, match="scikit-learn: pip install"):
         classifier.fit(np.zeros((4, 64)), np.arange(4))
 
 

@@ -26,9 +26,7 @@ def test_values_against_numpy():
     np.testing.assert_allclose(losses.squared_error(V, TARGET), ((v - target) ** 2).mean(1), rtol=1e-5)
     cosine = (v * target).sum(1) / norm(v, axis=1) / norm(target, axis=1)
     np.testing.assert_allclose(losses.cosine(V, TARGET), cosine, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(
-        losses.relative_error(V, TARGET), norm(v - target, axis=1) / norm(target, axis=1), rtol=1e-5
-    )
+    np.testing.assert_allclose(losses.relative_error(V, TARGET), norm(v - target, axis=1) / norm(target, axis=1), rtol=1e-5)
 
 
 def test_the_direction_term_is_zero_under_positive_scaling_and_two_under_negative():

@@ -86,7 +86,7 @@ def test_sampling_nodes_contain_every_bound(steps, n):
 
 @pytest.mark.parametrize("steps, n", [(3, 4), (0, 1), (1001, 8)])
 def test_sampling_nodes_refuse_a_wrong_count(steps, n):
-    with pytest.raises(ValueError, match=f"{steps} sampling steps.*--config"):
+    with pytest.raises(ValueError, match=f"{steps} sampling steps.*--steps"):
         win.sampling_nodes(steps, n)
 
 

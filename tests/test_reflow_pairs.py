@@ -166,6 +166,7 @@ def test_a_student_of_twice_the_windows_makes_pairs_by_its_own_sampler(reading, 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
 def test_a_teacher_of_any_prediction_type_gives_the_same_pairs(kind):
     """The same noise prediction, spoken in another prediction type."""
+
     def speak(params, z, timestep, context):
         return convert("epsilon", kind, TOYS.schedule, z, tiny.toy_unet(params, z, timestep, context), (timestep + 1) / 1000)
 

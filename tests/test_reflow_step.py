@@ -1,6 +1,5 @@
 """The loss of the paper: where times fall, what the target is, that a perfect student has none, that gradients stay home."""
 
-
 from functools import cache, partial
 
 import jax

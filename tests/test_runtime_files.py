@@ -138,3 +138,21 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 def _write_many(path: str) -> None:
     for count in [10, 10_000] * 20:
         files.write_json(path, ["x"] * count)
+
+
+def test_what_a_killed_writer_left_is_swept_and_a_living_writers_folder_is_not(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from proreflow_jax.runtime.files import atomic_folder
+with atomic_folder({str(tmp_path / "out")!r}) as draft:
+    (draft / "half").write_text("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with files.atomic_folder(tmp_path / "out") as first:
+        assert list(tmp_path.iterdir()) == [first]
+        with files.atomic_folder(tmp_path / "out"):
+            assert first.is_dir()
+        (tmp_path / "out").rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

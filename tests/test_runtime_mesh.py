@@ -121,9 +121,7 @@ def test_nothing_is_joined_unless_the_environment_says_so(joined: list[dict]) ->
     assert joined == []
 
 
-def test_a_local_job_binds_loopback_and_beats_every_ten_seconds(
-    joined: list[dict], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_job_binds_loopback_and_beats_every_ten_seconds(joined: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in zip(JOB, ("127.0.0.1:1234", "2", "1"), strict=True):
         monkeypatch.setenv(key, value)
     assert mesh_lib.initialize_distributed() is True
@@ -145,9 +143,7 @@ def test_a_pod_is_joined_by_jax_itself(joined: list[dict], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("values", [("h:1", "2", ""), ("", "2", "0"), ("h:1", "2", "2"), ("h:1", "two", "0")])
-def test_a_partial_job_is_refused(
-    joined: list[dict], monkeypatch: pytest.MonkeyPatch, values: tuple[str, str, str]
-) -> None:
+def test_a_partial_job_is_refused(joined: list[dict], monkeypatch: pytest.MonkeyPatch, values: tuple[str, str, str]) -> None:
     for key, value in zip(JOB, values, strict=True):
         monkeypatch.setenv(f"JAX_{key}", value)
     with pytest.raises(ValueError, match="NUM_PROCESSES|COORDINATOR_ADDRESS|PROCESS_ID"):

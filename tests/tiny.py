@@ -103,9 +103,7 @@ def toy_networks() -> Networks:
     }
     struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     network = lambda name, apply: Network({key: struct(shape) for key, shape in shapes[name].items()}, None, apply, {})
-    return Networks(
-        network("unet", toy_unet), network("text", toy_text), network("vae", toy_vae), make_schedule(**BETAS), 0.5
-    )
+    return Networks(network("unet", toy_unet), network("text", toy_text), network("vae", toy_vae), make_schedule(**BETAS), 0.5)
 
 
 def toy_unet(params: Mapping[str, Any], z: Any, timestep: Any, context: Any) -> Any:

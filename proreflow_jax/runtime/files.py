@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
+WRITING = ".writing"  # in a folder that is not finished; its writer holds it locked
 
 
 def check_name(name: str) -> str:
@@ -59,16 +60,21 @@ def read_json(path: str | Path) -> Any:
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
 
-    With `overwrite` an existing `path` is moved aside first and removed last. Raises ValueError if it exists without.
+    With `overwrite` an existing `path` is moved aside first and removed last. What a killed process left beside `path` is
+    removed. Raises ValueError if `path` exists without `overwrite`.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already: choose another folder, remove it, or pass --overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    handle = os.open(temporary / WRITING, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel frees it when this process dies: so `_sweep` knows
         os.chmod(temporary, 0o755)
         yield temporary
+        os.unlink(temporary / WRITING)
         if overwrite:
             _swap(temporary, path)
         else:
@@ -76,7 +82,22 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
     _sync_folder(path.parent)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the unfinished folders of writers that are no more."""
+    for mark in path.parent.glob(f".{path.name}.*.tmp/{WRITING}"):
+        handle = os.open(mark, os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(mark.parent, ignore_errors=True)
+        except BlockingIOError:
+            continue  # somebody is writing it
+        finally:
+            os.close(handle)
 
 
 @contextmanager
