@@ -30,7 +30,7 @@ OPTIMIZER = dict(
 ADAM = optimizer.make(OPTIMIZER)
 GENTLE = optimizer.make(OPTIMIZER | {"learning_rate": 1e-3})
 KEY = jax.random.key(7)
-GOLDEN = {"losses": [12.024473, 11.858012, 8.981196], "weights": 47.018480}  # of `real_model` on one device
+GOLDEN = {"losses": [10.390501, 11.048759, 9.118498], "weights": 32.499902}  # of `real_model` on one device
 
 
 def step_of(networks, online=True, accumulation=1, unroll=False, adam=ADAM):
@@ -166,8 +166,13 @@ def test_moments_and_average_lie_as_their_parameter_and_counters_everywhere():
 
 
 def real_model():
-    """(networks, frozen arrays, student): a real UNet, teacher and student with random weights; the rest are toys."""
-    networks = TOYS._replace(unet=make_unet(base.unet_config(tiny.UNET, tiny.TEXT, tiny.LATENT)))
+    """(networks, frozen arrays, student): a real UNet of one level, random weights; the rest are toys."""
+    blocks = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    networks = TOYS._replace(unet=make_unet(base.unet_config(tiny.UNET | blocks, tiny.TEXT, tiny.LATENT)))
     teacher, student = (jax.tree.map(jnp.asarray, tiny.random_params(networks.unet.shapes, seed)) for seed in (0, 1))
     return networks, FROZEN._replace(teacher=teacher), student
 
@@ -183,5 +188,5 @@ def test_golden_step_of_a_real_unet_on_a_mesh():
         "the optimiser, say so in the commit and put these numbers into GOLDEN; otherwise something broke."
     )
     assert compiled == 1 and len(split) > 20
-    np.testing.assert_allclose(losses, GOLDEN["losses"], rtol=1e-4, err_msg=message)
+    np.testing.assert_allclose(losses, GOLDEN["losses"], rtol=3e-5, err_msg=message)
     np.testing.assert_allclose(size, GOLDEN["weights"], rtol=1e-5, err_msg=message)

@@ -15,6 +15,7 @@ from verb import ROOT, environment, tiny_flags
 from proreflow_jax.runtime.files import read_json
 
 STEPS = {"train__steps": 24, "checkpoint__every": 8, "train__log_every": 8}
+PATIENCE = 900  # seconds, for machines that do other things too
 SHARD, SAVING = "stage-4/pairs/pairs-00000-*.array_record", "stage-4/checkpoints/8*"  # appear in the run's folder
 BETWEEN, LATER, EXPORTING = "stage-4/DONE.json", "stage-2/checkpoints/16*", "export/.stage-*"
 
@@ -24,7 +25,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its prompts, compiled programs, and a run `whole` that nobody disturbed."""
     folder = tmp_path_factory.mktemp("kill")
     tiny.write_model(folder / "model")
-    ended = subprocess.run(**command(folder, "whole"), timeout=300)
+    ended = subprocess.run(**command(folder, "whole"), timeout=PATIENCE)
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -48,13 +49,13 @@ def struck(folder: Path, name: str, point: str, what: signal.Signals) -> tuple[i
     run = folder / "runs" / name
     with subprocess.Popen(**command(folder, name)) as process:
         try:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + PATIENCE
             while not any(run.glob(point)):
                 assert process.poll() is None, f"ended before {point} appeared: {process.stderr.read()}"
                 assert time.monotonic() < deadline, f"{point} never appeared"
                 time.sleep(0.001)
             process.send_signal(what)
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     return process.returncode, errors
@@ -73,7 +74,7 @@ def results(run: Path) -> dict:
 
 
 def finish(folder: Path, name: str) -> dict:
-    ended = subprocess.run(**command(folder, name), timeout=300)
+    ended = subprocess.run(**command(folder, name), timeout=PATIENCE)
     assert ended.returncode == 0, ended.stderr
     run = folder / "runs" / name
     assert [str(path) for path in run.rglob("*") if ".tmp" in path.name] == []  # nothing half-written is left
