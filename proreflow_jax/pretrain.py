@@ -119,8 +119,8 @@ def _train_diffusion(
         return pretraining.joined({pretraining.UNET: unet.init(first), pretraining.TEXT: text_encoder.init(second)})
 
     state = _fit(config, folder, init, rows, draw, loss, c, ema=c.ema)
-    params = jax.device_get(averaged(state))
-    return pretraining.part(params, pretraining.UNET), pretraining.part(params, pretraining.TEXT)
+    params = averaged(state)
+    return jax.device_get((pretraining.part(params, pretraining.UNET), pretraining.part(params, pretraining.TEXT)))
 
 
 def _fit(
