@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -297,3 +298,23 @@ def test_meta_survives_json(tmp_path: Path) -> None:
         checkpoints.save(1, {"x": jnp.ones(2)}, meta)
         checkpoints.wait()
         assert checkpoints.read_meta(1) == json.loads(json.dumps(meta))
+
+
+def test_ctrl_c_during_a_save_takes_effect_when_the_save_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path / "c") as checkpoints:
+            whole = checkpoints._manager.save
+
+            def save(*args: object, **kwargs: object) -> bool:
+                os.kill(os.getpid(), signal.SIGINT)
+                return whole(*args, **kwargs)
+
+            monkeypatch.setattr(checkpoints._manager, "save", save)
+            checkpoints.save(1, placed(host_state(1), 8), {"position": 10})
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 1
+        assert bits(checkpoints.restore(1, abstract(placed(host_state(1), 4))).state) == bits(host_state(1))

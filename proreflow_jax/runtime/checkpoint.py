@@ -9,6 +9,8 @@ named, passed over, and removed by the next save.
 
 import gc
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -100,15 +102,16 @@ class Checkpoints:
         leaves = named_leaves(state)
         digests = digest(leaves)
         record = inventory(step, leaves, digests, meta)
-        with self._loud(step):
-            for bad in sorted(self._bad & set(self._manager.all_steps())):
-                self._manager.delete(bad)
-            self._bad.clear()
-            items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(record))
-            if not self._manager.save(step, args=items, force=True):
-                raise OSError("orbax refused it: does another run write here?")
-        self._pending = step
-        self._target, self._saved = _abstract(state), {step: digests}
+        with _uninterrupted():
+            with self._loud(step):
+                for bad in sorted(self._bad & set(self._manager.all_steps())):
+                    self._manager.delete(bad)
+                self._bad.clear()
+                items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(record))
+                if not self._manager.save(step, args=items, force=True):
+                    raise OSError("orbax refused it: does another run write here?")
+            self._pending = step
+            self._target, self._saved = _abstract(state), {step: digests}
 
     def check(self) -> None:
         """Raises RuntimeError if the save in flight has failed by now. Never waits: call it every step."""
@@ -227,6 +230,23 @@ def lock(folder: str | Path) -> Any:
     if "://" in str(folder) or jax.process_index() != 0:
         return nullcontext()
     return files.lock(folder)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: a save cut in two leaves orbax's threads waiting for the other half."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    asked: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *notice: asked.append(notice))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        before(*asked[0])
 
 
 def _abstract(tree: PyTree) -> PyTree:
