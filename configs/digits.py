@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     c.data.resolution = 32  # pixels a side
 
     c.student = ConfigDict()
-    c.student.prediction = "ddim_eps"  # reading of the network: "ddim_eps", "velocity", "diff_eps" (the paper does not say)
+    c.student.prediction = "ddim_eps"  # reading of the network: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
     c.student.path = "linear"  # inside a window: "linear" [paper] or "first_order" (Rectified Diffusion)
 
     c.pairs = ConfigDict()

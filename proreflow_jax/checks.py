@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.data import shards
 from proreflow_jax.flow import solvers
-from proreflow_jax.flow.prediction import check_reading
+from proreflow_jax.flow.prediction import JUMPS, check_reading
 from proreflow_jax.reflow.pairs import STARTS
 from proreflow_jax.runtime import mesh, optimizer
 
@@ -61,10 +61,20 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
 
 def check_export(config: ConfigDict) -> None:
     """Raises ValueError if a stage shall be exported that no stock scheduler reads."""
-    if config.student.prediction != "ddim_eps":
+    if config.student.prediction not in JUMPS:
         raise ValueError(
             f"--config.student.prediction={config.student.prediction}: no stock scheduler reads this student; train with "
-            "ddim_eps to export, or export nothing by --config.export.stages='()'"
+            f"{' or '.join(JUMPS)} to export, or export nothing by --config.export.stages='()'"
+        )
+
+
+def check_student(config: ConfigDict, kind: str) -> None:
+    """Raises ValueError if the student would be read as another type of diffusion model than its base is (`kind`)."""
+    fits = next((reading for reading, trained in JUMPS.items() if trained == kind), "velocity")
+    if JUMPS.get(config.student.prediction, kind) != kind:
+        raise ValueError(
+            f"--config.student.prediction={config.student.prediction}: the base model is a {kind} model, its weights would "
+            f"have to relearn their output; take --config.student.prediction={fits}"
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from proreflow_jax.checks import RULES, check_choice, check_config
+from proreflow_jax.checks import RULES, check_choice, check_config, check_student
 from proreflow_jax.data import captions, digits
 from proreflow_jax.data.files import sha256
 from proreflow_jax.data.loader import Source
@@ -65,6 +65,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
     networks = Networks(base.unet, base.text_encoder, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
+    check_student(config, flow.prediction)
     experiment = Experiment(config, run, base, networks, flow, plan, machine)
     for stage in plan:
         check_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))

@@ -14,15 +14,16 @@ from ml_collections import ConfigDict
 from proreflow_jax import cli
 from proreflow_jax.checks import check_export
 from proreflow_jax.experiment import Experiment, load_weights, open_experiment, to_host
+from proreflow_jax.flow.prediction import JUMPS
 from proreflow_jax.models import weights
 from proreflow_jax.reflow.stages import Stage, find_stage
+from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import files
 
 log = logging.getLogger(__name__)
 CARD = "reflow.json"
-SCHEDULER = {  # with these a ddim_eps student of N windows in N steps is the stock DDIMScheduler, exactly
+SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps is the stock DDIMScheduler, exactly
     "_class_name": "DDIMScheduler",
-    "prediction_type": "epsilon",
     "timestep_spacing": "trailing",
     "set_alpha_to_one": False,
     "clip_sample": False,
@@ -66,16 +67,16 @@ def run_stage(experiment: Experiment, stage: Stage, target: Path, overwrite: boo
         tensors = weights.to_torch(to_host(student.params), np.float32)
         weights.save_tensors(draft / "unet" / "diffusion_pytorch_model.safetensors", tensors)
         (draft / "scheduler").mkdir()
-        files.write_json(draft / "scheduler" / "scheduler_config.json", scheduler_config(base.scheduler))
+        files.write_json(draft / "scheduler" / "scheduler_config.json", scheduler_config(base.scheduler, student.flow))
         _set_scheduler(draft / "model_index.json")
         card = {"windows": stage.windows, "digest": student.digest, "guidance": experiment.config.pairs.guidance}
         files.write_json(draft / CARD, {**card, "flow": student.flow._asdict(), "base": str(base.folder)})
     log.info("%s: %d-window student for diffusers, num_inference_steps=%d", target, stage.windows, stage.windows)
 
 
-def scheduler_config(base: dict) -> dict:
-    """scheduler_config.json of the stock DDIM scheduler on the base model's betas."""
-    return {**{name: base[name] for name in BETAS if name in base}, **SCHEDULER}
+def scheduler_config(base: dict, flow: Flow) -> dict:
+    """scheduler_config.json of the stock DDIM scheduler on the base model's betas, for a student of this reading."""
+    return {**{name: base[name] for name in BETAS if name in base}, **SCHEDULER, "prediction_type": JUMPS[flow.prediction]}
 
 
 def _set_scheduler(path: Path) -> None:

@@ -14,7 +14,8 @@ from proreflow_jax.flow.windows import bounds, chord, interpolate, locate
 SD = make_schedule("scaled_linear", 0.00085, 0.012)
 GRID_TIMES = (np.arange(1001) / 1000).astype(np.float32)
 COUNTS = [2, 4, 8, 5]
-PAIRED = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]
+CONSTANT = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]  # in a window
+PAIRED = [*CONSTANT, ("ddim_v", "linear"), ("ddim_v", "first_order")]
 
 
 def _normal(seed, *shape):
@@ -110,25 +111,39 @@ def test_an_epsilon_model_is_already_a_ddim_eps_student(path, n):
         assert _relative(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("path", ["linear", "first_order"])
+def test_a_v_student_is_an_epsilon_student_in_other_words(path):
+    """At every t of a window: the v of the state it was given, read as epsilon, means the same velocity and the same step."""
+    with jax.enable_x64(True):
+        t = jnp.asarray(np.arange(2, 1001) / 1000)
+        _, t_s, t_e = locate(t, 4)
+        z, eps = (jax.random.normal(jax.random.key(i), (999, 6)) for i in (0, 1))
+        v = pre.convert("epsilon", "v_prediction", SD, z, eps, t)
+        for move in (pre.to_velocity, lambda *x: pre.advance(*x[:6], t_e, *x[6:])):
+            ours, theirs = move("ddim_v", path, SD, z, v, t, t_s, t_e), move("ddim_eps", path, SD, z, eps, t, t_s, t_e)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 8])
-def test_that_chain_is_the_stock_ddim_scheduler(n):
+@pytest.mark.parametrize("reading, kind", pre.JUMPS.items())
+def test_that_chain_is_the_stock_ddim_scheduler(n, reading, kind):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     stock = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
-        set_alpha_to_one=False, clip_sample=False,
+        set_alpha_to_one=False, clip_sample=False, prediction_type=kind,
     )  # fmt: skip
     stock.set_timesteps(n)
     z = np.asarray(_normal(0, 2, 8))
     theirs, ours = torch.from_numpy(z.copy()), jnp.asarray(z)
     for i, (s, e) in enumerate(zip(bounds(n)[:-1], bounds(n)[1:], strict=True)):
-        eps = np.asarray(_normal(i + 1, 2, 8))
-        theirs = stock.step(torch.from_numpy(eps.copy()), stock.timesteps[i], theirs).prev_sample
-        ours = pre.ddim_jump(SD, ours, jnp.asarray(eps), jnp.full(2, s), jnp.full(2, e))
+        out, t_s, t_e = np.asarray(_normal(i + 1, 2, 8)), jnp.full(2, s), jnp.full(2, e)
+        theirs = stock.step(torch.from_numpy(out.copy()), stock.timesteps[i], theirs).prev_sample
+        ours = pre.advance(reading, "linear", SD, ours, jnp.asarray(out), t_s, t_e, t_s, t_e)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("prediction, path", PAIRED)
+@pytest.mark.parametrize("prediction, path", CONSTANT)
 def test_advance_in_any_sub_steps_ends_at_the_same_state(prediction, path):
     with jax.enable_x64(True):
         b = jnp.asarray(bounds(4))

@@ -67,8 +67,9 @@ def gap(n, path="linear", schedule=SCHEDULE, unet=TOYS.unet, reading="ddim_eps")
 
 
 @pytest.mark.parametrize("n, path", [(1, "linear"), (8, "linear"), (1000, "linear"), (4, "first_order")])
-def test_an_untrained_student_is_its_teacher_one_ddim_step_a_window(n, path):
-    assert gap(n, path) <= 1e-5
+@pytest.mark.parametrize("reading", prediction.JUMPS)
+def test_an_untrained_student_is_its_teacher_one_ddim_step_a_window(n, path, reading):
+    assert gap(n, path, reading=reading) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
@@ -113,6 +114,7 @@ def test_the_identity_is_checked_only_where_it_holds_by_design():
     assert identity() <= 1e-5
     assert identity(student=Flow("velocity", 8)) is None
     assert identity(base=Flow("v_prediction")) is None
+    assert identity(base=Flow("v_prediction"), student=Flow("ddim_v", 8)) <= 1e-5
     assert gap(8, reading="velocity") > 0.01
 
 
@@ -145,8 +147,9 @@ def test_a_student_crosses_its_windows_one_after_another(reading, path, steps):
     np.testing.assert_allclose(sampled(flow, steps), want, rtol=1e-4, atol=1e-4)
 
 
-def test_an_untrained_ddim_student_samples_as_its_teacher_does():
-    np.testing.assert_allclose(sampled(Flow("ddim_eps", 8), 8), sampled(EPSILON, 8), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("reading, kind", prediction.JUMPS.items())
+def test_an_untrained_ddim_student_samples_as_its_teacher_does(reading, kind):
+    np.testing.assert_allclose(sampled(Flow(reading, 8), 8), sampled(Flow(kind), 8), rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_pushes_away_from_the_negative_prompts():

@@ -18,6 +18,7 @@ TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
 LOSS = LossRecipe("velocity", 1.0, 0.25, "float32")
 READINGS = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]
+READINGS += [("ddim_v", "linear"), ("ddim_v", "first_order")]
 KEY = jax.random.key(3)
 
 

@@ -168,6 +168,31 @@ def test_every_variant_runs(model, pictures, tmp_path, fields):
         assert ended.code == 2 and "velocity" in ended.err and not (tmp_path / "out").exists()
 
 
+def v_model(folder: Path) -> Path:
+    """The tiny model, declared to predict v."""
+    path = tiny.write_model(folder) / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**read_json(path), "prediction_type": "v_prediction"}))
+    return folder
+
+
+def test_a_v_prediction_model_does_not_relearn_its_output(tmp_path):
+    refused = run("distill", *tiny_flags(tmp_path, v_model(tmp_path / "model")))
+    assert refused.code == 2 and "take --config.student.prediction=ddim_v" in refused.err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_v_prediction_model_keeps_its_words_from_distillation_to_diffusers(tmp_path):
+    model = v_model(tmp_path / "model")
+    short = {"stages": "(2,)", "export__stages": "(2,)", "train__steps": 2, "optimizer__warmup_steps": 0, "pairs__examples": 16}
+    words = tiny_flags(tmp_path, model, **short, student__prediction="ddim_v")
+    assert run("distill", *words).code == 0
+    ended = run("export", *words, "--stage=2", "--check")
+    assert ended.code == 0, ended.err
+    exported = tmp_path / "runs" / "tiny" / "export" / "stage-2"
+    assert read_json(exported / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
+    assert read_json(exported / "replay.json")["largest_difference"] <= replay.LIMIT
+
+
 def test_an_export_is_the_student_in_stock_diffusers(chain, model, tmp_path):
     target = tmp_path / "exported"
     words = [*same_command(chain, chain, model), "--stage=2", f"--out={target}"]

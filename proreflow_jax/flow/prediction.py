@@ -13,6 +13,9 @@ eliminate z_s:
     =>  v [(t_e - t_s) + (l - 1) (t - t_s)] = (l - 1) z_t + h out
     =>  v = [(l - 1) z_t + h out] / D,    D = l (t - t_s) + (t_e - t).
 
+A model that was trained as a v_prediction keeps its own words as a student: in "ddim_v" the output is the v of the same
+jump, eps = a_t out + s_t z_t at the state it was given, put into the line above.
+
 So each reading is one affine map v = A(t) z_t + B(t) out. D never vanishes in the window: at t_s it is t_e - t_s, at
 t_e it is l (t_e - t_s). The longer way, z_e first and (z_e - z_t) / (t_e - t) after, is 0/0 at t_e. Losses, samplers
 and teachers all speak velocity and need nothing else.
@@ -26,7 +29,8 @@ from proreflow_jax.flow.schedule import Schedule, as_time, per_example
 from proreflow_jax.flow.windows import check_path
 
 OUTPUTS = ("epsilon", "sample", "v_prediction")
-READINGS = ("velocity", "ddim_eps", "diff_eps")
+READINGS = ("velocity", "ddim_eps", "diff_eps", "ddim_v")
+JUMPS = {"ddim_eps": "epsilon", "ddim_v": "v_prediction"}  # readings of stock schedulers' DDIM step, by their prediction_type
 
 
 def convert(
@@ -85,8 +89,9 @@ def check_reading(prediction: str, path: str) -> None:
     if prediction not in READINGS:
         raise ValueError(f"prediction {prediction!r}, must be one of {', '.join(READINGS)}; change --config.student.prediction")
     check_path(path)
-    if path == "first_order" and prediction != "ddim_eps":
-        raise ValueError(f"path first_order with {prediction}, must be used with ddim_eps; change --config.student.path")
+    if path == "first_order" and prediction not in JUMPS:
+        known = " or ".join(JUMPS)
+        raise ValueError(f"path first_order with {prediction}, must be used with {known}; change --config.student.path")
 
 
 def affine(
@@ -102,12 +107,15 @@ def affine(
     linear: v is the chord's velocity, by the derivation on top of this file (diff_eps: PeRFlow, Yan et al. 2024).
     first_order: v = (z_e - z_t) / (t_e - t), where z_e is the DDIM jump from t to t_e; at t_e its limit,
       `flow_velocity`. In float32 A and B keep a relative error below 1e-4, the worst of it one grid step before t_e.
-    Raises ValueError for an unknown reading or path, and for first_order with anything but ddim_eps.
+    Raises ValueError for an unknown reading or path, and for first_order with anything but ddim_eps and ddim_v.
     """
     check_reading(prediction, path)
     t, t_s, t_e = as_time(t), as_time(t_s), as_time(t_e)
     if prediction == "velocity":
         return jnp.zeros_like(t), jnp.ones_like(t)
+    if prediction == "ddim_v":
+        A, B = affine("ddim_eps", path, schedule, t, t_s, t_e)
+        return A + B * schedule.sigma(t), B * schedule.alpha(t)
     if path == "first_order":
         return _first_order(schedule, t, t_e)
     jump = _ddim_coefficients if prediction == "ddim_eps" else _diff_coefficients
@@ -168,7 +176,7 @@ def advance(
     """
     check_reading(prediction, path)
     if path == "first_order":
-        return ddim_jump(schedule, z, out, t, u)
+        return ddim_jump(schedule, z, convert(JUMPS[prediction], "epsilon", schedule, z, out, t), t, u)
     v = to_velocity(prediction, path, schedule, z, out, t, t_s, t_e)
     return z + per_example(as_time(u) - as_time(t), z) * v
 

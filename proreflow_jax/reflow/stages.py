@@ -61,7 +61,7 @@ def identity_gap(
 ) -> Float[Array, ""]:
     """Largest difference, over all windows, between the untrained student's step and one DDIM step of its teacher.
 
-    Relative to the first term of z_e = l z + h eps, since the two may cancel. The teacher's side is as diffusers computes it
+    Relative to the first term of z_e = l z + h out, since the two may cancel. The teacher's side is as diffusers computes it
     ("trailing" spacing, set_alpha_to_one=False): coefficients from the table in float64. The network is asked once a window;
     that its time is the table's entry is compared apart.
     """
@@ -70,6 +70,8 @@ def identity_gap(
     a_s, a_e = schedule.alphas_cumprod[begin], schedule.alphas_cumprod[np.maximum(begin - width, 0)]
     keep = np.sqrt(a_e / a_s)
     add = np.sqrt(1 - a_e) - keep * np.sqrt(1 - a_s)
+    if prediction.JUMPS.get(student.prediction) == "v_prediction":  # eps = sqrt(a_s) out + sqrt(1 - a_s) z
+        keep, add = keep + add * np.sqrt(1 - a_s), add * np.sqrt(a_s)
 
     def gap(row: tuple[Array, ...]) -> Float[Array, ""]:
         k, entry, ell, h = row
@@ -96,12 +98,12 @@ def check_identity(
     base: Flow,
     student: Flow,
 ) -> float | None:
-    """The step-0 identity: an untrained ddim_eps student of an epsilon model is that model, one DDIM step a window.
+    """The step-0 identity: an untrained student that is read as its teacher was is that teacher, one DDIM step a window.
 
-    Returns the gap, or None where the identity does not hold by design (another reading or another kind of teacher).
+    So is ddim_eps of an epsilon model, and ddim_v of a v_prediction model. Returns the gap, or None for any other reading.
     Raises ValueError if the gap exceeds 1e-5: then the schedule, the time or the reading is wrong, and training is money lost.
     """
-    if student.prediction != "ddim_eps" or base.prediction != "epsilon":
+    if prediction.JUMPS.get(student.prediction) != base.prediction:
         return None
     z = jax.random.normal(key, (context.shape[0], *latent))
     gap = jax.jit(lambda p, x, c: identity_gap(p, x, c, unet=unet, schedule=schedule, student=student))

@@ -67,8 +67,9 @@ def target_velocity(flow: Flow, schedule: Schedule, z_s: Array, z_e: Array, path
     t_s, t_e = path["t_s"], path["t_e"]
     if flow.path == "linear":
         return windows.chord(z_s, z_e, t_s, t_e)
-    eps = prediction.from_velocity(flow.prediction, flow.path, schedule, z_s, windows.chord(z_s, z_e, t_s, t_e), t_s, t_s, t_e)
-    return prediction.to_velocity(flow.prediction, flow.path, schedule, path["z"], eps, path["t"], t_s, t_e)
+    jump = ("ddim_eps", flow.path, schedule)  # the one epsilon is the same at every t, whatever the student's own words are
+    eps = prediction.from_velocity(*jump, z_s, windows.chord(z_s, z_e, t_s, t_e), t_s, t_s, t_e)
+    return prediction.to_velocity(*jump, path["z"], eps, path["t"], t_s, t_e)
 
 
 def reflow_loss(

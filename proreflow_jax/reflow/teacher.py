@@ -20,7 +20,7 @@ DIFFUSION = ("epsilon", "v_prediction", "sample")  # diffusers' prediction_type
 class Flow(NamedTuple):
     """How a network's output is read.
 
-    prediction: a diffusion model's prediction_type, or a student's reading (velocity, ddim_eps, diff_eps).
+    prediction: a diffusion model's prediction_type, or a student's reading (velocity, ddim_eps, diff_eps, ddim_v).
     windows: the student's number of windows; 0 for a diffusion model.
     path: the student's path inside a window.
     """
