@@ -1,6 +1,7 @@
 """Conversion is total: torch -> ours -> torch is bit-equal, and whatever does not fit is named in one line."""
 
 import json
+import weakref
 from pathlib import Path
 
 import jax
@@ -166,6 +167,48 @@ def test_index_cannot_point_outside_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="is not a plain file name") as caught:
         weights.read_tensors(folder)
     one_line(caught)
+
+
+@pytest.mark.parametrize("variant, dtype", [("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+def test_half_precision_variants_are_read_and_full_precision_comes_first(tmp_path, variant, dtype):
+    half = torch_tensors(SMALL, dtype)
+    shard(tmp_path, half)
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / f"model.safetensors.index.{variant}.json")
+    assert all(np.array_equal(weights.read_tensors(tmp_path)[name], half[name]) for name in half)
+    weights.save_tensors(tmp_path / f"model.{variant}.safetensors", {"whole": half["conv.bias"]})
+    assert list(weights.read_tensors(tmp_path)) == ["whole"]
+    weights.save_tensors(tmp_path / "model.safetensors", torch_tensors(SMALL))
+    assert weights.read_tensors(tmp_path)["conv.bias"].dtype == np.float32
+
+
+def test_a_pickle_is_refused_with_what_converts_it(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not looked at")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin, a pickle.*save_pretrained") as caught:
+        weights.read_tensors(tmp_path)
+    one_line(caught)
+
+
+def test_a_model_never_lies_in_memory_twice(tmp_path, monkeypatch):
+    """While tensors become parameters, at most one of those read is alive."""
+    weights.save_tensors(tmp_path / "model.safetensors", torch_tensors(SMALL, np.float16))
+    alive, most = weakref.WeakSet(), []
+    read = weights.Tensors.__getitem__
+
+    def counted(self, name):
+        alive.add(kept := read(self, name).view(Counted))
+        most.append(len(alive))
+        return kept
+
+    monkeypatch.setattr(weights.Tensors, "__getitem__", counted)
+    assert len(weights.from_torch(weights.read_tensors(tmp_path), SMALL, "half")) == len(most) == len(SMALL)
+    assert max(most) <= 2  # the one being read, and the one before, which its variable still holds
+
+
+class Counted(np.ndarray):
+    """An array that can be referred to weakly and hashed."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
 def test_missing_shard_is_named(tmp_path):

@@ -1,12 +1,13 @@
 """safetensors <-> parameters, total in both directions: every name and shape fits, or one error says which does not.
 
 Torch keeps convolutions as (out, in, h, w) and linear weights as (out, in); ours are (h, w, in, out) and (in, out).
-Embedding tables are the same in both.
+Embedding tables are the same in both. Files are read tensor by tensor, so that a model never lies in memory twice.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ CONFIG_NAMES = ("config.json", "scheduler_config.json")
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # so in SD 1.5's VAE on the Hub
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 STEMS = ("diffusion_pytorch_model", "model")
+VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+CONVERT = "convert it where you trust it: diffusers' DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
 LISTED = 4  # names printed of each kind of mismatch
 
 
@@ -40,32 +44,70 @@ def read_config(folder: Path) -> dict:
     raise FileNotFoundError(f"{folder} holds no {names}: --config.model.path must name a diffusers folder")
 
 
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of some safetensors files: named at once, each read when it is asked for.
+
+    A file is opened anew for every tensor: it is mapped into memory, and what was read would stay there until it is closed.
+    Raises ValueError, one line, for a file that is missing or broken.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._where: dict[str, Path] = {}
+        for path in paths:
+            with _opened(path) as file:
+                self._where |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with _opened(self._where[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+
+
 def _files(folder: Path) -> list[Path]:
-    for stem in STEMS:
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise ValueError(f"{index} is not an index of safetensors files (JSON with a weight_map)") from None
-            if bad := [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", str(name))]:
-                raise ValueError(f"{index}: {bad[0]!r} is not a plain file name that ends in .safetensors")
-            return [folder / name for name in names]
-    raise FileNotFoundError(f"{folder} holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
+    for variant in VARIANTS:
+        for stem in STEMS:
+            if (folder / f"{stem}{variant}.safetensors").is_file():
+                return [folder / f"{stem}{variant}.safetensors"]
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.is_file():
+                return _shards(index)
+    missing = f"{folder} holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}"
+    if pickled := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
+        raise ValueError(f"{missing}, only {pickled[0]}, a pickle, which may run code and is never opened: {CONVERT}")
+    raise FileNotFoundError(missing)
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of one component, torch names and layout, as they lie on disk (one file or sharded)."""
-    tensors: dict[str, np.ndarray] = {}
-    for path in _files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    return tensors
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{index} is not an index of safetensors files (JSON with a weight_map)") from None
+    if bad := [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", str(name))]:
+        raise ValueError(f"{index}: {bad[0]!r} is not a plain file name that ends in .safetensors")
+    return [index.parent / name for name in names]
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """All tensors of one component, torch names and layout, as they lie on disk: one file or sharded, any precision.
+
+    Where there are several, full precision is taken before fp16 and that before bf16. Raises FileNotFoundError or
+    ValueError, one line; pickled weights are refused with what converts them.
+    """
+    return Tensors(_files(folder))
 
 
 def _to_ours(name: str, tensor: np.ndarray) -> np.ndarray:
@@ -103,23 +145,30 @@ def from_torch(
     Raises:
       ValueError: one line with every kind of mismatch: missing, unexpected, of another shape, not finite.
     """
-    today = lambda name: OLD_NAME.sub(lambda found: OLD[found[0]], name)
-    tensors = {today(name): value for name, value in tensors.items() if not IGNORED.search(name)}
-    if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in tensors:
-        tensors = {name if name.startswith("text_") else f"text_model.{name}": v for name, v in tensors.items()}
-    ours = {name: _to_ours(name, value) for name, value in tensors.items()}
-    both = ours.keys() & shapes.keys()
-    wrong = [f"{n} {ours[n].shape} instead of {shapes[n].shape}" for n in both if ours[n].shape != shapes[n].shape]
-    broken = [n for n in both if not np.isfinite(ours[n].astype(np.float32)).all()]
+    named = {OLD_NAME.sub(lambda found: OLD[found[0]], name): name for name in tensors if not IGNORED.search(name)}
+    if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in named:
+        named = {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in named.items()}
+    params, wrong, broken = {}, [], []
+    for name in [name for name in shapes if name in named]:
+        tensor = _to_ours(name, tensors[named[name]])
+        if tensor.shape != shapes[name].shape:
+            wrong.append(f"{name} {tensor.shape} instead of {shapes[name].shape}")
+        elif not _finite(tensor):
+            broken.append(name)
+        params[name] = np.ascontiguousarray(tensor, dtype)
     problems = [
-        *_listing("missing", shapes.keys() - ours.keys()),
-        *_listing("unexpected", ours.keys() - shapes.keys()),
+        *_listing("missing", shapes.keys() - named.keys()),
+        *_listing("unexpected", named.keys() - shapes.keys()),
         *_listing("of another shape (ours)", wrong),
         *_listing("not finite", broken),
     ]
     if problems:
         raise ValueError(f"{origin}: weights do not fit its config.json: {'; '.join(problems)}")
-    return {name: np.ascontiguousarray(ours[name], dtype) for name in shapes}
+    return params
+
+
+def _finite(tensor: np.ndarray) -> bool:
+    return bool(np.isfinite(tensor if tensor.dtype in (np.float32, np.float64) else tensor.astype(np.float32)).all())
 
 
 def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
