@@ -1,27 +1,38 @@
-"""Write a stage's student as a diffusers folder with the stock DDIM scheduler; --check replays it in diffusers.
+"""Write a stage's student for other tools: a diffusers folder, a single file, a LoRA, or a delta to merge elsewhere.
 
-Everything but the UNet and the scheduler is copied from the base model as it is.
+--form=diffusers    the base model's folder with the student's UNet and the scheduler it is read by (default)
+--form=single-file  UNet, VAE and text encoder in one .safetensors under the names that A1111 and ComfyUI read
+--form=lora         student minus base as a LoRA of --rank, by truncated SVD, for diffusers, A1111 and ComfyUI
+--form=delta        student minus base, for `merge` onto another fine-tune of the same base
+Each is a folder with reflow.json (base, stage, digest, how the network is read) and the scheduler's config. --check replays it.
 """
 
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
-from proreflow_jax.checks import check_export
-from proreflow_jax.experiment import Experiment, load_weights, open_experiment, to_host
+from proreflow_jax.checks import STORAGE, check_export
+from proreflow_jax.experiment import Experiment, Weights, load_weights, open_experiment, to_host
 from proreflow_jax.flow.prediction import JUMPS
-from proreflow_jax.models import weights
+from proreflow_jax.models import lora, original, weights
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import files
 
 log = logging.getLogger(__name__)
 CARD = "reflow.json"
+UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
+FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta.safetensors"}
+SCHEDULERS = ("stock", "windowed")
+RANKS = (1, 4, 16, 32, 64, 128, 256)  # of the energies that a LoRA's export prints
 SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps is the stock DDIMScheduler, exactly
     "_class_name": "DDIMScheduler",
     "timestep_spacing": "trailing",
@@ -31,63 +42,179 @@ SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps
     "steps_offset": 1,
     "rescale_betas_zero_snr": False,
 }
+WINDOWED = Path(__file__).with_name("windowed_scheduler.py")  # needs torch: copied, never imported here
 BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 
 
-def export(config: ConfigDict, stage: int, out: str, check: bool, overwrite: bool) -> None:
+class Format(NamedTuple):
+    """What an export looks like; the defaults are those of the verb."""
+
+    form: str = "diffusers"
+    dtype: str = "float32"  # of the tensors written
+    rank: int = 64  # of a LoRA
+    scheduler: str = "stock"
+
+
+STOCK = Format()
+
+
+def export(
+    config: ConfigDict, stage: int, out: str, form: str, dtype: str, rank: int, scheduler: str, check: bool, overwrite: bool
+) -> None:
     """The verb: one stage to a folder."""
+    wanted = _format(form, dtype, rank, scheduler)
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
-    target = Path(out) if out else experiment.run / "export" / chosen.folder.name
+    suffix = "" if form == "diffusers" else f"-{form}"
+    target = Path(out) if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
     if check:  # torch and diffusers are an extra: find out before anything is written
         from proreflow_jax import replay
+
+        cli.choose(form, tuple(replay.OPENERS), "--check: --form")
     if not check or overwrite or not target.exists():
-        run_stage(experiment, chosen, target, overwrite, again=not out)
+        run_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
     if check:
         replay.check(experiment, chosen, target)
 
 
-def run_stage(experiment: Experiment, stage: Stage, target: Path, overwrite: bool = False, again: bool = True) -> None:
-    """Writes the folder; with `again`, one that already holds this very student is left as it is.
+def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
+    """The flags, checked. Raises ValueError, one line."""
+    cli.choose(form, ("diffusers", *FILES), "--form")
+    cli.choose(dtype, STORAGE, "--dtype")
+    cli.choose(scheduler, SCHEDULERS, "--scheduler")
+    if rank < 1:
+        raise ValueError(f"--rank={rank} must be at least 1")
+    if scheduler == "windowed" and form != "diffusers":
+        raise ValueError(f"--scheduler=windowed travels in a diffusers folder, not in --form={form}: leave one of them out")
+    return Format(form, dtype, rank, scheduler)
 
-    Raises ValueError if the folder holds something else, or if the student's reading has no stock scheduler.
+
+def run_stage(
+    experiment: Experiment, stage: Stage, target: Path, overwrite: bool = False, again: bool = True, wanted: Format = STOCK
+) -> None:
+    """Writes the folder; with `again`, one that already holds this very student in this form is left as it is.
+
+    Raises ValueError if the folder holds something else, or if no stock scheduler reads the student.
     """
-    check_export(experiment.config)
+    if wanted.scheduler == "stock":
+        check_export(experiment.config)
     student = load_weights(experiment, stage)
-    if again and not overwrite and (target / CARD).is_file() and files.read_json(target / CARD)["digest"] == student.digest:
+    card = make_card(experiment, stage, student, wanted)
+    if again and not overwrite and (target / CARD).is_file() and _same(files.read_json(target / CARD), card):
         log.info("%s: is there", target)
         return
-    base = experiment.base
+    tensors = weights.to_torch(to_host(student.params))
     with files.atomic_folder(target, overwrite) as draft:
-        shutil.copytree(
-            base.folder, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet", "scheduler", ".*", "README*")
-        )
-        (draft / "unet").mkdir()
-        shutil.copy(base.folder / "unet" / "config.json", draft / "unet" / "config.json")
-        tensors = weights.to_torch(to_host(student.params), np.float32)
-        weights.save_tensors(draft / "unet" / "diffusion_pytorch_model.safetensors", tensors)
-        (draft / "scheduler").mkdir()
-        files.write_json(draft / "scheduler" / "scheduler_config.json", scheduler_config(base.scheduler, student.flow))
-        _set_scheduler(draft / "model_index.json")
-        card = {"windows": stage.windows, "digest": student.digest, "guidance": experiment.config.pairs.guidance}
-        files.write_json(draft / CARD, {**card, "flow": student.flow._asdict(), "base": str(base.folder)})
-    log.info("%s: %d-window student for diffusers, num_inference_steps=%d", target, stage.windows, stage.windows)
+        scheduler = scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
+        if wanted.form == "diffusers":
+            write_folder(draft, experiment.base.folder, _as(tensors, wanted.dtype), scheduler)
+        else:
+            write_scheduler(draft, scheduler)
+            made, report = _single_tensors(experiment, tensors, wanted)
+            weights.save_tensors(draft / FILES[wanted.form], made)
+            card |= report
+        files.write_json(draft / CARD, card)
+    log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, wanted.form, stage.windows)
 
 
-def scheduler_config(base: dict, flow: Flow) -> dict:
-    """scheduler_config.json of the stock DDIM scheduler on the base model's betas, for a student of this reading."""
-    return {**{name: base[name] for name in BETAS if name in base}, **SCHEDULER, "prediction_type": JUMPS[flow.prediction]}
+def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Format) -> dict[str, Any]:
+    """What reflow.json says: enough to know what the weights are, how they are read, and what they were trained to do."""
+    pairs = experiment.config.pairs
+    guidance = {  # what the student learned of classifier-free guidance
+        "teacher": pairs.guidance,  # scale of the teacher of the pairs; other than 1 it is part of the student now
+        "prompt_dropout": pairs.prompt_dropout,  # share of examples with the empty prompt, for teacher and student alike
+        "inference": 1.0,  # the scale that the export is checked at
+    }
+    stages = [other.windows for other in experiment.stages if other.windows >= stage.windows]
+    return {
+        "format": wanted._asdict(),
+        "windows": stage.windows,
+        "stages": stages,
+        "digest": student.digest,
+        "flow": student.flow._asdict(),
+        "guidance": guidance,
+        "base": str(experiment.base.folder),
+    }
 
 
-def _set_scheduler(path: Path) -> None:
-    index = json.loads(path.read_text(encoding="utf-8"))
-    files.write_json(path, {**index, "scheduler": ["diffusers", "DDIMScheduler"]})
+def _same(found: Mapping[str, Any], card: Mapping[str, Any]) -> bool:
+    return all(found.get(name) == value for name, value in card.items() if name != "base")
+
+
+def write_folder(draft: Path, base: Path, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
+    """A diffusers folder: everything of `base` as it is, but this UNet (torch layout) and this scheduler."""
+    ignored = shutil.ignore_patterns("unet", "scheduler", ".*", "README*", CARD)
+    shutil.copytree(base, draft, dirs_exist_ok=True, ignore=ignored)
+    (draft / "unet").mkdir()
+    shutil.copy(base / "unet" / "config.json", draft / "unet" / "config.json")
+    weights.save_tensors(draft / UNET_FILE, unet)
+    write_scheduler(draft, scheduler)
+    index = json.loads((draft / "model_index.json").read_text(encoding="utf-8"))
+    kind = scheduler["_class_name"]
+    entry = ["diffusers", kind] if kind == SCHEDULER["_class_name"] else [WINDOWED.stem, kind]
+    files.write_json(draft / "model_index.json", {**index, "scheduler": entry})
+
+
+def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
+    """scheduler/, with the code of our own scheduler beside its config."""
+    (draft / "scheduler").mkdir()
+    files.write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
+    if scheduler["_class_name"] != SCHEDULER["_class_name"]:
+        shutil.copy(WINDOWED, draft / "scheduler")
+
+
+def scheduler_config(base: Mapping[str, Any], flow: Flow, kind: str = "stock") -> dict[str, Any]:
+    """scheduler_config.json on the base model's betas, for a student of this reading: stock DDIM, or ours for any steps."""
+    betas = {name: base[name] for name in BETAS if name in base}
+    if kind == "stock":
+        return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction]}
+    betas.pop("trained_betas", None)
+    return {**betas, "_class_name": "WindowedFlowScheduler", **flow._asdict()}
+
+
+def _as(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(value, jnp.dtype(dtype)) for name, value in tensors.items()}
+
+
+def _single_tensors(
+    experiment: Experiment, student: dict[str, np.ndarray], wanted: Format
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The one file of a form that is no folder, and what the card says beyond."""
+    base = experiment.base
+    if wanted.form == "single-file":
+        return _as(single_file(experiment, student), wanted.dtype), {}
+    change = lora.delta(student, weights.to_torch(base.params["unet"]))
+    if wanted.form == "delta":
+        return _as(change, wanted.dtype), {}
+    factors, report = lora.decompose(change, wanted.rank)
+    for rank, energy, error in lora.energies(change, sorted({*RANKS, wanted.rank})):
+        mark = " <- written" if rank == wanted.rank else ""
+        log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)
+    log.info("biases and norms, which no LoRA carries, hold %.4f of the whole change's energy", report["left_out"]["energy"])
+    return lora.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": report}
+
+
+def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """UNet (torch layout), VAE and text encoder under the names of the original layout."""
+    base = experiment.base
+    family = "v2" if base.unet.config.get("use_linear_projection") else "v1"
+    parts = {"unet": unet} | {name: weights.to_torch(base.params[name]) for name in ("vae", "text_encoder")}
+    configs = {"unet": base.unet.config, "vae": base.vae.config, "text_encoder": base.text_encoder.config}
+    return {
+        name: tensor
+        for part, tensors in parts.items()
+        for name, tensor in original.to_original(part, tensors, configs[part], family).items()
+    }
 
 
 if __name__ == "__main__":
     options = {
         "stage": (2, "windows of the stage to export"),
-        "out": ("", "folder to write; empty: <run>/export/stage-N"),
+        "out": ("", "folder to write; empty: <run>/export/stage-N, with the form's name behind"),
+        "form": ("diffusers", "diffusers, single-file, lora or delta"),
+        "dtype": ("float32", "of the tensors written: float32, float16 or bfloat16"),
+        "rank": (64, "of the LoRA, capped at each layer's full rank"),
+        "scheduler": ("stock", "stock: diffusers' DDIM, steps = windows; windowed: ours, copied along, any steps from there"),
         "check": (False, "also sample it in diffusers from the same noise (pip install 'proreflow_jax[export-check]')"),
         "overwrite": (False, "replace an existing folder"),
     }

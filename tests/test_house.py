@@ -189,16 +189,19 @@ def test_the_training_install_is_free_of_torch_and_tensorflow():
 
 
 def test_the_jobs_start_where_torch_and_tensorflow_are_not_installed():
-    verbs = ("distill", "make_pairs", "train", "sample", "export", "evaluate", "pretrain")
+    verbs = ("distill", "make_pairs", "train", "sample", "export", "merge", "evaluate", "pretrain")
     block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); "  # None there: importing it raises ImportError
     code = block + f"import {', '.join(f'{PACKAGE}.{verb}' for verb in verbs)}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-def test_only_the_export_check_imports_torch():
+ALONE = {f"{PACKAGE}/{name}.py": {"torch", "diffusers"} for name in ("replay", "windowed_scheduler")}
+
+
+def test_only_the_export_check_and_the_scheduler_for_diffusers_import_torch():
     wanted = {str(path.relative_to(ROOT)): top(imports(path, PACKAGE)) & set(HEAVY) for path in (ROOT / PACKAGE).rglob("*.py")}
     wanted = {name: heavy - {"sklearn"} for name, heavy in wanted.items()}  # sklearn: inside functions, for the digits alone
-    assert {name: heavy for name, heavy in wanted.items() if heavy} == {"proreflow_jax/replay.py": {"torch", "diffusers"}}
+    assert {name: heavy for name, heavy in wanted.items() if heavy} == ALONE
 
 
 def test_the_embedded_model_is_small_and_holds_no_code():

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from verb import keep_networks, kept_programs, run, tiny_flags
+from safetensors.numpy import load_file
+from verb import CONFIG, keep_networks, kept_programs, run, tiny_flags
 
 from proreflow_jax import replay
 from proreflow_jax.data import digits
+from proreflow_jax.export import UNET_FILE
 from proreflow_jax.runtime.files import read_json
 
 
@@ -214,6 +216,51 @@ def test_a_wrong_export_is_found_out(chain, model, tmp_path):
     path.write_text(json.dumps({**read_json(path), "set_alpha_to_one": True}))
     ended = run("export", *words, "--check")
     assert ended.code == 1 and "differ by" in ended.err.splitlines()[-1]
+
+
+FORMS = [("single-file",), ("lora", "--rank=1000"), ("diffusers", "--scheduler=windowed")]
+
+
+@pytest.mark.parametrize("form, more", [(form, more) for form, *more in FORMS], ids=lambda x: str(x))
+def test_every_form_is_the_same_student_in_diffusers(chain, model, tmp_path, form, more):
+    target = tmp_path / "exported"
+    words = [*same_command(chain, chain, model), "--stage=2", f"--out={target}", f"--form={form}", *more]
+    ended = run("export", *words, "--check")
+    assert ended.code == 0, ended.err
+    proof, card = read_json(target / "replay.json"), read_json(target / "reflow.json")
+    assert proof["largest_difference"] <= replay.LIMIT < proof["largest_value"]
+    assert proof["steps"] == (4 if more == ["--scheduler=windowed"] else 2)
+    assert card["stages"] == [4, 2] and card["guidance"]["teacher"] == 1.0 and card["format"]["form"] == form
+    if form == "lora":
+        assert "rank  64 keeps" in ended.err and 0 < card["lora"]["left_out"]["energy"] < 1
+        assert proof["to_student"] > proof["largest_difference"]
+
+
+def test_a_delta_merges_back_into_the_student_and_onto_another_model_only_of_the_same_network(chain, model, tmp_path):
+    words = [*same_command(chain, chain, model), "--stage=2"]
+    for form in ("diffusers", "delta"):
+        assert run("export", *words, f"--form={form}", f"--out={tmp_path / form}").code == 0
+    merged = ["--config=" + str(CONFIG), f"--delta={tmp_path / 'delta'}", f"--out={tmp_path / 'merged'}"]
+    ended = run("merge", *merged, f"--config.model.path={model}")
+    assert ended.code == 0, ended.err
+    student, again = (load_file(tmp_path / name / UNET_FILE) for name in ("diffusers", "merged"))
+    assert student.keys() == again.keys()
+    for name in student:
+        np.testing.assert_allclose(again[name], student[name], atol=1e-6)
+
+    other = run("merge", *merged, "--overwrite")  # the embedded digits model
+    assert other.code == 2 and "not of the same network" in other.err and len(other.err.splitlines()) == 1
+    assert read_json(tmp_path / "merged" / "reflow.json")["merged"]["scale"] == 1.0  # what was there is there
+
+
+WRONG = [("--form=zip", "--form"), ("--form=delta --check", "--form"), ("--dtype=int8", "--dtype"), ("--rank=0", "--rank=0")]
+WRONG += [("--form=lora --scheduler=windowed", "--scheduler=windowed")]
+
+
+@pytest.mark.parametrize("flags, named", WRONG)
+def test_an_export_that_cannot_be_is_refused(chain, model, tmp_path, flags, named):
+    ended = run("export", *same_command(chain, chain, model), "--stage=2", f"--out={tmp_path / 'out'}", *flags.split())
+    assert ended.code == 2 and named in ended.err and not (tmp_path / "out").exists()
 
 
 def test_pictures_of_base_and_student(chain, model, tmp_path):

@@ -1,0 +1,44 @@
+"""Put a student's delta onto another fine-tune of the same base: --config.model.path + --delta -> a diffusers folder.
+
+The delta is a folder that `export --form=delta` wrote. Nothing is trained; how well it serves depends on how far the
+fine-tune has gone from the base, so look at its pictures.
+"""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from proreflow_jax import cli
+from proreflow_jax.export import CARD, FILES, write_folder
+from proreflow_jax.models import lora, weights
+from proreflow_jax.runtime import files
+
+log = logging.getLogger(__name__)
+
+
+def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: bool) -> None:
+    """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network."""
+    source, base = Path(delta), Path(config.model.path)
+    if not delta or not out:
+        raise ValueError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
+    if not (source / FILES["delta"]).is_file():
+        raise FileNotFoundError(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
+    if not (base / "model_index.json").is_file():
+        raise FileNotFoundError(f"--config.model.path={base} is no diffusers folder: it holds no model_index.json")
+    card, scheduler = files.read_json(source / CARD), files.read_json(source / "scheduler" / "scheduler_config.json")
+    merged = lora.merge(weights.read_tensors(base / "unet"), weights.Tensors([source / FILES["delta"]]), scale)
+    with files.atomic_folder(Path(out), overwrite) as draft:
+        write_folder(draft, base, merged, scheduler)
+        files.write_json(draft / CARD, {**card, "base": str(base), "merged": {"delta": card["digest"], "scale": scale}})
+    log.info("%s: %s + %g x the %d-window delta of %s", out, base, scale, card["windows"], delta)
+
+
+if __name__ == "__main__":
+    options = {
+        "delta": ("", "folder that export --form=delta wrote"),
+        "out": ("", "folder to write"),
+        "scale": (1.0, "factor of the delta"),
+        "overwrite": (False, "replace an existing folder"),
+    }
+    cli.start(merge, __doc__, "configs/digits.py", options)

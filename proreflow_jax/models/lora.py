@@ -1,0 +1,255 @@
+"""A student as base + delta, and the delta as a LoRA: a truncated SVD of every linear and convolution weight.
+
+A delta D is read as a matrix (out, in) or (out, in*kh*kw). Its best approximation of rank r keeps the r largest singular
+values (Eckart & Young 1936); a LoRA (Hu et al. 2021, eq. 3) stores it as D ~ alpha / r * up @ down. Convolutions are split
+into one of the same kernel with r outputs (down) and a 1x1 one (up). Everything here is numpy, torch names and layouts.
+
+Write `to_kohya`: that one file serves diffusers' `load_lora_weights`, A1111 and ComfyUI, convolutions included.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Tensors = Mapping[str, np.ndarray]
+DOWN, UP = "lora_down.weight", "lora_up.weight"  # kohya's names
+A, B = "lora_A.weight", "lora_B.weight"  # peft's, and so diffusers', names of the same
+OUTER = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}  # SDXL: as all readers know it
+LISTED = 4  # names printed of each kind of mismatch
+WORST = 5  # layers named in the report
+
+
+class Factors(NamedTuple):
+    """One layer of a LoRA: D = alpha / r * up @ down."""
+
+    up: np.ndarray  # (out, r), of a convolution (out, r, 1, 1)
+    down: np.ndarray  # (r, in), of a convolution (r, in, kh, kw)
+    alpha: float
+
+
+def _refuse(title: str, problems: Mapping[str, Iterable[str]]) -> None:
+    """One ValueError with every kind of problem, if there is any."""
+    found = []
+    for kind, names in problems.items():
+        if names := sorted(names):
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            found.append(f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}")
+    if found:
+        raise ValueError(f"{title}: {'; '.join(found)}")
+
+
+def _check(left: Tensors, right: Tensors, names: tuple[str, str]) -> None:
+    shapes = {n: (np.shape(left[n]), np.shape(right[n])) for n in left.keys() & right.keys()}
+    problems = {
+        f"only in the {names[0]}": left.keys() - right.keys(),
+        f"only in the {names[1]}": right.keys() - left.keys(),
+        "of another shape": [f"{n} {a} against {b}" for n, (a, b) in shapes.items() if a != b],
+    }
+    _refuse(f"{names[0]} and {names[1]} are not of the same network", problems)
+
+
+def _add(weight: np.ndarray, change: np.ndarray, scale: float) -> np.ndarray:
+    """weight + scale * change in float32, of the weight's dtype, in C order (see `_scaled`)."""
+    total = np.asarray(weight, np.float32) + np.float32(scale) * np.asarray(change, np.float32)
+    return np.asarray(total, weight.dtype, order="C")
+
+
+def delta(student: Tensors, base: Tensors) -> dict[str, np.ndarray]:
+    """student - base in float32, name by name.
+
+    Raises ValueError, one line that lists them, if names or shapes differ.
+    """
+    _check(student, base, ("student", "base"))
+    return {name: _add(np.asarray(student[name], np.float32), base[name], -1.0) for name in base}
+
+
+def merge(base: Tensors, delta: Tensors, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """base + scale * delta, computed in float32 and kept in the base's dtypes.
+
+    Raises ValueError, one line that lists them, if names or shapes differ.
+    """
+    _check(base, delta, ("base", "delta"))
+    return {name: _add(weight, delta[name], scale) for name, weight in base.items()}
+
+
+def _energy(tensor: np.ndarray) -> float:
+    return float(np.sum(np.square(tensor, dtype=np.float64)))
+
+
+def _matrix(tensor: np.ndarray) -> np.ndarray:
+    """(out, in) or (out, in, kh, kw) -> float64 (out, in*kh*kw)."""
+    return np.asarray(tensor, np.float64).reshape(tensor.shape[0], -1)
+
+
+def _layers(delta: Tensors) -> Iterator[tuple[str, np.ndarray]]:
+    """Linear and convolution weights that changed, by name. Raises ValueError if none did or one is not finite."""
+    _refuse("a delta of these has no LoRA", {"not finite": [n for n, v in delta.items() if not np.isfinite(v).all()]})
+    changed = sorted(n for n, v in delta.items() if n.endswith(".weight") and v.ndim in (2, 4) and np.any(v))
+    if not changed:
+        raise ValueError("student and base have the same linear and convolution weights: there is no LoRA between them")
+    yield from ((name, delta[name]) for name in changed)
+
+
+def _small_gram(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the matrix lying, at most as high as wide; its Gram matrix of the smaller side)."""
+    lying = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return lying, lying @ lying.T
+
+
+def _truncate(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """(m, n) -> up (m, r), down (r, n), energy kept; up @ down is the best approximation of rank r, balanced.
+
+    The singular vectors of the smaller side are eigenvectors of its Gram matrix. float64 there resolves singular values
+    down to 1e-8 of the largest, below float32's own rounding, and up @ down is an exact projection whatever they are.
+    """
+    lying, gram = _small_gram(matrix)
+    basis = np.linalg.eigh(gram)[1][:, ::-1][:, :rank]
+    rows = basis.T @ lying
+    singular = np.linalg.norm(rows, axis=1)
+    root = np.sqrt(singular)
+    short, long = basis * root, rows / np.where(root > 0, root, 1)[:, None]
+    up, down = (short, long) if lying is matrix else (long.T, short.T)
+    return up, down, float(np.sum(singular**2))
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise ValueError(f"rank {rank}: a LoRA has a rank of at least 1 (--rank)")
+
+
+def decompose(delta: Tensors, rank: int) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """The best LoRA of a delta, and what it keeps.
+
+    Args:
+      delta: {torch name: (out, in) or (out, in, kh, kw) array}; other tensors (biases, norms) cannot be carried.
+      rank: of every layer, capped at the layer's full rank min(out, in*kh*kw).
+
+    Returns:
+      factors: by the name of the weight, float32, with alpha = the layer's rank; none for weights that did not change.
+      report: rank; layers; parameters in factors; `energy` kept, of linear and convolution weights (squares summed);
+        `error` = |delta - LoRA| / |delta| over them; `worst` layers as (name, rank, energy kept); `left_out`: the number
+        of changed tensors that no LoRA carries, and the share of the whole delta's energy in them.
+
+    Raises:
+      ValueError: rank < 1; nothing to decompose; a value that is not finite.
+    """
+    _check_rank(rank)
+    factors, kept, whole = {}, {}, {}
+    for name, change in _layers(delta):
+        up, down, kept[name] = _truncate(_matrix(change), rank)
+        r, whole[name] = down.shape[0], _energy(change)
+        shapes = ((-1, r), (r, -1)) if change.ndim == 2 else ((-1, r, 1, 1), (r, *change.shape[1:]))
+        up, down = (
+            np.ascontiguousarray(part.reshape(shape), np.float32) for part, shape in zip((up, down), shapes, strict=True)
+        )
+        factors[name] = Factors(up, down, float(r))
+    return factors, _report(delta, factors, kept, whole, rank)
+
+
+def _report(
+    delta: Tensors, factors: Mapping[str, Factors], kept: dict[str, float], whole: dict[str, float], rank: int
+) -> dict[str, Any]:
+    carried = sum(whole.values())
+    energy = min(sum(kept.values()) / carried, 1.0)
+    rest = [value for name, value in delta.items() if name not in factors and np.any(value)]
+    lost = sum(map(_energy, rest))
+    worst = sorted(factors, key=lambda name: kept[name] / whole[name])[:WORST]
+    return {
+        "rank": rank,
+        "layers": len(factors),
+        "parameters": sum(f.up.size + f.down.size for f in factors.values()),
+        "energy": energy,
+        "error": float(np.sqrt(1 - energy)),
+        "worst": [(name, int(factors[name].alpha), min(kept[name] / whole[name], 1.0)) for name in worst],
+        "left_out": {"tensors": len(rest), "energy": lost / (lost + carried)},
+    }
+
+
+def energies(delta: Tensors, ranks: Sequence[int]) -> list[tuple[int, float, float]]:
+    """(rank, energy kept, relative error) as `decompose` would report them, from one spectrum of each layer.
+
+    Raises ValueError as `decompose` does.
+    """
+    for rank in ranks:
+        _check_rank(rank)
+    kept, whole = np.zeros(len(ranks)), 0.0
+    for _, change in _layers(delta):
+        squares = np.linalg.eigvalsh(_small_gram(_matrix(change))[1])[::-1].clip(min=0)
+        kept += [squares[:rank].sum() for rank in ranks]
+        whole += _energy(change)
+    shares = np.minimum(kept / whole, 1.0)
+    return [(rank, float(share), float(np.sqrt(1 - share))) for rank, share in zip(ranks, shares, strict=True)]
+
+
+def product(layer: Factors) -> np.ndarray:
+    """alpha / r * up @ down in float32: (out, in), or (out, in, kh, kw) of a convolution."""
+    up, down = (np.asarray(part, np.float32) for part in (layer.up, layer.down))
+    r = down.shape[0]
+    return ((layer.alpha / r) * (up.reshape(-1, r) @ down.reshape(r, -1))).reshape(up.shape[0], *down.shape[1:])
+
+
+def apply_factors(base: Tensors, factors: Mapping[str, Factors], scale: float = 1.0) -> dict[str, np.ndarray]:
+    """base + scale * alpha / r * up @ down where there are factors, the base's own weights elsewhere; its dtypes.
+
+    Raises ValueError, one line that lists them, if the base lacks a layer or has it in another shape.
+    """
+    made = {name: product(layer) for name, layer in factors.items()}
+    _check({name: base[name] for name in base.keys() & made.keys()}, made, ("base", "LoRA"))
+    return {name: _add(weight, made[name], scale) if name in made else weight for name, weight in base.items()}
+
+
+def _scaled(layer: Factors, alpha: float, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """up and down that mean the same with this alpha, in C order: safetensors writes a strided array's wrong bytes."""
+    root = np.float32(np.sqrt(layer.alpha / alpha))
+    return tuple(np.ascontiguousarray(root * part, dtype) for part in (layer.up, layer.down))
+
+
+def to_diffusers(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """A file for diffusers alone: `unet.<module>.lora_A.weight` (down) and `.lora_B.weight` (up).
+
+    It has no place for an alpha, diffusers takes alpha = rank in every layer; so other alphas go into the factors.
+    """
+    tensors = {}
+    for name, layer in sorted(factors.items()):
+        stem = f"unet.{name.removesuffix('.weight')}"
+        tensors[f"{stem}.{B}"], tensors[f"{stem}.{A}"] = _scaled(layer, layer.down.shape[0], dtype)
+    return tensors
+
+
+def from_diffusers(tensors: Tensors) -> dict[str, Factors]:
+    """The inverse of `to_diffusers`; alpha = rank. Raises ValueError that lists the names it does not know."""
+    stems = {name.removesuffix(f".{A}") for name in tensors if name.startswith("unet.") and name.endswith(f".{A}")}
+    known = {f"{stem}.{part}" for stem in stems for part in (A, B)}
+    _refuse("not a LoRA of a UNet for diffusers", {"missing": known - tensors.keys(), "unexpected": tensors.keys() - known})
+    layer = lambda stem: Factors(tensors[f"{stem}.{B}"], tensors[f"{stem}.{A}"], float(tensors[f"{stem}.{A}"].shape[0]))
+    return {f"{stem.removeprefix('unet.')}.weight": layer(stem) for stem in sorted(stems)}
+
+
+def kohya_name(name: str) -> str:
+    """`down_blocks.0.resnets.0.conv1.weight` -> `lora_unet_down_blocks_0_resnets_0_conv1`."""
+    stem = name.removesuffix(".weight").replace(".", "_")
+    return f"lora_unet_{OUTER.get(stem, stem)}"
+
+
+def to_kohya(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """A file that diffusers, A1111 and ComfyUI read: `<kohya name>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+    All layers get one alpha, that of most of them, and the factors take up the difference: diffusers (0.42) finds a layer's
+    rank in its shapes but loses the alpha of an attention layer when alphas differ.
+    """
+    alpha = Counter(layer.alpha for layer in factors.values()).most_common(1)[0][0] if factors else 0.0
+    tensors = {}
+    for name, layer in sorted(factors.items()):
+        stem = kohya_name(name)
+        tensors[f"{stem}.{UP}"], tensors[f"{stem}.{DOWN}"] = _scaled(layer, alpha, dtype)
+        tensors[f"{stem}.alpha"] = np.asarray(alpha, np.float32)
+    return tensors
+
+
+def from_kohya(tensors: Tensors, names: Iterable[str]) -> dict[str, Factors]:
+    """The inverse of `to_kohya`, by the names of the weights that may have factors, which the file's names do not give back."""
+    stems = {name: kohya_name(name) for name in names}
+    read = lambda stem: Factors(tensors[f"{stem}.{UP}"], tensors[f"{stem}.{DOWN}"], float(tensors[f"{stem}.alpha"]))
+    return {name: read(stem) for name, stem in stems.items() if f"{stem}.alpha" in tensors}
