@@ -4,7 +4,7 @@
 --form=single-file  UNet, VAE and text encoder in one .safetensors under the names that A1111 and ComfyUI read
 --form=lora         student minus base as a LoRA of --rank, by truncated SVD, for diffusers, A1111 and ComfyUI
 --form=delta        student minus base, for `merge` onto another fine-tune of the same base
-Each is a folder with reflow.json (base, stage, digest, how the network is read) and the scheduler's config. --check replays it.
+Each is a folder with reflow.json and README.md (base, stages, digest, settings) and the scheduler's config. --check replays it.
 """
 
 import json
@@ -12,15 +12,16 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
+from proreflow_jax.card import CARD, PAGE, Format, make_card, page
 from proreflow_jax.checks import STORAGE, check_export
-from proreflow_jax.experiment import Experiment, Weights, load_weights, open_experiment, to_host
+from proreflow_jax.experiment import Experiment, load_weights, open_experiment, to_host
 from proreflow_jax.flow.prediction import JUMPS
 from proreflow_jax.models import lora, original, weights
 from proreflow_jax.reflow.stages import Stage, find_stage
@@ -28,7 +29,6 @@ from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import files
 
 log = logging.getLogger(__name__)
-CARD = "reflow.json"
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
 FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta.safetensors"}
 SCHEDULERS = ("stock", "windowed")
@@ -44,15 +44,6 @@ SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps
 }
 WINDOWED = Path(__file__).with_name("windowed_scheduler.py")  # needs torch: copied, never imported here
 BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-
-
-class Format(NamedTuple):
-    """What an export looks like; the defaults are those of the verb."""
-
-    form: str = "diffusers"
-    dtype: str = "float32"  # of the tensors written
-    rank: int = 64  # of a LoRA
-    scheduler: str = "stock"
 
 
 STOCK = Format()
@@ -114,27 +105,8 @@ def run_stage(
             weights.save_tensors(draft / FILES[wanted.form], made)
             card |= report
         files.write_json(draft / CARD, card)
+        (draft / PAGE).write_text(page(card), encoding="utf-8")
     log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, wanted.form, stage.windows)
-
-
-def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Format) -> dict[str, Any]:
-    """What reflow.json says: enough to know what the weights are, how they are read, and what they were trained to do."""
-    pairs = experiment.config.pairs
-    guidance = {  # what the student learned of classifier-free guidance
-        "teacher": pairs.guidance,  # scale of the teacher of the pairs; other than 1 it is part of the student now
-        "prompt_dropout": pairs.prompt_dropout,  # share of examples with the empty prompt, for teacher and student alike
-        "inference": 1.0,  # the scale that the export is checked at
-    }
-    stages = [other.windows for other in experiment.stages if other.windows >= stage.windows]
-    return {
-        "format": wanted._asdict(),
-        "windows": stage.windows,
-        "stages": stages,
-        "digest": student.digest,
-        "flow": student.flow._asdict(),
-        "guidance": guidance,
-        "base": str(experiment.base.folder),
-    }
 
 
 def _same(found: Mapping[str, Any], card: Mapping[str, Any]) -> bool:
@@ -142,9 +114,16 @@ def _same(found: Mapping[str, Any], card: Mapping[str, Any]) -> bool:
 
 
 def write_folder(draft: Path, base: Path, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
-    """A diffusers folder: everything of `base` as it is, but this UNet (torch layout) and this scheduler."""
-    ignored = shutil.ignore_patterns("unet", "scheduler", ".*", "README*", CARD)
-    shutil.copytree(base, draft, dirs_exist_ok=True, ignore=ignored)
+    """A diffusers folder: every component of `base` as it is, but this UNet (torch layout) and this scheduler.
+
+    What else lies beside the components stays behind: folders from the hub often hold whole models as single files.
+    """
+    components = [path for path in base.iterdir() if path.is_dir() and path.name[0] != "."]
+    for path in components:
+        if path.name not in ("unet", "scheduler"):
+            shutil.copytree(path, draft / path.name)
+    for path in [base / "model_index.json", *base.glob("LICENSE*")]:
+        shutil.copy(path, draft)
     (draft / "unet").mkdir()
     shutil.copy(base / "unet" / "config.json", draft / "unet" / "config.json")
     weights.save_tensors(draft / UNET_FILE, unet)

@@ -10,7 +10,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
-from proreflow_jax.export import CARD, FILES, write_folder
+from proreflow_jax.card import CARD, PAGE, page
+from proreflow_jax.export import FILES, write_folder
 from proreflow_jax.models import lora, weights
 from proreflow_jax.runtime import files
 
@@ -30,7 +31,9 @@ def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: boo
     merged = lora.merge(weights.read_tensors(base / "unet"), weights.Tensors([source / FILES["delta"]]), scale)
     with files.atomic_folder(Path(out), overwrite) as draft:
         write_folder(draft, base, merged, scheduler)
-        files.write_json(draft / CARD, {**card, "base": str(base), "merged": {"delta": card["digest"], "scale": scale}})
+        card |= {"base": str(base), "format": {**card["format"], "form": "diffusers"}}
+        files.write_json(draft / CARD, {**card, "merged": {"delta": card["digest"], "scale": scale}})
+        (draft / PAGE).write_text(page(card), encoding="utf-8")
     log.info("%s: %s + %g x the %d-window delta of %s", out, base, scale, card["windows"], delta)
 
 

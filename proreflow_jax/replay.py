@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proreflow_jax.card import CARD
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key
-from proreflow_jax.export import CARD, FILES
+from proreflow_jax.export import FILES
 from proreflow_jax.models import lora, weights
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler

@@ -231,18 +231,22 @@ def test_every_form_is_the_same_student_in_diffusers(chain, model, tmp_path, for
     assert proof["largest_difference"] <= replay.LIMIT < proof["largest_value"]
     assert proof["steps"] == (4 if more == ["--scheduler=windowed"] else 2)
     assert card["stages"] == [4, 2] and card["guidance"]["teacher"] == 1.0 and card["format"]["form"] == form
+    page = (target / "README.md").read_text()
+    assert "4 -> 2 windows" in page and card["digest"] in page and "| `loss.alpha` | 1.0 |" in page
     if form == "lora":
         assert "rank  64 keeps" in ended.err and 0 < card["lora"]["left_out"]["energy"] < 1
         assert proof["to_student"] > proof["largest_difference"]
 
 
 def test_a_delta_merges_back_into_the_student_and_onto_another_model_only_of_the_same_network(chain, model, tmp_path):
+    (model / "v1-5-pruned.ckpt").write_bytes(b"a whole model beside its components, as the hub has them")
     words = [*same_command(chain, chain, model), "--stage=2"]
     for form in ("diffusers", "delta"):
         assert run("export", *words, f"--form={form}", f"--out={tmp_path / form}").code == 0
     merged = ["--config=" + str(CONFIG), f"--delta={tmp_path / 'delta'}", f"--out={tmp_path / 'merged'}"]
     ended = run("merge", *merged, f"--config.model.path={model}")
     assert ended.code == 0, ended.err
+    assert not list(tmp_path.rglob("*.ckpt")) and (tmp_path / "merged" / "tokenizer").is_dir()
     student, again = (load_file(tmp_path / name / UNET_FILE) for name in ("diffusers", "merged"))
     assert student.keys() == again.keys()
     for name in student:

@@ -44,9 +44,14 @@ def load(folder: str | Path, components: tuple[str, ...] = tuple(MAKERS)) -> Pip
 
     Raises:
       FileNotFoundError: a folder or file is not there; names it and --config.model.path.
-      ValueError: weights and config.json disagree.
+      ValueError: weights and config.json disagree, or `folder` is a file.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(
+            f"--config.model.path={folder} is a single file, which is not read: convert it by diffusers' "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) and name the folder"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: --config.model.path must name a diffusers folder")
     networks = {name: make(weights.read_config(folder / name)) for name, make in MAKERS.items()}
