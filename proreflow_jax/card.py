@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from proreflow_jax.checks import field_value
 from proreflow_jax.experiment import Experiment, Weights
 from proreflow_jax.reflow.stages import Stage
 
@@ -38,15 +39,9 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Fo
         "digest": student.digest,
         "flow": student.flow._asdict(),
         "guidance": guidance,
-        "settings": {field: _field(config, field) for field in OPEN},
+        "settings": {field: field_value(config, field) for field in OPEN},
         "base": str(experiment.base.folder),
     }
-
-
-def _field(config: Any, field: str) -> Any:
-    for name in field.split("."):
-        config = config[name]
-    return config
 
 
 def page(card: Mapping[str, Any]) -> str:

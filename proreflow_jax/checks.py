@@ -43,12 +43,12 @@ RANGES = {  # field: (lowest, highest); both ends are allowed
 def check_config(config: ConfigDict, machine: Mesh) -> None:
     """Raises ValueError for a value that no job can carry out on this mesh, whatever the base model is."""
     for field in ("stages", "export.stages", "evaluate.teacher_steps"):
-        _check_counts(field, _get(config, field))
+        _check_counts(field, field_value(config, field))
     for field, known in CHOICES.items():
-        check_choice(_get(config, field), known, f"--config.{field}")
+        check_choice(field_value(config, field), known, f"--config.{field}")
     for field, (low, high) in RANGES.items():
-        if not low <= _get(config, field) <= high:
-            raise ValueError(f"--config.{field}={_get(config, field)} must be in [{low}, {high}]")
+        if not low <= field_value(config, field) <= high:
+            raise ValueError(f"--config.{field}={field_value(config, field)} must be in [{low}, {high}]")
     if not 0 <= config.train.ema < 1:
         raise ValueError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_reading(config.student.prediction, config.student.path)
@@ -64,7 +64,7 @@ def check_export(config: ConfigDict) -> None:
     if config.student.prediction not in JUMPS:
         raise ValueError(
             f"--config.student.prediction={config.student.prediction}: no stock scheduler reads this student; train with "
-            f"{' or '.join(JUMPS)} to export, or export nothing by --config.export.stages='()'"
+            f"{' or '.join(JUMPS)}, or export nothing by --config.export.stages='()' and later by export --scheduler=windowed"
         )
 
 
@@ -84,7 +84,8 @@ def check_choice(value: Any, known: Sequence[str], what: str) -> None:
         raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}")
 
 
-def _get(config: ConfigDict, field: str) -> Any:
+def field_value(config: ConfigDict, field: str) -> Any:
+    """The value of a field by its dotted name, as in --config.train.batch."""
     for name in field.split("."):
         config = config[name]
     return config

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proreflow_jax.models.weights import listing
+
 Tensors = Mapping[str, np.ndarray]
 DOWN, UP = "lora_down.weight", "lora_up.weight"  # kohya's names
 A, B = "lora_A.weight", "lora_B.weight"  # peft's, and so diffusers', names of the same
 OUTER = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}  # SDXL: as all readers know it
-LISTED = 4  # names printed of each kind of mismatch
 WORST = 5  # layers named in the report
 
 
@@ -31,12 +32,7 @@ class Factors(NamedTuple):
 
 def _refuse(title: str, problems: Mapping[str, Iterable[str]]) -> None:
     """One ValueError with every kind of problem, if there is any."""
-    found = []
-    for kind, names in problems.items():
-        if names := sorted(names):
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            found.append(f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}")
-    if found:
+    if found := [part for kind, names in problems.items() for part in listing(kind, names)]:
         raise ValueError(f"{title}: {'; '.join(found)}")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from proreflow_jax.models.weights import IGNORED, LISTED, OLD, OLD_NAME
+from proreflow_jax.models.weights import IGNORED, OLD, OLD_NAME, listing
 
 UNET, VAE, XL = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders"
 PREFIXES = {  # family -> component -> what its names begin with
@@ -258,8 +258,7 @@ def _renamed(names: Iterable[str], table: Table, origin: str) -> dict[str, str]:
         else:
             left.append(name)
     if left:
-        listed = ", ".join(sorted(left)[:LISTED]) + (f" and {len(left) - LISTED} more" if len(left) > LISTED else "")
-        raise ValueError(f"{origin}: {len(left)} names left over, which its config.json gives no place: {listed}")
+        raise ValueError(f"{origin}: {listing('names left over, which its config.json gives no place', left)[0]}")
     return found
 
 

@@ -124,7 +124,8 @@ def _to_torch(name: str, tensor: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(tensor)
 
 
-def _listing(kind: str, rows: Iterable[str]) -> list[str]:
+def listing(kind: str, rows: Iterable[str]) -> list[str]:
+    """["3 missing: a, b, c"] for an error's line, long lists cut and counted; [] for no rows."""
     rows = sorted(rows)
     more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
     return [f"{len(rows)} {kind}: {', '.join(rows[:LISTED])}{more}"] if rows else []
@@ -157,10 +158,10 @@ def from_torch(
             broken.append(name)
         params[name] = np.ascontiguousarray(tensor, dtype)
     problems = [
-        *_listing("missing", shapes.keys() - named.keys()),
-        *_listing("unexpected", named.keys() - shapes.keys()),
-        *_listing("of another shape (ours)", wrong),
-        *_listing("not finite", broken),
+        *listing("missing", shapes.keys() - named.keys()),
+        *listing("unexpected", named.keys() - shapes.keys()),
+        *listing("of another shape (ours)", wrong),
+        *listing("not finite", broken),
     ]
     if problems:
         raise ValueError(f"{origin}: weights do not fit its config.json: {'; '.join(problems)}")
