@@ -6,6 +6,7 @@ TRAINING = [  # free of torch and of TensorFlow: a test holds this
     "absl-py>=2.1",
     "array_record>=0.8",
     "flax>=0.12,<0.13",
+    "huggingface_hub>=2.4",
     "jax>=0.10,<0.11",
     "jaxtyping>=0.3",
     "ml-collections>=1.1",

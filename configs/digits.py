@@ -25,9 +25,17 @@ def get_config() -> ConfigDict:
     c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
 
     c.model = ConfigDict()
-    c.model.path = str(HERE / "proreflow_jax" / "assets" / "digits")  # diffusers folder of the base model
+    c.model.path = str(HERE / "proreflow_jax" / "assets" / "digits")  # diffusers folder, single .safetensors file or hub id
+    c.model.revision = "main"  # of a hub id: branch, tag or commit
+    c.model.like = ""  # of a single file: folder or hub id that gives configs and tokenizer; "": its family's own, on the hub
+    c.model.prediction_type = ""  # "epsilon" or "v_prediction" where scheduler_config.json says it wrong; "": as it says
     c.model.dtype = "float32"  # of the student's computation: "float32" or "bfloat16"; master weights are float32
     c.model.teacher_dtype = "float32"  # of the teacher's computation
+
+    c.conditioning = ConfigDict()  # SDXL's micro-conditioning, (height, width) or (top, left); without effect elsewhere
+    c.conditioning.original_size = (0, 0)  # pixels of the image before it was resized; 0: the model's own resolution
+    c.conditioning.crop = (0, 0)  # upper left corner of the crop
+    c.conditioning.target_size = (0, 0)  # pixels of the image that is drawn; 0: the model's own resolution
 
     c.data = ConfigDict()
     c.data.kind = "digits"  # "digits" (written on first use), "tfds" (a prepared dataset), "prompts" (a text file)
@@ -40,6 +48,11 @@ def get_config() -> ConfigDict:
     c.student = ConfigDict()
     c.student.prediction = "ddim_eps"  # reading of the network: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
     c.student.path = "linear"  # inside a window: "linear" [paper] or "first_order" (Rectified Diffusion)
+
+    c.student.lora = ConfigDict()
+    c.student.lora.rank = 0  # trains low-rank factors of this rank beside frozen weights; 0: trains all weights [paper]
+    c.student.lora.alpha = 0.0  # the factors' product counts alpha / rank; 0: alpha = rank
+    c.student.lora.layers = r"attn\d\.to_(q|k|v|out\.0)\.weight$"  # regex, found in the names of the weights that get factors
 
     c.pairs = ConfigDict()
     c.pairs.mode = "stored"  # "stored": make_pairs writes records; "online": the teacher runs inside the train step

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from proreflow_jax import base_model
 from proreflow_jax.checks import field_value
-from proreflow_jax.experiment import Experiment, Weights
-from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.experiment import Experiment, Weights, guidance_contract
+from proreflow_jax.reflow.stages import DONE, Stage
+from proreflow_jax.runtime import files
 
 CARD, PAGE = "reflow.json", "README.md"
 OPEN = (  # what the paper does not fix and the config therefore decides
-    "student.prediction", "pairs.solver", "pairs.steps", "pairs.substeps", "pairs.start", "pairs.teacher", "pairs.examples",
+    "student.prediction", "student.lora.rank",
+    "pairs.solver", "pairs.steps", "pairs.substeps", "pairs.start", "pairs.teacher", "pairs.examples",
     "loss.space", "loss.alpha", "loss.window_start_prob", "train.steps", "train.batch", "train.ema", "optimizer.learning_rate",
     "optimizer.schedule", "seed",
 )  # fmt: skip
@@ -27,21 +30,23 @@ class Format(NamedTuple):
 def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Format) -> dict[str, Any]:
     """reflow.json: enough to know what the weights are, how they are read, and what they were trained to do."""
     config = experiment.config
-    guidance = {  # what the student learned of classifier-free guidance
-        "teacher": config.pairs.guidance,  # scale of the teacher of the pairs; other than 1 it is part of the student now
-        "prompt_dropout": config.pairs.prompt_dropout,  # share of examples with the empty prompt, teacher and student alike
-        "inference": 1.0,  # the scale that the export is checked at
-    }
     return {
         "format": wanted._asdict(),
         "windows": stage.windows,
         "stages": [other.windows for other in experiment.stages if other.windows >= stage.windows],
         "digest": student.digest,
+        "lineage": _lineage(experiment, stage),
         "flow": student.flow._asdict(),
-        "guidance": guidance,
+        "guidance": guidance_contract(config),
         "settings": {field: field_value(config, field) for field in OPEN},
-        "base": str(experiment.base.folder),
+        "base": base_model.title(config, experiment.base.source),
     }
+
+
+def _lineage(experiment: Experiment, stage: Stage) -> dict[str, str]:
+    """Digests of the weights from the base model to the student, by the name of what holds them."""
+    done = [files.read_json(other.folder / DONE) for other in experiment.stages if other.windows >= stage.windows]
+    return {"base": done[0]["parent"]} | {f"stage-{one['flow']['windows']}": one["digest"] for one in done}
 
 
 def page(card: Mapping[str, Any]) -> str:
@@ -50,16 +55,18 @@ def page(card: Mapping[str, Any]) -> str:
     scheduler = f"stock DDIM (`scheduler/`), exactly {n} steps"
     if form["scheduler"] == "windowed":
         scheduler = f"`scheduler/windowed_scheduler.py` (`trust_remote_code=True`), {n} steps or more"
+    low, high = guidance["recommended"]
     baked = "none" if guidance["teacher"] == 1 else f"scale {guidance['teacher']:g}, now part of the student"
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in card["settings"].items())
     return f"""# A student of {n} time windows
 
 Made by proreflow_jax: progressive reflow (ProReflow, CVPR 2025) in {" -> ".join(map(str, card["stages"]))} windows.
 
-- Base model: {card["base"].rstrip("/").rpartition("/")[2]}
+- Base model: {card["base"]}
 - Form: {form["form"]}, {form["dtype"]}
-- Draw with: {scheduler}, checked at guidance scale {guidance["inference"]:g}
+- Draw with: {scheduler}, replayed at guidance scale 1
 - Guidance of the teacher: {baked}; empty prompts in training: {guidance["prompt_dropout"]:.0%}
+- Guidance scale to draw with: {low:g}{f" to {high:g}" if high > low else ""} ({guidance["why"]})
 - Reading of the network: {card["flow"]["prediction"]} on the {card["flow"]["path"]} path
 - Digest of the weights: {card["digest"]}
 

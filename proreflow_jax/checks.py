@@ -33,6 +33,8 @@ RANGES = {  # field: (lowest, highest); both ends are allowed
     "pairs.guidance": (0.0, 1000.0),
     "pairs.prompt_dropout": (0.0, 1.0),
     "loss.alpha": (0.0, 1e6),
+    "student.lora.rank": (0, 2**31 - 1),
+    "student.lora.alpha": (0.0, 1e6),
     "train.steps": (1, 2**31 - 1),
     "train.log_every": (1, 2**31 - 1),
     "checkpoint.every": (1, 2**31 - 1),

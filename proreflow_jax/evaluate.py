@@ -155,10 +155,10 @@ def _moved(images: np.ndarray, down: int, right: int) -> np.ndarray:
 
 def _drawer(experiment: Experiment, flow: Flow) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, noise, ids, steps) -> (latents, images). One step is compiled per flow and serves every number of steps."""
-    n, frozen = experiment.networks, experiment.base.params
+    n = experiment.networks
     whole, split = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
-    text, vae = (jax.device_put(frozen[name], whole) for name in ("text_encoder", "vae"))
-    context = jax.jit(partial(text_context, n.text_encoder))
+    text, vae = jax.device_put(experiment.base.text, whole), jax.device_put(experiment.base.params["vae"], whole)
+    context = jax.jit(partial(text_context, n.condition))
     decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling))
 
     @jax.jit

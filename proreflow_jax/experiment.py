@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from proreflow_jax import base_model
 from proreflow_jax.checks import RULES, check_choice, check_config, check_student
 from proreflow_jax.data import captions, digits
 from proreflow_jax.data.files import sha256
 from proreflow_jax.data.loader import Source
 from proreflow_jax.flow.schedule import from_config
-from proreflow_jax.models import pipeline
+from proreflow_jax.models import adapter, pipeline
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import stages
 from proreflow_jax.reflow.pairs import Frozen, Networks, PairRecipe, check_steps
@@ -26,7 +27,7 @@ from proreflow_jax.reflow.teacher import DIFFUSION, Flow
 from proreflow_jax.runtime import files, mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 
-FREE = ("model.path", "train.log_every")  # fields that a resumed stage may change
+FREE = ("model.path", "model.revision", "model.like", "train.log_every")  # fields that a resumed stage may change
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
 
 
@@ -47,7 +48,8 @@ class Weights(NamedTuple):
 
     params: Params
     flow: Flow
-    digest: str
+    digest: str  # of what was trained: the weights, or their factors
+    factors: Params = {}  # low-rank, relative to the base model, where only these were trained
 
 
 def open_experiment(config: ConfigDict) -> Experiment:
@@ -57,12 +59,8 @@ def open_experiment(config: ConfigDict) -> Experiment:
     check_config(config, machine)
     plan = stages.plan_stages(config.stages, run)
     check_loss(loss_recipe(config))
-    base = pipeline.load(config.model.path)
-    if base.unet.config.get("addition_embed_type"):
-        raise ValueError(
-            f"{config.model.path} has two text encoders (SDXL), not wired up yet: take an SD 1.5 or 2.1 --config.model.path"
-        )
-    networks = Networks(base.unet, base.text_encoder, base.vae, from_config(base.scheduler), base.scaling)
+    base = base_model.load(config)
+    networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
     check_student(config, flow.prediction)
@@ -70,13 +68,13 @@ def open_experiment(config: ConfigDict) -> Experiment:
     for stage in plan:
         check_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))
     _check_resolution(experiment)
+    trained_shapes(experiment)
     return experiment
 
 
 def _check_resolution(experiment: Experiment) -> None:
     """Images become latents of the shape that the noise has; raises ValueError otherwise."""
-    c, base = experiment.config, experiment.base
-    side = base.latent_shape[0] * 2 ** (len(base.vae.config["block_out_channels"]) - 1)
+    c, side = experiment.config, experiment.base.resolution
     if c.pairs.start == "data" and c.data.resolution != side:
         raise ValueError(f"--config.data.resolution={c.data.resolution} must be {side}, the pixels a side of {c.model.path}")
 
@@ -89,6 +87,24 @@ def loss_recipe(config: ConfigDict) -> LossRecipe:
 def student_flow(config: ConfigDict, stage: Stage) -> Flow:
     """How the student of a stage is read."""
     return Flow(config.student.prediction, stage.windows, config.student.path)
+
+
+def guidance_contract(config: ConfigDict) -> dict[str, Any]:
+    """What a student learned of classifier-free guidance; kept with its checkpoints, in DONE.json and with every export.
+
+    teacher: scale of the base model as the teacher; other than 1 it is part of the student from the first stage on.
+    prompt_dropout: share of examples with the empty prompt, for teacher and student alike.
+    unconditional: whether the student was trained on the empty prompt, the second branch of guidance.
+    recommended: lowest and highest scale to draw with, reasoned (`why`), not measured.
+    """
+    scale, dropped = config.pairs.guidance, config.pairs.prompt_dropout
+    recommended, why = [1.0, 7.0], "both branches were trained; the paper sweeps 2 to 7"
+    if not dropped:
+        recommended, why = [1.0, 1.0], "it never saw the empty prompt"
+    elif scale != 1:
+        recommended, why = [1.0, 2.5], "the teacher's guidance is in it: more is guidance twice"
+    branch = "shared" if dropped else "untrained"
+    return dict(teacher=scale, prompt_dropout=dropped, unconditional=branch, recommended=recommended, why=why)
 
 
 def _made_by_base(config: ConfigDict, stage: Stage) -> bool:
@@ -114,7 +130,7 @@ def pair_recipe(experiment: Experiment, stage: Stage) -> PairRecipe:
         start=config.pairs.start,
         steps=per_window,
         solver=config.pairs.solver,
-        guidance=config.pairs.guidance,
+        guidance=1.0 if teacher.windows else config.pairs.guidance,  # a student has learned it already
         dropout=config.pairs.prompt_dropout,
         latent=experiment.base.latent_shape,
         dtype=config.model.teacher_dtype,
@@ -144,11 +160,31 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     done = files.read_json(stage.folder / DONE)
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(done["step"], state_target(experiment)).state
-    params = jax.device_put(averaged(state), mesh.replicated(experiment.mesh))
-    found = fold(digest(params))
+    trained = jax.device_put(averaged(state), mesh.replicated(experiment.mesh))
+    found = fold(digest(trained))
     if found != done["digest"]:
         raise ValueError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
-    return Weights(params, Flow(**done["flow"]), found)
+    if not experiment.config.student.lora.rank:
+        return Weights(trained, Flow(**done["flow"]), found)
+    add = partial(whole_weights, config=experiment.config)
+    params = jax.jit(add, out_shardings=mesh.replicated(experiment.mesh))(trained, base_weights(experiment).params)
+    return Weights(params, Flow(**done["flow"]), found, trained)
+
+
+def trained_shapes(experiment: Experiment) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What a stage trains: all weights of the UNet, or low-rank factors. Raises ValueError for a regex without a layer."""
+    l, shapes = experiment.config.student.lora, experiment.networks.unet.shapes
+    return adapter.shapes(shapes, l.layers, l.rank) if l.rank else shapes
+
+
+def lora_scale(config: ConfigDict) -> float:
+    """What the factors' product counts."""
+    return adapter.scale_of(config.student.lora.rank, config.student.lora.alpha)
+
+
+def whole_weights(trained: Params, base: Params, *, config: ConfigDict) -> Params:
+    """What is trained -> the UNet's weights: the one function in front of `apply` that makes a student a LoRA."""
+    return adapter.add(base, trained, lora_scale(config)) if config.student.lora.rank else trained
 
 
 def parent_stage(experiment: Experiment, stage: Stage) -> Stage | None:
@@ -158,13 +194,13 @@ def parent_stage(experiment: Experiment, stage: Stage) -> Stage | None:
 
 def frozen_arrays(experiment: Experiment, teacher: Params, stage: Stage, with_vae: bool) -> Frozen:
     """The arrays that a stage's jobs read and never change, on every device."""
-    params, place = experiment.base.params, mesh.replicated(experiment.mesh)
-    vae = params["vae"] if with_vae else {}
+    place = mesh.replicated(experiment.mesh)
+    vae = experiment.base.params["vae"] if with_vae else {}
+    beside = experiment.base.params["unet"] if experiment.config.student.lora.rank else {}
     empty = experiment.base.tokenizer.encode([""])[0]
     put = partial(jax.device_put, device=place)
-    return Frozen(
-        put(params["text_encoder"]), put(vae), teacher, put(empty), run_key(experiment.config, PAIR_KEY, stage.windows)
-    )
+    key = run_key(experiment.config, PAIR_KEY, stage.windows)
+    return Frozen(put(experiment.base.text), put(vae), teacher, put(empty), key, put(beside))
 
 
 def make_optimizer(config: ConfigDict) -> Any:
@@ -172,16 +208,20 @@ def make_optimizer(config: ConfigDict) -> Any:
     return optimizer.make({**config.optimizer, "steps": config.train.steps})
 
 
-def fresh_state(experiment: Experiment, params: Params) -> TrainState:
-    """A state that starts from given weights, born where it lives."""
+def fresh_state(experiment: Experiment, parent: Weights) -> TrainState:
+    """A state that starts from given weights, born where it lives; a LoRA goes on with the factors of the stage before."""
+    l, start = experiment.config.student.lora, parent.params
+    if l.rank:
+        key = jax.random.key(experiment.config.seed)
+        start = parent.factors or adapter.init(experiment.networks.unet.shapes, l.layers, l.rank, key)
     init = lambda p: init_state(p, make_optimizer(experiment.config), experiment.config.train.ema > 0)
-    return jax.jit(init, out_shardings=state_places(experiment))(params)
+    return jax.jit(init, out_shardings=state_places(experiment))(start)
 
 
 def _state_shapes(experiment: Experiment) -> TrainState:
     config = experiment.config
     init = lambda p: init_state(p, make_optimizer(config), config.train.ema > 0)
-    return jax.eval_shape(init, experiment.networks.unet.shapes)
+    return jax.eval_shape(init, trained_shapes(experiment))
 
 
 def state_places(experiment: Experiment) -> Any:

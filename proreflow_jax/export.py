@@ -7,8 +7,8 @@
 Each is a folder with reflow.json and README.md (base, stages, digest, settings) and the scheduler's config. --check replays it.
 """
 
-import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from proreflow_jax import cli
 from proreflow_jax.card import CARD, PAGE, Format, make_card, page
 from proreflow_jax.checks import STORAGE, check_export
-from proreflow_jax.experiment import Experiment, load_weights, open_experiment, to_host
+from proreflow_jax.experiment import Experiment, Weights, load_weights, lora_scale, open_experiment, to_host
 from proreflow_jax.flow.prediction import JUMPS
-from proreflow_jax.models import lora, original, weights
+from proreflow_jax.models import adapter, lora, original, weights
+from proreflow_jax.models.sources import INDEX, Source
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import files
@@ -46,6 +47,7 @@ WINDOWED = Path(__file__).with_name("windowed_scheduler.py")  # needs torch: cop
 BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 
 
+HALF = re.compile(r"\.(fp16|bf16)(?=[.-])")  # in the names of files, and in those that an index of shards lists
 STOCK = Format()
 
 
@@ -90,6 +92,8 @@ def run_stage(
     if wanted.scheduler == "stock":
         check_export(experiment.config)
     student = load_weights(experiment, stage)
+    if student.factors:
+        wanted = wanted._replace(rank=experiment.config.student.lora.rank)
     card = make_card(experiment, stage, student, wanted)
     if again and not overwrite and (target / CARD).is_file() and _same(files.read_json(target / CARD), card):
         log.info("%s: is there", target)
@@ -98,10 +102,10 @@ def run_stage(
     with files.atomic_folder(target, overwrite) as draft:
         scheduler = scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
         if wanted.form == "diffusers":
-            write_folder(draft, experiment.base.folder, _as(tensors, wanted.dtype), scheduler)
+            write_folder(draft, experiment.base.source, _as(tensors, wanted.dtype), scheduler)
         else:
             write_scheduler(draft, scheduler)
-            made, report = _single_tensors(experiment, tensors, wanted)
+            made, report = _single_tensors(experiment, student, tensors, wanted)
             weights.save_tensors(draft / FILES[wanted.form], made)
             card |= report
         files.write_json(draft / CARD, card)
@@ -113,25 +117,41 @@ def _same(found: Mapping[str, Any], card: Mapping[str, Any]) -> bool:
     return all(found.get(name) == value for name, value in card.items() if name != "base")
 
 
-def write_folder(draft: Path, base: Path, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
+def write_folder(draft: Path, base: Source, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
     """A diffusers folder: every component of `base` as it is, but this UNet (torch layout) and this scheduler.
 
     What else lies beside the components stays behind: folders from the hub often hold whole models as single files.
     """
-    components = [path for path in base.iterdir() if path.is_dir() and path.name[0] != "."]
-    for path in components:
-        if path.name not in ("unet", "scheduler"):
-            shutil.copytree(path, draft / path.name)
-    for path in [base / "model_index.json", *base.glob("LICENSE*")]:
+    for name, kind in base.index.items():
+        if isinstance(kind, list) and kind[0] is not None and name not in ("unet", "scheduler"):
+            _copy_component(base.folder / name, draft / name, base)
+    for path in base.folder.glob("LICENSE*"):
         shutil.copy(path, draft)
     (draft / "unet").mkdir()
-    shutil.copy(base / "unet" / "config.json", draft / "unet" / "config.json")
+    shutil.copy(base.folder / "unet" / "config.json", draft / "unet" / "config.json")
     weights.save_tensors(draft / UNET_FILE, unet)
     write_scheduler(draft, scheduler)
-    index = json.loads((draft / "model_index.json").read_text(encoding="utf-8"))
     kind = scheduler["_class_name"]
     entry = ["diffusers", kind] if kind == SCHEDULER["_class_name"] else [WINDOWED.stem, kind]
-    files.write_json(draft / "model_index.json", {**index, "scheduler": entry})
+    files.write_json(draft / INDEX, {**base.index, "scheduler": entry})
+
+
+def _copy_component(path: Path, target: Path, base: Source) -> None:
+    """One component's folder. Of a model in a single file the words are copied, and its weights are written beside them.
+
+    Weights that exist in half precision only get the plain names, which every reader asks for first.
+    """
+    if base.file is not None:
+        shutil.copytree(path, target, ignore=shutil.ignore_patterns("*.safetensors*", *weights.PICKLES))
+        if path.name in base.components:
+            weights.save_tensors(target / weights.file_name(path.name), dict(base.tensors(path.name)))
+        return
+    shutil.copytree(path, target)
+    if weights.only_half(target):
+        for file in [file for file in target.iterdir() if HALF.search(file.name)]:
+            if file.suffix == ".json":
+                file.write_text(HALF.sub("", file.read_text(encoding="utf-8")), encoding="utf-8")
+            file.rename(target / HALF.sub("", file.name))
 
 
 def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
@@ -156,17 +176,20 @@ def _as(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
 
 
 def _single_tensors(
-    experiment: Experiment, student: dict[str, np.ndarray], wanted: Format
+    experiment: Experiment, trained: Weights, student: dict[str, np.ndarray], wanted: Format
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The one file of a form that is no folder, and what the card says beyond."""
     base = experiment.base
     if wanted.form == "single-file":
         return _as(single_file(experiment, student), wanted.dtype), {}
+    if wanted.form == "lora" and trained.factors:  # it is one already
+        factors = adapter.to_lora(to_host(trained.factors), lora_scale(experiment.config))
+        return lora.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
     change = lora.delta(student, weights.to_torch(base.params["unet"]))
     if wanted.form == "delta":
         return _as(change, wanted.dtype), {}
-    factors, report = lora.decompose(change, wanted.rank)
-    for rank, energy, error in lora.energies(change, sorted({*RANKS, wanted.rank})):
+    factors, report = lora.decompose(change, wanted.rank, sorted({*RANKS, wanted.rank}))
+    for rank, energy, error in report["energies"]:
         mark = " <- written" if rank == wanted.rank else ""
         log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)
     log.info("biases and norms, which no LoRA carries, hold %.4f of the whole change's energy", report["left_out"]["energy"])
@@ -176,13 +199,11 @@ def _single_tensors(
 def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """UNet (torch layout), VAE and text encoder under the names of the original layout."""
     base = experiment.base
-    family = "v2" if base.unet.config.get("use_linear_projection") else "v1"
-    parts = {"unet": unet} | {name: weights.to_torch(base.params[name]) for name in ("vae", "text_encoder")}
-    configs = {"unet": base.unet.config, "vae": base.vae.config, "text_encoder": base.text_encoder.config}
+    parts = {name: unet if name == "unet" else weights.to_torch(params) for name, params in base.params.items()}
     return {
         name: tensor
         for part, tensors in parts.items()
-        for name, tensor in original.to_original(part, tensors, configs[part], family).items()
+        for name, tensor in original.to_original(part, tensors, base.networks[part].config, base.source.family).items()
     }
 
 
@@ -192,7 +213,7 @@ if __name__ == "__main__":
         "out": ("", "folder to write; empty: <run>/export/stage-N, with the form's name behind"),
         "form": ("diffusers", "diffusers, single-file, lora or delta"),
         "dtype": ("float32", "of the tensors written: float32, float16 or bfloat16"),
-        "rank": (64, "of the LoRA, capped at each layer's full rank"),
+        "rank": (64, "of the LoRA, capped at each layer's full rank; a student trained as a LoRA keeps its own"),
         "scheduler": ("stock", "stock: diffusers' DDIM, steps = windows; windowed: ours, copied along, any steps from there"),
         "check": (False, "also sample it in diffusers from the same noise (pip install 'proreflow_jax[export-check]')"),
         "overwrite": (False, "replace an existing folder"),

@@ -35,7 +35,7 @@ from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import lock
 
 log = logging.getLogger(__name__)
-PLANNED = ("pairs", "student", "data", "model")
+PLANNED = ("pairs", "student", "data", "model", "conditioning")
 
 
 def make_pairs(config: ConfigDict, stage: int) -> None:

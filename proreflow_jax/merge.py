@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli
+from proreflow_jax import base_model, cli
 from proreflow_jax.card import CARD, PAGE, page
 from proreflow_jax.export import FILES, write_folder
 from proreflow_jax.models import lora, weights
@@ -20,21 +20,21 @@ log = logging.getLogger(__name__)
 
 def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: bool) -> None:
     """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network."""
-    source, base = Path(delta), Path(config.model.path)
+    source = Path(delta)
     if not delta or not out:
         raise ValueError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
     if not (source / FILES["delta"]).is_file():
         raise FileNotFoundError(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
-    if not (base / "model_index.json").is_file():
-        raise FileNotFoundError(f"--config.model.path={base} is no diffusers folder: it holds no model_index.json")
+    base = base_model.locate(config)
     card, scheduler = files.read_json(source / CARD), files.read_json(source / "scheduler" / "scheduler_config.json")
-    merged = lora.merge(weights.read_tensors(base / "unet"), weights.Tensors([source / FILES["delta"]]), scale)
+    merged = lora.merge(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)
     with files.atomic_folder(Path(out), overwrite) as draft:
         write_folder(draft, base, merged, scheduler)
-        card |= {"base": str(base), "format": {**card["format"], "form": "diffusers"}}
+        dtype = str(next(iter(merged.values())).dtype)
+        card |= {"base": base_model.title(config, base), "format": {**card["format"], "form": "diffusers", "dtype": dtype}}
         files.write_json(draft / CARD, {**card, "merged": {"delta": card["digest"], "scale": scale}})
         (draft / PAGE).write_text(page(card), encoding="utf-8")
-    log.info("%s: %s + %g x the %d-window delta of %s", out, base, scale, card["windows"], delta)
+    log.info("%s: %s + %g x the %d-window delta of %s", out, base.origin, scale, card["windows"], delta)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_w
 from proreflow_jax.export import FILES
 from proreflow_jax.models import lora, weights
 from proreflow_jax.models.network import Params
+from proreflow_jax.models.sources import Source
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.reflow.teacher import text_context
@@ -45,7 +46,8 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
     prompts, student = _prompts(experiment), load_weights(experiment, stage)
     shape = (COUNT, *experiment.base.latent_shape)
     noise = np.asarray(jax.random.normal(run_key(experiment.config, EVALUATION_KEY, 0), shape))
-    theirs = their_latents(OPENERS[format_["form"]](folder, experiment.base.folder), prompts, noise, steps)
+    pipe = OPENERS[format_["form"]](folder, experiment.base.source)
+    theirs = their_latents(pipe, prompts, noise, steps, **_told(experiment))
 
     whole = our_latents(experiment, student, prompts, noise, steps)
     gap = to_student = float(np.abs(whole - theirs).max())
@@ -86,35 +88,47 @@ def _prompts(experiment: Experiment) -> list[str]:
 def our_latents(experiment: Experiment, student: Weights, prompts: list[str], noise: np.ndarray, steps: int) -> np.ndarray:
     """Latents (n, h, w, c) of our sampler, scaled."""
     n = experiment.networks
-    text, ids = jax.device_put(experiment.base.params["text_encoder"]), jnp.asarray(experiment.base.tokenizer.encode(prompts))
-    context = jax.jit(partial(text_context, n.text_encoder))(text, ids)
+    ids = jnp.asarray(experiment.base.tokenizer.encode(prompts))
+    context = jax.jit(partial(text_context, n.condition))(experiment.base.text, ids)
     sample = partial(sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=student.flow, steps=steps, guidance=1.0)
     return np.asarray(jax.jit(sample)(student.params, jnp.asarray(noise), context, context))
 
 
-def their_latents(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int) -> np.ndarray:
-    """The same from a pipeline of diffusers, told nothing but the number of steps and guidance 1."""
+def _told(experiment: Experiment) -> dict[str, Any]:
+    """SDXL's micro-conditioning where the config has another than diffusers' own, the model's resolution."""
+    names = {"original_size": "original_size", "crop": "crops_coords_top_left", "target_size": "target_size"}
+    return {names[name]: tuple(value) for name, value in experiment.config.conditioning.items() if any(value)}
+
+
+def their_latents(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, **told: Any) -> np.ndarray:
+    """The same from a pipeline of diffusers, told nothing but the number of steps, guidance 1, and SDXL's sizes."""
     pipe.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 3, 1, 2)))
-    out = pipe(prompts, num_inference_steps=steps, guidance_scale=1.0, latents=latents, output_type="latent").images
+    out = pipe(prompts, num_inference_steps=steps, guidance_scale=1.0, latents=latents, output_type="latent", **told).images
     return out.numpy().transpose(0, 2, 3, 1)
 
 
-def _open_folder(folder: Path, base: Path) -> Any:
+def _open_folder(folder: Path, base: Source) -> Any:
     index = files.read_json(folder / "model_index.json")
     ours = index["scheduler"][0] != "diffusers"  # then the folder carries the scheduler's code, which is this package's
     return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=ours, dtype=torch.float32)
 
 
-def _open_single_file(folder: Path, base: Path) -> Any:
+def _open_single_file(folder: Path, base: Source) -> Any:
+    return _with_scheduler(_from_file(folder / FILES["single-file"], base), folder)
+
+
+def _from_file(path: Path, base: Source) -> Any:
     """The file alone knows no sizes and no tokenizer: those come from the base model's folder."""
-    open_file = diffusers.StableDiffusionPipeline.from_single_file
-    pipe = open_file(str(folder / FILES["single-file"]), config=str(base), local_files_only=True, dtype=torch.float32)
-    return _with_scheduler(pipe, folder)
+    kind = diffusers.StableDiffusionXLPipeline if base.family == "xl" else diffusers.StableDiffusionPipeline
+    return kind.from_single_file(str(path), config=str(base.folder), local_files_only=True, dtype=torch.float32)
 
 
-def _open_lora(folder: Path, base: Path) -> Any:
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
+def _open_lora(folder: Path, base: Source) -> Any:
+    if base.file is None:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(base.folder, dtype=torch.float32)
+    else:
+        pipe = _from_file(base.file, base)
     pipe.load_lora_weights(folder, weight_name=FILES["lora"])
     return _with_scheduler(pipe, folder)
 
@@ -128,4 +142,4 @@ OPENERS = {
     "diffusers": _open_folder,
     "single-file": _open_single_file,
     "lora": _open_lora,
-}  # form -> (folder, base) -> pipeline
+}  # form -> (folder, base model) -> pipeline

@@ -49,10 +49,10 @@ def sample(
     sampler.check_sampling(steps, student_flow(config, chosen) if chosen else experiment.flow)
     weights = load_weights(experiment, chosen)
 
-    n, params, encode = experiment.networks, jax.device_put(experiment.base.params), experiment.base.tokenizer.encode
-    read = jax.jit(partial(text_context, n.text_encoder))
-    context = read(params["text_encoder"], np.repeat(encode(texts), count, axis=0))
-    against = read(params["text_encoder"], encode([negative]))
+    n, encode = experiment.networks, experiment.base.tokenizer.encode
+    read = jax.jit(partial(text_context, n.condition))
+    context = read(experiment.base.text, np.repeat(encode(texts), count, axis=0))
+    against = read(experiment.base.text, encode([negative]))
     noise = jax.random.normal(jax.random.key(seed), (count, *experiment.base.latent_shape))
     noise = jnp.tile(noise, (len(texts), 1, 1, 1))
     draw = partial(
@@ -60,7 +60,7 @@ def sample(
     )
     latents = jax.jit(draw)(weights.params, noise, context, against)
     decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
-    images = np.asarray(decode(params["vae"], latents))
+    images = np.asarray(decode(experiment.base.params["vae"], latents))
     rows = images.reshape(len(texts), count, *images.shape[1:])
     Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(path)
     log.info("wrote %s: %d prompts x %d seeds, %d steps, guidance %g", path, len(texts), count, steps, guidance)

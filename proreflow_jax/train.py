@@ -24,6 +24,7 @@ from proreflow_jax.experiment import (
     check_ready,
     fresh_state,
     frozen_arrays,
+    guidance_contract,
     load_weights,
     loss_recipe,
     make_optimizer,
@@ -37,11 +38,12 @@ from proreflow_jax.experiment import (
     state_target,
     student_flow,
     teacher_flow,
+    whole_weights,
 )
 from proreflow_jax.make_pairs import PLANNED, read_rows
 from proreflow_jax.reflow import loop, pairs
 from proreflow_jax.reflow.stages import DONE, Stage, check_identity, find_stage
-from proreflow_jax.reflow.state import averaged, train_step
+from proreflow_jax.reflow.state import TrainState, averaged, train_step
 from proreflow_jax.reflow.step import draw_examples, reflow_loss
 from proreflow_jax.reflow.teacher import text_context
 from proreflow_jax.runtime import files, mesh
@@ -81,13 +83,15 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
             start, state, _ = checkpoints.restore(None, state_target(experiment))
         if start < config.train.steps:
             log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
-            state = fresh_state(experiment, parent.params) if state is None else state
+            state = fresh_state(experiment, parent) if state is None else state
+            parent = parent._replace(params={}, factors={})  # the state has its own copy
             state = _advance(experiment, stage, source, checkpoints, start, state, parent.digest)
         weights = fold(digest(jax.device_put(averaged(state), mesh.replicated(experiment.mesh))))
         del state
         checkpoints.finish(config.train.steps, state_target(experiment))
     flow = student_flow(config, stage)
     done = {"step": config.train.steps, "digest": weights, "parent": parent.digest, "flow": flow._asdict()}
+    done |= {"guidance": guidance_contract(config)}
     files.write_json(stage.folder / DONE, done)
 
 
@@ -100,10 +104,10 @@ def _source(experiment: Experiment, stage: Stage) -> loader.Source:
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
     ids = jnp.asarray(experiment.base.tokenizer.encode(IDENTITY_PROMPTS))
-    networks, text = experiment.networks, jax.device_put(experiment.base.params["text_encoder"])
+    networks = experiment.networks
     gap = check_identity(
         parent.params,
-        jax.jit(partial(text_context, networks.text_encoder))(text, ids),
+        jax.jit(partial(text_context, networks.condition))(experiment.base.text, ids),
         experiment.base.latent_shape,
         run_key(experiment.config, TRAIN_KEY, 0),
         unet=networks.unet,
@@ -124,7 +128,12 @@ def _advance(
 
     def meta(done: int) -> dict[str, Any]:
         lineage = {"parent": parent, "windows": stage.windows}
-        return {"seed": config.seed, "position": done * config.train.batch, "lineage": lineage}
+        return {
+            "seed": config.seed,
+            "position": done * config.train.batch,
+            "lineage": lineage,
+            "guidance": guidance_contract(config),
+        }
 
     with Metrics(stage.folder, start, config.train.steps) as metrics, _batches(experiment, source, start) as batches:
         return loop.run(
@@ -145,10 +154,16 @@ def make_step(experiment: Experiment, stage: Stage) -> Any:
     made = partial(
         pairs.make_pairs, recipe=pair_recipe(experiment, stage), flow=teacher_flow(experiment, stage), networks=networks
     )
-    step = partial(
+    whole = partial(whole_weights, config=config)
+    of_weights = partial(reflow_loss, flow=flow, networks=networks, loss=loss)
+
+    def step(state: TrainState, frozen: pairs.Frozen, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        of_trained = lambda trained, drawn: of_weights(whole(trained, frozen.base), drawn)
+        return update(state, frozen, batch, key, loss=of_trained)
+
+    update = partial(
         train_step,
         draw=draw,
-        loss=partial(reflow_loss, flow=flow, networks=networks, loss=loss),
         optimizer=make_optimizer(config),
         ema_decay=config.train.ema,
         accumulation=config.train.accumulation,

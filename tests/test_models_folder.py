@@ -205,7 +205,7 @@ def test_prompt_to_noise_prediction_to_image_as_in_diffusers(tiny):
         image = theirs.vae.decode(noise / 0.5).sample
 
     def draw_all(params, ids, x):
-        states = ours.text_encoder.apply(params["text_encoder"], ids).last
+        states = ours.condition(params, ids).states
         out = ours.unet.apply(params["unet"], x, jnp.array([999.0, 4.0]), states)
         return states, out, ours.vae.apply(params["vae"], out / ours.scaling, method="decode")
 
@@ -213,14 +213,6 @@ def test_prompt_to_noise_prediction_to_image_as_in_diffusers(tiny):
     same(states, context)
     same(out, noise)
     same(pixels, image)
-
-
-def test_only_the_asked_components_are_read(tiny, tmp_path):
-    shutil.copytree(tiny[0], tmp_path / "part")
-    (tmp_path / "part" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert pipeline.load(tmp_path / "part", ("unet",)).params.keys() == {"unet"}
-    with pytest.raises(FileNotFoundError, match="vae"):
-        pipeline.load(tmp_path / "part")
 
 
 def test_missing_folder_names_the_flag(tmp_path):

@@ -18,6 +18,14 @@ SHAPES = {
     "down_blocks.0.resnets.0.time_emb_proj.weight": (6, 16),
     "mid_block.resnets.1.conv2.weight": (4, 12, 3, 3),
 }
+NAMES = {
+    "conv_in": "conv_in",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": "mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0": "mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0",
+    "down_blocks.0.downsamplers.0.conv": "down_blocks_0_downsamplers_0_conv",
+    "time_embedding.linear_1": "time_embedding_linear_1",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]
 
 
@@ -51,7 +59,19 @@ def test_base_and_delta_make_the_student_again():
     merged = lora.merge(half, lora.delta(student, half))
     assert {value.dtype for value in merged.values()} == {np.dtype(np.float16)}
     assert distance(student, merged, list(SHAPES)) < 1e-3
-    assert lora.delta(student, half)["conv_in.weight"].dtype == np.float32
+    assert {lora.delta(*two)["conv_in.weight"].dtype for two in ((student, half), (half, student))} == {np.dtype(np.float32)}
+
+
+def test_files_are_read_once(tmp_path, monkeypatch):
+    """Tensor by tensor, and no tensor a second time for its shape."""
+    read, get = [], weights.Tensors.__getitem__
+    monkeypatch.setattr(weights.Tensors, "__getitem__", lambda self, name: read.append(name) or get(self, name))
+    base, change = (weights.Tensors([file(tmp_path / str(seed), draw(SHAPES, seed))]) for seed in (0, 1))
+    lora.merge(base, change)
+    assert sorted(read) == sorted([*SHAPES] * 2)
+    read.clear()
+    lora.apply_factors(base, lora.decompose(draw(SHAPES), 2)[0])
+    assert sorted(read) == sorted(SHAPES)
 
 
 def test_strided_arrays_survive_the_file(tmp_path):
@@ -117,7 +137,7 @@ def test_no_other_factors_come_closer():
 
 def test_energy_grows_with_rank_to_one_and_agrees_with_decompose():
     change, ranks = draw(SHAPES), [1, 2, 3, 5, 7, 1000]
-    table = lora.energies(change, ranks)
+    table = lora.decompose(change, 4, ranks)[1]["energies"]
     assert [row[0] for row in table] == ranks
     assert np.all(np.diff([row[1] for row in table]) > 0)
     assert table[-1][1] == pytest.approx(1, abs=1e-12)
@@ -164,7 +184,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
     with pytest.raises(ValueError, match="rank 0: .*--rank"):
         lora.decompose(base, 0)
     with pytest.raises(ValueError, match="rank 0: .*--rank"):
-        lora.energies(base, [4, 0])
+        lora.decompose(base, 4, [0])
     with pytest.raises(ValueError, match="no LoRA between them"):
         lora.decompose(lora.delta(base, base), 2)
     with pytest.raises(ValueError, match="1 not finite: conv_in.bias"):
@@ -172,19 +192,9 @@ def test_what_does_not_fit_is_refused_in_one_line():
 
 
 def test_names_are_kohyas():
-    names = {
-        "conv_in.weight": "lora_unet_conv_in",
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": (
-            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-        ),
-        "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0.weight": (
-            "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn2_to_out_0"
-        ),
-        "down_blocks.0.downsamplers.0.conv.weight": "lora_unet_down_blocks_0_downsamplers_0_conv",
-        "time_embedding.linear_1.weight": "lora_unet_time_embedding_linear_1",
-        "add_embedding.linear_2.weight": "lora_unet_label_emb_0_2",
+    assert {name: lora.kohya_name(f"{name}.weight") for name in NAMES} == {
+        n: f"lora_unet_{kohyas}" for n, kohyas in NAMES.items()
     }
-    assert {name: lora.kohya_name(name) for name in names} == names
     tensors = lora.to_kohya(lora.decompose(draw(SHAPES), 3)[0])
     stems = [lora.kohya_name(name) for name in MATRICES]
     assert sorted(tensors) == sorted(f"{s}.{part}" for s in stems for part in ("lora_down.weight", "lora_up.weight", "alpha"))
@@ -267,21 +277,11 @@ def test_sdxls_own_embedding_is_read_too(tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=56,
-    )
+    sizes = dict(sample_size=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=(2, 4))
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    states = dict(cross_attention_dim=8, transformer_layers_per_block=(1, 2), use_linear_projection=True)
+    micro = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=56)
+    unet = diffusers.UNet2DConditionModel(down_block_types=down, up_block_types=up, **sizes, **states, **micro)
     added = {"text_embeds": torch.randn(2, 8), "time_ids": torch.rand(2, 6) * 8}
     inputs = (torch.randn(2, 4, 4, 4), torch.tensor([900, 20]), torch.randn(2, 8, 8))
     answer = lambda: unet(*inputs, added_cond_kwargs=added).sample.detach().numpy()

@@ -34,7 +34,7 @@ def make(count=16, first=0, flow=TEACHER, frozen=FROZEN, batch=None, **changes):
 
 def spoken(ids):
     """The text states of prompts."""
-    return text_context(TOYS.text_encoder, FROZEN.text_encoder, jnp.asarray(ids))
+    return text_context(TOYS.condition, FROZEN.text, jnp.asarray(ids))
 
 
 def crossed(step, z, nodes):
@@ -46,7 +46,7 @@ def crossed(step, z, nodes):
 def sampled(flow, steps, ids, noise):
     sample = partial(sample_latents, unet=TOYS.unet, schedule=TOYS.schedule, flow=flow, steps=steps, guidance=1)
     context = spoken(ids)
-    return np.asarray(quick_jit(sample)(FROZEN.teacher, jnp.asarray(noise), context, context[:1]))
+    return np.asarray(quick_jit(sample)(FROZEN.teacher, jnp.asarray(noise), context, jax.tree.map(lambda x: x[:1], context)))
 
 
 @pytest.mark.parametrize("start", pairs.STARTS)
@@ -167,7 +167,7 @@ def test_a_student_of_twice_the_windows_makes_pairs_by_its_own_sampler(reading, 
 def test_a_teacher_of_any_prediction_type_gives_the_same_pairs(kind):
     """The same noise prediction, spoken in another prediction type."""
 
-    def speak(params, z, timestep, context):
+    def speak(params, z, timestep, context, *added):
         return convert("epsilon", kind, TOYS.schedule, z, tiny.toy_unet(params, z, timestep, context), (timestep + 1) / 1000)
 
     networks = TOYS._replace(unet=TOYS.unet._replace(apply=speak))

@@ -24,7 +24,7 @@ EPSILON, STUDENT = Flow("epsilon"), Flow("ddim_eps", 8)
 
 def contexts(count=4):
     ids = tiny.rows(count)["ids"]
-    states = lambda rows: text_context(TOYS.text_encoder, FROZEN.text_encoder, rows)
+    states = lambda rows: text_context(TOYS.condition, FROZEN.text, rows)
     return states(ids), states(FROZEN.empty[None])
 
 
@@ -75,7 +75,7 @@ def test_an_untrained_student_is_its_teacher_one_ddim_step_a_window(n, path, rea
 @pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
 def test_the_identity_holds_where_a_good_network_makes_both_terms_cancel(name):
     schedule = make_schedule(name, 1e-4, 0.02)
-    level = lambda p, z, time, c: schedule.sigma((time + 1) / 1000).reshape(-1, 1, 1, 1) * z
+    level = lambda p, z, time, *told: schedule.sigma((time + 1) / 1000).reshape(-1, 1, 1, 1) * z
     assert gap(1, schedule=schedule, unet=TOYS.unet._replace(apply=level)) <= 1e-5
 
 
@@ -135,7 +135,7 @@ def by_hand(flow, times, predict):
 
 
 def student_predict(z, t):
-    return tiny.toy_unet(FROZEN.teacher, z, timestep(t), contexts()[0])
+    return tiny.toy_unet(FROZEN.teacher, z, timestep(t), contexts()[0].states)
 
 
 @pytest.mark.parametrize("reading, path", [("velocity", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")])
@@ -154,7 +154,7 @@ def test_an_untrained_ddim_student_samples_as_its_teacher_does(reading, kind):
 
 def test_guidance_pushes_away_from_the_negative_prompts():
     context, negative = contexts()
-    unet = lambda z, t, c: tiny.toy_unet(FROZEN.teacher, z, timestep(t), jnp.broadcast_to(c, context.shape))
+    unet = lambda z, t, c: tiny.toy_unet(FROZEN.teacher, z, timestep(t), jnp.broadcast_to(c.states, context.states.shape))
     guided = lambda z, t: unet(z, t, negative) + 4.0 * (unet(z, t, context) - unet(z, t, negative))
     flow = Flow("ddim_eps", 4)
     want = jax.jit(lambda: by_hand(flow, windows.bounds(4), guided))()

@@ -50,7 +50,7 @@ def evaluated(params, x, flow, loss=LOSS, apply=tiny.toy_unet):
     return jax.device_get(valuer(flow, loss, apply, jax.config.jax_enable_x64)(params, x))
 
 
-def says(params, z, t, context):
+def says(params, z, t, *told):
     """A UNet that gives what it is told, whatever it is asked."""
     return params["out"]
 
@@ -109,7 +109,7 @@ def test_windows_are_picked_evenly_and_context_is_the_prompts():
     flow, b = Flow("velocity", 4), 4000
     x = drawn(flow, records(b, 4, 4) | {"ids": jnp.broadcast_to(jnp.arange(8), (b, 8))})
     assert np.abs(np.bincount(x["k"]) - 1000).max() < 4 * np.sqrt(1000 * 0.75)
-    np.testing.assert_array_equal(x["context"][5], FROZEN.text_encoder["table.weight"][:8])
+    np.testing.assert_array_equal(x["context"].states[5], FROZEN.text["text_encoder"]["table.weight"][:8])
 
 
 def test_states_may_be_stored_in_half_precision():
@@ -128,7 +128,7 @@ def test_a_perfect_student_has_no_loss(reading, path, space):
     """In float64, with the network itself an arithmetic fact."""
     flow, loss = Flow(reading, 4, path), LOSS._replace(space=space)
     with jax.enable_x64(True):
-        x = {name: v.astype(float) if v.dtype == jnp.float32 else v for name, v in drawn(flow).items()}
+        x = jax.tree.map(lambda v: v.astype(float) if v.dtype == jnp.float32 else v, drawn(flow))
         right = perfect(flow, x)
         value, metrics = evaluated(right, x, flow, loss, says)
         off, _ = evaluated({"out": 1.01 * right["out"]}, x, flow, loss, says)
@@ -164,7 +164,7 @@ def test_a_window_holds_the_sums_of_its_own_examples():
     flow = Flow("velocity", 8)
     x = drawn(flow)
     _, metrics = evaluated(FROZEN.teacher, x, flow)
-    out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["t"] - 1, x["context"])
+    out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["t"] - 1, x["context"].states)
     k = np.asarray(x["k"])
     for name, rows in (("cosine", losses.cosine(out, x["v"])), ("loss", losses.aligned(out, x["v"], 1.0))):
         want = [np.asarray(rows)[k == i].sum() for i in range(8)]
@@ -192,7 +192,7 @@ def test_velocity_and_output_space_agree_where_the_network_gives_velocities():
 def test_the_network_computes_in_the_asked_dtype_and_the_loss_in_float32():
     flow, seen = Flow("ddim_eps", 4), []
 
-    def watched(params, z, timestep, context):
+    def watched(params, z, timestep, context, *added):
         seen.append((params["conv_in.weight"].dtype, z.dtype, timestep.dtype, context.dtype))
         return tiny.toy_unet(params, z, timestep, context)
 
@@ -214,7 +214,7 @@ def test_no_gradient_reaches_teacher_text_encoder_or_autoencoder(start):
         x = draw_examples(frozen, made, KEY, flow=flow, networks=TOYS, loss=LOSS)
         return reflow_loss(student, x, flow=flow, networks=TOYS, loss=LOSS)[0]
 
-    arrays = {name: getattr(FROZEN, name) for name in ("teacher", "text_encoder", "vae")}
+    arrays = {name: getattr(FROZEN, name) for name in ("teacher", "text", "vae")}
     ours, theirs = quick_jit(jax.grad(value, argnums=(0, 1)))(FROZEN.teacher, arrays)
     assert all(np.abs(g).max() > 0 for g in ours.values())
     assert all(not np.any(g) for g in jax.tree.leaves(theirs))

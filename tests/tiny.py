@@ -15,7 +15,7 @@ import numpy as np
 
 from proreflow_jax.flow.schedule import from_config, make_schedule
 from proreflow_jax.models import base, pipeline, tokenizer
-from proreflow_jax.models.clip import TextStates
+from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
 from proreflow_jax.reflow.pairs import Frozen, Networks
 
@@ -74,7 +74,7 @@ def write_model(folder: Path, seed: int = 0) -> Path:
 def load(folder: Path) -> tuple[pipeline.Pipeline, Networks]:
     """The folder as the verbs see it."""
     model = pipeline.load(folder)
-    return model, Networks(model.unet, model.text_encoder, model.vae, from_config(model.scheduler), model.scaling)
+    return model, Networks(model.unet, model.condition, model.vae, from_config(model.scheduler), model.scaling)
 
 
 def frozen(model: pipeline.Pipeline, seed: int = 0, vae: bool = False) -> Frozen:
@@ -82,7 +82,7 @@ def frozen(model: pipeline.Pipeline, seed: int = 0, vae: bool = False) -> Frozen
     params = jax.tree.map(jnp.asarray, model.params)
     empty = jnp.asarray(model.tokenizer.encode([""])[0])
     encoder = params["vae"] if vae else {}
-    return Frozen(params["text_encoder"], encoder, params["unet"], empty, jax.random.key(seed))
+    return Frozen(jax.tree.map(jnp.asarray, model.text), encoder, params["unet"], empty, jax.random.key(seed))
 
 
 # Toys: a UNet of two matrices, a text encoder that is a table, an autoencoder that averages pixels.
@@ -98,15 +98,14 @@ def toy_networks() -> Networks:
             "time.weight": (2, 8),
             "conv_out.weight": (8, 4),
         },
-        "text": {"table.weight": (50, WIDTH)},
         "vae": {"encoder.weight": (12, 8), "decoder.weight": (4, 12)},
     }
     struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     network = lambda name, apply: Network({key: struct(shape) for key, shape in shapes[name].items()}, None, apply, {})
-    return Networks(network("unet", toy_unet), network("text", toy_text), network("vae", toy_vae), make_schedule(**BETAS), 0.5)
+    return Networks(network("unet", toy_unet), toy_condition, network("vae", toy_vae), make_schedule(**BETAS), 0.5)
 
 
-def toy_unet(params: Mapping[str, Any], z: Any, timestep: Any, context: Any) -> Any:
+def toy_unet(params: Mapping[str, Any], z: Any, timestep: Any, context: Any, *added: None) -> Any:
     """A network with one hidden layer at every pixel, that knows time and text."""
     phase = timestep[:, None].astype(z.dtype) * 0.003
     hidden = z @ params["conv_in.weight"] + params["conv_in.bias"]
@@ -115,10 +114,9 @@ def toy_unet(params: Mapping[str, Any], z: Any, timestep: Any, context: Any) -> 
     return jnp.tanh(hidden + side[:, None, None, :].astype(z.dtype)) @ params["conv_out.weight"]
 
 
-def toy_text(params: Mapping[str, Any], ids: Any) -> TextStates:
+def toy_condition(params: Mapping[str, Any], ids: Any) -> Context:
     """One row of a table for each token."""
-    rows = params["table.weight"][ids]
-    return TextStates(rows, rows, rows[:, 0])
+    return Context(params["text_encoder"]["table.weight"][ids])
 
 
 def toy_vae(params: Mapping[str, Any], x: Any, method: str) -> Any:
@@ -135,7 +133,9 @@ def toy_frozen(networks: Networks, seed: int = 0) -> Frozen:
     """Random weights for the toys' teacher, text encoder and autoencoder."""
     draw = lambda network, i: {k: jnp.asarray(v) for k, v in random_params(network.shapes, seed + i).items()}
     empty = jnp.arange(LENGTH, dtype=jnp.int32) + 40
-    return Frozen(draw(networks.text_encoder, 1), draw(networks.vae, 2), draw(networks.unet, 0), empty, jax.random.key(seed))
+    table = {"table.weight": jax.ShapeDtypeStruct((50, WIDTH), jnp.float32)}
+    text = {"text_encoder": {k: jnp.asarray(v) for k, v in random_params(table, seed + 1).items()}}
+    return Frozen(text, draw(networks.vae, 2), draw(networks.unet, 0), empty, jax.random.key(seed))
 
 
 def rows(count: int, first: int = 0, seed: int = 0) -> dict[str, jax.Array]:

@@ -15,7 +15,6 @@ CLASSES = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
-STEM = {"text_encoder": "model"}
 END_ID = -1  # the end token is the vocabulary's last
 
 
@@ -108,8 +107,7 @@ def write_pipeline(folder: Path, configs: Mapping[str, dict], params: Mapping[st
     for name, config in configs.items():
         (folder / name).mkdir()
         _json(folder / name / "config.json", config)
-        stem = STEM.get(name, "diffusion_pytorch_model")
-        weights.save_tensors(folder / name / f"{stem}.safetensors", weights.to_torch(params[name]))
+        weights.save_tensors(folder / name / weights.file_name(name), weights.to_torch(params[name]))
     (folder / "scheduler").mkdir()
     _json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {name: list(kind) for name, kind in CLASSES.items()}

@@ -8,7 +8,7 @@ Write `to_kohya`: that one file serves diffusers' `load_lora_weights`, A1111 and
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,20 +36,24 @@ def _refuse(title: str, problems: Mapping[str, Iterable[str]]) -> None:
         raise ValueError(f"{title}: {'; '.join(found)}")
 
 
-def _check(left: Tensors, right: Tensors, names: tuple[str, str]) -> None:
-    shapes = {n: (np.shape(left[n]), np.shape(right[n])) for n in left.keys() & right.keys()}
+def _sum(left: Tensors, right: Tensors, scale: float, names: tuple[str, str], dtype: Any = None) -> dict[str, np.ndarray]:
+    """left + scale * right in float32, of `dtype` or left's, in C order (see `_scaled`); each tensor is read once."""
+    lefts, rights = set(left), set(right)  # a lazy mapping's own `in` reads the tensor
+    total, wrong = {}, []
+    for name in sorted(lefts & rights):
+        one, other = left[name], right[name]
+        if one.shape != other.shape:
+            wrong.append(f"{name} {one.shape} against {other.shape}")
+        else:
+            added = np.asarray(one, np.float32) + np.float32(scale) * np.asarray(other, np.float32)
+            total[name] = np.asarray(added, dtype or one.dtype, order="C")
     problems = {
-        f"only in the {names[0]}": left.keys() - right.keys(),
-        f"only in the {names[1]}": right.keys() - left.keys(),
-        "of another shape": [f"{n} {a} against {b}" for n, (a, b) in shapes.items() if a != b],
+        f"only in the {names[0]}": lefts - rights,
+        f"only in the {names[1]}": rights - lefts,
+        "of another shape": wrong,
     }
     _refuse(f"{names[0]} and {names[1]} are not of the same network", problems)
-
-
-def _add(weight: np.ndarray, change: np.ndarray, scale: float) -> np.ndarray:
-    """weight + scale * change in float32, of the weight's dtype, in C order (see `_scaled`)."""
-    total = np.asarray(weight, np.float32) + np.float32(scale) * np.asarray(change, np.float32)
-    return np.asarray(total, weight.dtype, order="C")
+    return total
 
 
 def delta(student: Tensors, base: Tensors) -> dict[str, np.ndarray]:
@@ -57,8 +61,7 @@ def delta(student: Tensors, base: Tensors) -> dict[str, np.ndarray]:
 
     Raises ValueError, one line that lists them, if names or shapes differ.
     """
-    _check(student, base, ("student", "base"))
-    return {name: _add(np.asarray(student[name], np.float32), base[name], -1.0) for name in base}
+    return _sum(student, base, -1.0, ("student", "base"), np.float32)
 
 
 def merge(base: Tensors, delta: Tensors, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -66,8 +69,7 @@ def merge(base: Tensors, delta: Tensors, scale: float = 1.0) -> dict[str, np.nda
 
     Raises ValueError, one line that lists them, if names or shapes differ.
     """
-    _check(base, delta, ("base", "delta"))
-    return {name: _add(weight, delta[name], scale) for name, weight in base.items()}
+    return _sum(base, delta, scale, ("base", "delta"))
 
 
 def _energy(tensor: np.ndarray) -> float:
@@ -88,95 +90,79 @@ def _layers(delta: Tensors) -> Iterator[tuple[str, np.ndarray]]:
     yield from ((name, delta[name]) for name in changed)
 
 
-def _small_gram(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the matrix lying, at most as high as wide; its Gram matrix of the smaller side)."""
-    lying = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return lying, lying @ lying.T
-
-
-def _truncate(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """(m, n) -> up (m, r), down (r, n), energy kept; up @ down is the best approximation of rank r, balanced.
+def _truncate(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(m, n) -> up (m, r), down (r, n), all squared singular values; up @ down is the best approximation, balanced.
 
     The singular vectors of the smaller side are eigenvectors of its Gram matrix. float64 there resolves singular values
     down to 1e-8 of the largest, below float32's own rounding, and up @ down is an exact projection whatever they are.
     """
-    lying, gram = _small_gram(matrix)
-    basis = np.linalg.eigh(gram)[1][:, ::-1][:, :rank]
+    lying = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    squares, vectors = np.linalg.eigh(lying @ lying.T)
+    basis = vectors[:, ::-1][:, :rank]
     rows = basis.T @ lying
-    singular = np.linalg.norm(rows, axis=1)
-    root = np.sqrt(singular)
+    root = np.sqrt(np.linalg.norm(rows, axis=1))
     short, long = basis * root, rows / np.where(root > 0, root, 1)[:, None]
     up, down = (short, long) if lying is matrix else (long.T, short.T)
-    return up, down, float(np.sum(singular**2))
+    return up, down, squares[::-1].clip(min=0)
 
 
-def _check_rank(rank: int) -> None:
-    if rank < 1:
-        raise ValueError(f"rank {rank}: a LoRA has a rank of at least 1 (--rank)")
+def _kept(spectra: Collection[np.ndarray], rank: int) -> float:
+    """The share of the energy, squared singular values summed, in the `rank` largest of each layer."""
+    return min(float(sum(s[:rank].sum() for s in spectra) / sum(s.sum() for s in spectra)), 1.0)
 
 
-def decompose(delta: Tensors, rank: int) -> tuple[dict[str, Factors], dict[str, Any]]:
+def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dict[str, Factors], dict[str, Any]]:
     """The best LoRA of a delta, and what it keeps.
 
     Args:
       delta: {torch name: (out, in) or (out, in, kh, kw) array}; other tensors (biases, norms) cannot be carried.
       rank: of every layer, capped at the layer's full rank min(out, in*kh*kw).
+      ranks: others, whose energy and error are reported too.
 
     Returns:
       factors: by the name of the weight, float32, with alpha = the layer's rank; none for weights that did not change.
       report: rank; layers; parameters in factors; `energy` kept, of linear and convolution weights (squares summed);
-        `error` = |delta - LoRA| / |delta| over them; `worst` layers as (name, rank, energy kept); `left_out`: the number
-        of changed tensors that no LoRA carries, and the share of the whole delta's energy in them.
+        `error` = |delta - LoRA| / |delta| over them; `energies`: (rank, energy, error) for `ranks`; `worst` layers as
+        (name, rank, energy kept); `left_out`: the number of changed tensors that no LoRA carries, and the share of the
+        whole delta's energy in them.
 
     Raises:
-      ValueError: rank < 1; nothing to decompose; a value that is not finite.
+      ValueError: a rank < 1; nothing to decompose; a value that is not finite.
     """
-    _check_rank(rank)
-    factors, kept, whole = {}, {}, {}
+    for wanted in (rank, *ranks):
+        if wanted < 1:
+            raise ValueError(f"rank {wanted}: a LoRA has a rank of at least 1 (--rank)")
+    factors, spectra = {}, {}
     for name, change in _layers(delta):
-        up, down, kept[name] = _truncate(_matrix(change), rank)
-        r, whole[name] = down.shape[0], _energy(change)
+        up, down, spectra[name] = _truncate(_matrix(change), rank)
+        r = down.shape[0]
         shapes = ((-1, r), (r, -1)) if change.ndim == 2 else ((-1, r, 1, 1), (r, *change.shape[1:]))
         up, down = (
             np.ascontiguousarray(part.reshape(shape), np.float32) for part, shape in zip((up, down), shapes, strict=True)
         )
         factors[name] = Factors(up, down, float(r))
-    return factors, _report(delta, factors, kept, whole, rank)
+    return factors, _report(delta, factors, spectra, (rank, *ranks))
 
 
 def _report(
-    delta: Tensors, factors: Mapping[str, Factors], kept: dict[str, float], whole: dict[str, float], rank: int
+    delta: Tensors, factors: Mapping[str, Factors], spectra: Mapping[str, np.ndarray], ranks: Sequence[int]
 ) -> dict[str, Any]:
-    carried = sum(whole.values())
-    energy = min(sum(kept.values()) / carried, 1.0)
+    energies = [_kept(spectra.values(), rank) for rank in ranks]
+    (rank, energy, error), *others = [(r, kept, float(np.sqrt(1 - kept))) for r, kept in zip(ranks, energies, strict=True)]
     rest = [value for name, value in delta.items() if name not in factors and np.any(value)]
-    lost = sum(map(_energy, rest))
-    worst = sorted(factors, key=lambda name: kept[name] / whole[name])[:WORST]
+    lost, carried = sum(map(_energy, rest)), float(sum(s.sum() for s in spectra.values()))
+    shares = {name: _kept([s], rank) for name, s in spectra.items()}
+    worst = sorted(shares, key=shares.get)[:WORST]
     return {
         "rank": rank,
         "layers": len(factors),
         "parameters": sum(f.up.size + f.down.size for f in factors.values()),
         "energy": energy,
-        "error": float(np.sqrt(1 - energy)),
-        "worst": [(name, int(factors[name].alpha), min(kept[name] / whole[name], 1.0)) for name in worst],
+        "error": error,
+        "energies": others,
+        "worst": [(name, int(factors[name].alpha), shares[name]) for name in worst],
         "left_out": {"tensors": len(rest), "energy": lost / (lost + carried)},
     }
-
-
-def energies(delta: Tensors, ranks: Sequence[int]) -> list[tuple[int, float, float]]:
-    """(rank, energy kept, relative error) as `decompose` would report them, from one spectrum of each layer.
-
-    Raises ValueError as `decompose` does.
-    """
-    for rank in ranks:
-        _check_rank(rank)
-    kept, whole = np.zeros(len(ranks)), 0.0
-    for _, change in _layers(delta):
-        squares = np.linalg.eigvalsh(_small_gram(_matrix(change))[1])[::-1].clip(min=0)
-        kept += [squares[:rank].sum() for rank in ranks]
-        whole += _energy(change)
-    shares = np.minimum(kept / whole, 1.0)
-    return [(rank, float(share), float(np.sqrt(1 - share))) for rank, share in zip(ranks, shares, strict=True)]
 
 
 def product(layer: Factors) -> np.ndarray:
@@ -192,8 +178,8 @@ def apply_factors(base: Tensors, factors: Mapping[str, Factors], scale: float = 
     Raises ValueError, one line that lists them, if the base lacks a layer or has it in another shape.
     """
     made = {name: product(layer) for name, layer in factors.items()}
-    _check({name: base[name] for name in base.keys() & made.keys()}, made, ("base", "LoRA"))
-    return {name: _add(weight, made[name], scale) if name in made else weight for name, weight in base.items()}
+    changed = _sum({name: base[name] for name in base if name in made}, made, scale, ("base", "LoRA"))
+    return {name: changed[name] if name in changed else base[name] for name in base}
 
 
 def _scaled(layer: Factors, alpha: float, dtype: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -115,16 +115,16 @@ def to_original(component: str, tensors: Mapping[str, np.ndarray], config: Mappi
     return {prefix + renamed[n]: _merge(component, n, [tensors[today[p]] for p in parts]) for n, parts in groups.items()}
 
 
-def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Mapping, family: str) -> dict[str, np.ndarray]:
+def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Mapping, family: str) -> "Renamed":
     """One component of a single file; the inverse of `to_original`.
 
     Args:
-      tensors: the whole file, {name: array in torch's layout}. Only `keys()` and `[name]` are used, and each tensor of the
-        component is asked for once, of the others none: EMA weights and schedule buffers are never touched.
+      tensors: the whole file, {name: array in torch's layout}. A tensor is asked for when its part of the result is; those of
+        other components, EMA weights and schedule buffers never.
       component, config, family: as in `to_original`.
 
     Returns:
-      {diffusers' name of today: C-contiguous array of the same dtype}; `weights.from_torch` sees whether all are there.
+      {diffusers' name of today: C-contiguous array of the same dtype}, lazily; `weights.from_torch` sees whether all are there.
 
     Raises:
       ValueError: one line with the component's names that are unknown; none found; an unknown family or component.
@@ -137,7 +137,27 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
     if component == "text_encoder" and "embeddings.token_embedding.weight" in here:  # some old v1 files
         here = {f"text_model.{n}": source for n, source in here.items()}
     renamed = _renamed(here, {there: here for here, there in table.items()}, f"{component} ({family})")
-    return {n: np.ascontiguousarray(v) for old, new in renamed.items() for n, v in _split(component, new, tensors[here[old]])}
+    return Renamed(component, tensors, {part: (here[old], new) for old, new in renamed.items() for part in _parts(new)})
+
+
+class Renamed(Mapping[str, np.ndarray]):
+    """A component of a single file under diffusers' names, each tensor read when it is asked for."""
+
+    def __init__(self, component: str, tensors: Mapping[str, np.ndarray], where: dict[str, tuple[str, str]]) -> None:
+        self._component, self._tensors, self._where = component, tensors, where
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        there, here = self._where[name]
+        return np.ascontiguousarray(_split(self._component, here, name, self._tensors[there]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
 
 
 def _prefix(component: str, family: str) -> str:
@@ -269,11 +289,10 @@ def _merge(component: str, name: str, parts: Sequence[np.ndarray]) -> np.ndarray
     return np.ascontiguousarray(value.T if name == PROJECTION else value)
 
 
-def _split(component: str, name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """What one tensor of the file becomes, in diffusers' names; `name` may be that of a stack."""
-    if STACK in name:
-        yield from zip(_parts(name), np.split(np.asarray(value), 3), strict=True)
-    elif component == "vae" and VAE_LINEAR.search(name):
-        yield name, value.reshape(value.shape[:2])
-    else:
-        yield name, value.T if name == PROJECTION else value
+def _split(component: str, whole: str, name: str, value: np.ndarray) -> np.ndarray:
+    """The tensor `name` of diffusers from a tensor of the file; `whole` is the name, or that of the stack it is part of."""
+    if STACK in whole:
+        return np.split(np.asarray(value), 3)[_parts(whole).index(name)]
+    if component == "vae" and VAE_LINEAR.search(name):
+        return value.reshape(value.shape[:2])
+    return value.T if name == PROJECTION else value

@@ -1,27 +1,42 @@
-"""A diffusers folder as one value: networks, parameters, tokenizer, scheduler config."""
+"""A whole Stable Diffusion as one value: networks, parameters, tokenizer, scheduler config."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from proreflow_jax.models import conditioning, sources, weights
 from proreflow_jax.models import tokenizer as tokenizers
-from proreflow_jax.models import weights
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
 
-MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder}
+MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
+OWN = (0, 0)  # a size that means the model's own resolution
 
 
 class Pipeline(NamedTuple):
     """A Stable Diffusion model as it lies on disk; parameters are float32 numpy arrays in our layout."""
 
-    folder: Path
-    unet: Network
-    vae: Network
-    text_encoder: Network
+    source: sources.Source
+    networks: dict[str, Network]  # by component: unet, vae, text_encoder, and SDXL's text_encoder_2
     params: dict[str, dict[str, np.ndarray]]  # component -> {torch name: array}
     tokenizer: tokenizers.PromptTokenizer
+    condition: conditioning.Conditioner
     scheduler: dict  # scheduler_config.json: betas and what the network predicts
+
+    @property
+    def unet(self) -> Network:
+        """The network that is distilled."""
+        return self.networks["unet"]
+
+    @property
+    def vae(self) -> Network:
+        """Images <-> latents."""
+        return self.networks["vae"]
+
+    @property
+    def text(self) -> dict[str, dict[str, np.ndarray]]:
+        """Parameters of the text encoders, as `condition` takes them."""
+        return {name: params for name, params in self.params.items() if name in sources.TEXT_ENCODERS}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -30,32 +45,62 @@ class Pipeline(NamedTuple):
         return (size, size, self.unet.config["in_channels"])
 
     @property
+    def resolution(self) -> int:
+        """Pixels a side at the model's own resolution."""
+        return _pixels(self.networks)
+
+    @property
     def scaling(self) -> float:
         """Diffusion works on latents times this."""
         return self.vae.config.get("scaling_factor", 0.18215)
 
 
-def load(folder: str | Path, components: tuple[str, ...] = tuple(MAKERS)) -> Pipeline:
-    """Reads a diffusers folder.
+def _pixels(networks: dict[str, Network]) -> int:
+    return networks["unet"].config["sample_size"] * 2 ** (len(networks["vae"].config["block_out_channels"]) - 1)
+
+
+def load(
+    source: sources.Source | str | Path,
+    prediction_type: str = "",
+    original_size: tuple[int, int] = OWN,
+    crop: tuple[int, int] = OWN,
+    target_size: tuple[int, int] = OWN,
+) -> Pipeline:
+    """Reads a model.
 
     Args:
-      folder: holds unet/, vae/, text_encoder/, tokenizer/, scheduler/.
-      components: whose weights are read; the others keep their network without parameters.
+      source: from `sources`, or a diffusers folder.
+      prediction_type: of the UNet where the scheduler's config does not say it right; "" leaves it.
+      original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left); sizes (0, 0) are
+        the model's own resolution.
 
     Raises:
       FileNotFoundError: a folder or file is not there; names it and --config.model.path.
-      ValueError: weights and config.json disagree, or `folder` is a file.
+      ValueError: weights and config.json disagree, or the networks do not fit each other.
     """
-    folder = Path(folder)
-    if folder.is_file():
+    if not isinstance(source, sources.Source):
+        source = sources.open_folder(source)
+    networks = {name: MAKERS[name](source.config(name)) for name in source.components}
+    encoders = {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
+    origin = str(source.origin)
+    conditioning.check_fit(networks["unet"].config, encoders, origin)
+    _check_channels(networks, origin)
+    tokenizer = tokenizers.load(*(source.folder / name.replace("text_encoder", "tokenizer") for name in encoders))
+    scheduler = source.config("scheduler")
+    read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
+    params = {name: read(name) for name in networks}
+    own = (_pixels(networks),) * 2
+    sizes = (*(original_size if any(original_size) else own), *crop, *(target_size if any(target_size) else own))
+    zeroed = tokenizer.encode([""])[0] if source.index.get("force_zeros_for_empty_prompt") else None
+    condition = conditioning.make_conditioner(encoders, sizes, zeroed)
+    scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
+    return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def _check_channels(networks: dict[str, Network], origin: str) -> None:
+    taken, given = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
+    if taken != given:
         raise ValueError(
-            f"--config.model.path={folder} is a single file, which is not read: convert it by diffusers' "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) and name the folder"
+            f"{origin}: the UNet takes {taken} channels, the VAE gives {given}: models for inpainting or editing "
+            "are not distilled, name a text-to-image --config.model.path"
         )
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist: --config.model.path must name a diffusers folder")
-    networks = {name: make(weights.read_config(folder / name)) for name, make in MAKERS.items()}
-    read = lambda name: weights.from_torch(weights.read_tensors(folder / name), networks[name].shapes, str(folder / name))
-    params = {name: read(name) for name in components}
-    scheduler = weights.read_config(folder / "scheduler")
-    return Pipeline(folder, **networks, params=params, tokenizer=tokenizers.load(folder / "tokenizer"), scheduler=scheduler)

@@ -56,13 +56,23 @@ def _text(value: str | dict | None, default: str) -> str:
     return default if value is None else value["content"] if isinstance(value, dict) else value
 
 
-def load(folder: Path) -> PromptTokenizer:
-    """Reads the tokenizer of a diffusers folder.
+def load(*folders: Path) -> PromptTokenizer:
+    """Reads the tokenizer of a diffusers folder, or SDXL's two.
 
     Returns a PromptTokenizer whose `encode` gives ids (b, length) int32, padded as the folder says, cut to length with the
-    end token kept; the first cut prompt is named in a warning.
-    Raises FileNotFoundError when the folder holds no tokenizer, ValueError when its padding or end token has no id.
+    end token kept; the first cut prompt is named in a warning. Two tokenizers' ids lie side by side, `length` is the sum.
+    Raises FileNotFoundError when a folder holds no tokenizer, ValueError when its padding or end token has no id, or when two
+    are not of one length.
     """
+    warned: list[bool] = []
+    each = [_load(folder, warned) for folder in folders]
+    if len({one.length for one in each}) > 1:
+        raise ValueError(f"{folders[0].parent}: its tokenizers take {' and '.join(str(one.length) for one in each)} tokens")
+    together = lambda prompts: np.concatenate([one.encode(prompts) for one in each], axis=1)
+    return each[0] if len(each) == 1 else PromptTokenizer(sum(one.length for one in each), together)
+
+
+def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
     tokenizer = _read(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -76,7 +86,6 @@ def load(folder: Path) -> PromptTokenizer:
     if pad_id is None or end_id is None:
         raise ValueError(f"{folder}: {(pad if pad_id is None else END)!r} is no token of the vocabulary: --config.model.path")
     tokenizer.add_special_tokens([pad])  # SD 2.1 pads with "!", which then is this token inside prompts too
-    warned = []
 
     def encode(prompts: Sequence[str]) -> Int[np.ndarray, "b s"]:
         rows = np.full((len(prompts), length), pad_id, np.int32)

@@ -24,8 +24,13 @@ OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first
+EIGHT_BITS = ("F8_", "I8", "U8")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-CONVERT = "convert it where you trust it: diffusers' DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+REPLACE = "copy or download it again, or name another --config.model.path"
+CONVERT = (
+    "convert it where you trust it: "
+    """python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained('FOLDER').save_pretrained('NEW_FOLDER')\""""
+)
 LISTED = 4  # names printed of each kind of mismatch
 
 
@@ -37,29 +42,45 @@ def read_config(folder: Path) -> dict:
     for name in CONFIG_NAMES:
         if (folder / name).is_file():
             try:
-                return json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder / name} is not valid JSON: {error}") from None
+                return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{folder / name} is not valid JSON: {error}: {REPLACE}") from None
     names = " or ".join(CONFIG_NAMES)
     raise FileNotFoundError(f"{folder} holds no {names}: --config.model.path must name a diffusers folder")
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of some safetensors files: named at once, each read when it is asked for.
+    """The tensors of some safetensors files: named at once, each read when it is asked for, whole or in part.
 
     A file is opened anew for every tensor: it is mapped into memory, and what was read would stay there until it is closed.
-    Raises ValueError, one line, for a file that is missing or broken.
+    Raises ValueError, one line, for a file that is missing or broken, or a tensor in eight bits.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._where: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with _opened(path) as file:
-                self._where |= dict.fromkeys(file.keys(), path)
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    self._where[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with _opened(self._where[name]) as file:
-            return file.get_tensor(name)
+        return self.part(name, (slice(None),) * len(self._shapes[name]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Torch's shape of a tensor; nothing is read."""
+        return self._shapes[name]
+
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The entries of a tensor at one slice for each of torch's axes; only they are read."""
+        with _opened(path := self._where[name]) as file:
+            found = file.get_slice(name)
+            if (kind := found.get_dtype()).startswith(EIGHT_BITS):
+                raise ValueError(f"{path} keeps {name} in {kind}, too coarse to distil: name a float16 or float32 file of it")
+            return found[index] if index else found[...]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -74,7 +95,19 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a readable safetensors file: {error}: {REPLACE}") from None
+
+
+def only_half(folder: Path) -> bool:
+    """Whether the weights in a component's folder exist in half precision only."""
+    return bool(files := _files(folder) if list(folder.glob("*.safetensors")) else []) and all(
+        any(f"{variant}." in file.name or f"{variant}-" in file.name for variant in VARIANTS[1:]) for file in files
+    )
+
+
+def file_name(component: str) -> str:
+    """What diffusers (transformers for text encoders) calls the one file of a component's weights."""
+    return f"{STEMS[component.startswith('text_encoder')]}.safetensors"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -110,18 +143,15 @@ def read_tensors(folder: Path) -> Tensors:
     return Tensors(_files(folder))
 
 
-def _to_ours(name: str, tensor: np.ndarray) -> np.ndarray:
-    if tensor.ndim == 4:
-        return tensor.transpose(2, 3, 1, 0)
-    return tensor.T if tensor.ndim == 2 and not TABLE.search(name) else tensor
+def order(name: str, axes: int) -> tuple[int, ...]:
+    """Torch's axes in the order of ours: axis i of our layout is axis `order[i]` of torch's."""
+    if axes == 4:
+        return (2, 3, 1, 0)
+    return (1, 0) if axes == 2 and not TABLE.search(name) else tuple(range(axes))
 
 
 def _to_torch(name: str, tensor: np.ndarray) -> np.ndarray:
-    if tensor.ndim == 4:
-        tensor = tensor.transpose(3, 2, 0, 1)
-    elif tensor.ndim == 2 and not TABLE.search(name):
-        tensor = tensor.T
-    return np.ascontiguousarray(tensor)
+    return np.ascontiguousarray(tensor.transpose(np.argsort(order(name, tensor.ndim))))
 
 
 def listing(kind: str, rows: Iterable[str]) -> list[str]:
@@ -146,29 +176,52 @@ def from_torch(
     Raises:
       ValueError: one line with every kind of mismatch: missing, unexpected, of another shape, not finite.
     """
-    named = {OLD_NAME.sub(lambda found: OLD[found[0]], name): name for name in tensors if not IGNORED.search(name)}
-    if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in named:
-        named = {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in named.items()}
-    params, wrong, broken = {}, [], []
+    named, wrong, broken, params = names_today(tensors, shapes), {}, [], {}
     for name in [name for name in shapes if name in named]:
-        tensor = _to_ours(name, tensors[named[name]])
+        tensor = tensors[named[name]]
+        tensor = tensor.transpose(order(name, tensor.ndim))
         if tensor.shape != shapes[name].shape:
-            wrong.append(f"{name} {tensor.shape} instead of {shapes[name].shape}")
-        elif not _finite(tensor):
+            wrong[name] = tensor.shape
+        elif not finite(tensor):
             broken.append(name)
         params[name] = np.ascontiguousarray(tensor, dtype)
-    problems = [
-        *listing("missing", shapes.keys() - named.keys()),
-        *listing("unexpected", named.keys() - shapes.keys()),
-        *listing("of another shape (ours)", wrong),
-        *listing("not finite", broken),
-    ]
-    if problems:
-        raise ValueError(f"{origin}: weights do not fit its config.json: {'; '.join(problems)}")
+    check_fit(origin, shapes, named, wrong, broken)
     return params
 
 
-def _finite(tensor: np.ndarray) -> bool:
+def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
+    """{name as in `shapes`: name as in the file}, for names of today and of old files; constants are left out."""
+    named = {OLD_NAME.sub(lambda found: OLD[found[0]], name): name for name in tensors if not IGNORED.search(name)}
+    if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in named:
+        return {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in named.items()}
+    return named
+
+
+def check_fit(
+    origin: str, shapes: Shapes, named: Iterable[str], wrong: Mapping[str, tuple[int, ...]], broken: Iterable[str]
+) -> None:
+    """Raises ValueError, one line with every kind of mismatch.
+
+    Args:
+      origin: where the tensors come from.
+      shapes: what the network expects.
+      named: what was found, from `names_today`.
+      wrong: {name: shape found, in our layout} where it is not the one expected.
+      broken: names of tensors that are not finite.
+    """
+    shape = [f"{name} {found} instead of {shapes[name].shape}" for name, found in wrong.items()]
+    kinds = [
+        *listing("missing", set(shapes).difference(named)),
+        *listing("unexpected", set(named).difference(shapes)),
+        *listing("of another shape (ours)", shape),
+        *listing("not finite", broken),
+    ]
+    if kinds:
+        raise ValueError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {REPLACE}")
+
+
+def finite(tensor: np.ndarray) -> bool:
+    """Whether all its numbers are."""
     return bool(np.isfinite(tensor if tensor.dtype in (np.float32, np.float64) else tensor.astype(np.float32)).all())
 
 

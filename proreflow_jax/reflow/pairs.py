@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow import windows as windowing
 from proreflow_jax.flow.schedule import Schedule, grid_time, per_example
+from proreflow_jax.models.conditioning import Conditioner
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
 
@@ -37,7 +38,7 @@ class Networks(NamedTuple):
     """The networks of a model and the numbers around them; functions only, parameters travel as `Frozen`."""
 
     unet: Network
-    text_encoder: Network
+    condition: Conditioner  # ids -> what the UNet is told
     vae: Network
     schedule: Schedule
     scaling: float  # diffusion works on latents times this
@@ -46,11 +47,12 @@ class Networks(NamedTuple):
 class Frozen(NamedTuple):
     """Arrays that a job reads and never changes; an argument of the jitted function, so that they are no constants of it."""
 
-    text_encoder: Params
+    text: dict[str, Params]  # of the text encoders, by component
     vae: Params  # {} unless pairs start from data
     teacher: Params  # {} where no pairs are made
     empty: Int[Array, " s"]  # ids of the empty prompt
     key: Key[Array, ""]  # of the pairs
+    base: Params = {}  # beside which low-rank factors are trained; {} where all weights are
 
 
 def make_pairs(
@@ -72,7 +74,7 @@ def make_pairs(
     noise = jax.vmap(lambda k: jax.random.normal(k, recipe.latent))(keys[:, 1])
 
     predict = make_predict(networks.unet, frozen.teacher, recipe.dtype)
-    states_of = lambda rows: text_context(networks.text_encoder, frozen.text_encoder, rows)
+    states_of = lambda rows: text_context(networks.condition, frozen.text, rows)
     empty = states_of(frozen.empty[None]) if recipe.guidance != 1 else None
     guided = solvers.guided(predict, states_of(ids), empty, recipe.guidance)
     step = make_step(flow, networks.schedule, guided, recipe.solver)

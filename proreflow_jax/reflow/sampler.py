@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, UInt8
 
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.schedule import Schedule
+from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step
 
@@ -20,8 +21,8 @@ def check_sampling(steps: int, flow: Flow) -> None:
 def sample_latents(
     params: Params,
     noise: Float[Array, "b h w c"],
-    context: Float[Array, "b s d"],
-    negative: Float[Array, "n s d"],
+    context: Context,
+    negative: Context,
     *,
     unet: Network,
     schedule: Schedule,
@@ -35,7 +36,7 @@ def sample_latents(
     Args:
       params: of the UNet.
       noise: unit normal.
-      context, negative: text states of the prompts and of the negative prompts (one for all, or one each).
+      context, negative: what the UNet is told of the prompts and of the negative prompts (one for all, or one each).
       steps: network evaluations per image (twice that with guidance, one batched call a step).
       guidance: scale; the Python number 1 turns it off.
       solver: of a diffusion model; a student moves along its own path.

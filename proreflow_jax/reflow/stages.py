@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from proreflow_jax.flow import prediction, windows
 from proreflow_jax.flow.schedule import Schedule, grid_time, timestep
+from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow.teacher import Flow, make_predict
 
@@ -53,7 +54,7 @@ def find_stage(stages: Sequence[Stage], count: int) -> Stage:
 def identity_gap(
     params: Params,
     z: Float[Array, "b h w c"],
-    context: Float[Array, "b s d"],
+    context: Context,
     *,
     unet: Network,
     schedule: Schedule,
@@ -89,7 +90,7 @@ def identity_gap(
 
 def check_identity(
     params: Params,
-    context: Float[Array, "b s d"],
+    context: Context,
     latent: tuple[int, int, int],
     key: Key[Array, ""],
     *,
@@ -105,7 +106,7 @@ def check_identity(
     """
     if prediction.JUMPS.get(student.prediction) != base.prediction:
         return None
-    z = jax.random.normal(key, (context.shape[0], *latent))
+    z = jax.random.normal(key, (context.states.shape[0], *latent))
     gap = jax.jit(lambda p, x, c: identity_gap(p, x, c, unet=unet, schedule=schedule, student=student))
     value = float(gap(params, z, context))
     if not value <= TOLERANCE:

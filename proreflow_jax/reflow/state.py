@@ -19,8 +19,8 @@ from proreflow_jax.runtime import mesh as meshes
 from proreflow_jax.runtime.optimizer import ema
 
 Batch = Mapping[str, Array]
-Draw = Callable[[PyTree, Batch, Key[Array, ""]], dict[str, Array]]
-Loss = Callable[[Params, Mapping[str, Array]], tuple[Float[Array, ""], PyTree]]
+Draw = Callable[[PyTree, Batch, Key[Array, ""]], dict[str, PyTree]]
+Loss = Callable[[Params, Mapping[str, PyTree]], tuple[Float[Array, ""], PyTree]]
 
 
 class TrainState(NamedTuple):

@@ -42,7 +42,7 @@ def draw_times(
 
 def draw_examples(
     frozen: Frozen, pairs: Mapping[str, Array], key: Key[Array, ""], *, flow: Flow, networks: Networks, loss: LossRecipe
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Pair records -> what the loss needs: one window of each record, a time inside it, the state and the chord there.
 
     pairs: states (b, m + 1, h, w, c), first (b,), ids (b, s). Everything returned has b in front and carries no gradient.
@@ -58,7 +58,7 @@ def draw_examples(
     z_t = windows.interpolate(flow.path, networks.schedule, z_s, z_e, t_s, t_e, t)
     path = {"z": z_t, "t": t, "t_s": t_s, "t_e": t_e}
     v = target_velocity(flow, networks.schedule, z_s, z_e, path)
-    context = text_context(networks.text_encoder, frozen.text_encoder, pairs["ids"])
+    context = text_context(networks.condition, frozen.text, pairs["ids"])
     return jax.lax.stop_gradient({**path, "v": v, "k": k, "context": context})
 
 
@@ -73,7 +73,7 @@ def target_velocity(flow: Flow, schedule: Schedule, z_s: Array, z_e: Array, path
 
 
 def reflow_loss(
-    params: Params, drawn: Mapping[str, Array], *, flow: Flow, networks: Networks, loss: LossRecipe
+    params: Params, drawn: Mapping[str, Any], *, flow: Flow, networks: Networks, loss: LossRecipe
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Mean aligned loss of a batch, and per-window sums of its parts (n,) with their counts.
 

@@ -4,7 +4,7 @@ One step function serves both, so that pairs and samples are made by the same co
 ProReflow sec. 3.2 for the student of the stage before).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from proreflow_jax.flow import prediction, schedule, solvers, windows
+from proreflow_jax.models.conditioning import Conditioner, Context
 from proreflow_jax.models.network import Network, Params, cast
 
 DIFFUSION = ("epsilon", "v_prediction", "sample")  # diffusers' prediction_type
@@ -56,16 +57,16 @@ def as_epsilon(kind: str, noise: schedule.Schedule, predict: solvers.Predict) ->
 
 def make_predict(
     unet: Network, params: Params, dtype: str = "float32"
-) -> Callable[[Float[Array, "b h w c"], Float[Array, " b"], Any], Float[Array, "b h w c"]]:
+) -> Callable[[Float[Array, "b h w c"], Float[Array, " b"], Context], Float[Array, "b h w c"]]:
     """predict(z, t, context) of a UNet, for `solvers.guided`; computed in `dtype`, given back as float32."""
     weights = params if dtype == "float32" else cast(params, jnp.dtype(dtype))
 
-    def predict(z: Array, t: Array, context: Array) -> Array:
-        return unet.apply(weights, z.astype(dtype), schedule.timestep(t), context.astype(dtype)).astype(z.dtype)
+    def predict(z: Array, t: Array, context: Context) -> Array:
+        return unet.apply(weights, z.astype(dtype), schedule.timestep(t), *context.cast(dtype)).astype(z.dtype)
 
     return predict
 
 
-def text_context(text_encoder: Network, params: Params, ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-    """The text states that the UNet's cross-attention reads; no gradient flows into them."""
-    return jax.lax.stop_gradient(text_encoder.apply(params, ids).last)
+def text_context(condition: Conditioner, params: Mapping[str, Params], ids: Int[Array, "b s"]) -> Context:
+    """What the UNet is told of prompts; no gradient flows into it. params: of the text encoders, by component."""
+    return jax.lax.stop_gradient(condition(params, ids))

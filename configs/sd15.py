@@ -1,0 +1,82 @@
+"""Stable Diffusion 1.5 (512 px, epsilon) in 8, 4, then 2 windows: ProReflow-II's chain.
+
+    python -m proreflow_jax.distill --config=configs/sd15.py
+    python -m proreflow_jax.sample --config=configs/sd15.py --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
+    python -m proreflow_jax.export --config=configs/sd15.py --stage=4 --form=single-file --dtype=float16
+
+distill makes the pairs, trains, and leaves diffusers folders in runs/sd15/export; run it again to resume. It needs prompts.txt,
+one prompt a line, and no images. Take the prompts you care about, tens of thousands if you can, or COCO's captions:
+
+    unzip -p annotations_trainval2017.zip annotations/captions_train2017.json |
+        python -c "import json, sys; [print(*a['caption'].split()) for a in json.load(sys.stdin)['annotations']]" > prompts.txt
+
+[paper] marks what the paper states; everything else is this project's choice. Nothing of this has run on a TPU, and no chain of
+this size has been trained: reasoned settings, not a result.
+
+Slices. GB a chip, counted: the training state, 16 bytes a weight (float32 weights, two moments, average: 13.8), split over the
+chips, and so float32 gradients (3.4); whole on each chip the base model in float32 (3.4), working weights and gradients in
+bfloat16 (3.4) and the text encoder (0.5); and activations, 6.3 an image before XLA's savings, for batch / chips / accumulation
+images. 4.3 of the 6.3 are attention scores: attention is plain so far, and nothing is recomputed in the backward pass.
+
+    v5p-8     4 chips   95 GB  12 + 8 x 6.3 = 62: meant for this one, whose chips share a host
+    v6e-8     8 chips   32 GB  10 + 2 x 6.3 = 22: --config.train.accumulation=16
+    v5e-16   16 chips   16 GB   8 + 1 x 6.3 = 15: --config.train.accumulation=16, too tight to promise; four hosts are untried
+
+Work: pairs 131,072 x (32 + 32 + 16) forwards x 0.80 TFLOP = 8.4 million TFLOP; training 3 stages x 10,000 steps x 256 images x
+3 forwards' worth x 0.80 = 18.4 million. On v5p-8 (4 x 459 TFLOP/s) that is 4.1 hours at full speed; 31 if a chip reaches 13 %,
+the compiler's estimate for another code's UNet with plain attention on v5e, 14 at 30 %, its estimate for a train step with
+fused attention on v5p. Neither was measured. Disk: pairs 39 + 21 + 13 GB, two checkpoints of 13.8 GB in each of three stages.
+
+Why stored pairs from noise: a record is a whole trajectory, 9 states x 64 x 64 x 4 x 2 bytes = 295 KB, and costs 32 forwards.
+A stage reads it 10,000 x 256 / 131,072 = 20 times, each time another window and time: 1.6 forwards an example beside the 3 of
+the student's own step. Online from noise pays 32, and the teacher works on the whole batch inside the train step's memory.
+
+With images instead (PeRFlow: one window from a noised image; coco_captions by tfds, whose build needs TensorFlow), a million
+records of 66 KB are as many pairs. Each costs 4 forwards (later 8) and 1.1 TFLOP of the VAE's encoder; disk 69 GB a stage:
+
+    tfds build coco_captions --file_format=array_record --data_dir=data
+    --config.data.kind=tfds --config.data.path=data/coco_captions/2014/1.1.0 --config.pairs.start=data
+    --config.pairs.examples=1048576 --config.pairs.shard_size=4096
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import optimizer, stable_diffusion
+
+
+def get_config() -> ConfigDict:
+    """What was decided for SD 1.5; the rest is common.stable_diffusion's."""
+    c = stable_diffusion("sd15")
+    c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
+    c.model.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, diffusers folder, or single .safetensors file
+    c.data.resolution = 512  # pixels a side, the model's own
+    c.student.prediction = "ddim_eps"  # an epsilon model keeps its words: the untrained student is the base model
+
+    c.pairs = ConfigDict()
+    c.pairs.mode = "stored"  # 20 readings pay for a record's 32 teacher forwards; "online" pays them at every step
+    c.pairs.start = "noise"  # whole trajectories, no images needed; "data" (PeRFlow): one window from noised images
+    c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
+    c.pairs.solver = "ddim"  # of the diffusion teacher [paper]
+    c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
+    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
+    c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
+    c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, so that guidance works later (PeRFlow's number)
+    c.pairs.examples = 131_072  # records a stage; 8 windows each are a million pairs in the first stage
+    c.pairs.shard_size = 512  # records a shard, 151 MB; a kill costs at most one shard
+    c.pairs.batch = 64  # trajectories computed at once, 16 a chip on v5p-8; divides shard_size, multiple of the devices
+    c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
+
+    c.loss = ConfigDict()
+    c.loss.space = "velocity"  # what is compared [paper]
+    c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
+    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
+
+    c.train = ConfigDict()
+    c.train.steps = 10_000  # updates per stage (the paper does not say): 2.6 million examples where PeRFlow took 4.1
+    c.train.batch = 256  # global batch (the paper does not say); PeRFlow took 1024 for 4,000 steps
+    c.train.accumulation = 8  # parts a batch is computed in: 8 images a chip on v5p-8; divides batch / devices
+    c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
+    c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
+
+    c.optimizer = optimizer(learning_rate=4e-5, warmup_steps=500, beta2=0.999)  # PeRFlow's 8e-5 by the root of the batch ratio
+    return c

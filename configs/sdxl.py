@@ -1,0 +1,68 @@
+"""Stable Diffusion XL (1024 px, epsilon, two text encoders) in 8, 4, then 2 windows: ProReflow-II's chain.
+
+    python -m proreflow_jax.distill --config=configs/sdxl.py
+    python -m proreflow_jax.sample --config=configs/sdxl.py --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
+    python -m proreflow_jax.export --config=configs/sdxl.py --stage=4 --form=single-file --dtype=float16
+
+Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or images come from, and why pairs are stored.
+[paper] marks what the paper states (SDXL reuses SD 1.5's settings); everything else is this project's choice. Nothing of this
+has run on a TPU, and no chain of this size has been trained: reasoned settings, not a result.
+
+Slices. GB a chip, counted as in configs/sd15.py: state 41.1 and gradients 10.3 split; base model 10.3, working weights and
+gradients 10.3, text encoders 3.3 whole; activations 31.7 an image, 17.6 of them attention scores.
+
+    v5p-8     4 chips   95 GB  37 + 1 x 31.7 = 68: meant for this one, whose chips share a host
+    v5p-32   16 chips   95 GB  27 + 1 x 31.7 = 59: --config.train.accumulation=8, four hosts, which are untried
+
+Chips of 32 GB or less (v6e, v5e) cannot: base model, working weights, gradients and one image are 52 already.
+
+Work: pairs 32,768 x (32 + 32 + 16) forwards x 6.76 TFLOP = 17.7 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
+forwards' worth x 6.76 = 38.9 million. On v5p-8 (4 x 459 TFLOP/s) that is 8.6 hours at full speed; 66 at 13 % of it, 29 at 30 %
+(where these come from: configs/sd15.py; neither was measured). A quarter of SD 1.5's examples, since an image costs 8.4 times
+as much; a record, 9 states x 128 x 128 x 4 x 2 bytes = 1.18 MB, is read 20 times a stage as there.
+Disk: pairs 39 + 21 + 13 GB, and two checkpoints of 41 GB in each of three stages.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import optimizer, stable_diffusion
+
+
+def get_config() -> ConfigDict:
+    """What was decided for SDXL; the rest is common.stable_diffusion's."""
+    c = stable_diffusion("sdxl")
+    c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
+    c.model.path = "stabilityai/stable-diffusion-xl-base-1.0"  # hub id, diffusers folder, or single .safetensors file
+    c.data.resolution = 1024  # pixels a side, the model's own; so are the sizes in `conditioning`, by (0, 0)
+    c.student.prediction = "ddim_eps"  # an epsilon model keeps its words: the untrained student is the base model
+
+    c.pairs = ConfigDict()
+    c.pairs.mode = "stored"  # 20 readings pay for a record's 32 teacher forwards; "online" pays them at every step
+    c.pairs.start = "noise"  # whole trajectories, no images needed; "data" (PeRFlow): one window from noised images
+    c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
+    c.pairs.solver = "ddim"  # of the diffusion teacher [paper]
+    c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
+    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
+    c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
+    c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, so that guidance works later (PeRFlow's number)
+    c.pairs.examples = 32_768  # records a stage; 8 windows each are a quarter of a million pairs in the first stage
+    c.pairs.shard_size = 128  # records a shard, 151 MB; a kill costs at most one shard
+    c.pairs.batch = 16  # trajectories computed at once, 4 a chip on v5p-8; divides shard_size, multiple of the devices
+    c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
+
+    c.loss = ConfigDict()
+    c.loss.space = "velocity"  # what is compared [paper]
+    c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
+    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
+
+    c.train = ConfigDict()
+    c.train.steps = 5_000  # updates per stage (the paper does not say): 0.6 million examples, a quarter of configs/sd15.py's
+    c.train.batch = 128  # global batch (the paper does not say); PeRFlow's SDXL took 16 a GPU
+    c.train.accumulation = 32  # parts a batch is computed in: 1 image a chip on v5p-8; divides batch / devices
+    c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
+    c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
+
+    c.evaluate.batch = 16  # images computed at once: they are larger than SD 1.5's
+
+    c.optimizer = optimizer(learning_rate=2.8e-5, warmup_steps=250, beta2=0.999)  # PeRFlow's 8e-5 x root of batch ratio
+    return c

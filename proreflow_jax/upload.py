@@ -1,0 +1,37 @@
+"""Send an exported student to the Hugging Face hub: --folder, as export wrote it, becomes the repository --repo.
+
+It is private unless --public is said. The token is huggingface_hub's own: HF_TOKEN, or `hf auth login` before.
+
+    python -m proreflow_jax.upload --folder=runs/digits/export/stage-4 --repo=me/name
+"""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from proreflow_jax import cli
+from proreflow_jax.runtime import hub
+
+log = logging.getLogger(__name__)
+
+
+def upload(config: ConfigDict, folder: str, repo: str, public: bool) -> None:
+    """The verb: what will go and how large it is, then one commit. Raises ValueError or FileNotFoundError, one line."""
+    if not folder or not repo:
+        raise ValueError("--folder (that export wrote) and --repo (owner/name on the hub) must both be given")
+    sizes = hub.contents(Path(folder))
+    for name, count in sizes.items():
+        log.info("%10s  %s", hub.size(count), name)
+    kind = "public" if public else "private"
+    log.info("%d files, %s, to the %s repository %s", len(sizes), hub.size(sum(sizes.values())), kind, repo)
+    log.info("%s", hub.upload(Path(folder), repo, private=not public))
+
+
+if __name__ == "__main__":
+    options = {
+        "folder": ("", "folder to send, as export or merge wrote it"),
+        "repo": ("", "owner/name on the hub; made if it is not there"),
+        "public": (False, "everybody may see it"),
+    }
+    cli.start(upload, __doc__, "configs/digits.py", options)

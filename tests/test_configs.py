@@ -1,0 +1,211 @@
+"""Every experiment says every number, its numbers can be carried out on the slices it names, and its commands exist."""
+
+import ast
+import importlib
+import io
+import re
+import sys
+import tokenize
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from proreflow_jax import checks
+from proreflow_jax.flow import windows
+from proreflow_jax.reflow.stages import plan_stages
+from proreflow_jax.runtime import mesh
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE = ("sd15", "sd21", "sdxl", "finetune")
+SLICE = re.compile(r"^ +(v\d[ep]?-\d+) +(\d+) chips (.*)$", re.MULTILINE)
+FIELD = re.compile(r"--config\.([\w.]*\w)=([^\s,;]*[^\s,;.:])")
+COMMAND = re.compile(r"python -m proreflow_jax\.(\w+) ((?:.*\n {8,})*.*)")
+
+
+class Machine(NamedTuple):
+    """What the checks ask of a mesh."""
+
+    shape: dict[str, int]
+
+
+def page(name: str) -> str:
+    return importlib.import_module(f"configs.{name}").__doc__
+
+
+def config(name: str, *words: str) -> ConfigDict:
+    """A config with overrides, read as the verbs read it."""
+    argv = ["test", f"--config={ROOT / 'configs' / name}.py", *words]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)  # ml_collections looks there for overrides
+        patch.delitem(sys.modules, "config_config", raising=False)  # it would merge the next config file into the last
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        values(argv)
+        sys.modules.pop("config_config", None)
+    return values.config.lock()
+
+
+def overrides(text: str) -> list[str]:
+    return [f"--config.{field}={value}" for field, value in FIELD.findall(text)]
+
+
+def flat(block: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(block, ConfigDict):
+        return {prefix: block}
+    return {k: v for name in block for k, v in flat(block[name], f"{prefix}.{name}".strip(".")).items()}
+
+
+def check(c: ConfigDict, devices: int) -> None:
+    """All that can be checked before the base model is read, on so many devices."""
+    machine = Machine(dict(zip(mesh.AXES, mesh._fill(tuple(c.mesh[axis] for axis in mesh.AXES), devices), strict=True)))
+    checks.check_config(c, machine)
+    checks.check_export(c)
+    assert {stage.windows for stage in plan_stages(c.stages, Path("run"))} >= set(c.export.stages)
+    for before, count in zip((c.stages[0], *c.stages), c.stages, strict=False):
+        steps = c.pairs.steps if before == count else c.pairs.substeps * before // count
+        windows.check_steps(steps, 1000 // count)
+    assert c.pairs.examples % c.pairs.shard_size == 0
+    assert c.evaluate.examples % c.evaluate.batch == 0
+    assert c.evaluate.batch % (machine.shape["data"] * machine.shape["fsdp"]) == 0
+
+
+def slices(name: str) -> list[tuple[str, int, list[str]]]:
+    """(slice, chips, flags on its line) of the docstring's table."""
+    return [(kind, int(chips), overrides(rest)) for kind, chips, rest in SLICE.findall(page(name))]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_has_exactly_the_fields_of_the_demo_and_their_types(name):
+    demo, large = flat(config("digits")), flat(config(name))
+    assert large.keys() == demo.keys()
+    assert {f: type(v) for f, v in large.items()} == {f: type(v) for f, v in demo.items()}
+    assert config(name).name == name
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_can_be_carried_out_on_every_slice_it_names(name):
+    table = slices(name)
+    assert len(table) >= 2 and "meant for this one" in page(name)
+    for _, chips, words in table:
+        check(config(name, *words), chips)
+
+
+def test_a_slice_that_cannot_carry_it_out_is_refused():
+    with pytest.raises(ValueError, match="train.accumulation"):
+        check(config("sd15", "--config.train.accumulation=32"), 16)
+    with pytest.raises(ValueError, match="pairs.batch=16"):
+        check(config("sdxl", "--config.train.accumulation=1"), 32)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_every_field_its_page_names_exists_and_takes_the_value(name):
+    named = FIELD.findall(page(name))
+    assert set(dict(named)) <= set(flat(config(name)))
+    for field, value in named:
+        config(name, f"--config.{field}={value}")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_its_commands_are_verbs_with_such_flags(name):
+    commands = COMMAND.findall(page(name))
+    assert [verb for verb, _ in commands] == ["distill", "sample", "export"]
+    for verb, words in commands:
+        assert f"--config=configs/{name}.py" in words
+        source = (ROOT / "proreflow_jax" / f"{verb}.py").read_text(encoding="utf-8")
+        assert all(f'"{option}": (' in source for option in re.findall(r"--(?!config)(\w+)=", words))
+        check(config(name, *overrides(words)), 4)
+
+
+def test_the_flags_for_images_go_together():
+    c = config("sd15", *overrides(page("sd15").split("With images")[1]))
+    assert (c.data.kind, c.pairs.start) == ("tfds", "data")
+    check(c, 4)
+    demo = config("sd15")
+    assert c.pairs.examples == demo.pairs.examples * demo.stages[0]  # as many pairs of the first stage
+
+
+def test_a_fine_tune_of_another_kind_is_read_by_the_flags_that_its_page_gives():
+    words = overrides(page("finetune").split("Of another kind?")[1].split("SDXL")[0])
+    c, like = config("finetune", *words), config("sd21")
+    assert (c.student.prediction, c.data.resolution) == (like.student.prediction, like.data.resolution)
+    checks.check_student(c, c.model.prediction_type)
+    check(c, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "side"), [("sd15", "epsilon", 512), ("sd21", "v_prediction", 768), ("sdxl", "epsilon", 1024)]
+)
+def test_the_student_keeps_the_words_of_its_base(name, kind, side):
+    c = config(name)
+    checks.check_student(c, kind)
+    assert checks.JUMPS[c.student.prediction] == kind and c.data.resolution == side
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_is_the_papers_where_the_paper_speaks(name):
+    c = config(name)
+    assert c.stages == (8, 4, 2) and c.export.stages == (4, 2)
+    assert c.pairs.guidance == 1 and c.pairs.solver == "ddim" and c.pairs.steps * c.stages[0] == 32
+    assert c.pairs.teacher == "previous" and c.student.path == "linear" and c.student.lora.rank == 0
+    assert c.loss.space == "velocity"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_pages_arithmetic_is_that_of_its_fields(name):
+    c, text = config(name), " ".join(page(name).split())
+    tflop = {"sd15": 0.803, "sd21": 2.141, "sdxl": 6.761, "finetune": 0.803}[
+        name
+    ]  # a forward: shared/performance.md, and XLA's count
+    p, side, first = c.pairs, c.data.resolution // 8, c.stages[0]
+    forwards = [p.steps * first, *(p.substeps * before for before in c.stages[:-1])]
+    pairs = p.examples * sum(forwards) * tflop / 1e6
+    training = len(c.stages) * c.train.steps * c.train.batch * 3 * tflop / 1e6
+    sums = f"pairs {p.examples:,} x ({' + '.join(map(str, forwards))}) forwards x "
+    assert sums in text and f"{c.train.steps:,} steps x {c.train.batch} images" in text
+    said = [float(n) for n in re.findall(r"= ([\d.]+) million", text)]
+    assert said == pytest.approx([pairs, training], rel=0.02)
+
+    chips, rate, hours, slow, fast = (
+        float(n)
+        for n in re.search(
+            r"\((\d+) x (\d+) TFLOP/s\) that is ([\d.]+) hours at full speed; ([\d.]+) .*? ([\d.]+) at (?:the )?30 %", text
+        ).groups()
+    )
+    full = (pairs + training) * 1e6 / (chips * rate) / 3600
+    assert [hours, slow, fast] == pytest.approx([full, full / 0.13, full / 0.3], rel=0.04)
+
+    state = side * side * 4 * 2 / 1e9
+    disk = [float(n) for n in re.search(r"pairs (\d+) \+ (\d+) \+ (\d+) GB", text).groups()]
+    assert disk == pytest.approx([p.examples * (n + 1) * state for n in c.stages], abs=0.6)
+
+
+def test_a_chips_memory_is_added_up_right():
+    sizes = {"sd15": (3.44, 0.5, 6.3), "sd21": (3.46, 1.4, 19.0), "sdxl": (10.27, 3.3, 31.7), "finetune": (3.44, 0.5, 6.3)}
+    for name in LARGE:  # float32 weights, text encoders, activations of an image, in GB
+        weights, text, image = sizes[name]
+        for kind, chips, words in slices(name):
+            c = config(name, *words)
+            line = next(rest for found, _, rest in SLICE.findall(page(name)) if found == kind)
+            capacity, fixed, images, each, total = (
+                float(n) for n in re.match(r" *(\d+) GB +(\d+) \+ (\d+) x ([\d.]+) = (\d+)", line).groups()
+            )
+            full = (4 + 1) * weights / chips + 2 * weights + text
+            if c.student.lora.rank:  # frozen base and its working copy, gradients of the layers with factors
+                full = 1.5 * weights + text + 0.5
+            assert images == c.train.batch / chips / c.train.accumulation, (name, kind)
+            assert (fixed, each, total) == (pytest.approx(full, abs=1), image, pytest.approx(full + images * image, abs=1))
+            assert total < capacity
+
+
+def test_every_line_of_fields_says_what_it_means():
+    for name in (*LARGE, "common", "digits"):
+        text = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        explained = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+        fields = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute)]
+        silent = [n.lineno for n in fields if n.end_lineno not in explained and ast.unparse(n.value) != "ConfigDict()"]
+        assert name == "digits" or len(fields) > 20
+        assert [line for line in silent if "optimizer(" not in text.splitlines()[line - 1]] == [], name

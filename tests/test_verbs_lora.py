@@ -1,0 +1,91 @@
+"""A stage that trains low-rank factors: what is kept, how the next stage goes on with them, and what leaves as a LoRA."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+from verb import keep_networks, kept_programs, run, tiny_flags
+
+from proreflow_jax import replay
+from proreflow_jax.models import lora, weights
+from proreflow_jax.runtime.files import read_json
+
+LAYERS = r"attn\d\.to_(q|k|v)\.weight$|conv1\.weight$"
+RANK = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+        keep_networks(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+def flags(folder: Path, model: Path, **fields: object) -> list[str]:
+    fields = {"student__lora__rank": RANK, "student__lora__layers": LAYERS, "optimizer__learning_rate": 0.01} | fields
+    return tiny_flags(folder, model, export__stages="()", **fields)
+
+
+@pytest.fixture(scope="module")
+def chain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in runs/tiny, 4 then 2 windows; tests only read it."""
+    folder = tmp_path_factory.mktemp("chain")
+    ended = run("distill", *flags(folder, model))
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def written(folder: Path, model: Path, form: str, out: Path) -> Path:
+    ended = run("export", *flags(folder, model), "--stage=2", f"--form={form}", f"--out={out}")
+    assert ended.code == 0, ended.err
+    return out
+
+
+def test_the_lora_is_what_was_trained_and_gives_the_whole_student(chain, model, tmp_path):
+    folder = written(chain, model, "diffusers", tmp_path / "folder")
+    alone = written(chain, model, "lora", tmp_path / "lora")
+    base, student = weights.read_tensors(model / "unet"), weights.read_tensors(folder / "unet")
+    factors = lora.from_kohya(load_file(alone / replay.FILES["lora"]), base)
+    changed = {name for name in base if not np.array_equal(base[name], student[name])}
+    assert changed == set(factors) and all(f.down.shape[0] == RANK for f in factors.values())
+    for name, value in lora.apply_factors(base, factors).items():
+        np.testing.assert_allclose(value, student[name], rtol=1e-5, atol=1e-6)
+    card = read_json(alone / "reflow.json")
+    assert card["format"]["rank"] == RANK == card["settings"]["student.lora.rank"] and card["lora"]["layers"] == len(factors)
+
+
+def test_diffusers_with_the_lora_is_the_student(chain, model, tmp_path):
+    ended = run("export", *flags(chain, model), "--stage=2", "--form=lora", f"--out={tmp_path / 'lora'}", "--check")
+    assert ended.code == 0, ended.err
+    result = read_json(tmp_path / "lora" / "replay.json")
+    assert result["to_student"] <= replay.LIMIT and result["largest_difference"] <= replay.LIMIT
+
+
+def test_the_next_stage_goes_on_with_the_factors(chain):
+    first, second = (read_json(chain / "runs" / "tiny" / f"stage-{n}" / "DONE.json") for n in (4, 2))
+    plans = [read_json(chain / "runs" / "tiny" / f"stage-{n}" / "plan.json") for n in (4, 2)]
+    assert [plan["student.lora"]["rank"] for plan in plans] == [RANK, RANK]
+    assert plans[1]["parent"] == second["parent"] == first["digest"] != second["digest"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "needle"),
+    [
+        ({"student__lora__layers": "nothing_like_this"}, "--config.student.lora.layers"),
+        ({"student__lora__layers": "norm"}, "--config.student.lora.layers"),
+        ({"student__lora__layers": "("}, "--config.student.lora.layers"),
+        ({"student__lora__rank": -1}, "--config.student.lora.rank"),
+        ({"student__lora__alpha": -1.0}, "--config.student.lora.alpha"),
+    ],
+)
+def test_factors_that_cannot_be_are_refused_in_one_line(model, tmp_path, fields, needle):
+    ended = run("distill", *flags(tmp_path, model, **fields))
+    assert ended.code == 2 and len(ended.err.splitlines()) == 1 and needle in ended.err
+    assert not (tmp_path / "runs").exists()
