@@ -1,11 +1,14 @@
 """--config.model.path -> the base model, whatever form it lies in: a diffusers folder, a single file, or a hub id."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from proreflow_jax.checks import check_choice
 from proreflow_jax.models import pipeline, sources
+from proreflow_jax.models.weights import Shapes
 from proreflow_jax.reflow.teacher import DIFFUSION
 from proreflow_jax.runtime import hub
 
@@ -35,12 +38,12 @@ def title(config: ConfigDict, source: sources.Source) -> str:
     return f"{config.model.path}@{source.folder.name}" if hub.is_id(config.model.path) else source.origin.name
 
 
-def load(config: ConfigDict) -> pipeline.Pipeline:
-    """Reads it, with the config's words on how it is read. Raises as `locate` and `pipeline.load` do."""
+def load(config: ConfigDict, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]) -> pipeline.Pipeline:
+    """Reads it, with the config's words on how it is read; `place`, and what is raised, as in `locate` and `pipeline.load`."""
     kind, sizes = config.model.prediction_type, config.conditioning
     if kind:
         check_choice(kind, DIFFUSION, "--config.model.prediction_type")
     for name, value in sizes.items():
         if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
             raise ValueError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
-    return pipeline.load(locate(config), kind, **sizes)
+    return pipeline.load(locate(config), place, kind, **sizes)

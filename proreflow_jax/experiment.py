@@ -59,7 +59,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
     check_config(config, machine)
     plan = stages.plan_stages(config.stages, run)
     check_loss(loss_recipe(config))
-    base = base_model.load(config)
+    base = base_model.load(config, partial(places, config, machine))
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
@@ -142,9 +142,15 @@ def run_key(config: ConfigDict, purpose: int, windows: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), purpose), windows)
 
 
+def places(config: ConfigDict, machine: Mesh, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Where a network's parameters live, by --config.mesh.rules: {name: sharding}."""
+    rules = [(pattern, RULES[value]) for pattern, value in config.mesh.rules]
+    return mesh.shardings(machine, mesh.specs(rules, {name: shape.shape for name, shape in shapes.items()}, machine))
+
+
 def base_weights(experiment: Experiment) -> Weights:
-    """The base model's UNet, on every device."""
-    params = jax.device_put(experiment.base.params["unet"], mesh.replicated(experiment.mesh))
+    """The base model's UNet."""
+    params = experiment.base.params["unet"]
     return Weights(params, experiment.flow, fold(digest(params)))
 
 
@@ -160,14 +166,14 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     done = files.read_json(stage.folder / DONE)
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(done["step"], state_target(experiment)).state
-    trained = jax.device_put(averaged(state), mesh.replicated(experiment.mesh))
+    trained = averaged(state)
     found = fold(digest(trained))
     if found != done["digest"]:
         raise ValueError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
     if not experiment.config.student.lora.rank:
         return Weights(trained, Flow(**done["flow"]), found)
     add = partial(whole_weights, config=experiment.config)
-    params = jax.jit(add, out_shardings=mesh.replicated(experiment.mesh))(trained, base_weights(experiment).params)
+    params = jax.jit(add)(trained, experiment.base.params["unet"])
     return Weights(params, Flow(**done["flow"]), found, trained)
 
 
@@ -200,7 +206,7 @@ def frozen_arrays(experiment: Experiment, teacher: Params, stage: Stage, with_va
     empty = experiment.base.tokenizer.encode([""])[0]
     put = partial(jax.device_put, device=place)
     key = run_key(experiment.config, PAIR_KEY, stage.windows)
-    return Frozen(put(experiment.base.text), put(vae), teacher, put(empty), key, put(beside))
+    return Frozen(put(experiment.base.text), put(vae), teacher, put(empty), key, beside)
 
 
 def make_optimizer(config: ConfigDict) -> Any:

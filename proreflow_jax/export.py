@@ -185,7 +185,7 @@ def _single_tensors(
     if wanted.form == "lora" and trained.factors:  # it is one already
         factors = adapter.to_lora(to_host(trained.factors), lora_scale(experiment.config))
         return lora.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
-    change = lora.delta(student, weights.to_torch(base.params["unet"]))
+    change = lora.delta(student, base.source.tensors("unet"))
     if wanted.form == "delta":
         return _as(change, wanted.dtype), {}
     factors, report = lora.decompose(change, wanted.rank, sorted({*RANKS, wanted.rank}))

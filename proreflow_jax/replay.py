@@ -72,7 +72,7 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
 
 def _with_lora(experiment: Experiment, folder: Path) -> Params:
     """The base model's UNet with the LoRA of a folder, in our layout."""
-    base = weights.to_torch(experiment.base.params["unet"])
+    base = experiment.base.source.tensors("unet")
     factors = lora.from_kohya(weights.Tensors([folder / FILES["lora"]]), base)
     return weights.from_torch(lora.apply_factors(base, factors), experiment.networks.unet.shapes, str(folder))
 

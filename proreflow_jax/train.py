@@ -86,7 +86,7 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
             state = fresh_state(experiment, parent) if state is None else state
             parent = parent._replace(params={}, factors={})  # the state has its own copy
             state = _advance(experiment, stage, source, checkpoints, start, state, parent.digest)
-        weights = fold(digest(jax.device_put(averaged(state), mesh.replicated(experiment.mesh))))
+        weights = fold(digest(averaged(state)))
         del state
         checkpoints.finish(config.train.steps, state_target(experiment))
     flow = student_flow(config, stage)

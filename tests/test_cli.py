@@ -145,7 +145,7 @@ def test_a_bad_prompts_file_is_refused(tmp_path, model, text, needle):
 def test_a_missing_model_is_refused(tmp_path):
     refused(tmp_path, "distill", tiny_flags(tmp_path, tmp_path / "none"), str(tmp_path / "none"), "--config.model.path")
     (tmp_path / "model.ckpt").write_bytes(b"not looked at")
-    refused(tmp_path, "distill", tiny_flags(tmp_path, tmp_path / "model.ckpt"), "pickle", "convert it to model.safetensors")
+    refused(tmp_path, "distill", tiny_flags(tmp_path, tmp_path / "model.ckpt"), "pickle", "convert it where you trust it")
 
 
 def spoil_unet(folder: Path, change) -> None:

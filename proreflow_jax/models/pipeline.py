@@ -1,24 +1,26 @@
 """A whole Stable Diffusion as one value: networks, parameters, tokenizer, scheduler config."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
-from proreflow_jax.models import conditioning, sources, weights
+from proreflow_jax.models import conditioning, placing, sources, weights
 from proreflow_jax.models import tokenizer as tokenizers
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
+from proreflow_jax.models.weights import Shapes
 
 MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
 OWN = (0, 0)  # a size that means the model's own resolution
 
 
 class Pipeline(NamedTuple):
-    """A Stable Diffusion model as it lies on disk; parameters are float32 numpy arrays in our layout."""
+    """A Stable Diffusion model as it lies on disk; parameters are float32 arrays in our layout."""
 
     source: sources.Source
     networks: dict[str, Network]  # by component: unet, vae, text_encoder, and SDXL's text_encoder_2
-    params: dict[str, dict[str, np.ndarray]]  # component -> {torch name: array}
+    params: dict[str, dict[str, Any]]  # component -> {torch name: numpy array}; the UNet's on its devices where they were named
     tokenizer: tokenizers.PromptTokenizer
     condition: conditioning.Conditioner
     scheduler: dict  # scheduler_config.json: betas and what the network predicts
@@ -34,7 +36,7 @@ class Pipeline(NamedTuple):
         return self.networks["vae"]
 
     @property
-    def text(self) -> dict[str, dict[str, np.ndarray]]:
+    def text(self) -> dict[str, dict[str, Any]]:
         """Parameters of the text encoders, as `condition` takes them."""
         return {name: params for name, params in self.params.items() if name in sources.TEXT_ENCODERS}
 
@@ -61,6 +63,7 @@ def _pixels(networks: dict[str, Network]) -> int:
 
 def load(
     source: sources.Source | str | Path,
+    place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]] | None = None,
     prediction_type: str = "",
     original_size: tuple[int, int] = OWN,
     crop: tuple[int, int] = OWN,
@@ -70,6 +73,7 @@ def load(
 
     Args:
       source: from `sources`, or a diffusers folder.
+      place: the UNet's shapes -> where its parameters live, of which each process then reads its own part; None: in numpy.
       prediction_type: of the UNet where the scheduler's config does not say it right; "" leaves it.
       original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left); sizes (0, 0) are
         the model's own resolution.
@@ -80,7 +84,7 @@ def load(
     """
     if not isinstance(source, sources.Source):
         source = sources.open_folder(source)
-    networks = {name: MAKERS[name](source.config(name)) for name in source.components}
+    networks = {name: _network(source, name) for name in source.components}
     encoders = {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
     origin = str(source.origin)
     conditioning.check_fit(networks["unet"].config, encoders, origin)
@@ -88,13 +92,24 @@ def load(
     tokenizer = tokenizers.load(*(source.folder / name.replace("text_encoder", "tokenizer") for name in encoders))
     scheduler = source.config("scheduler")
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
-    params = {name: read(name) for name in networks}
+    params = {name: read(name) for name in networks if name != "unet" or place is None}
+    if place is not None:
+        shapes = networks["unet"].shapes
+        params["unet"] = placing.place(source.tensors("unet"), shapes, place(shapes), f"{source.origin / 'unet'}")
     own = (_pixels(networks),) * 2
     sizes = (*(original_size if any(original_size) else own), *crop, *(target_size if any(target_size) else own))
     zeroed = tokenizer.encode([""])[0] if source.index.get("force_zeros_for_empty_prompt") else None
     condition = conditioning.make_conditioner(encoders, sizes, zeroed)
     scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def _network(source: sources.Source, component: str) -> Network:
+    config = source.config(component)
+    try:
+        return MAKERS[component](config)
+    except ValueError as error:
+        raise ValueError(f"{source.folder / component}: {error}: name another {sources.PATH}") from None
 
 
 def _check_channels(networks: dict[str, Network], origin: str) -> None:

@@ -131,6 +131,8 @@ def open_folder(folder: str | Path, flag: str = PATH) -> Source:
             is_of = f"{folder / INDEX} is of a {index.get('_class_name')}"
             what = f"its {component} is a {found}" if found else f"it has no {component}"
             raise ValueError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
+    left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
+    index |= {name: [None, None] for name in left_out if name not in CLASSES}
     linear = weights.read_config(folder / "unet").get("use_linear_projection")
     return Source(folder, index, "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1")
 

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 log = logging.getLogger(__name__)
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+RULE = "--config.model.path"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -42,14 +43,22 @@ def build(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
 
 
 def _read(folder: Path) -> Tokenizer:
+    try:
+        return _built(folder)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{folder} holds no readable tokenizer ({error}): fetch it again, or name another {RULE}") from None
+
+
+def _built(folder: Path) -> Tokenizer:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         return build(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rule = "--config.model.path must name a diffusers folder"
-    raise FileNotFoundError(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: {rule}")
+    raise FileNotFoundError(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: name another {RULE}")
 
 
 def _text(value: str | dict | None, default: str) -> str:
