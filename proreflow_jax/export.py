@@ -197,10 +197,15 @@ def _single_tensors(
 
 
 def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """UNet (torch layout), VAE and text encoder under the names of the original layout."""
+    """UNet (torch layout), VAE and text encoders under the names of the original layout.
+
+    An SDXL that predicts v gets the mark by which UIs know it; of SD 2.x they look at the weights.
+    """
     base = experiment.base
+    by_mark = base.source.family == "xl" and experiment.flow.prediction == "v_prediction"
+    marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}
     parts = {name: unet if name == "unet" else weights.to_torch(params) for name, params in base.params.items()}
-    return {
+    return marks | {
         name: tensor
         for part, tensors in parts.items()
         for name, tensor in original.to_original(part, tensors, base.networks[part].config, base.source.family).items()

@@ -32,6 +32,17 @@ def _name(path: tuple) -> str:
     return ".".join([*head, TORCH_NAME[leaf]])
 
 
+class _OneKey:
+    """Stands in for nnx.Rngs where only shapes are asked for: its counters, traced, cost time quadratic in the tensors."""
+
+    def __init__(self, key: Key[Array, ""]) -> None:
+        self._key = key
+
+    def params(self) -> Key[Array, ""]:
+        """Always the same key."""
+        return self._key
+
+
 def network(build: Callable[[nnx.Rngs], nnx.Module], config: dict) -> Network:
     """Turns a module's constructor into pure functions; nothing is allocated here.
 
@@ -39,7 +50,7 @@ def network(build: Callable[[nnx.Rngs], nnx.Module], config: dict) -> Network:
       build: makes the module from an nnx.Rngs.
       config: the component's config.json, kept beside the functions.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(_OneKey(jax.random.key(0)))))
     paths = {_name(path): path for path, _ in nnx.to_flat_state(state)}
     flat = dict(nnx.to_flat_state(state))
     shapes = {name: jax.ShapeDtypeStruct(flat[path].get_value().shape, jnp.float32) for name, path in paths.items()}
