@@ -18,14 +18,15 @@ An accelerated SD 1.5 may do without any training of yours: export it by --form=
 [paper] marks what the paper states; everything else is this project's choice. Nothing of this has run on a TPU: reasoned
 settings, not a result. Why pairs are stored from noise, and how the GB are counted: configs/sd15.py.
 
-    v6e-8     8 chips   32 GB  10 + 2 x 6.3 = 22: meant for this one, whose chips share a host
-    v5p-8     4 chips   95 GB  12 + 4 x 6.3 = 37
-    v5e-8     8 chips   16 GB   6 + 1 x 6.3 = 13: by LoRA: --config.student.lora.rank=64 --config.train.accumulation=16
+    v6e-8     8 chips   32 GB   7 + 2 x 6.3 = 19: meant for this one, whose chips share a host
+    v5p-8     4 chips   95 GB   9 + 4 x 6.3 = 34
+    v5e-8     8 chips   16 GB   3 + 1 x 6.3 = 9: by LoRA: --config.student.lora.rank=64 --config.train.accumulation=16
 
 LoRA (Hu et al. 2021): at rank 64 the attention layers' factors are 12.8 million numbers, a state of 0.2 GB instead of 13.8, and
-checkpoints of 0.2 GB; the base model stays whole on each chip, frozen, and activations are as before. It pays where memory is
-short or the result shall be a LoRA (export --form=lora needs no SVD then), not on v5p. Factors want a higher rate, by our guess
---config.optimizer.learning_rate=1e-4. Whether rank 64 is enough is unknown: the paper trains all weights.
+checkpoints of 0.2 GB; the base model stays frozen, split over the chips as always, and activations are as before: on v5e-8 9 GB
+instead of 13. It pays where memory is short or the result shall be a LoRA (export --form=lora needs no SVD then). Factors want
+a higher rate, by our guess --config.optimizer.learning_rate=1e-4. Whether rank 64 is enough is unknown: the paper trains all
+weights.
 
 Work: pairs 32,768 x (32 + 32 + 16) forwards x 0.80 TFLOP = 2.1 million TFLOP; training 3 stages x 4,000 steps x 128 images x 3
 forwards' worth x 0.80 = 3.7 million. On v6e-8 (8 x 918 TFLOP/s) that is 0.22 hours at full speed; 1.7 at 13 % of it, 0.73 at

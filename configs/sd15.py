@@ -13,14 +13,14 @@ one prompt a line, and no images. Take the prompts you care about, tens of thous
 [paper] marks what the paper states; everything else is this project's choice. Nothing of this has run on a TPU, and no chain of
 this size has been trained: reasoned settings, not a result.
 
-Slices. GB a chip, counted: the training state, 16 bytes a weight (float32 weights, two moments, average: 13.8), split over the
-chips, and so float32 gradients (3.4); whole on each chip the base model in float32 (3.4), working weights and gradients in
-bfloat16 (3.4) and the text encoder (0.5); and activations, 6.3 an image before XLA's savings, for batch / chips / accumulation
-images. 4.3 of the 6.3 are attention scores: attention is plain so far, and nothing is recomputed in the backward pass.
+Slices. GB a chip, counted: split over the chips the training state, 16 bytes a weight (float32 weights, two moments, average:
+13.8), float32 gradients (3.4) and the base model in float32 (3.4); whole on each chip working weights and gradients in bfloat16
+(3.4) and the text encoder (0.5); and activations, 6.3 an image before XLA's savings, for batch / chips / accumulation images.
+4.3 of the 6.3 are attention scores: attention is plain so far, and nothing is recomputed in the backward pass.
 
-    v5p-8     4 chips   95 GB  12 + 8 x 6.3 = 62: meant for this one, whose chips share a host
-    v6e-8     8 chips   32 GB  10 + 2 x 6.3 = 22: --config.train.accumulation=16
-    v5e-16   16 chips   16 GB   8 + 1 x 6.3 = 15: --config.train.accumulation=16, too tight to promise; four hosts are untried
+    v5p-8     4 chips   95 GB   9 + 8 x 6.3 = 60: meant for this one, whose chips share a host
+    v6e-8     8 chips   32 GB   7 + 2 x 6.3 = 19: --config.train.accumulation=16
+    v5e-16   16 chips   16 GB   5 + 1 x 6.3 = 12: --config.train.accumulation=16; four hosts, which are untried
 
 Work: pairs 131,072 x (32 + 32 + 16) forwards x 0.80 TFLOP = 8.4 million TFLOP; training 3 stages x 10,000 steps x 256 images x
 3 forwards' worth x 0.80 = 18.4 million. On v5p-8 (4 x 459 TFLOP/s) that is 4.1 hours at full speed; 31 if a chip reaches 13 %,

@@ -8,11 +8,11 @@ Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or imag
 [paper] marks what the paper states (it has no SD 2.1); everything else is this project's choice. Nothing of this has run on a
 TPU, and no chain of this size has been trained: reasoned settings, not a result.
 
-Slices. GB a chip, counted as in configs/sd15.py: state 13.9 and gradients 3.5 split; base model 3.5, working weights and
+Slices. GB a chip, counted as in configs/sd15.py: state 13.9, gradients 3.5, base model 3.5 split; working weights and
 gradients 3.5, text encoder 1.4 whole; activations 19.0 an image, 14.5 of them attention scores (9,216 tokens at 768 px).
 
-    v5p-8     4 chips   95 GB  13 + 2 x 19.0 = 51: meant for this one, whose chips share a host
-    v6e-8     8 chips   32 GB  11 + 1 x 19.0 = 30: too tight to promise
+    v5p-8     4 chips   95 GB  10 + 2 x 19.0 = 48: meant for this one, whose chips share a host
+    v6e-8     8 chips   32 GB   7 + 1 x 19.0 = 26
 
 Work: pairs 65,536 x (32 + 32 + 16) forwards x 2.14 TFLOP = 11.2 million TFLOP; training 3 stages x 5,000 steps x 256 images x 3
 forwards' worth x 2.14 = 24.7 million. On v5p-8 (4 x 459 TFLOP/s) that is 5.4 hours at full speed; 42 at 13 % of it, 18 at 30 %

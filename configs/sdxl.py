@@ -8,13 +8,13 @@ Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or imag
 [paper] marks what the paper states (SDXL reuses SD 1.5's settings); everything else is this project's choice. Nothing of this
 has run on a TPU, and no chain of this size has been trained: reasoned settings, not a result.
 
-Slices. GB a chip, counted as in configs/sd15.py: state 41.1 and gradients 10.3 split; base model 10.3, working weights and
+Slices. GB a chip, counted as in configs/sd15.py: state 41.1, gradients 10.3, base model 10.3 split; working weights and
 gradients 10.3, text encoders 3.3 whole; activations 31.7 an image, 17.6 of them attention scores.
 
-    v5p-8     4 chips   95 GB  37 + 1 x 31.7 = 68: meant for this one, whose chips share a host
-    v5p-32   16 chips   95 GB  27 + 1 x 31.7 = 59: --config.train.accumulation=8, four hosts, which are untried
+    v5p-8     4 chips   95 GB  29 + 1 x 31.7 = 61: meant for this one, whose chips share a host
+    v5p-32   16 chips   95 GB  17 + 1 x 31.7 = 49: --config.train.accumulation=8, four hosts, which are untried
 
-Chips of 32 GB or less (v6e, v5e) cannot: base model, working weights, gradients and one image are 52 already.
+Chips of 32 GB or less (v6e, v5e) cannot: what is whole on each chip and one image are 45 already.
 
 Work: pairs 32,768 x (32 + 32 + 16) forwards x 6.76 TFLOP = 17.7 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
 forwards' worth x 6.76 = 38.9 million. On v5p-8 (4 x 459 TFLOP/s) that is 8.6 hours at full speed; 66 at 13 % of it, 29 at 30 %

@@ -75,8 +75,9 @@ def check_student(config: ConfigDict, kind: str) -> None:
     fits = next((reading for reading, trained in JUMPS.items() if trained == kind), "velocity")
     if JUMPS.get(config.student.prediction, kind) != kind:
         raise ValueError(
-            f"--config.student.prediction={config.student.prediction}: the base model is a {kind} model, its weights would "
-            f"have to relearn their output; take --config.student.prediction={fits}"
+            f"--config.student.prediction={config.student.prediction}: the base model predicts {kind}, its weights would "
+            f"have to relearn their output; take --config.student.prediction={fits}, or, if its scheduler_config.json does "
+            "not say rightly what it predicts, name it by --config.model.prediction_type"
         )
 
 

@@ -144,8 +144,11 @@ def run_key(config: ConfigDict, purpose: int, windows: int) -> jax.Array:
 
 def places(config: ConfigDict, machine: Mesh, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """Where a network's parameters live, by --config.mesh.rules: {name: sharding}."""
-    rules = [(pattern, RULES[value]) for pattern, value in config.mesh.rules]
-    return mesh.shardings(machine, mesh.specs(rules, {name: shape.shape for name, shape in shapes.items()}, machine))
+    return mesh.shardings(machine, mesh.specs(_rules(config), {name: shape.shape for name, shape in shapes.items()}, machine))
+
+
+def _rules(config: ConfigDict) -> list[tuple[str, Any]]:
+    return [(pattern, RULES[value]) for pattern, value in config.mesh.rules]
 
 
 def base_weights(experiment: Experiment) -> Weights:
@@ -232,8 +235,7 @@ def _state_shapes(experiment: Experiment) -> TrainState:
 
 def state_places(experiment: Experiment) -> Any:
     """Shardings of the training state by --config.mesh.rules."""
-    rules = [(pattern, RULES[value]) for pattern, value in experiment.config.mesh.rules]
-    return state_shardings(experiment.mesh, rules, _state_shapes(experiment))
+    return state_shardings(experiment.mesh, _rules(experiment.config), _state_shapes(experiment))
 
 
 def state_target(experiment: Experiment) -> TrainState:

@@ -50,12 +50,12 @@ class Schedule:
         if table.shape != (GRID,):
             raise ValueError(
                 f"alphas_cumprod has shape {table.shape}, must be ({GRID},): the time grid has {GRID} steps; "
-                "choose another --config.model"
+                "choose another --config.model.path"
             )
         if not (table[0] < 1 and table[-1] > 0 and np.all(np.diff(table) < 0)):
             raise ValueError(
                 f"alphas_cumprod runs from {table[0]} to {table[-1]}, must fall strictly inside (0, 1); "
-                "choose another --config.model"
+                "choose another --config.model.path"
             )
         table.flags.writeable = False
         object.__setattr__(self, "alphas_cumprod", table)
@@ -147,7 +147,7 @@ def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_tr
     if num_train_timesteps != GRID:
         raise ValueError(
             f"num_train_timesteps={num_train_timesteps}, must be {GRID}, the time grid of the windows; "
-            "choose another --config.model"
+            "choose another --config.model.path"
         )
     if beta_schedule == "scaled_linear":
         betas = np.linspace(beta_start**0.5, beta_end**0.5, GRID) ** 2
@@ -159,7 +159,7 @@ def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_tr
     else:
         raise ValueError(
             f"beta_schedule={beta_schedule!r}, must be scaled_linear, linear or squaredcos_cap_v2; "
-            "choose another --config.model"
+            "choose another --config.model.path"
         )
     return Schedule(np.cumprod(1 - betas))
 
@@ -173,17 +173,17 @@ def from_config(scheduler_config: Mapping[str, Any]) -> Schedule:
     if scheduler_config.get("trained_betas") is not None:
         raise ValueError(
             "trained_betas in scheduler_config.json must be null: only named beta schedules are read; "
-            "choose another --config.model"
+            "choose another --config.model.path"
         )
     if scheduler_config.get("rescale_betas_zero_snr"):
         raise ValueError(
             "rescale_betas_zero_snr=true must be false: alpha(1) = 0 leaves the image undetermined by epsilon; "
-            "choose another --config.model"
+            "choose another --config.model.path"
         )
     keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
     missing = [k for k in keys if scheduler_config.get(k) is None]
     if missing:
-        raise ValueError(f"scheduler_config.json lacks {', '.join(missing)}, all must be given; choose another --config.model")
+        raise ValueError(f"scheduler_config.json lacks {', '.join(missing)}, all must be given; choose another --config.model.path")
     return make_schedule(*(scheduler_config[k] for k in keys))
 
 
