@@ -183,7 +183,7 @@ def from_config(scheduler_config: Mapping[str, Any]) -> Schedule:
     keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
     missing = [k for k in keys if scheduler_config.get(k) is None]
     if missing:
-        raise ValueError(f"scheduler_config.json lacks {', '.join(missing)}, all must be given; choose another --config.model.path")
+        raise ValueError(f"scheduler_config.json lacks {', '.join(missing)}; choose another --config.model.path")
     return make_schedule(*(scheduler_config[k] for k in keys))
 
 
