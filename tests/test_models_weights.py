@@ -251,3 +251,9 @@ def test_config_that_is_not_json_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON") as caught:
         weights.read_config(tmp_path)
     one_line(caught)
+
+
+def test_a_written_file_is_as_readable_as_the_umask_has_it(tmp_path):
+    (tmp_path / "plain").touch()
+    weights.save_tensors(tmp_path / "model.safetensors", {"a": np.zeros(3, np.float32)})
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -232,4 +232,7 @@ def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one .safetensors file as diffusers and transformers expect it."""
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it: safetensors (0.8) lets nobody else read what it writes
     save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
