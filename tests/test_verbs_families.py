@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +30,11 @@ from configs import digits  # noqa: E402
 from proreflow_jax import replay  # noqa: E402
 from proreflow_jax.checks import field_value  # noqa: E402
 from proreflow_jax.experiment import Experiment, load_weights, open_experiment  # noqa: E402
-from proreflow_jax.export import UNET_FILE  # noqa: E402
+from proreflow_jax.export import UNET_FILE, single_file  # noqa: E402
 from proreflow_jax.flow import solvers, windows  # noqa: E402
 from proreflow_jax.models import original, sources  # noqa: E402
 from proreflow_jax.reflow import sampler  # noqa: E402
-from proreflow_jax.reflow.teacher import make_predict, make_step, text_context  # noqa: E402
+from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context  # noqa: E402
 from proreflow_jax.runtime import mesh  # noqa: E402
 from proreflow_jax.runtime.files import read_json  # noqa: E402
 
@@ -166,6 +167,14 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
     assert distance(ours.model / UNET_FILE, folder / UNET_FILE) > 0.01
     index = read_json(folder / "model_index.json")
     assert index == read_json(ours.model / "model_index.json") | {"scheduler": ["diffusers", "DDIMScheduler"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "marks"), [("xl", "v_prediction", {"v_pred"}), ("xl", "epsilon", set()), ("v2", "v_prediction", set())]
+)
+def test_only_an_sdxl_that_predicts_v_carries_the_mark_that_uis_know_it_by(family, kind, marks):
+    base = SimpleNamespace(source=SimpleNamespace(family=family), params={}, networks={})
+    assert set(single_file(SimpleNamespace(base=base, flow=Flow(kind)), {})) == marks
 
 
 @pytest.mark.slow
