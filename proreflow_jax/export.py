@@ -8,7 +8,6 @@ Each is a folder with reflow.json and README.md (base, stages, digest, settings)
 """
 
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +46,6 @@ WINDOWED = Path(__file__).with_name("windowed_scheduler.py")  # needs torch: cop
 BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 
 
-HALF = re.compile(r"\.(fp16|bf16)(?=[.-])")  # in the names of files, and in those that an index of shards lists
 STOCK = Format()
 
 
@@ -148,10 +146,10 @@ def _copy_component(path: Path, target: Path, base: Source) -> None:
         return
     shutil.copytree(path, target)
     if weights.only_half(target):
-        for file in [file for file in target.iterdir() if HALF.search(file.name)]:
+        for file in [file for file in target.iterdir() if weights.HALF.search(file.name)]:
             if file.suffix == ".json":
-                file.write_text(HALF.sub("", file.read_text(encoding="utf-8")), encoding="utf-8")
-            file.rename(target / HALF.sub("", file.name))
+                file.write_text(weights.HALF.sub("", file.read_text(encoding="utf-8")), encoding="utf-8")
+            file.rename(target / weights.HALF.sub("", file.name))
 
 
 def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first
+HALF = re.compile(r"\.(fp16|bf16)(?=[.-])")  # in the name of a file, of a shard, and of an index
 EIGHT_BITS = ("F8_", "I8", "U8")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 REPLACE = "copy or download it again, or name another --config.model.path"
@@ -100,9 +101,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def only_half(folder: Path) -> bool:
     """Whether the weights in a component's folder exist in half precision only."""
-    return bool(files := _files(folder) if list(folder.glob("*.safetensors")) else []) and all(
-        any(f"{variant}." in file.name or f"{variant}-" in file.name for variant in VARIANTS[1:]) for file in files
-    )
+    return any(folder.glob("*.safetensors")) and all(HALF.search(file.name) for file in _files(folder))
 
 
 def file_name(component: str) -> str:
