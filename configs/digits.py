@@ -101,4 +101,10 @@ def get_config() -> ConfigDict:
     c.evaluate.teacher_steps = (64, 8, 4, 2)  # rows of the base model; the first is the reference of the distances
     c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students
     c.evaluate.columns = 10  # images of each row in the picture
+    c.evaluate.study = ConfigDict()  # of evaluate --study: how flows bend, and what errors of direction or magnitude cost
+    c.evaluate.study.examples = 64  # prompts; each is drawn from every seed's noise
+    c.evaluate.study.seeds = 3  # of the noise; spreads are over them
+    c.evaluate.study.steps = 64  # of a path; a multiple of every stage's windows
+    c.evaluate.study.perturbed_steps = 32  # of a perturbed sample
+    c.evaluate.study.sizes = (0.05, 0.1, 0.2, 0.3, 0.5)  # relative errors of each step's velocity
     return c

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
+from proreflow_jax import study as studies
 from proreflow_jax.data import digits
 from proreflow_jax.evaluation import classifier, frechet, report
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, open_experiment, run_key
@@ -51,8 +52,11 @@ class Judge(NamedTuple):
     real: tuple[np.ndarray, np.ndarray]
 
 
-def evaluate(config: ConfigDict) -> None:
-    """Prints the table; writes table.md, table.json, samples.png and report.html into the run's folder."""
+def evaluate(config: ConfigDict, study: bool) -> None:
+    """Prints the table; writes table.md, table.json, samples.png and report.html into the run's folder.
+
+    With `study` also study.json and its pictures.
+    """
     experiment = open_experiment(config)
     if config.data.kind != "digits":
         raise ValueError(f"--config.data.kind={config.data.kind}: the table is made for digits so far")
@@ -63,6 +67,8 @@ def evaluate(config: ConfigDict) -> None:
             f"--config.evaluate.batch={batch} must divide --config.evaluate.examples={examples} "
             f"and be a multiple of {ways} devices"
         )
+    if study:
+        studies.check(config)
     rows = _rows(experiment)
     began = time.monotonic()
     results, images = measure(experiment, rows)
@@ -79,6 +85,10 @@ def evaluate(config: ConfigDict) -> None:
     for note in notes:
         print(note)
     print(f"picture: {run / 'samples.png'}   page: {run / 'report.html'}   ({time.monotonic() - began:.0f} s)")
+    if study:
+        studies.run(experiment)
+        pictures = "discrepancy.png, perturbation.png, windows-N.png"
+        print(f"study: {run / studies.NUMBERS}, {pictures}   ({time.monotonic() - began:.0f} s)")
 
 
 def _notes(config: ConfigDict) -> list[str]:
@@ -191,4 +201,5 @@ def _sample(draw: Callable, row: Row, noise: jax.Array, ids: np.ndarray, batch: 
 
 
 if __name__ == "__main__":
-    cli.start(evaluate, __doc__, "configs/digits.py")
+    options = {"study": (False, "also measure how the flows bend and what perturbed steps cost (about 5 minutes on 2 cores)")}
+    cli.start(evaluate, __doc__, "configs/digits.py", options)

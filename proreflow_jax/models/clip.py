@@ -24,17 +24,17 @@ class TextStates(NamedTuple):
 
 
 class SelfAttention(nnx.Module):
-    """Causal multi-head attention with biases."""
+    """Multi-head attention with biases; causal for texts."""
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
-        self.heads = heads
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, causal: bool) -> None:
+        self.heads, self.causal = heads, causal
         linear = lambda: nnx.Linear(width, width, rngs=rngs)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = linear(), linear(), linear(), linear()
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         s = x.shape[1]
-        causal = jnp.tril(jnp.ones((s, s), bool))[None, None]
-        h = heads_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal)
+        mask = jnp.tril(jnp.ones((s, s), bool))[None, None] if self.causal else None
+        h = heads_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask)
         return self.out_proj(h)
 
 
@@ -53,10 +53,10 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: dict, rngs: nnx.Rngs, causal: bool) -> None:
         width, epsilon = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
         self.layer_norm1 = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
-        self.self_attn = SelfAttention(width, config["num_attention_heads"], rngs)
+        self.self_attn = SelfAttention(width, config["num_attention_heads"], rngs, causal)
         self.layer_norm2 = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
         self.mlp = MLP(width, config["intermediate_size"], config.get("hidden_act", "quick_gelu"), rngs)
 
@@ -83,8 +83,8 @@ class Embeddings(nnx.Module):
 class Encoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config["num_hidden_layers"])])
+    def __init__(self, config: dict, rngs: nnx.Rngs, causal: bool = True) -> None:
+        self.layers = nnx.List([Layer(config, rngs, causal) for _ in range(config["num_hidden_layers"])])
 
 
 class TextTransformer(nnx.Module):

@@ -16,6 +16,7 @@ from proreflow_jax.models import clip, unet, vae
 
 Params = dict[str, Float[Array, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+TORCH_NAME |= {"mean": "running_mean", "var": "running_var"}  # of a batch norm
 
 
 class Network(NamedTuple):
@@ -29,7 +30,7 @@ class Network(NamedTuple):
 
 def _name(path: tuple) -> str:
     *head, leaf = map(str, path)
-    return ".".join([*head, TORCH_NAME[leaf]])
+    return ".".join([*head, TORCH_NAME.get(leaf, leaf)])  # a bare parameter keeps its own name
 
 
 class _OneKey:

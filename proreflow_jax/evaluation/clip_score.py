@@ -1,0 +1,202 @@
+"""CLIP score: how well images fit their prompts, as a running mean with its standard error.
+
+score = 100 max(cos(image, text), 0), each pair by itself, of the projected states of CLIP's two towers. So do papers on
+text-to-image print it; some print the bare cosine, 0.31 for 31. Hessel et al. 2021 (CLIPScore, eq. 1) weigh by 2.5 instead of
+100 and put "A photo depicts" before every caption; here prompts stay as they are. A score means nothing without the name of
+its network (NAMED): those of ViT-L/14 and ViT-g/14 do not compare.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from proreflow_jax.flow import losses
+from proreflow_jax.models import clip_image, network, weights
+from proreflow_jax.models.network import Network, Params
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images, red green blue; OpenCLIP took them over
+STD = (0.26862954, 0.26130258, 0.27577711)
+SCALE = 100.0
+TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+TEXT_DEFAULTS = dict(  # transformers leaves these numbers out of a config.json
+    eos_token_id=49407,
+    hidden_act="quick_gelu",
+    hidden_size=512,
+    intermediate_size=2048,
+    layer_norm_eps=1e-5,
+    max_position_embeddings=77,
+    num_attention_heads=8,
+    num_hidden_layers=12,
+    vocab_size=49408,
+)
+LOGIT_SCALE = {"logit_scale": jax.ShapeDtypeStruct((), jnp.float32)}  # of CLIP's training loss
+
+
+class Named(NamedTuple):
+    """A published CLIP in numbers; `text` and `vision` have the columns of TOWER. Both take 224 px in patches of 14."""
+
+    model: str
+    projection_dim: int
+    hidden_act: str
+    text: tuple[int, int, int, int]
+    vision: tuple[int, int, int, int]
+    parameters: int  # of both towers, without logit_scale
+
+
+NAMED = {
+    "openai/clip-vit-large-patch14": Named(
+        "ViT-L/14", 768, "quick_gelu", (768, 3072, 12, 12), (1024, 4096, 24, 16), 427_616_512
+    ),
+    "laion/CLIP-ViT-g-14-laion2B-s12B-b42K": Named(
+        "ViT-g/14", 1024, "gelu", (1024, 4096, 24, 16), (1408, 6144, 40, 16), 1_366_678_272
+    ),
+}
+
+
+class Clip(NamedTuple):
+    """Both towers; `params` holds the parameters of both in one flat dict, whose names do not meet."""
+
+    text: Network
+    image: Network
+    params: dict[str, np.ndarray]
+
+
+class Running(NamedTuple):
+    """Scores seen so far, in float64: how many, their mean, their squared deviations from it summed. JSON keeps every bit."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+
+def named_config(name: str) -> dict:
+    """The config.json of an entry of NAMED. Raises ValueError for another name."""
+    if name not in NAMED:
+        raise ValueError(f"CLIP {name!r} is unknown, known: {', '.join(NAMED)}")
+    found = NAMED[name]
+    tower = lambda row: dict(zip(TOWER, row, strict=True), hidden_act=found.hidden_act)
+    vision = tower(found.vision) | dict(image_size=224, patch_size=14)
+    return dict(projection_dim=found.projection_dim, text_config=tower(found.text), vision_config=vision)
+
+
+def tower_configs(config: Mapping[str, Any]) -> tuple[dict, dict]:
+    """(text, image) configs out of that of a CLIPModel, read as transformers does.
+
+    Numbers left out are its defaults, `text_config_dict` of old files goes before `text_config`, and the projection's
+    width is the model's, whatever a tower says.
+    """
+    width = {"projection_dim": config.get("projection_dim", 512)}
+    text, vision = (config.get(f"{tower}_config_dict") or config.get(f"{tower}_config") or {} for tower in ("text", "vision"))
+    kind = {"architectures": ["CLIPTextModelWithProjection"]}
+    return TEXT_DEFAULTS | text | width | kind, clip_image.DEFAULTS | vision | width
+
+
+def load(folder: Path, name: str = "") -> Clip:
+    """Both towers from a folder of transformers' CLIPModel: config.json and model.safetensors, whole or sharded.
+
+    Args:
+      folder: as it lies on the Hub; pickled weights are refused.
+      name: an entry of NAMED that the folder's numbers must agree with; "" takes any.
+
+    Raises:
+      FileNotFoundError, ValueError: one line; no such folder, another network than `name`, tensors that do not fit.
+    """
+    if not (folder / "config.json").is_file():
+        other = (folder / "open_clip_config.json").is_file()
+        why = (
+            ", only OpenCLIP's: take the same network in transformers' format" if other else ": name the folder of a CLIPModel"
+        )
+        raise FileNotFoundError(f"{folder} holds no config.json of transformers{why}")
+    towers = tower_configs(weights.read_config(folder))
+    if name:
+        _check_named(folder, name, towers)
+    text, image = network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
+    params = weights.from_torch(weights.read_tensors(folder), {**text.shapes, **image.shapes, **LOGIT_SCALE}, str(folder))
+    del params["logit_scale"]
+    return Clip(text, image, params)
+
+
+def _check_named(folder: Path, name: str, towers: tuple[dict, dict]) -> None:
+    fields = (*TOWER, "hidden_act", "projection_dim", "image_size", "patch_size")
+    for tower, found, wanted in zip(("text", "image"), towers, tower_configs(named_config(name)), strict=True):
+        for field in (field for field in fields if found.get(field) != wanted.get(field)):
+            raise ValueError(
+                f"{folder} is not {name}: its {tower} tower has {field}={found.get(field)!r}, not {wanted[field]!r}; "
+                "name the folder that belongs to the protocol's network"
+            )
+
+
+def prepare(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
+    """Images for the image tower, float32, on the host; bit for bit what transformers' CLIPImageProcessor makes by Pillow.
+
+    The shorter side is resized to `size` by Pillow's bicubic filter on uint8 (antialiased and rounded; the longer side is
+    rounded down), the centre cropped, values normalised by MEAN and STD. Where an odd number of pixels is cropped away,
+    OpenAI's own code may cut one pixel further on; for square images there is no difference.
+
+    images: each (h, w, 3) uint8, of any size: an array (n, h, w, 3) too. Raises ValueError for other kinds.
+    """
+    return np.stack([_normalised(_cropped(image, size)) for image in images])
+
+
+def _cropped(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"CLIP score takes images (h, w, 3) of uint8, not {image.shape} of {image.dtype}")
+    h, w = image.shape[:2]
+    new_h, new_w = (int(size * side / min(h, w)) for side in (h, w))
+    resized = np.asarray(Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BICUBIC))
+    top, left = (new_h - size) // 2, (new_w - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def _normalised(image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w 3"]:
+    unit = (image.astype(np.float64) * (1 / 255)).astype(np.float32)
+    return (unit - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+
+
+def make_scores(
+    text: Network, image: Network
+) -> Callable[[Params, Float[Array, "b h w 3"], Int[Array, "b s"]], Float[Array, "b"]]:
+    """scores(params, images, ids): the CLIP score of every pair, (b,) in [0, 100], float32; pure, to be jitted.
+
+    params: of both towers (`Clip.params`), in the dtype to compute in. images: from `prepare`. ids: of the network's own
+    tokenizer (`models.tokenizer`).
+    """
+
+    def scores(params: Params, images: Float[Array, "b h w 3"], ids: Int[Array, "b s"]) -> Float[Array, "b"]:
+        cosine = losses.cosine(image.apply(params, images), text.apply(params, ids).pooled)
+        return SCALE * jnp.maximum(cosine, 0.0)
+
+    return scores
+
+
+def add(running: Running, scores: Float[np.ndarray, " n"]) -> Running:
+    """`running` with a batch more. Raises ValueError for a score that is not finite."""
+    values = np.asarray(scores, np.float64)
+    if not np.isfinite(values).all():
+        i = int(np.argmin(np.isfinite(values)))
+        raise ValueError(f"CLIP score {values[i]} of pair {running.count + i} (from 0): its image or the network is not finite")
+    mean = float(values.mean()) if values.size else 0.0
+    return merge(running, Running(values.size, mean, float(np.square(values - mean).sum())))
+
+
+def merge(first: Running, second: Running) -> Running:
+    """Two sets of scores as one (Chan, Golub and LeVeque 1983); neither order nor split change more than the last bits."""
+    count = first.count + second.count
+    if not first.count or not second.count:
+        return first if first.count else second
+    apart, share = second.mean - first.mean, second.count / count
+    return Running(count, first.mean + apart * share, first.squares + second.squares + apart**2 * share * first.count)
+
+
+def standard_error(running: Running) -> float:
+    """Of the mean: sample deviation / sqrt(count). Raises ValueError for fewer than two scores."""
+    if running.count < 2:
+        raise ValueError(f"{running.count} scores have no standard error: raise --config.evaluate.examples")
+    return math.sqrt(running.squares / (running.count - 1) / running.count)
