@@ -17,7 +17,7 @@ from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key, student_flow
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
+from proreflow_jax.reflow.teacher import make_predict, make_step, text_context
 from proreflow_jax.runtime import files
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _perturbation(experiment: Experiment, base: Weights, given: Given) -> dict[s
 
     @jax.jit
     def draw(params: Any, z: jax.Array, context: Any, key: jax.Array, kind: trajectory.Kind) -> jax.Array:
-        step = make_step(Flow(*base.flow), schedule, _predict(experiment, params, context))
+        step = make_step(base.flow, schedule, _predict(experiment, params, context))
         samples = trajectory.perturbed_samples(step, z, nodes, key, kind, sizes)
         return trajectory.distances(samples, samples[0])
 
