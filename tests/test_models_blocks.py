@@ -135,7 +135,7 @@ def test_clip_layer_is_causal_and_equal(activation):
     reference = CLIPTextConfig(**config)
     reference._attn_implementation = "eager"
     module = CLIPEncoderLayer(reference)
-    ours = twin(module, lambda rngs: clip.Layer(config, rngs))
+    ours = twin(module, lambda rngs: clip.Layer(config, rngs, causal=True))
     x = draw(2, 6, 12)
     mask = torch.full((6, 6), float("-inf")).triu(1)[None, None]
     output = module(x, attention_mask=mask)
