@@ -40,18 +40,27 @@ def test_the_direction_term_pulls_across_the_vector_only():
     assert float(jnp.abs(grad).max()) > 1e-3
 
 
-def test_aligned_is_the_sum_and_alpha_may_be_traced():
-    expected = losses.squared_error(V, TARGET) + 0.7 * (1 - losses.cosine(V, TARGET))
-    np.testing.assert_allclose(jax.jit(losses.aligned)(V, TARGET, 0.7), expected, rtol=1e-6)
-    np.testing.assert_array_equal(losses.aligned(V, TARGET, 0.0), losses.squared_error(V, TARGET))
-    np.testing.assert_allclose(losses.aligned(TARGET, TARGET, 5.0), 0, atol=3e-6)
+@pytest.mark.parametrize("r", [0.3, 1.0, 2.5])
+def test_the_direction_weight_is_the_cosine_term_that_the_squared_error_holds_already(r):
+    weight = losses.direction_weight(TARGET)
+    v = r * TARGET[::-1] * jnp.sqrt(weight / weight[::-1])[:, None, None, None]
+    parts = weight / 2 * (r - 1) ** 2 + r * weight * (1 - losses.cosine(v, TARGET))
+    np.testing.assert_allclose(losses.squared_error(v, TARGET), parts, rtol=1e-5, atol=1e-6)
+
+
+def test_pseudo_huber_is_the_error_far_below_delta_and_its_root_far_above():
+    small, large = jnp.array([1e-4, 3e-4]), jnp.array([1e6, 4e6])
+    np.testing.assert_allclose(losses.pseudo_huber(small, 1.0), small, rtol=1e-4)
+    np.testing.assert_allclose(losses.pseudo_huber(large, 0.5), jnp.sqrt(large), rtol=1e-2)
+    assert np.isfinite(jax.grad(lambda e: losses.pseudo_huber(e, 0.1).sum())(jnp.zeros(2))).all()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1e-13, 1e-11])
 def test_values_and_gradients_are_finite_near_zero(size):
     tiny = size * jnp.ones_like(V)
+    both = lambda v, t: losses.squared_error(v, t) + 1 - losses.cosine(v, t)
     for v, target in ((tiny, TARGET), (V, tiny), (tiny, tiny)):
-        values, grads = jax.value_and_grad(lambda v, t: losses.aligned(v, t, 1.0).sum(), argnums=(0, 1))(v, target)
+        values, grads = jax.value_and_grad(lambda v, t: both(v, t).sum(), argnums=(0, 1))(v, target)
         assert np.isfinite(values) and all(np.all(np.isfinite(g)) for g in grads)
         assert np.all(np.isfinite(losses.relative_error(v, target)))
 

@@ -22,7 +22,7 @@ TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
 STUDENT, TEACHER = Flow("ddim_eps", 4), Flow("epsilon")
 RECIPE = pairs.PairRecipe(4, "noise", 1, "ddim", 1.0, 0.1, tiny.LATENT, "float32")
-LOSS = LossRecipe("velocity", 1.0, 0.25, "float32")
+LOSS = LossRecipe("velocity", 1.0, "fixed", 0.0, 0.25, 0, "float32")
 OPTIMIZER = dict(
     learning_rate=1e-2, schedule="constant", warmup_steps=0, steps=10, beta1=0.9, beta2=0.99, epsilon=1e-3,
     weight_decay=0.01, decay_rules=((".*", True),), clip_norm=1.0,

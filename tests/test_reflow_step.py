@@ -9,14 +9,14 @@ import pytest
 import tiny
 from tiny import quick_jit
 
-from proreflow_jax.flow import losses, prediction
+from proreflow_jax.flow import losses, prediction, windows
 from proreflow_jax.reflow import pairs, step
 from proreflow_jax.reflow.step import LossRecipe, draw_examples, draw_times, reflow_loss
 from proreflow_jax.reflow.teacher import Flow
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
-LOSS = LossRecipe("velocity", 1.0, 0.25, "float32")
+LOSS = LossRecipe("velocity", 1.0, "fixed", 0.0, 0.25, 0, "float32")
 READINGS = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]
 READINGS += [("ddim_v", "linear"), ("ddim_v", "first_order")]
 KEY = jax.random.key(3)
@@ -86,6 +86,45 @@ def test_times_are_uniform_where_the_start_has_no_extra_weight():
     assert len(seen) == width
     chi_square = ((seen - count / width) ** 2 / (count / width)).sum()
     assert 124 - 4 * np.sqrt(248) < chi_square < 124 + 4 * np.sqrt(248)  # 124 degrees of freedom, four deviations
+
+
+@pytest.mark.parametrize(("n", "steps"), [(2, 4), (4, 10), (8, 4), (1, 8)])
+def test_the_times_that_come_more_often_are_those_of_a_sampler(n, steps):
+    k = jnp.arange(20_000) % n
+    t, t_s, _ = draw_times(KEY, k, n, 1.0, steps)
+    inside = max(steps // n, 1)
+    nodes = np.round(1000 * windows.sampling_nodes(n * inside, n)[:-1]).astype(int)
+    seen = np.bincount(np.round(1000 * np.asarray(t, np.float64)).astype(int), minlength=1001)
+    assert set(np.flatnonzero(seen)) == set(nodes)
+    assert np.abs(seen[nodes] - 20_000 / len(nodes)).max() < 4 * np.sqrt(20_000 / len(nodes))
+
+
+@pytest.mark.parametrize("scale", [0.1, 7.0])
+@pytest.mark.parametrize("space", step.SPACES)
+def test_an_automatic_alpha_knows_no_scale(scale, space):
+    flow, loss = Flow("velocity", 4), LOSS._replace(space=space, balance="auto", alpha=0.7)
+    x = drawn(flow)
+    bare = evaluated({"out": x["z"]}, x, flow, loss, says)[0]
+    grown = evaluated({"out": scale * x["z"]}, x | {"v": scale * x["v"]}, flow, loss, says)[0]
+    np.testing.assert_allclose(grown, scale**2 * bare, rtol=1e-5)
+
+
+def test_an_automatic_alpha_of_one_counts_direction_twice():
+    flow = Flow("velocity", 4)
+    x = drawn(flow)
+    turned = {"out": x["v"][:, ::-1]}  # as long as the target, so all of the error is direction
+    once, twice = (evaluated(turned, x, flow, LOSS._replace(balance="auto", alpha=a), says)[0] for a in (0.0, 1.0))
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-5)
+
+
+def test_huber_bends_the_squared_error_only():
+    flow = Flow("velocity", 4)
+    x = drawn(flow)
+    values = {d: evaluated({"out": x["z"]}, x, flow, LOSS._replace(huber=d), says)[0] for d in (0.0, 0.1, 1e3)}
+    np.testing.assert_allclose(values[1e3], values[0.0], rtol=1e-3)
+    cosine = 1 - losses.cosine(x["z"], x["v"])
+    bent = losses.pseudo_huber(losses.squared_error(x["z"], x["v"]), 0.1) + cosine
+    np.testing.assert_allclose(values[0.1], np.mean(bent), rtol=1e-5)
 
 
 @pytest.mark.parametrize("m", [8, 1, 3])
@@ -166,7 +205,8 @@ def test_a_window_holds_the_sums_of_its_own_examples():
     _, metrics = evaluated(FROZEN.teacher, x, flow)
     out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["t"] - 1, x["context"].states)
     k = np.asarray(x["k"])
-    for name, rows in (("cosine", losses.cosine(out, x["v"])), ("loss", losses.aligned(out, x["v"], 1.0))):
+    cosine = losses.cosine(out, x["v"])
+    for name, rows in (("cosine", cosine), ("loss", losses.squared_error(out, x["v"]) + 1 - cosine)):
         want = [np.asarray(rows)[k == i].sum() for i in range(8)]
         np.testing.assert_allclose(metrics["window"][name], want, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(metrics["window"]["count"], np.bincount(k, minlength=8))
@@ -227,6 +267,9 @@ def test_no_gradient_reaches_teacher_text_encoder_or_autoencoder(start):
         ({"window_start_prob": 1.5}, "--config.loss.window_start_prob=1.5 must be in"),
         ({"window_start_prob": float("nan")}, "--config.loss.window_start_prob=nan must be in"),
         ({"alpha": -1.0}, "--config.loss.alpha=-1.0 must not be negative"),
+        ({"balance": "running"}, "--config.loss.balance='running' must be one of fixed, auto"),
+        ({"huber": -0.1}, "--config.loss.huber=-0.1 must not be negative"),
+        ({"start_steps": 2000}, "--config.loss.start_steps=2000 must be in"),
     ],
 )
 def test_a_loss_that_does_not_exist_is_refused(changes, words):

@@ -1,7 +1,6 @@
 """How far a velocity is from its target: one number per example, in at least float32; only the step averages."""
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 _TINY = 1e-24  # a squared norm below this counts as zero; its power -3/2, needed by the gradient, fits in float32
@@ -21,12 +20,22 @@ def cosine(v: Float[Array, "b *d"], target: Float[Array, "b *d"]) -> Float[Array
     return jnp.sum(_unit(v) * _unit(target), axis=1)
 
 
-def aligned(v: Float[Array, "b *d"], target: Float[Array, "b *d"], alpha: Float[ArrayLike, ""]) -> Float[Array, "b"]:
-    """Squared error + alpha (1 - cosine), (b,): ProReflow's aligned v-prediction (Ke et al. 2025).
+def direction_weight(target: Float[Array, "b *d"]) -> Float[Array, "b"]:
+    """2 mean(target^2), (b,): the alpha at which 1 - cosine weighs as much as direction does in the squared error already.
 
-    alpha: weight of the direction, may be traced; 0 is plain reflow.
+    For |v| = r |target| the squared error is mean(target^2) [(r - 1)^2 + 2 r (1 - cosine)], magnitude and direction apart.
+    So alpha in units of this weight has no scale: 1 counts errors of direction twice, whatever velocities are measured in.
     """
-    return squared_error(v, target) + alpha * (1 - cosine(v, target))
+    return 2 * squared_error(target, jnp.zeros_like(target))
+
+
+def pseudo_huber(error: Float[Array, "b"], delta: float) -> Float[Array, "b"]:
+    """Mean squared errors (b,), bent: as they are far below delta^2, growing like 2 delta times their root far above.
+
+    2 delta^2 (sqrt(1 + error / delta^2) - 1), without its cancellation; Rectified Diffusion trains with such a loss (Wang et
+    al. 2024).
+    """
+    return 2 * error / (1 + jnp.sqrt(1 + error / delta**2))
 
 
 def relative_error(v: Float[Array, "b *d"], target: Float[Array, "b *d"]) -> Float[Array, "b"]:

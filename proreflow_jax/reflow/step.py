@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from proreflow_jax.flow import losses, prediction, windows
@@ -17,25 +18,34 @@ from proreflow_jax.reflow.pairs import Frozen, Networks
 from proreflow_jax.reflow.teacher import Flow, make_predict, text_context
 
 SPACES = ("velocity", "output")
+BALANCES = ("fixed", "auto")
 
 
 class LossRecipe(NamedTuple):
     """What is compared with what; every field comes from the config."""
 
     space: str  # "velocity": the paper; "output": the network's raw output (PeRFlow's noise matching)
-    alpha: float  # weight of 1 - cosine
-    window_start_prob: float  # probability that t is the window's noisy start; else t is uniform in the window
+    alpha: float  # weight of 1 - cosine; may be traced
+    balance: str  # "fixed": alpha as it is, the paper; "auto": in units of each target's own `losses.direction_weight`
+    huber: float  # delta of a pseudo-Huber in place of the squared error; 0: squared error, the paper
+    window_start_prob: float  # probability that t is a time of a sampler; else t is uniform in the window; may be traced
+    start_steps: int  # the sampler's steps; at most as many as windows: only windows' starts
     dtype: str  # of the student's computation
 
 
 def draw_times(
-    key: Key[Array, ""], k: Int[Array, " b"], n: int, start_prob: float
+    key: Key[Array, ""], k: Int[Array, " b"], n: int, start_prob: Float[ArrayLike, ""], start_steps: int = 0
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
-    """(t, t_s, t_e), each (b,): grid times in (t_e, t_s] of window k of n; t_s itself with probability start_prob or more."""
-    first, second = jax.random.split(key)
-    width = GRID // n
+    """(t, t_s, t_e), each (b,): grid times in (t_e, t_s] of window k of n.
+
+    With probability start_prob t is one of the times at which a sampler of start_steps steps stands (`windows.sampling_nodes`):
+    t_s itself where there are no more steps than windows.
+    """
+    first, second, third = jax.random.split(key, 3)
+    width, inside = GRID // n, max(start_steps // n, 1)
     back = jax.random.randint(first, k.shape, 0, width)
-    back = jnp.where(jax.random.bernoulli(second, start_prob, k.shape), 0, back)
+    stop = (width * jax.random.randint(third, k.shape, 0, inside) + inside // 2) // inside
+    back = jnp.where(jax.random.bernoulli(second, start_prob, k.shape), stop, back)
     i_s = GRID - k * width
     return grid_time(i_s - back), grid_time(i_s), grid_time(i_s - width)
 
@@ -54,7 +64,7 @@ def draw_examples(
     states = pairs["states"].astype(jnp.float32)
     z_s, z_e, k = states[rows, j], states[rows, j + 1], pairs["first"] + j
 
-    t, t_s, t_e = draw_times(times, k, flow.windows, loss.window_start_prob)
+    t, t_s, t_e = draw_times(times, k, flow.windows, loss.window_start_prob, loss.start_steps)
     z_t = windows.interpolate(flow.path, networks.schedule, z_s, z_e, t_s, t_e, t)
     path = {"z": z_t, "t": t, "t_s": t_s, "t_e": t_e}
     v = target_velocity(flow, networks.schedule, z_s, z_e, path)
@@ -77,7 +87,8 @@ def reflow_loss(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Mean aligned loss of a batch, and per-window sums of its parts (n,) with their counts.
 
-    MSE(v, v_target) + alpha (1 - cos(v, v_target)); in space "output" the same of the raw outputs.
+    MSE(v, v_target) + alpha (1 - cos(v, v_target)); in space "output" the same of the raw outputs. The fields of `loss` say
+    in which units alpha is and whether large errors are bent.
     """
     z, t, t_s, t_e = (drawn[name] for name in ("z", "t", "t_s", "t_e"))
     reading = (flow.prediction, flow.path, networks.schedule, z)
@@ -87,11 +98,13 @@ def reflow_loss(
     compared = (v, drawn["v"])
     if loss.space == "output":
         compared = out, prediction.from_velocity(*reading, drawn["v"], t, t_s, t_e)
-    per_example = losses.aligned(*compared, loss.alpha)
+    error, cosine = losses.squared_error(*compared), losses.cosine(*compared)
+    alpha = loss.alpha * losses.direction_weight(compared[1]) if loss.balance == "auto" else loss.alpha
+    per_example = (losses.pseudo_huber(error, loss.huber) if loss.huber else error) + alpha * (1 - cosine)
 
     rows = {
         "loss": per_example,
-        "cosine": losses.cosine(*compared),
+        "cosine": cosine,
         "relative_error": losses.relative_error(*compared),
         "count": jnp.ones_like(per_example),
     }
@@ -105,5 +118,11 @@ def check_loss(loss: LossRecipe) -> None:
         raise ValueError(f"--config.loss.space={loss.space!r} must be one of {', '.join(SPACES)}")
     if not 0 <= loss.window_start_prob <= 1:
         raise ValueError(f"--config.loss.window_start_prob={loss.window_start_prob} must be in [0, 1]")
+    if loss.balance not in BALANCES:
+        raise ValueError(f"--config.loss.balance={loss.balance!r} must be one of {', '.join(BALANCES)}")
+    if loss.huber < 0:
+        raise ValueError(f"--config.loss.huber={loss.huber} must not be negative (0: squared error)")
+    if not 0 <= loss.start_steps <= GRID:
+        raise ValueError(f"--config.loss.start_steps={loss.start_steps} must be in [0, {GRID}]")
     if loss.alpha < 0:
         raise ValueError(f"--config.loss.alpha={loss.alpha} must not be negative")

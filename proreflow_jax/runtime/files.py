@@ -19,6 +19,10 @@ NAME = re.compile(r"[A-Za-z0-9._-]+")
 WRITING = ".writing"  # in a folder that is not finished; its writer holds it locked
 
 
+class Locked(ValueError):
+    """Another process holds the folder."""
+
+
 def check_name(name: str) -> str:
     """The name itself, if it is safe as a file name. Raises ValueError for anything else, `.` and `..` included."""
     if not NAME.fullmatch(name) or set(name) == {"."}:
@@ -104,7 +108,7 @@ def _sweep(path: Path) -> None:
 def lock(folder: str | Path) -> Iterator[None]:
     """Hold `folder`/.lock; the kernel frees it when the process dies, so a kill leaves nothing to clean up.
 
-    Local and NFS folders only: the caller skips it for object stores. Raises ValueError naming the folder and its
+    Local and NFS folders only: the caller skips it for object stores. Raises Locked, a ValueError naming the folder and its
     holder.
     """
     folder = Path(folder)
@@ -122,7 +126,7 @@ def _take(handle: int, folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        raise ValueError(f"{folder} is in use by process {holder}: stop it, or choose another run folder") from None
+        raise Locked(f"{folder} is in use by process {holder}: stop it, or choose another run folder") from None
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()}\n".encode("ascii"), 0)
 

@@ -28,9 +28,9 @@ DECAY: dict[str, Callable[[Array], Array]] = {  # progress after warm-up in [0, 
 def make(cfg: Any) -> optax.GradientTransformation:
     """Clip by global norm (clip_norm 0: off), Adam, decoupled weight decay, -learning rate.
 
-    `cfg` is a mapping or ConfigDict with exactly FIELDS. Raises ValueError naming the flag of a wrong field; the
-    name that no rule of decay_rules matches is refused when the optimiser is initialised. (Loshchilov & Hutter
-    2019, algorithm 2.)
+    `cfg` is a mapping or ConfigDict with exactly FIELDS; its steps may be traced. Raises ValueError naming the flag
+    of a wrong field; a name that no rule of decay_rules matches is refused when the optimiser is initialised. (Loshchilov &
+    Hutter 2019, algorithm 2.)
     """
     cfg = _checked(cfg)
     clip = optax.clip_by_global_norm(cfg["clip_norm"]) if cfg["clip_norm"] else optax.identity()
@@ -54,7 +54,7 @@ def learning_rate(cfg: Any) -> Callable[[Int[Array, ""] | int], Float[Array, ""]
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         now = jnp.asarray(step, jnp.float32)
         warm = jnp.minimum(1.0, (now + 1.0) / (warmup + 1.0))
-        progress = jnp.clip((now - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        progress = jnp.clip((now - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
         return peak * warm * decay(progress)
 
     return schedule
@@ -87,10 +87,14 @@ def _checked(cfg: Any) -> dict[str, Any]:
     if unknown or missing:
         named = ", ".join(f"{FLAG}.{name}" for name in [*unknown, *missing])
         raise ValueError(f"{named}: unknown or missing; the fields are {', '.join(FIELDS)}")
+    traced = isinstance(cfg["steps"], jax.core.Tracer)  # then its value is the caller's business
     rules = {
         "schedule": (cfg["schedule"] in DECAY, f"one of {', '.join(DECAY)}"),
-        "steps": (cfg["steps"] > 0, "positive"),
-        "warmup_steps": (0 <= cfg["warmup_steps"] <= cfg["steps"], f"from 0 to steps={cfg['steps']}"),
+        "steps": (traced or cfg["steps"] > 0, "positive"),
+        "warmup_steps": (
+            cfg["warmup_steps"] >= 0 and (traced or cfg["warmup_steps"] <= cfg["steps"]),
+            f"from 0 to steps={cfg['steps']}",
+        ),
         "learning_rate": (cfg["learning_rate"] >= 0, "not negative"),
         "beta1": (0 <= cfg["beta1"] < 1, "in [0, 1)"),
         "beta2": (0 <= cfg["beta2"] < 1, "in [0, 1)"),
