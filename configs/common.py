@@ -29,15 +29,23 @@ def optimizer(learning_rate: float, warmup_steps: int, schedule: str = "cosine",
 
 
 def stable_diffusion(name: str) -> ConfigDict:
-    """What sd15, sd21, sdxl and finetune have alike, and none of what was decided for one of them: each file adds the rest.
+    """What sd15, sd21, sdxl and finetune have alike; each file adds what was decided for it, and says why.
 
-    Left to the file: stages, model.path, data.resolution, student.prediction, and the blocks pairs, loss, train, optimizer.
+    Left to the file: model.path, data.resolution, student.prediction, the block optimizer, and the amounts of work:
+    pairs.{examples, shard_size, batch} and train.{steps, batch, accumulation}.
     """
     c = ConfigDict()
     c.name = name  # run folder below `root`
     c.root = "runs"  # where run folders lie: a disk that outlives the machine
     c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number >= 0
+    _inputs(c)
+    _method(c)
+    _run(c)
+    return c
 
+
+def _inputs(c: ConfigDict) -> None:
+    """The base model and the prompts."""
     c.model = ConfigDict()
     c.model.revision = "main"  # of a hub id: branch, tag or commit
     c.model.like = ""  # of a single file: folder or hub id that gives configs and tokenizer; "": its family's own, on the hub
@@ -57,6 +65,11 @@ def stable_diffusion(name: str) -> ConfigDict:
     c.data.image_key = "image"  # tfds feature with the image
     c.data.caption_key = "captions/text"  # tfds feature with the text, where coco_captions has it
 
+
+def _method(c: ConfigDict) -> None:
+    """Stages, the student, its pairs, the loss."""
+    c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
+
     c.student = ConfigDict()
     c.student.path = "linear"  # inside a window: "linear" [paper] or "first_order" (Rectified Diffusion)
 
@@ -64,6 +77,32 @@ def stable_diffusion(name: str) -> ConfigDict:
     c.student.lora.rank = 0  # trains low-rank factors of this rank beside frozen weights; 0: trains all weights [paper]
     c.student.lora.alpha = 0.0  # the factors' product counts alpha / rank; 0: alpha = rank
     c.student.lora.layers = r"attn\d\.to_(q|k|v|out\.0)\.weight$"  # regex, found in the names of the weights that get factors
+
+    c.pairs = ConfigDict()
+    c.pairs.mode = "stored"  # 16 to 20 readings pay for a record's 32 teacher forwards; "online" pays them at every step
+    c.pairs.start = "noise"  # whole trajectories, no images needed; "data" (PeRFlow): one window from noised images
+    c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
+    c.pairs.solver = "ddim"  # of the diffusion teacher [paper]
+    c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
+    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
+    c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
+    c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, so that guidance works later (PeRFlow's number)
+    c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
+
+    c.loss = ConfigDict()
+    c.loss.space = "velocity"  # what is compared [paper]
+    c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
+    c.loss.balance = "fixed"  # alpha as it is [paper], or "auto": in units of each target's direction_weight
+    c.loss.huber = 0.0  # delta of a pseudo-Huber in place of the squared error; 0: squared error [paper]
+    c.loss.start_steps = 0  # of more steps than windows: all times of a sampler of so many steps count as starts
+    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
+
+
+def _run(c: ConfigDict) -> None:
+    """How a run is kept, spread over the machine, exported and measured."""
+    c.train = ConfigDict()
+    c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
+    c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps between checkpoints
@@ -78,16 +117,22 @@ def stable_diffusion(name: str) -> ConfigDict:
     c.export = ConfigDict()
     c.export.stages = (4, 2)  # stages whose student distill exports to <run>/export/stage-N [paper: 4 and 2 steps]
 
-    c.evaluate = ConfigDict()  # evaluate knows only the digits so far: no effect yet
-    c.evaluate.examples = 10_000  # images per row of the table [paper: of its SDXL table]; the Frechet distance depends on it
-    c.evaluate.batch = 80  # images computed at once; divides examples and is a multiple of the devices
-    c.evaluate.teacher_steps = (32, 8, 4, 2)  # rows of the base model; the first is the reference [paper: teacher at 32 steps]
+    c.evaluate = ConfigDict()
+    c.evaluate.protocol = "coco2017-5k"  # of FID and CLIP score: "coco2017-5k" or "coco2014-30k", see docs/scores.md
+    c.evaluate.examples = 0  # images of each row and seed; 0: as many as the protocol says
+    c.evaluate.seeds = ()  # of the noise; (): the protocol's
+    c.evaluate.guidance = 0.0  # classifier-free guidance scale; 0: the protocol's
+    c.evaluate.inception = ""  # the FID network's .safetensors file
+    c.evaluate.clip = ""  # folder of the CLIP score's network; "": no CLIP score
+    c.evaluate.captions = ""  # captions_val2017.json, or that of 2014
+    c.evaluate.images = ""  # folder of the real images, or tfds' coco_captions (2014), which needs no captions file
+    c.evaluate.batch = 80  # images computed at once; a multiple of the devices
+    c.evaluate.teacher_steps = (32, 8, 4, 2)  # rows of the base model [paper: teacher at 32 steps]
     c.evaluate.student_steps = ((4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students [paper: 4 and 2 steps]
-    c.evaluate.columns = 8  # images of each row in the picture
+    c.evaluate.columns = 8  # images of each row in the digits' picture
     c.evaluate.study = ConfigDict()  # of evaluate --study: how flows bend, and what errors of direction or magnitude cost
     c.evaluate.study.examples = 64  # prompts; each is drawn from every seed's noise
     c.evaluate.study.seeds = 3  # of the noise; spreads are over them
     c.evaluate.study.steps = 64  # of a path; a multiple of every stage's windows
     c.evaluate.study.perturbed_steps = 32  # of a perturbed sample
     c.evaluate.study.sizes = (0.05, 0.1, 0.2, 0.3, 0.5)  # relative errors of each step's velocity
-    return c

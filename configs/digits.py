@@ -71,7 +71,10 @@ def get_config() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.space = "velocity"  # what is compared: "velocity" [paper] or "output" (noise matching, PeRFlow)
     c.loss.alpha = 1.0  # weight of 1 - cosine [paper has the term, not the number]
+    c.loss.balance = "fixed"  # alpha as it is [paper], or "auto": in units of each target's direction_weight, 1 needs no tuning
+    c.loss.huber = 0.0  # delta of a pseudo-Huber in place of the squared error; 0: squared error [paper]
     c.loss.window_start_prob = 0.25  # extra probability that t is a window's start; 0: uniform [paper]
+    c.loss.start_steps = 0  # of more steps than windows: all times of a sampler of so many steps count as starts
 
     c.train = ConfigDict()
     c.train.steps = 500  # updates per stage (the paper does not say)
@@ -96,6 +99,13 @@ def get_config() -> ConfigDict:
     c.export.stages = (8, 4, 2)  # stages whose student is exported to <run>/export/stage-N
 
     c.evaluate = ConfigDict()
+    c.evaluate.protocol = "digits"  # "digits": the table of README.md; "coco2017-5k", "coco2014-30k": FID and CLIP score
+    c.evaluate.seeds = ()  # of the noise, for FID and CLIP score; (): the protocol's
+    c.evaluate.guidance = 0.0  # classifier-free guidance scale, for FID and CLIP score; 0: the protocol's
+    c.evaluate.inception = ""  # the FID network's .safetensors file, docs/scores.md
+    c.evaluate.clip = ""  # folder of the CLIP score's network; "": no CLIP score
+    c.evaluate.captions = ""  # captions_val2017.json, or that of 2014
+    c.evaluate.images = ""  # folder of the real images, or tfds' coco_captions (2014), which needs no captions file
     c.evaluate.examples = 1000  # images per row of the table; the Frechet distance depends on it
     c.evaluate.batch = 200  # images computed at once; divides examples and is a multiple of the devices
     c.evaluate.teacher_steps = (64, 8, 4, 2)  # rows of the base model; the first is the reference of the distances

@@ -47,36 +47,17 @@ from configs.common import optimizer, stable_diffusion
 def get_config() -> ConfigDict:
     """What was decided for SD 1.5; the rest is common.stable_diffusion's."""
     c = stable_diffusion("sd15")
-    c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
     c.model.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, diffusers folder, or single .safetensors file
     c.data.resolution = 512  # pixels a side, the model's own
     c.student.prediction = "ddim_eps"  # an epsilon model keeps its words: the untrained student is the base model
 
-    c.pairs = ConfigDict()
-    c.pairs.mode = "stored"  # 20 readings pay for a record's 32 teacher forwards; "online" pays them at every step
-    c.pairs.start = "noise"  # whole trajectories, no images needed; "data" (PeRFlow): one window from noised images
-    c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
-    c.pairs.solver = "ddim"  # of the diffusion teacher [paper]
-    c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
-    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
-    c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
-    c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, so that guidance works later (PeRFlow's number)
     c.pairs.examples = 131_072  # records a stage; 8 windows each are a million pairs in the first stage
     c.pairs.shard_size = 512  # records a shard, 151 MB; a kill costs at most one shard
     c.pairs.batch = 64  # trajectories computed at once, 16 a chip on v5p-8; divides shard_size, multiple of the devices
-    c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
 
-    c.loss = ConfigDict()
-    c.loss.space = "velocity"  # what is compared [paper]
-    c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
-    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
-
-    c.train = ConfigDict()
     c.train.steps = 10_000  # updates per stage (the paper does not say): 2.6 million examples where PeRFlow took 4.1
     c.train.batch = 256  # global batch (the paper does not say); PeRFlow took 1024 for 4,000 steps
     c.train.accumulation = 8  # parts a batch is computed in: 8 images a chip on v5p-8; divides batch / devices
-    c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
-    c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
     c.optimizer = optimizer(learning_rate=4e-5, warmup_steps=500, beta2=0.999)  # PeRFlow's 8e-5 by the root of the batch ratio
     return c

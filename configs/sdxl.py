@@ -31,36 +31,17 @@ from configs.common import optimizer, stable_diffusion
 def get_config() -> ConfigDict:
     """What was decided for SDXL; the rest is common.stable_diffusion's."""
     c = stable_diffusion("sdxl")
-    c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
     c.model.path = "stabilityai/stable-diffusion-xl-base-1.0"  # hub id, diffusers folder, or single .safetensors file
     c.data.resolution = 1024  # pixels a side, the model's own; so are the sizes in `conditioning`, by (0, 0)
     c.student.prediction = "ddim_eps"  # an epsilon model keeps its words: the untrained student is the base model
 
-    c.pairs = ConfigDict()
-    c.pairs.mode = "stored"  # 20 readings pay for a record's 32 teacher forwards; "online" pays them at every step
-    c.pairs.start = "noise"  # whole trajectories, no images needed; "data" (PeRFlow): one window from noised images
-    c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
-    c.pairs.solver = "ddim"  # of the diffusion teacher [paper]
-    c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
-    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
-    c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
-    c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, so that guidance works later (PeRFlow's number)
     c.pairs.examples = 32_768  # records a stage; 8 windows each are a quarter of a million pairs in the first stage
     c.pairs.shard_size = 128  # records a shard, 151 MB; a kill costs at most one shard
     c.pairs.batch = 16  # trajectories computed at once, 4 a chip on v5p-8; divides shard_size, multiple of the devices
-    c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
 
-    c.loss = ConfigDict()
-    c.loss.space = "velocity"  # what is compared [paper]
-    c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
-    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
-
-    c.train = ConfigDict()
     c.train.steps = 5_000  # updates per stage (the paper does not say): 0.6 million examples, a quarter of configs/sd15.py's
     c.train.batch = 128  # global batch (the paper does not say); PeRFlow's SDXL took 16 a GPU
     c.train.accumulation = 32  # parts a batch is computed in: 1 image a chip on v5p-8; divides batch / devices
-    c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
-    c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
     c.evaluate.batch = 16  # images computed at once: they are larger than SD 1.5's
 

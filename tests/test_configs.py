@@ -200,12 +200,32 @@ def test_a_chips_memory_is_added_up_right():
             assert total < capacity
 
 
+def assigned(name: str) -> dict[str, ast.Assign]:
+    """{field: its line} of what a config file sets by `c.field = value`."""
+    text = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute)]
+    return {ast.unparse(n.targets[0]).removeprefix("c."): n for n in nodes}
+
+
+def test_what_all_four_have_alike_stands_in_common_alone():
+    files = {name: {field: ast.unparse(n.value) for field, n in assigned(name).items()} for name in (*LARGE, "common")}
+    common = files.pop("common")
+    again = [(name, field) for name, own in files.items() for field in own if own[field] == common.get(field)]
+    alike = [field for field, value in files["sd15"].items() if all(own.get(field) == value for own in files.values())]
+    assert (again, alike) == ([], [])
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_file_and_common_together_set_every_field(name):
+    fields = {field for field in flat(config(name)) if not field.startswith("optimizer.")}
+    assert fields <= {*assigned(name), *assigned("common")}
+
+
 def test_every_line_of_fields_says_what_it_means():
     for name in (*LARGE, "common", "digits"):
         text = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         explained = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
-        fields = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Attribute)]
-        silent = [n.lineno for n in fields if n.end_lineno not in explained and ast.unparse(n.value) != "ConfigDict()"]
-        assert name == "digits" or len(fields) > 20
+        fields = assigned(name)
+        silent = [n.lineno for n in fields.values() if n.end_lineno not in explained and ast.unparse(n.value) != "ConfigDict()"]
         assert [line for line in silent if "optimizer(" not in text.splitlines()[line - 1]] == [], name
