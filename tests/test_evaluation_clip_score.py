@@ -12,8 +12,7 @@ from torch_reference import quick_jit, randomise, same, tensors
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from proreflow_jax.evaluation import clip_score
-from proreflow_jax.evaluation.clip_score import Running
+from proreflow_jax.evaluation import clip_score, moments
 from proreflow_jax.models import clip_image, network, weights
 
 TEXT = dict(
@@ -99,21 +98,6 @@ def test_scores_are_a_hundred_times_the_cosine_of_transformers_and_never_negativ
     assert np.array_equal(scores(clip.params, images, zeros), found)
 
 
-def test_a_stream_of_batches_killed_and_resumed_gives_the_score_of_the_whole(published):
-    module, folder = published
-    clip = clip_score.load(folder)
-    images, ids = pairs(24)
-    scores = quick_jit(clip_score.make_scores(clip.text, clip.image))
-    whole = np.asarray(scores(clip.params, images, ids), np.float64)
-    running = Running()
-    for start in range(0, 24, 8):
-        running = clip_score.add(running, scores(clip.params, images[start : start + 8], ids[start : start + 8]))
-        running = Running(*json.loads(json.dumps(running)))  # written and read again
-    assert running.count == 24
-    assert running.mean == pytest.approx(whole.mean(), rel=1e-6)
-    assert clip_score.standard_error(running) == pytest.approx(whole.std(ddof=1) / math.sqrt(24), rel=1e-6)
-
-
 def test_bfloat16_towers_score_nearly_the_same(published):
     module, folder = published
     clip = clip_score.load(folder)
@@ -124,28 +108,13 @@ def test_bfloat16_towers_score_nearly_the_same(published):
     np.testing.assert_allclose(found, 100 * torch_cosines(module, images, ids).clamp(min=0), atol=3.0)
 
 
-@pytest.mark.parametrize("cuts", [[0, 1000], [0, 1, 2, 1000], [0, 0, 300, 700, 1000, 1000], [*range(0, 1001, 10)]])
-def test_running_mean_and_error_do_not_depend_on_the_split(cuts):
-    """Far from zero, where sums of squares would lose the deviation; parts are also merged from the right."""
-    values = 1e6 + np.random.default_rng(0).standard_normal(1000)
-    parts = [clip_score.add(Running(), values[i:j]) for i, j in zip(cuts[:-1], cuts[1:], strict=True)]
-    left, right = Running(), Running()
-    for part, mirrored in zip(parts, parts[::-1], strict=True):
-        left, right = clip_score.merge(left, part), clip_score.merge(mirrored, right)
-    for running in (left, right):
-        assert running.count == 1000
-        assert running.mean == pytest.approx(values.mean(), rel=1e-14)
-        assert clip_score.standard_error(running) == pytest.approx(values.std(ddof=1) / math.sqrt(1000), rel=1e-7)
-
-
-def test_a_score_that_is_not_finite_is_named():
-    with pytest.raises(ValueError, match="nan of pair 8"):
-        clip_score.add(Running(7, 30.0, 1.0), np.array([31.0, np.nan]))
-
-
-def test_one_score_has_no_error():
-    with pytest.raises(ValueError, match="1 scores"):
-        clip_score.standard_error(clip_score.add(Running(), np.array([30.0])))
+def test_the_error_of_the_mean_is_that_of_a_sample():
+    """Far from zero, in two parts, as a run leaves them."""
+    values = 1e6 + np.random.default_rng(0).standard_normal((1000, 1))
+    seen = moments.merge(moments.measured(values[:300]), moments.measured(values[300:]))
+    assert clip_score.standard_error(seen) == pytest.approx(values.std(ddof=1) / math.sqrt(1000), rel=1e-7)
+    with pytest.raises(ValueError, match=r"1 examples .* raise --config\.evaluate\.examples"):
+        clip_score.standard_error(moments.measured(values[:1]))
 
 
 @pytest.mark.parametrize("name", clip_score.NAMED)
@@ -192,11 +161,19 @@ def test_old_files_with_position_ids_are_read(published, tmp_path):
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_another_network_than_the_one_named_is_refused(published):
-    with pytest.raises(ValueError, match="text tower has hidden_size=12, not 768"):
-        clip_score.load(published[1], "openai/clip-vit-large-patch14")
-    with pytest.raises(ValueError, match="'ViT-L/14' is unknown"):
-        clip_score.load(published[1], "ViT-L/14")
+def test_a_network_is_called_by_its_numbers_or_its_folder(published, tmp_path, monkeypatch):
+    folder = published[1]
+    assert clip_score.load(folder).name == folder.name
+    config = clip_score.named_config("laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(weights, "from_torch", lambda *_: {"logit_scale": 0})  # two gigabytes are not made here
+    monkeypatch.setattr(weights, "read_tensors", lambda _: {})
+    assert clip_score.load(tmp_path).name == "ViT-g/14"
+    config["vision_config"]["num_hidden_layers"] -= 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert clip_score.load(tmp_path).name == tmp_path.name
+    with pytest.raises(ValueError, match="'ViT-g/14' is unknown"):
+        clip_score.named_config("ViT-g/14")
 
 
 def test_folders_that_cannot_be_read_are_refused_in_one_line(published, tmp_path):
@@ -207,10 +184,20 @@ def test_folders_that_cannot_be_read_are_refused_in_one_line(published, tmp_path
     with pytest.raises(FileNotFoundError, match="only OpenCLIP's"):
         clip_score.load(tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match="pickle"):
+    lines = []
+    with pytest.raises(FileNotFoundError, match="holds no .*model.safetensors") as caught:
         clip_score.load(tmp_path)
+    lines.append(str(caught.value))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="pickle.*from transformers import CLIPModel") as caught:
+        clip_score.load(tmp_path)
+    lines.append(str(caught.value))
     half = {name: value for name, value in tensors(module).items() if not name.startswith("vision_model.encoder.layers.1")}
     weights.save_tensors(tmp_path / "model.safetensors", half)
-    with pytest.raises(ValueError, match="16 missing: vision_model.encoder.layers.1"):
+    with pytest.raises(ValueError, match="16 missing: vision_model.encoder.layers.1") as caught:
         clip_score.load(tmp_path)
+    lines.append(str(caught.value))
+    with pytest.raises(FileNotFoundError, match="holds neither vocab.json") as caught:
+        clip_score.read_tokenizer(tmp_path)
+    for line in (*lines, str(caught.value)):
+        assert "--config.evaluate.clip" in line and "--config.model" not in line and "\n" not in line

@@ -12,9 +12,9 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from proreflow_jax.evaluation import fid, frechet, moments
+from proreflow_jax.data import coco
+from proreflow_jax.evaluation import clip_score, fid, frechet, moments, protocols
 from proreflow_jax.models import inception
-from proreflow_jax.models.network import Network
 from proreflow_jax.runtime.mesh import make_mesh
 
 WIDTH = 24
@@ -85,60 +85,65 @@ def test_one_image_has_no_distance():
 
 
 def test_moments_on_disk_come_back_bit_for_bit(tmp_path):
-    path, seen = tmp_path / "m.safetensors", moments.measured(draw(0))
-    moments.save(path, moments.empty(WIDTH))
+    path, seen = tmp_path / "m.safetensors", {"a": moments.measured(draw(0)), "b": moments.measured(draw(1, d=1))}
+    moments.save(path, {"a": moments.empty(WIDTH), "b": moments.empty(1)})
     moments.save(path, seen)
-    back = moments.load(path, WIDTH)
-    assert back.count == 200 and all(np.array_equal(one, other) for one, other in zip(back, seen, strict=True))
+    back = moments.load(path, {"a": WIDTH, "b": 1})
+    assert back["a"].count == back["b"].count == 200 and type(back["a"].count) is int
+    assert all(np.array_equal(one, other) for name in seen for one, other in zip(back[name], seen[name], strict=True))
     assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
-    with pytest.raises(ValueError, match="does not hold moments of 7 features: delete it"):
-        moments.load(path, 7)
+    for widths, said in (({"a": 7, "b": 1}, "7 a, 1 b"), ({"a": WIDTH}, "24 a"), ({"a": WIDTH, "c": 1}, "24 a, 1 c")):
+        with pytest.raises(ValueError, match=f"does not hold moments of {said}: delete it"):
+            moments.load(path, widths)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"m\.safetensors is not a readable safetensors file: delete it"):
-        moments.load(path, WIDTH)
+        moments.load(path, {"a": WIDTH, "b": 1})
 
 
 def small(width=WIDTH):
-    """A network in small: shrink, mix channels, a nonlinearity, pool."""
+    """A network in small, (apply, params): shrink, mix channels, a nonlinearity, pool; and beside it an image's mean."""
 
-    def apply(params, images):
-        x = jnp.tanh(jnp.einsum("bhwc,hwcd->bd", images / 255.0, params["w"], precision="highest"))
-        return x + params["b"]
+    def apply(params, rows):
+        x = jnp.tanh(jnp.einsum("bhwc,hwcd->bd", rows["images"] / 255.0, params["w"], precision="highest"))
+        return {"f": x + params["b"], "mean": rows["images"].mean(axis=(1, 2, 3))[:, None]}
 
     rng = np.random.default_rng(0)
-    params = {"w": rng.standard_normal((8, 8, 3, width)).astype(np.float32) / 8, "b": np.ones(width, np.float32)}
-    return Network({}, None, apply, {}), params
+    return apply, {"w": rng.standard_normal((8, 8, 3, width)).astype(np.float32) / 8, "b": np.ones(width, np.float32)}
 
 
 def features_on(devices, batch=8, fsdp=1):
-    network, params = small()
-    return fid.make_features(network, params, make_mesh(fsdp=fsdp, devices=jax.devices()[:devices]), batch)
+    return fid.make_features(*small(), make_mesh(fsdp=fsdp, devices=jax.devices()[:devices]), batch)
+
+
+def named(batches):
+    return [{"images": part} for part in batches]
 
 
 def test_features_keep_their_order_and_drop_what_filled_a_batch():
-    network, params = small()
+    apply, params = small()
     images = pictures(0, 21)
-    want = network.apply(params, images)
+    want = apply(params, {"images": images})
     calls = []
 
     def batches():
         for part in cut(images, (8, 3, 8, 2)):
             calls.append(len(part))
-            yield part
+            yield {"images": part}
 
     found = features_on(4, fsdp=2)(batches())
     assert calls == []  # nothing is read before it is asked for
     rows = list(found)
-    assert [len(part) for part in rows] == [8, 3, 8, 2]
-    np.testing.assert_allclose(np.concatenate(rows), want, rtol=1e-5, atol=1e-6)
+    assert [len(part["f"]) for part in rows] == [8, 3, 8, 2]
+    for name in ("f", "mean"):
+        np.testing.assert_allclose(np.concatenate([part[name] for part in rows]), want[name], rtol=1e-5, atol=1e-6)
 
 
 def test_one_shape_is_compiled_for_full_and_filled_batches():
-    network, params = small()
+    apply, params = small()
     traced = []
-    counted = network._replace(apply=lambda p, x: traced.append(x.shape) or network.apply(p, x))
-    list(fid.make_features(counted, params, make_mesh(), 8)(cut(pictures(0, 13), (8, 5))))
-    assert traced == [(8, 8, 8, 3)]
+    counted = lambda p, rows: traced.append({name: array.shape for name, array in rows.items()}) or apply(p, rows)
+    list(fid.make_features(counted, params, make_mesh(), 8)(named(cut(pictures(0, 13), (8, 5)))))
+    assert traced == [{"images": (8, 8, 8, 3)}]
 
 
 @pytest.mark.parametrize("batch", [0, -4, 6])
@@ -149,27 +154,34 @@ def test_a_batch_that_does_not_split_is_refused(batch):
 
 def test_a_batch_larger_than_promised_is_refused():
     with pytest.raises(ValueError, match="a batch of 9 images is larger than 8: raise --config.evaluate.batch"):
-        list(features_on(1)([pictures(0, 9)]))
+        list(features_on(1)(named([pictures(0, 9)])))
+
+
+WIDTHS = {"f": WIDTH, "mean": 1}
+COCO = protocols.PROTOCOLS["coco2017-5k"]
 
 
 def run(folder, seed, count, devices=1, sizes=8, every=2, after=None):
     """Measures `count` pictures; with `after`, the stream breaks off there, as a kill would."""
     images = pictures(seed, count)
 
-    def images_from(position):
+    def rows_from(position):
         for start in range(position, count, sizes):
             if after is not None and start >= after:
                 raise KeyboardInterrupt
-            yield images[start : start + sizes]
+            yield {"images": images[start : start + sizes]}
 
-    about = fid.facts(fid.PROTOCOLS["coco2017-5k"], "weights", f"set {seed}", count)
-    return fid.measure(folder, about, WIDTH, images_from, features_on(devices), every)
+    about = fid.facts(COCO, {"f": "weights"}, f"set {seed}", count)
+    return fid.measure(folder, about, WIDTHS, rows_from, features_on(devices), every)
+
+
+def equal(one, other):
+    return all(np.array_equal(*pair) for name in WIDTHS for pair in zip(one[name], other[name], strict=True))
 
 
 def test_the_distance_is_the_same_on_1_2_and_4_devices(tmp_path):
-    scores = [
-        fid.distance(run(tmp_path / f"{n}", 0, 101, devices=n), run(tmp_path / f"{n}", 1, 93, devices=n)) for n in (1, 2, 4)
-    ]
+    seen = [[run(tmp_path / f"{n}", seed, count, devices=n)["f"] for seed, count in ((0, 101), (1, 93))] for n in (1, 2, 4)]
+    scores = [fid.distance(*pair) for pair in seen]
     assert scores[0] > 0.1 and scores == pytest.approx([scores[0]] * 3, rel=1e-6)
 
 
@@ -179,84 +191,94 @@ def test_a_measurement_broken_off_and_run_again_is_bit_equal(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "broken", 0, 75, after=after)
         (file,) = (tmp_path / "broken").glob("*.safetensors")
-        assert 0 < moments.load(file, WIDTH).count <= after
+        kept = moments.load(file, WIDTHS)
+        assert 0 < kept["f"].count == kept["mean"].count <= after
     found = run(tmp_path / "broken", 0, 75)
-    assert found.count == 75 and all(np.array_equal(one, other) for one, other in zip(found, want, strict=True))
+    assert found["f"].count == 75 and equal(found, want)
+    np.testing.assert_allclose(found["mean"].mean, pictures(0, 75).mean(), rtol=1e-6)
 
 
-def test_reference_moments_are_computed_once_for_each_thing_they_depend_on(tmp_path):
+def test_moments_are_computed_once_for_each_thing_they_depend_on(tmp_path):
     first = run(tmp_path, 0, 16)
-    again = run(tmp_path, 0, 16, after=0)  # would raise if it read an image
-    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert equal(run(tmp_path, 0, 16, after=0), first)  # would raise if it read an image
     run(tmp_path, 1, 16)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(list(tmp_path.glob("*.json"))) == 2
-    coco = fid.PROTOCOLS["coco2017-5k"]
-    about = fid.facts(coco, "w", "i", 9)
-    others = [fid.facts(coco, "v", "i", 9), fid.facts(coco, "w", "j", 9), fid.facts(coco, "w", "i", 8)]
-    others += [
-        fid.facts(coco._replace(**{field: "x"}), "w", "i", 9) for field in ("name", "crop", "scale", "resize", "features")
-    ]
-    assert all(other != about for other in others)
-    assert fid.facts(coco._replace(guidance=2.0, steps=(1,), seeds=(9,)), "w", "i", 9) == about  # no matter of real images
+    about = fid.facts(COCO, {"f": "w"}, "i", 9)
+    others = [fid.facts(COCO, *rest) for rest in (({"f": "v"}, "i", 9), ({"g": "w"}, "i", 9), ({"f": "w"}, "j", 9))]
+    others += [fid.facts(COCO, {"f": "w"}, "i", 8)]
+    fields = ("name", "crop", "scale", "resize", "features")
+    others += [fid.facts(COCO._replace(**{field: "x"}), {"f": "w"}, "i", 9) for field in fields]
+    assert fid.file_stem(about) not in {fid.file_stem(other) for other in others}
+    assert len({fid.file_stem(other) for other in others}) == len(others)
+    assert fid.facts(COCO._replace(guidance=2.0, steps=(1,), seeds=(9,)), {"f": "w"}, "i", 9) == about  # of no matter to them
 
 
 def test_no_more_images_are_taken_than_the_count_and_no_fewer(tmp_path):
     images = pictures(0, 24)
-    about = fid.facts(fid.PROTOCOLS["coco2017-5k"], "w", "i", 13)
-    seen = fid.measure(tmp_path, about, WIDTH, lambda start: cut(images[start:], (8, 8, 8)), features_on(1))
-    want = moments.measured(np.concatenate(list(features_on(1)(cut(images[:13], (8, 5))))))
+    about = fid.facts(COCO, {"f": "w"}, "i", 13)
+    rows_from = lambda start: named(cut(images[start:], (8, 8, 8)))
+    seen = fid.measure(tmp_path, about, WIDTHS, rows_from, features_on(1))["f"]
     assert seen.count == 13
-    np.testing.assert_allclose(seen.mean, want.mean, rtol=1e-9)
-    about = fid.facts(fid.PROTOCOLS["coco2017-5k"], "w", "i", 30)
+    np.testing.assert_allclose(seen.mean, small()[0](small()[1], {"images": images[:13]})["f"].mean(axis=0), rtol=1e-5)
+    about = fid.facts(COCO, {"f": "w"}, "i", 30)
     with pytest.raises(ValueError, match=r"only 24 images of 30: .*--config\.evaluate\.protocol"):
-        fid.measure(tmp_path, about, WIDTH, lambda start: cut(images[start:], (8, 8, 8)), features_on(1))
+        fid.measure(tmp_path, about, WIDTHS, rows_from, features_on(1))
 
 
-def test_a_digest_sees_every_name_type_and_bit_and_no_order():
-    params = {"a": np.arange(4, dtype=np.float32), "b": np.ones((2, 2), np.float32)}
-    changed = [
-        params | {"a": np.nextafter(params["a"], 9).astype(np.float32)},
-        params | {"b": np.ones((4, 1), np.float32)},
-        params | {"b": np.ones((2, 2), np.float16)},
-        {"a": params["a"], "c": params["b"]},
-    ]
-    assert fid.digest(dict(reversed(params.items()))) == fid.digest(params)
-    assert fid.digest(jax.tree.map(jnp.asarray, params)) == fid.digest(params)
-    assert len({fid.digest(p) for p in [params, *changed]}) == 5
+def test_the_first_image_whose_features_are_not_finite_is_named(tmp_path):
+    def broken(batches):
+        for start, rows in zip((0, 8), features_on(1)(batches), strict=True):
+            yield {"f": rows["f"], "mean": np.where(np.arange(start, start + 8)[:, None] < 11, 1.0, np.nan)}
+
+    with pytest.raises(ValueError, match=r"mean of image 11 \(from 0\) is not finite"):
+        rows_from = lambda start: named(cut(pictures(0, 16), (8, 8)))
+        fid.measure(tmp_path, fid.facts(COCO, {}, "i", 16), WIDTHS, rows_from, broken)
+
+
+def test_a_set_of_images_is_told_from_others_by_bytes_cuts_and_order():
     parts = [[b"ab", b"c"], [b"a", b"bc"], [b"c", b"ab"], [b"abc"], []]
     assert len({fid.images_hash(part) for part in parts}) == 5
 
 
 def test_the_protocols_name_what_exists():
-    assert {"coco2014-30k", "coco2017-5k", "digits"} <= set(fid.PROTOCOLS)
-    for name, row in fid.PROTOCOLS.items():
-        assert fid.find_protocol(name) is row and row.name == name
+    assert {"coco2014-30k", "coco2017-5k", "digits"} <= set(protocols.PROTOCOLS)
+    for name, row in protocols.PROTOCOLS.items():
+        assert protocols.find_protocol(name) is row and row.name == name
         assert row.count > 1 and row.seeds and row.steps and row.crop in ("centre", "none")
-        assert (row.features == inception.NAME) == (row.resize in inception.RESIZES)
+        assert (row.features == inception.NAME) == (row.resize in inception.RESIZES) == (row.choice in coco.CHOICES)
+        assert row.clip in {"none", *(named.model for named in clip_score.NAMED.values())}
         assert (row.size > 0) == hasattr(Image.Resampling, row.scale.upper())
     with pytest.raises(ValueError, match=r"--config\.evaluate\.protocol=coco is none of coco2014-30k, coco2017-5k, digits"):
-        fid.find_protocol("coco")
+        protocols.find_protocol("coco")
 
 
 @pytest.mark.parametrize(("shape", "top", "left"), [((300, 480), 0, 90), ((481, 300), 90, 0), ((300, 300), 0, 0)])
 def test_pictures_are_cropped_in_the_middle_and_scaled(shape, top, left):
     """481 - 300 = 181: torchvision's center_crop rounds 90.5 to even."""
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
-    found = fid.prepare(image, fid.PROTOCOLS["coco2014-30k"])
+    found = fid.prepare(image, protocols.PROTOCOLS["coco2014-30k"])
     square = Image.fromarray(image).crop((left, top, left + 300, top + 300))
     np.testing.assert_array_equal(found, np.asarray(square.resize((256, 256), Image.Resampling.LANCZOS)))
-    assert fid.prepare(image, fid.PROTOCOLS["digits"]) is image
+    assert fid.prepare(image, protocols.PROTOCOLS["digits"]) is image
 
 
 def test_a_number_is_said_with_its_protocol_its_seeds_and_its_spread():
-    coco = fid.PROTOCOLS["coco2017-5k"]
-    text = fid.statement(coco, {0: 22.0, 1: 23.0, 2: 24.0}, 4, 5000, 4.0)
-    assert text == f"FID 23.00 +- 1.00 (seeds 0, 1, 2); coco2017-5k, 4 steps, 5,000 images, guidance 4, {inception.NAME}"
-    odd = fid.statement(coco, {7: 22.0}, 4, 100, 3.5)
-    assert "FID 22.00 (seed 7 only, spread unknown)" in odd and "+-" not in odd
-    assert odd.endswith("not the protocol's: images 100 instead of 5000; not the protocol's: guidance 3.5 instead of 4")
+    kept = protocols.Conditions(4, (0, 1, 2), 5000, 5000, 4.0, "ViT-g/14")
+    text = protocols.statement(COCO, {0: 22.0, 1: 23.0, 2: 24.0}, {0: 31.0, 1: 31.0, 2: 31.3}, kept)
+    scores = "FID 23.00 +- 1.00, CLIP score 31.10 +- 0.17 by ViT-g/14; seeds 0, 1, 2"
+    assert text == f"{scores}; coco2017-5k, 4 steps, 5,000 images, guidance 4, {inception.NAME}"
+
+
+def test_what_departs_from_a_protocol_is_said():
+    odd = protocols.Conditions(3, (7,), 100, 5000, 3.5, "")
+    text = protocols.statement(COCO, {7: 22.0}, {}, odd)
+    assert text.startswith("FID 22.00; seed 7 only, spread unknown; coco2017-5k, 3 steps, 100 images, guidance 3.5, ")
+    rules = ["images 100 instead of 5,000", "guidance 3.5 instead of 4", "seeds 7 instead of 0, 1, 2"]
+    rules += ["CLIP none instead of ViT-g/14", "steps 3 instead of 2 or 4"]
+    assert text.endswith(f"; not the protocol's: {', '.join(rules)}")
+    assert protocols.departures(COCO, odd._replace(real=24))[1] == "real images 24 instead of 5,000"
     with pytest.raises(ValueError, match=r"--config\.evaluate\.seeds"):
-        fid.statement(coco, {}, 4, 5000, 4.0)
+        protocols.statement(COCO, {}, {}, odd)
 
 
 def random_weight(rng, name, shape):
@@ -274,8 +296,10 @@ def test_inceptions_distance_is_the_same_on_1_2_and_4_devices():
     params = {name: random_weight(rng, name, kind.shape) for name, kind in network.shapes.items()}
     sets, scores = (pictures(0, 24, 32), pictures(1, 20, 32)), []
     for devices in (1, 2, 4):
-        features = fid.make_features(network, params, make_mesh(devices=jax.devices()[:devices]), 8)
-        rows = [np.concatenate(list(features(np.split(images, range(8, len(images), 8))))) for images in sets]
+        apply = lambda p, rows: {"f": network.apply(p, rows["images"])}
+        features = fid.make_features(apply, params, make_mesh(devices=jax.devices()[:devices]), 8)
+        parts = [features(named(np.split(images, range(8, len(images), 8)))) for images in sets]
+        rows = [np.concatenate([part["f"] for part in each]) for each in parts]
         scores.append(fid.distance(*(moments.measured(part) for part in rows)))
     assert scores[0] > 1e-3 * np.sum(rows[0].mean(axis=0) ** 2)  # the sets differ
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
@@ -289,10 +313,10 @@ import jax, numpy as np, test_evaluation_fid as t
 from pathlib import Path
 from proreflow_jax.evaluation import fid
 images, k, n = t.pictures(0, 48), jax.process_index(), jax.process_count()
-def images_from(start):
-    return [images[i : i + 8][k * 8 // n : (k + 1) * 8 // n] for i in range(start, 48, 8)]
+def rows_from(start):
+    return t.named(images[i : i + 8][k * 8 // n : (k + 1) * 8 // n] for i in range(start, 48, 8))
 features = fid.make_features(*t.small(), mesh.make_mesh(), 8)
-seen = fid.measure(Path(sys.argv[1]), fid.facts(fid.PROTOCOLS["digits"], "w", "i", 45), t.WIDTH, images_from, features)
+seen = fid.measure(Path(sys.argv[1]), fid.facts(t.COCO, {}, "i", 45), t.WIDTHS, rows_from, features)["f"]
 np.save(Path(sys.argv[1]) / f"{k}.npy", np.concatenate([seen.mean, seen.scatter.ravel()]))
 """
 
@@ -312,5 +336,6 @@ def test_two_processes_see_what_one_sees(tmp_path):
     assert [job.wait(timeout=120) for job in jobs] == [0, 0]
     first, second = (np.load(tmp_path / f"{k}.npy") for k in range(2))
     np.testing.assert_array_equal(first, second)
-    want = moments.measured(np.concatenate(list(features_on(1)(cut(pictures(0, 48), (8,) * 6))))[:45])
+    parts = features_on(1)(named(cut(pictures(0, 48), (8,) * 6)))
+    want = moments.measured(np.concatenate([part["f"] for part in parts])[:45])
     np.testing.assert_allclose(first, np.concatenate([want.mean, want.scatter.ravel()]), rtol=1e-5, atol=1e-5)

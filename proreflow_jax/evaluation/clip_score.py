@@ -1,4 +1,4 @@
-"""CLIP score: how well images fit their prompts, as a running mean with its standard error.
+"""CLIP score: how well images fit their prompts, and the standard error of its mean.
 
 score = 100 max(cos(image, text), 0), each pair by itself, of the projected states of CLIP's two towers. So do papers on
 text-to-image print it; some print the bare cosine, 0.31 for 31. Hessel et al. 2021 (CLIPScore, eq. 1) weigh by 2.5 instead of
@@ -7,7 +7,8 @@ its network (NAMED): those of ViT-L/14 and ViT-g/14 do not compare.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
+from proreflow_jax.evaluation.moments import Moments, gaussian
 from proreflow_jax.flow import losses
-from proreflow_jax.models import clip_image, network, weights
+from proreflow_jax.models import clip_image, network, tokenizer, weights
 from proreflow_jax.models.network import Network, Params
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images, red green blue; OpenCLIP took them over
 STD = (0.26862954, 0.26130258, 0.27577711)
 SCALE = 100.0
+FLAG = "--config.evaluate.clip"
+CONVERT = (
+    "convert it where you trust it: "
+    """python -c "from transformers import CLIPModel as M; M.from_pretrained('FOLDER').save_pretrained('NEW_FOLDER')", """
+    f"copy the tokenizer's files beside it, and name NEW_FOLDER by {FLAG}"
+)
 TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TEXT_DEFAULTS = dict(  # transformers leaves these numbers out of a config.json
     eos_token_id=49407,
@@ -66,14 +74,7 @@ class Clip(NamedTuple):
     text: Network
     image: Network
     params: dict[str, np.ndarray]
-
-
-class Running(NamedTuple):
-    """Scores seen so far, in float64: how many, their mean, their squared deviations from it summed. JSON keeps every bit."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
+    name: str  # a `model` of NAMED with the same numbers, else that of the folder
 
 
 def named_config(name: str) -> dict:
@@ -98,39 +99,47 @@ def tower_configs(config: Mapping[str, Any]) -> tuple[dict, dict]:
     return TEXT_DEFAULTS | text | width | kind, clip_image.DEFAULTS | vision | width
 
 
-def load(folder: Path, name: str = "") -> Clip:
+def load(folder: Path) -> Clip:
     """Both towers from a folder of transformers' CLIPModel: config.json and model.safetensors, whole or sharded.
 
-    Args:
-      folder: as it lies on the Hub; pickled weights are refused.
-      name: an entry of NAMED that the folder's numbers must agree with; "" takes any.
-
-    Raises:
-      FileNotFoundError, ValueError: one line; no such folder, another network than `name`, tensors that do not fit.
+    Raises FileNotFoundError or ValueError, one line: no such folder, only pickled weights, or tensors that do not fit.
     """
     if not (folder / "config.json").is_file():
         other = (folder / "open_clip_config.json").is_file()
         why = (
             ", only OpenCLIP's: take the same network in transformers' format" if other else ": name the folder of a CLIPModel"
         )
-        raise FileNotFoundError(f"{folder} holds no config.json of transformers{why}")
-    towers = tower_configs(weights.read_config(folder))
-    if name:
-        _check_named(folder, name, towers)
-    text, image = network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
-    params = weights.from_torch(weights.read_tensors(folder), {**text.shapes, **image.shapes, **LOGIT_SCALE}, str(folder))
+        raise FileNotFoundError(f"{folder} (--config.evaluate.clip) holds no config.json of transformers{why}")
+    with _of_clip():
+        towers = tower_configs(weights.read_config(folder))
+        text, image = network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
+        params = weights.from_torch(weights.read_tensors(folder), {**text.shapes, **image.shapes, **LOGIT_SCALE}, str(folder))
     del params["logit_scale"]
-    return Clip(text, image, params)
+    same = (row.model for published, row in NAMED.items() if _alike(towers, tower_configs(named_config(published))))
+    return Clip(text, image, params, next(same, folder.resolve().name))
 
 
-def _check_named(folder: Path, name: str, towers: tuple[dict, dict]) -> None:
+def read_tokenizer(folder: Path) -> tokenizer.PromptTokenizer:
+    """The tokenizer beside the towers. Raises FileNotFoundError or ValueError, one line, where there is none."""
+    with _of_clip():
+        return tokenizer.load(folder)
+
+
+@contextmanager
+def _of_clip() -> Iterator[None]:
+    """What the readers of models say, with the flag and the command that belong to this network."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        text = str(error).replace(weights.CONVERT, CONVERT).replace(tokenizer.RULE, FLAG)
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(text if FLAG in text else f"{text}: name another {FLAG}") from None
+
+
+def _alike(found: tuple[dict, dict], wanted: tuple[dict, dict]) -> bool:
+    """Whether two pairs of towers have the same numbers; their weights may still differ."""
     fields = (*TOWER, "hidden_act", "projection_dim", "image_size", "patch_size")
-    for tower, found, wanted in zip(("text", "image"), towers, tower_configs(named_config(name)), strict=True):
-        for field in (field for field in fields if found.get(field) != wanted.get(field)):
-            raise ValueError(
-                f"{folder} is not {name}: its {tower} tower has {field}={found.get(field)!r}, not {wanted[field]!r}; "
-                "name the folder that belongs to the protocol's network"
-            )
+    return all(one.get(field) == other.get(field) for one, other in zip(found, wanted, strict=True) for field in fields)
 
 
 def prepare(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
@@ -176,27 +185,7 @@ def make_scores(
     return scores
 
 
-def add(running: Running, scores: Float[np.ndarray, " n"]) -> Running:
-    """`running` with a batch more. Raises ValueError for a score that is not finite."""
-    values = np.asarray(scores, np.float64)
-    if not np.isfinite(values).all():
-        i = int(np.argmin(np.isfinite(values)))
-        raise ValueError(f"CLIP score {values[i]} of pair {running.count + i} (from 0): its image or the network is not finite")
-    mean = float(values.mean()) if values.size else 0.0
-    return merge(running, Running(values.size, mean, float(np.square(values - mean).sum())))
-
-
-def merge(first: Running, second: Running) -> Running:
-    """Two sets of scores as one (Chan, Golub and LeVeque 1983); neither order nor split change more than the last bits."""
-    count = first.count + second.count
-    if not first.count or not second.count:
-        return first if first.count else second
-    apart, share = second.mean - first.mean, second.count / count
-    return Running(count, first.mean + apart * share, first.squares + second.squares + apart**2 * share * first.count)
-
-
-def standard_error(running: Running) -> float:
-    """Of the mean: sample deviation / sqrt(count). Raises ValueError for fewer than two scores."""
-    if running.count < 2:
-        raise ValueError(f"{running.count} scores have no standard error: raise --config.evaluate.examples")
-    return math.sqrt(running.squares / (running.count - 1) / running.count)
+def standard_error(scores: Moments) -> float:
+    """Of the mean of scores, as moments of width 1: sample deviation / sqrt(count). Raises ValueError for fewer than two."""
+    _, covariance = gaussian(scores)
+    return math.sqrt(covariance[0, 0] / scores.count)

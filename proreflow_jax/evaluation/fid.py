@@ -1,110 +1,37 @@
-"""FID by named protocols: images -> features on the mesh -> moments on the host -> one distance, with what it rests on.
+"""FID: images -> features on the mesh -> moments on the host -> one distance.
 
-An FID without its protocol says nothing: the count, the resize, the crop and the reference each move it by more than methods
-differ. So a protocol is a row of a table, moments lie in files named by a hash of all they depend on, and the sentence that
-states a number states the rest with it. Nothing is downloaded here.
+Whatever else is measured of the same images goes along: features come by name, and the moments of all of them lie in one file,
+named by a hash of all they depend on. So a measurement that was stopped goes on, and no number is taken for another's.
+Nothing is downloaded here.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image
 
 from proreflow_jax.evaluation import moments
-from proreflow_jax.evaluation.classifier import FEATURES
 from proreflow_jax.evaluation.frechet import frechet_distance
 from proreflow_jax.evaluation.moments import Moments
-from proreflow_jax.models.inception import NAME
-from proreflow_jax.models.network import Network, Params
+from proreflow_jax.evaluation.protocols import Protocol
+from proreflow_jax.models.network import Params
 from proreflow_jax.runtime import files
 from proreflow_jax.runtime import mesh as mesh_lib
 
+log = logging.getLogger(__name__)
 DIGEST = 16  # hex digits of a hash in a file's name
-
-
-class Protocol(NamedTuple):
-    """What an FID depends on beside the model. Both sets are cropped and scaled alike, then resized for the feature network."""
-
-    name: str
-    prompts: str  # which captions, one image each
-    reference: str  # the real images
-    count: int  # generated images
-    size: int  # pixels that both sets are scaled to; 0: left as they are
-    crop: str  # "centre": the largest square in the middle; "none"
-    scale: str  # PIL's filter from there to `size`: "lanczos", "bicubic" or "none"
-    file: str  # how generated images are kept before they are judged
-    features: str  # the feature network
-    resize: str  # into the feature network: a name of models.inception.RESIZES, or "none"
-    guidance: float
-    seeds: tuple[int, ...]
-    steps: tuple[int, ...]
-
-
-PROTOCOLS = {
-    row.name: row
-    for row in (
-        Protocol(
-            name="coco2014-30k",
-            prompts="30,000 captions of val2014, drawn without replacement by seed 0",  # standard; the draw is our choice
-            reference="val2014, all 40,504 images",  # GigaGAN's evaluation
-            count=30_000,  # standard
-            size=256,  # standard, also for models that draw 512
-            crop="centre",  # GigaGAN's evaluation
-            scale="lanczos",  # GigaGAN's evaluation
-            file="png",  # standard; JPEG alone moves an FID
-            features=NAME,  # standard
-            resize="clean",  # GigaGAN's evaluation (it runs clean-fid); others use "tf1" or "torch": compare like with like
-            guidance=4.0,  # our choice: the paper sweeps 2 to 7 and names 4 in its ablation only
-            seeds=(0, 1, 2),  # our choice: the paper names none
-            steps=(2, 4),  # the paper's table
-        ),
-        Protocol(
-            name="coco2017-5k",
-            prompts="the first caption of each image of val2017, by image id",  # our choice: the paper does not say which of 5
-            reference="val2017, all 5,000 images",  # standard
-            count=5_000,  # standard
-            size=512,  # our choice: what SD 1.5 draws
-            crop="centre",  # our choice
-            scale="lanczos",  # our choice
-            file="png",  # our choice
-            features=NAME,  # standard
-            resize="torch",  # our choice: pytorch-fid's
-            guidance=4.0,  # the paper's ablation
-            seeds=(0, 1, 2),  # our choice: effects below one FID need several
-            steps=(2, 4),  # the paper's table
-        ),
-        Protocol(
-            name="digits",
-            prompts="ten captions in turn, ten wordings",  # all of it is our choice
-            reference="scikit-learn's digits, all 1,797",
-            count=1_000,
-            size=0,
-            crop="none",
-            scale="none",
-            file="none",
-            features=FEATURES,  # not Inception: digits are no photographs
-            resize="none",  # to 8x8 by the mean of cells, see data/digits.py
-            guidance=1.0,
-            seeds=(0, 1, 2),
-            steps=(1, 2, 4, 8),
-        ),
-    )
-}
-
-
-def find_protocol(name: str) -> Protocol:
-    """The row of that name. Raises ValueError, which lists them."""
-    if name not in PROTOCOLS:
-        raise ValueError(f"--config.evaluate.protocol={name} is none of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+REAL = "real"  # which rows of a batch are no filling
+Rows = dict[str, Shaped[np.ndarray, "n ..."]]  # what the feature networks are given, by name
+Features = dict[str, Float[np.ndarray, "n d"]]  # of the same images, by name
 
 
 def prepare(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UInt8[np.ndarray, "h2 w2 3"]:
@@ -120,67 +47,68 @@ def prepare(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UInt8[np.n
     return np.asarray(Image.fromarray(image).resize((protocol.size, protocol.size), kind))
 
 
-def make_features(network: Network, params: Params, mesh: Mesh, batch: int) -> Callable[[Iterable], Iterator]:
-    """A function from this process's batches of images to the features of all processes, in order, on every host.
+def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Params, mesh: Mesh, batch: int) -> Callable:
+    """A function from this process's batches of rows to the features of all processes, in order, on every host.
 
     Args:
-      network: of `models.inception.make_inception`, or any other with apply(params, images) -> (b, d).
+      apply: (params, rows) -> features by name, each (b, d); pure.
       params: its parameters; every device gets all of them.
       mesh: the batch is split over data and fsdp.
-      batch: images at once over all processes, the one shape that is compiled; a smaller batch is filled up, and what
+      batch: rows at once over all processes, the one shape that is compiled; a smaller batch is filled up, and what
         filled it is left out of the result.
 
+    Returns a function: iterable of {name: array (n, ...)} -> iterator of `Features`.
     Raises ValueError when the batch does not split over the devices.
     """
+    check_batch(batch, mesh)
+    alone = jax.process_count() == 1  # it reads the shards itself; several gather them, each host then adds up the same rows
+    kept = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
+    run = jax.jit(partial(_features, apply), out_shardings=kept)
+    placed = jax.device_put(params, mesh_lib.replicated(mesh))
+    local = batch // jax.process_count()
+    start = lambda rows: run(placed, mesh_lib.put_batch(mesh, _filled(rows, local)))
+    return lambda batches: map(_real_rows, ahead(start, batches))
+
+
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Raises ValueError when the batch does not split over the devices."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch < 1 or batch % ways:
         raise ValueError(f"--config.evaluate.batch={batch} must be a positive multiple of {ways} devices (data x fsdp)")
-    alone = jax.process_count() == 1  # it reads the shards itself; several gather them, each host then adds up the same rows
-    kept = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
-    run = jax.jit(partial(_features, network), out_shardings=kept)
-    placed = jax.device_put(params, mesh_lib.replicated(mesh))
-    local = batch // jax.process_count()
-    return lambda batches: _ahead(lambda images: run(placed, mesh_lib.put_batch(mesh, _filled(images, local))), batches)
 
 
-def _features(network: Network, params: Params, rows: dict[str, Array]) -> tuple[Float[Array, "b d"], Bool[Array, " b"]]:
-    return network.apply(params, rows["images"]), rows["real"]
+def _features(apply: Callable, params: Params, rows: dict[str, Array]) -> tuple[dict[str, Array], Bool[Array, " b"]]:
+    return apply(params, {name: array for name, array in rows.items() if name != REAL}), rows[REAL]
 
 
-def _filled(images: UInt8[np.ndarray, "n h w 3"], batch: int) -> dict[str, np.ndarray]:
-    missing = batch - len(images)
-    if missing < 0:
-        raise ValueError(f"a batch of {len(images)} images is larger than {batch}: raise --config.evaluate.batch")
-    return {"images": np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))), "real": np.arange(batch) < len(images)}
+def _filled(rows: Rows, batch: int) -> Rows:
+    count = len(next(iter(rows.values())))
+    if count > batch:
+        raise ValueError(f"a batch of {count} images is larger than {batch}: raise --config.evaluate.batch")
+    fill = lambda array: np.pad(array, ((0, batch - count), *((0, 0),) * (array.ndim - 1)))
+    return {REAL: np.arange(batch) < count} | {name: fill(array) for name, array in rows.items()}
 
 
-def _ahead(run: Callable[[Any], tuple], batches: Iterable) -> Iterator[Float[np.ndarray, "n d"]]:
-    """Starts a batch before it waits for the one before; on CPU not, where queued collectives may wait for each other."""
+def ahead(run: Callable[[Any], Any], inputs: Iterable) -> Iterator[Any]:
+    """What `run` gives for each input, on the host: starts the next before it waits for the one before.
+
+    On CPU it does not, where queued collectives may wait for each other.
+    """
     waiting = None
-    for images in batches:
-        started = run(images)
+    for each in inputs:
+        started = run(each)
         if jax.default_backend() == "cpu":
             jax.block_until_ready(started)
         if waiting is not None:
-            yield _real_rows(waiting)
+            yield jax.device_get(waiting)
         waiting = started
     if waiting is not None:
-        yield _real_rows(waiting)
+        yield jax.device_get(waiting)
 
 
-def _real_rows(result: tuple[Float[Array, "b d"], Bool[Array, " b"]]) -> Float[np.ndarray, "n d"]:
-    features, real = jax.device_get(result)
-    return features[real]
-
-
-def digest(params: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of parameters: names, shapes, types and bytes, whatever their order."""
-    total = hashlib.sha256()
-    for name in sorted(params):
-        value = np.ascontiguousarray(params[name])
-        total.update(f"{name} {value.shape} {value.dtype} ".encode())
-        total.update(value.tobytes())
-    return total.hexdigest()
+def _real_rows(result: tuple[Features, Bool[np.ndarray, " b"]]) -> Features:
+    features, real = result
+    return {name: rows[real] for name, rows in features.items()}
 
 
 def images_hash(parts: Iterable[bytes]) -> str:
@@ -191,78 +119,76 @@ def images_hash(parts: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
-def facts(protocol: Protocol, weights: str, images: str, count: int) -> dict[str, Any]:
+def facts(protocol: Protocol, networks: Mapping[str, str], images: Any, count: int) -> dict[str, Any]:
     """All that moments depend on.
 
     Args:
       protocol: of which what touches the images counts.
-      weights: `digest` of the feature network.
+      networks: digests of the feature networks, by name.
       images: `images_hash` of real ones; of generated ones whatever names them (model's digest, seed, steps, guidance).
       count: how many there are.
     """
     shaping = {field: getattr(protocol, field) for field in ("name", "size", "crop", "scale", "file", "features", "resize")}
-    return {"protocol": shaping, "weights": weights, "images": images, "count": count}
+    return {"protocol": shaping, "networks": dict(networks), "images": images, "count": count}
+
+
+def file_stem(about: Mapping[str, Any]) -> str:
+    """The name, without its ending, of the files that hold what depends on `about`."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:DIGEST]
 
 
 def measure(
     folder: Path,
     about: Mapping[str, Any],
-    width: int,
-    images_from: Callable[[int], Iterable],
-    features: Callable,
+    widths: Mapping[str, int],
+    rows_from: Callable[[int], Iterable[Rows]],
+    features: Callable[[Iterable[Rows]], Iterator[Features]],
     every: int = 50,
-) -> Moments:
+) -> dict[str, Moments]:
     """The moments of a set of images: from `folder` if they are there, else computed, from where the last run was stopped.
 
     Args:
       folder: where <hash of about>.safetensors and .json lie, or come to lie; process 0 writes.
       about: of `facts`; its count is how many images are taken.
-      width: of the features.
-      images_from: position -> this process's batches of uint8 images from that image of the set on.
+      widths: of the features, by name.
+      rows_from: position -> this process's batches from that image of the set on.
       features: of `make_features`.
       every: batches between two savings.
 
-    Raises ValueError when there are fewer images than the count.
+    Raises ValueError when there are fewer images than the count, or features are not finite.
     """
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:DIGEST]
-    path, count = folder / f"{key}.safetensors", int(about["count"])
-    seen = moments.load(path, width) if path.is_file() else moments.empty(width)
-    if seen.count >= count:
+    stem, count = file_stem(about), int(about["count"])
+    path = folder / f"{stem}.safetensors"
+    seen = moments.load(path, widths) if path.is_file() else {name: moments.empty(width) for name, width in widths.items()}
+    if (position := _position(seen)) >= count:
         return seen
     if writes := jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / f"{key}.json", dict(about))
-    for done, rows in enumerate(features(images_from(seen.count)), 1):
-        seen = moments.merge(seen, moments.measured(rows[: count - seen.count]))
-        if writes and (done % every == 0 or seen.count == count):
+        files.write_json(folder / f"{stem}.json", dict(about))
+    for done, found in enumerate(features(rows_from(position)), 1):
+        seen = {name: moments.merge(seen[name], _measured(name, found[name], position, count)) for name in seen}
+        position = _position(seen)
+        if writes and (done % every == 0 or position == count):
             moments.save(path, seen)
-        if seen.count == count:
+            log.info("%d of %d images, kept in %s", position, count, path)
+        if position == count:
             return seen
-    raise ValueError(f"only {seen.count} images of {count}: give the protocol's images, or another --config.evaluate.protocol")
+    raise ValueError(f"only {position} images of {count}: give the protocol's images, or another --config.evaluate.protocol")
+
+
+def _position(seen: Mapping[str, Moments]) -> int:
+    return next(iter(seen.values())).count
+
+
+def _measured(name: str, rows: Float[np.ndarray, "n d"], position: int, count: int) -> Moments:
+    """Of the rows that belong to the count."""
+    taken = rows[: count - position]
+    finite = np.isfinite(taken).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{name} of image {position + int(np.argmin(finite))} (from 0) is not finite: damaged weights?")
+    return moments.measured(taken)
 
 
 def distance(generated: Moments, reference: Moments) -> float:
     """The FID: the Frechet distance between the two Gaussians. Raises ValueError for fewer than two images of either."""
     return frechet_distance(moments.gaussian(generated), moments.gaussian(reference))
-
-
-def statement(protocol: Protocol, scores: Mapping[int, float], steps: int, count: int, guidance: float) -> str:
-    """The number in one sentence with its protocol, its seeds and its spread, and where the protocol was not kept.
-
-    Args:
-      protocol: by which it was measured.
-      scores: {seed: FID}.
-      steps: of the sampler.
-      count: images per seed.
-      guidance: scale.
-
-    Raises ValueError without a score.
-    """
-    if not scores:
-        raise ValueError("no seed was measured: set --config.evaluate.seeds")
-    values, seeds = np.array(list(scores.values())), ", ".join(map(str, scores))
-    spread = f"+- {values.std(ddof=1):.2f} (seeds {seeds})" if len(values) > 1 else f"(seed {seeds} only, spread unknown)"
-    said = {"images": (count, protocol.count), "guidance": (guidance, protocol.guidance)}
-    odd = [f"{what} {found:g} instead of {rule:g}" for what, (found, rule) in said.items() if found != rule]
-    rest = f"{protocol.name}, {steps} steps, {count:,} images, guidance {guidance:g}, {protocol.features}"
-    return "; ".join([f"FID {values.mean():.2f} {spread}", rest, *(f"not the protocol's: {line}" for line in odd)])

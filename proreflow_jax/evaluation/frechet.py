@@ -3,13 +3,12 @@
 import numpy as np
 from jaxtyping import Float
 
+from proreflow_jax.evaluation.moments import gaussian, measured
+
 
 def moments(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
     """Mean and unbiased covariance. Raises ValueError for fewer than two rows."""
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} examples have no covariance: raise --config.evaluate.examples")
-    features = np.asarray(features, np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    return gaussian(measured(features))
 
 
 def frechet_distance(

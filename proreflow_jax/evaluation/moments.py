@@ -5,6 +5,7 @@ where the mean is large against the spread (Chan, Golub and LeVeque 1983, eq. 2.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,22 +54,23 @@ def gaussian(moments: Moments) -> tuple[Float[np.ndarray, " d"], Float[np.ndarra
     return moments.mean, moments.scatter / (moments.count - 1)
 
 
-def save(path: Path, moments: Moments) -> None:
-    """Writes a .safetensors file; a reader, or a kill, sees the old one or the new one whole."""
+def save(path: Path, parts: Mapping[str, Moments]) -> None:
+    """Writes moments by name into one .safetensors file; a reader, or a kill, sees the old one or the new one whole."""
     writing = path.with_name(f".{path.name}.writing")
-    count = np.array([moments.count], np.int64)
-    weights.save_tensors(writing, {"count": count, "mean": moments.mean, "scatter": moments.scatter})
+    tensors = {f"{name}.{field}": np.asarray(value) for name, part in parts.items() for field, value in part._asdict().items()}
+    weights.save_tensors(writing, tensors)
     os.replace(writing, path)
 
 
-def load(path: Path, width: int) -> Moments:
-    """What `save` wrote, of features of this width. Raises ValueError, one line, when it is something else."""
+def load(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
+    """What `save` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
     try:
         found = dict(weights.Tensors([path]))
     except ValueError:
         raise ValueError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
-    shapes = {name: (array.shape, array.dtype) for name, array in found.items()}
-    wide, narrow = ((width, width), np.float64), ((width,), np.float64)
-    if shapes != {"count": ((1,), np.int64), "mean": narrow, "scatter": wide}:
-        raise ValueError(f"{path} does not hold moments of {width} features: delete it and evaluate again")
-    return Moments(int(found["count"][0]), found["mean"], found["scatter"])
+    wanted = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
+    kinds = lambda tensors: {name: (np.shape(value), np.asarray(value).dtype) for name, value in tensors.items()}
+    if kinds(found) != kinds(wanted):
+        listed = ", ".join(f"{width} {name}" for name, width in widths.items())
+        raise ValueError(f"{path} does not hold moments of {listed}: delete it and evaluate again")
+    return {name: Moments(int(found[f"{name}.count"]), found[f"{name}.mean"], found[f"{name}.scatter"]) for name in widths}

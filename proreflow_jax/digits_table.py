@@ -1,0 +1,219 @@
+"""The digits' table: every student of a run beside the base model, from the same noise and prompts, as table, JSON and picture.
+
+Prompts, real images and the judge are the digits' own.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from proreflow_jax.data import digits
+from proreflow_jax.evaluation import classifier, frechet, report
+from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key
+from proreflow_jax.flow import solvers, windows
+from proreflow_jax.reflow import sampler
+from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
+from proreflow_jax.runtime import files, mesh
+
+log = logging.getLogger(__name__)
+Draw = Callable[..., tuple[jax.Array, jax.Array]]
+COLUMNS = {
+    "method": "method",
+    "steps": "steps",
+    "distance": "distance to teacher",
+    "against": "against the teacher",
+    "frechet": "Frechet distance",
+    "recognised": "recognised",
+    "seconds": "s / image",
+}
+
+
+class Row(NamedTuple):
+    """One method at one number of steps."""
+
+    method: str
+    weights: Weights
+    steps: int
+
+
+class Judge(NamedTuple):
+    """The digits' judges, and the moments of the real digits in their features."""
+
+    judges: classifier.Judges
+    real: tuple[np.ndarray, np.ndarray]
+
+
+def check(experiment: Experiment) -> None:
+    """Raises ValueError, one line, for a table that cannot be made."""
+    config = experiment.config
+    if config.data.kind != "digits":
+        raise ValueError(
+            f"--config.data.kind={config.data.kind}: --config.evaluate.protocol=digits is for data.kind=digits alone, "
+            "take coco2017-5k or coco2014-30k"
+        )
+    examples, batch = config.evaluate.examples, config.evaluate.batch
+    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    if batch < 1 or examples < 1 or examples % batch or batch % ways:
+        raise ValueError(
+            f"--config.evaluate.batch={batch} must divide --config.evaluate.examples={examples} "
+            f"and be a multiple of {ways} devices"
+        )
+
+
+def run(experiment: Experiment) -> None:
+    """Prints the table; writes table.md, table.json, samples.png and report.html into the run's folder."""
+    config, folder = experiment.config, experiment.run
+    rows = _rows(experiment)
+    began = time.monotonic()
+    results, images = measure(experiment, rows)
+    notes = _notes(config)
+    text = report.table(results, COLUMNS)
+    files.write_json(folder / "table.json", {"notes": notes, "rows": results})
+    (folder / "table.md").write_text(text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8")
+    heads = [str(i % 10) for i in range(config.evaluate.columns)]
+    labels = [f"{row.method}, {row.steps} steps" for row in rows]
+    report.picture(folder / "samples.png", list(zip(labels, images, strict=True)), heads)
+    report.page(
+        folder / "report.html", f"{config.name}: {tuple(config.stages)} windows", notes, results, COLUMNS, "samples.png"
+    )
+    print("\n".join([text, *notes]))
+    print(f"picture: {folder / 'samples.png'}   page: {folder / 'report.html'}   ({time.monotonic() - began:.0f} s)")
+
+
+def _notes(config: ConfigDict) -> list[str]:
+    n = config.evaluate.examples
+    return [
+        f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from "
+        f"the same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
+        f"Frechet distance to the 1,797 real digits in the features of {classifier.FEATURES}, n = {n}. "
+        f"recognised: share of images that {classifier.READER} (trained on the real digits) takes for the prompt's digit.",
+        f"guidance 1, one seed ({config.seed}); s / image: latents and decoding on this machine, compilation excluded.",
+    ]
+
+
+def _rows(experiment: Experiment) -> list[Row]:
+    base, e = load_weights(experiment, None), experiment.config.evaluate
+    rows = [Row("teacher", base, steps) for steps in e.teacher_steps]
+    students = {count: load_weights(experiment, find_stage(experiment.stages, count)) for count, _ in e.student_steps}
+    rows += [Row(f"{count}-window student", students[count], steps) for count, steps in e.student_steps]
+    for row in rows:
+        sampler.check_sampling(row.steps, row.weights.flow)
+    return rows
+
+
+def measure(experiment: Experiment, rows: list[Row]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Samples every row from the same noise and prompts: (results, the first images of each row)."""
+    e = experiment.config.evaluate
+    labels, ids = prompts(experiment, e.examples)
+    noise = jax.random.normal(run_key(experiment.config, EVALUATION_KEY, 0), (e.examples, *experiment.base.latent_shape))
+    judge, draw = make_judge(experiment.config.data.resolution), make_draw(experiment)
+    results, pictures, reference, teacher = [], [], None, {}
+    for row in rows:
+        latents, images, seconds = _timed(draw, row, noise, ids, e.batch)
+        reference = latents if reference is None else reference
+        found = scores(judge, latents, images, reference, labels)
+        if row.weights.flow.windows == 0:
+            teacher[row.steps] = found["distance"]
+        change = found["distance"] / teacher[row.steps] - 1 if teacher.get(row.steps) and row.weights.flow.windows else None
+        said = {
+            "against": "" if change is None else f"{100 * change:+.0f} %",
+            "recognised": f"{100 * found['recognised']:.1f} %",
+            "seconds": seconds,
+        }
+        results.append({"method": row.method, "steps": row.steps} | found | said)
+        pictures.append(images[: e.columns])
+        log.info(
+            "%s, %d steps: distance %.4f, Frechet distance %.2f", row.method, row.steps, found["distance"], found["frechet"]
+        )
+    return results, pictures
+
+
+def prompts(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(digits (n,), ids (n, s)) of ten captions in turn, in ten wordings."""
+    labels = np.arange(count) % 10
+    return labels, experiment.base.tokenizer.encode([digits.caption(label, i // 10) for i, label in enumerate(labels)])
+
+
+def scores(
+    judge: Judge, latents: np.ndarray, images: np.ndarray, reference: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """distance (RMS of latents to the reference's), frechet (to the real digits), recognised (share), of n samples.
+
+    latents, reference: (n, h, w, c). images: (n, height, width, 3) uint8. labels: the prompts' digits, (n,).
+    """
+    pixels = digits.to_pixels8(images)
+    return {
+        "distance": float(np.sqrt(np.mean((latents - reference) ** 2))),
+        "frechet": frechet.frechet_distance(frechet.moments(classifier.features(judge.judges, pixels)), judge.real),
+        "recognised": float(np.mean(classifier.read(judge.judges, pixels) == labels)),
+    }
+
+
+def make_judge(size: int) -> Judge:
+    """The judges of digits of so many pixels a side. Raises ValueError if scikit-learn is missing."""
+    images, labels = digits.load(size)
+    pixels = digits.to_pixels8(images)
+    offsets = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    moved = np.concatenate([digits.to_pixels8(_moved(images, *offset)) for offset in offsets])
+    judges = classifier.fit(pixels, labels, moved, np.tile(labels, len(offsets)))
+    return Judge(judges, frechet.moments(classifier.features(judges, pixels)))
+
+
+def _moved(images: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Images moved by up to one pixel; what comes in is black."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    h, w = images.shape[1:3]
+    return padded[:, 1 - down : 1 - down + h, 1 - right : 1 - right + w]
+
+
+def make_draw(experiment: Experiment) -> Draw:
+    """(params, flow, noise, ids, steps) -> (latents, images) of one batch.
+
+    One step is compiled for each flow and serves every number of steps.
+    """
+    n = experiment.networks
+    whole, split = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
+    text, vae = jax.device_put(experiment.base.text, whole), jax.device_put(experiment.base.params["vae"], whole)
+    context = jax.jit(partial(text_context, n.condition))
+    decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling))
+
+    @partial(jax.jit, static_argnames="flow")
+    def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Flow) -> jax.Array:
+        predict = solvers.guided(make_predict(n.unet, params), states, None, 1.0)
+        each = lambda time: jnp.full(z.shape[0], time)
+        return make_step(flow, n.schedule, predict)(z, each(t), each(u), None)[0]
+
+    def draw(params: Any, flow: Flow, noise: jax.Array, ids: np.ndarray, steps: int) -> tuple[jax.Array, jax.Array]:
+        nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
+        z, states = jax.device_put(noise, split), context(text, jax.device_put(ids, split))
+        for t, u in zip(nodes[:-1], nodes[1:], strict=True):
+            z = move(params, z, t, u, states, flow)
+        return z, decode(vae, z)
+
+    return draw
+
+
+def sample(
+    draw: Draw, params: Any, flow: Flow, noise: jax.Array, ids: np.ndarray, steps: int, batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(latents, images) of every row of `noise` and `ids`, `batch` at once, on the host."""
+    rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
+    parts = [jax.device_get(draw(params, flow, noise[part], ids[part], steps)) for part in rows]
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _timed(draw: Draw, row: Row, noise: jax.Array, ids: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Latents, images, and seconds an image after a first call that compiles."""
+    params, flow = row.weights.params, row.weights.flow
+    jax.block_until_ready(draw(params, flow, noise[:batch], ids[:batch], max(flow.windows, 1)))
+    began = time.monotonic()
+    latents, images = sample(draw, params, flow, noise, ids, row.steps, batch)
+    return latents, images, (time.monotonic() - began) / len(noise)

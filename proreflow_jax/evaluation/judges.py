@@ -1,0 +1,80 @@
+"""The networks that judge images, read once and put on the mesh: FID's Inception, and CLIP's towers where they are named.
+
+Both see an image in one pass. Real images are judged by Inception alone, for they have no prompts here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+
+from proreflow_jax.evaluation import clip_score, fid
+from proreflow_jax.evaluation.protocols import Protocol
+from proreflow_jax.models import inception
+from proreflow_jax.models.network import Network, Params
+from proreflow_jax.runtime import mesh as mesh_lib
+from proreflow_jax.runtime.digest import digest, fold
+
+FID, CLIP = "inception", "clip"  # names of the features
+
+
+class Judge(NamedTuple):
+    """What judges batches of images.
+
+    features: batches of rows -> features, as of `fid.make_features`.
+    rows: (images, prompts) -> rows with both networks' features; (images,) -> with FID's alone. Images are uint8, prepared
+      by `fid.prepare`: (n, h, w, 3).
+    widths: of the features, by name.
+    digests: of the networks' weights, by name.
+    clip: name of the CLIP score's network; "": there is none.
+    """
+
+    features: Callable[..., Iterator[fid.Features]]
+    rows: Callable[..., fid.Rows]
+    widths: dict[str, int]
+    digests: dict[str, str]
+    clip: str
+
+
+def feature_network(path: Path, resize: str) -> tuple[Network, Params]:
+    """FID's network and its weights. Raises ValueError, one line, for a file that is not it."""
+    return inception.make_inception(resize), inception.read(path)
+
+
+def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, batch: int) -> Judge:
+    """Reads the networks and puts them on every device.
+
+    Args:
+      path: of FID's network, .safetensors.
+      clip: folder of the CLIP score's network; None: no CLIP score.
+      protocol: by which images are prepared.
+      mesh, batch: as of `fid.make_features`.
+
+    Raises FileNotFoundError or ValueError, one line, for files that are not these networks.
+    """
+    network, weights = feature_network(path, protocol.resize)
+    params = {FID: weights}
+    picture = jax.ShapeDtypeStruct((1, protocol.size, protocol.size, 3), np.uint8)
+    widths = {FID: jax.eval_shape(network.apply, weights, picture).shape[-1]}
+    loaded = clip_score.load(clip) if clip else None
+    if loaded:
+        encode = clip_score.read_tokenizer(clip).encode
+        scores, side = clip_score.make_scores(loaded.text, loaded.image), loaded.image.config["image_size"]
+        params[CLIP], widths[CLIP] = loaded.params, 1
+    params = jax.device_put(params, mesh_lib.replicated(mesh))
+
+    def apply(params: dict[str, Params], rows: dict[str, Array]) -> dict[str, Array]:
+        found = {FID: network.apply(params[FID], rows["images"])}
+        return found | ({CLIP: scores(params[CLIP], rows["seen"], rows["ids"])[:, None]} if "ids" in rows else {})
+
+    def rows(images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str] = ()) -> dict[str, Any]:
+        seen = {"seen": clip_score.prepare(images, side), "ids": encode(prompts)} if loaded and prompts else {}
+        return {"images": images} | seen
+
+    digests = {name: fold(digest(part)) for name, part in params.items()}
+    features = fid.make_features(apply, params, mesh, batch)
+    return Judge(features, rows, widths, digests, loaded.name if loaded else "")

@@ -1,0 +1,284 @@
+"""FID and CLIP score of a run by a named protocol: every student beside the base model, over seeds, on the mesh, resumable.
+
+The noise of image i depends on (seed, i) alone, so neither the batch nor the devices change what is drawn. What was judged is
+kept below <run>/scores under a hash of all it depends on; the same command goes on where a killed one was. Moments of the real
+images lie in <root>/reference, for all runs.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, UInt8
+from ml_collections import ConfigDict
+
+from proreflow_jax.data import coco
+from proreflow_jax.data.files import digest as json_digest
+from proreflow_jax.evaluation import clip_score, fid, protocols, report
+from proreflow_jax.evaluation.judges import CLIP, FID, Judge, make_judge
+from proreflow_jax.evaluation.moments import Moments
+from proreflow_jax.evaluation.protocols import Conditions, Protocol
+from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, student_flow
+from proreflow_jax.models.network import Params
+from proreflow_jax.reflow import sampler
+from proreflow_jax.reflow.pairs import Networks
+from proreflow_jax.reflow.stages import DONE, find_stage
+from proreflow_jax.reflow.teacher import Flow, text_context
+from proreflow_jax.runtime import files, mesh
+from proreflow_jax.runtime.digest import digest, fold
+
+log = logging.getLogger(__name__)
+SAVE_EVERY = 20  # batches that a kill costs at most
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+CONVERT = (
+    """python -c "from torch import load; from safetensors.torch import save_file; """
+    """save_file(load('{path}', weights_only=True), 'inception.safetensors')\""""
+)
+COLUMNS = {
+    "method": "method",
+    "steps": "steps",
+    "fid": "FID",
+    "fid_spread": "+-",
+    "clip": "CLIP score",
+    "clip_spread": "+-",
+    "seeds": "seeds",
+}
+
+
+class Plan(NamedTuple):
+    """The protocol, and what the config makes of its numbers."""
+
+    protocol: Protocol
+    count: int
+    guidance: float
+    seeds: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """One method at one number of steps; 0 windows: the base model."""
+
+    method: str
+    windows: int
+    flow: Flow
+    steps: int
+
+
+class Drawn(NamedTuple):
+    """What every row draws: prompts and their ids, a digest of the frozen networks, and these on every device."""
+
+    prompts: list[str]
+    ids: np.ndarray  # (n, s)
+    told: str  # digest of text encoders, VAE, configs and prompts
+    text: Mapping[str, Params]
+    vae: Params
+    empty: np.ndarray  # (1, s), of the negative prompt
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError or FileNotFoundError, one line, for what cannot be measured; reads no model."""
+    e, plan = config.evaluate, make_plan(config)
+    if plan.protocol.choice not in coco.CHOICES:
+        raise ValueError(f"--config.evaluate.protocol={plan.protocol.name} has a table of its own, no FID of COCO")
+    if plan.count < 2:
+        raise ValueError(f"--config.evaluate.examples={e.examples} must be at least 2, or 0: as the protocol says")
+    if plan.guidance < 0:
+        raise ValueError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
+    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in plan.seeds) or len(set(plan.seeds)) < len(plan.seeds):
+        raise ValueError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
+    if jax.process_count() > 1:
+        raise ValueError(f"evaluate runs in one process, this job has {jax.process_count()}: run it on one host")
+    _check_file(e.inception)
+    if e.clip and not Path(e.clip).expanduser().is_dir():
+        raise FileNotFoundError(f"{e.clip} is not a folder: {clip_score.FLAG} must name that of a CLIPModel")
+    if coco.is_tfds(e.images):
+        coco.check_tfds(Path(e.images).expanduser(), plan.protocol.year)
+    else:
+        _check_count(plan, e.examples, coco.open_split(e.captions, e.images, plan.protocol.year))
+
+
+def _check_file(path: str) -> None:
+    if not path:
+        raise ValueError("--config.evaluate.inception is empty: name the FID network's .safetensors file (see docs/scores.md)")
+    if Path(path).suffix in PICKLES:
+        raise ValueError(
+            f"--config.evaluate.inception={path} is a pickle, which may run code and is never opened here: convert it where "
+            f"you trust it, {CONVERT.format(path=path)}, and name inception.safetensors"
+        )
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(f"{path} is not a file: --config.evaluate.inception must name the FID network's .safetensors")
+
+
+def _check_count(plan: Plan, examples: int, split: coco.Split) -> None:
+    """The whole reference, unless the config asks for a count of its own."""
+    if not examples and len(split.images) != plan.protocol.real:
+        raise ValueError(
+            f"--config.evaluate.captions names {len(split.images):,} images, {plan.protocol.name} rests on "
+            f"{plan.protocol.real:,}: give the official file, or say by --config.evaluate.examples that you depart from it"
+        )
+    coco.CHOICES[plan.protocol.choice](split, plan.count)
+
+
+def make_plan(config: ConfigDict) -> Plan:
+    """The protocol with the config's own count, guidance and seeds where it names them. Raises ValueError for its name."""
+    e, protocol = config.evaluate, protocols.find_protocol(config.evaluate.protocol)
+    seeds = tuple(e.seeds) or protocol.seeds
+    return Plan(protocol, e.examples or protocol.count, float(e.guidance or protocol.guidance), seeds)
+
+
+def run(experiment: Experiment) -> list[dict[str, Any]]:
+    """Measures and prints every row; writes scores.json and scores.md into the run's folder, anew after each row."""
+    e, plan = experiment.config.evaluate, make_plan(experiment.config)
+    fid.check_batch(e.batch, experiment.mesh)
+    rows = _rows(experiment)
+    split = coco.open_split(e.captions, e.images, plan.protocol.year)
+    _check_count(plan, e.examples, split)
+    clip = Path(e.clip).expanduser() if e.clip else None
+    judge = make_judge(Path(e.inception).expanduser(), clip, plan.protocol, experiment.mesh, e.batch)
+    reference = _reference(experiment, plan, split, judge)
+    drawn = _drawn(experiment, coco.CHOICES[plan.protocol.choice](split, plan.count))
+    results, held, weights = [], None, None
+    with files.lock(experiment.run / "scores"):
+        for row in rows:
+            if row.windows != held:  # rows of one student stand together
+                stage = find_stage(experiment.stages, row.windows) if row.windows else None
+                held, weights = row.windows, load_weights(experiment, stage)
+            results.append(_scores(experiment, plan, row, weights, judge, reference, drawn))
+            print(f"{row.method}: {results[-1]['statement']}")
+            _write(experiment, plan, judge, reference, results)
+    print(f"table: {experiment.run / 'scores.md'}")
+    return results
+
+
+def _rows(experiment: Experiment) -> list[Row]:
+    """Teacher, then students, each of which can be sampled and is finished; raises one line otherwise."""
+    e = experiment.config.evaluate
+    rows = [Row("teacher", 0, experiment.flow, steps) for steps in e.teacher_steps]
+    for count, steps in e.student_steps:
+        stage = find_stage(experiment.stages, count)
+        if not (stage.folder / DONE).is_file():
+            raise FileNotFoundError(f"{stage.folder / DONE} is missing: run distill, or leave it out of evaluate.student_steps")
+        rows.append(Row(f"{count}-window student", count, student_flow(experiment.config, stage), steps))
+    for row in rows:
+        sampler.check_sampling(row.steps, row.flow)
+    return rows
+
+
+def _reference(experiment: Experiment, plan: Plan, split: coco.Split, judge: Judge) -> Moments:
+    """Of the real images, computed once for all runs below the same root."""
+    e, folder = experiment.config.evaluate, Path(experiment.config.root) / "reference"
+    numbers = range(len(split.images))
+    log.info("reference: %d images of %s", len(numbers), e.images)
+    alike = fid.images_hash(map(split.read, numbers))
+    about = fid.facts(plan.protocol, {FID: judge.digests[FID]}, alike, len(numbers))
+
+    def rows_from(position: int) -> Iterator[fid.Rows]:
+        for start in range(position, len(numbers), e.batch):
+            pictures = [coco.decode(split.read(i), f"image {split.images[i]}") for i in numbers[start : start + e.batch]]
+            yield judge.rows(np.stack([fid.prepare(picture, plan.protocol) for picture in pictures]))
+
+    with files.lock(folder):
+        return fid.measure(folder, about, {FID: judge.widths[FID]}, rows_from, judge.features, SAVE_EVERY)[FID]
+
+
+def _drawn(experiment: Experiment, prompts: list[str]) -> Drawn:
+    base, place = experiment.base, mesh.replicated(experiment.mesh)
+    ids, empty = base.tokenizer.encode(prompts), base.tokenizer.encode([""])
+    text, vae = jax.device_put(base.text, place), jax.device_put(base.params["vae"], place)
+    configs = {name: network.config for name, network in base.networks.items()}
+    sizes = {name: list(value) for name, value in experiment.config.conditioning.items()}
+    about = {"prompts": prompts, "ids": ids.tolist(), "empty": empty.tolist(), "configs": configs, "sizes": sizes}
+    about |= {"scheduler": base.scheduler, "frozen": fold(digest({"text": text, "vae": vae}))}
+    return Drawn(prompts, ids, json_digest(about), text, vae, empty)
+
+
+def draw_images(
+    params: Params,
+    text: Mapping[str, Params],
+    vae: Params,
+    empty: Array,
+    rows: Mapping[str, Array],
+    seed: Array,
+    *,
+    networks: Networks,
+    latent: tuple[int, int, int],
+    flow: Flow,
+    steps: int,
+    guidance: float,
+) -> UInt8[Array, "b height width 3"]:
+    """Images of numbered prompts, uint8; noise i is drawn by a key of (seed, i).
+
+    Args:
+      params: of the UNet; text, vae: of the networks beside it.
+      empty: ids (1, s) of the negative prompt.
+      rows: "number" (b,) of each image, and "ids" (b, s) of its prompt.
+      seed: of the noise, a whole number.
+      networks, latent, flow, steps, guidance: as of `sampler.sample_latents`.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), EVALUATION_KEY)
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent))(rows["number"])
+    context, negative = (text_context(networks.condition, text, ids) for ids in (rows["ids"], empty))
+    options = dict(unet=networks.unet, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance)
+    latents = sampler.sample_latents(params, noise, context, negative, **options)
+    return sampler.decode(networks.vae, vae, latents, networks.scaling)
+
+
+def _scores(
+    experiment: Experiment, plan: Plan, row: Row, weights: Weights, judge: Judge, reference: Moments, drawn: Drawn
+) -> dict[str, Any]:
+    """A row of scores.json."""
+    options = dict(flow=weights.flow, steps=row.steps, guidance=plan.guidance)
+    draw = partial(draw_images, networks=experiment.networks, latent=experiment.base.latent_shape, **options)
+    draw = partial(jax.jit(draw, out_shardings=mesh.batch_sharding(experiment.mesh)), weights.params)
+    made = {"model": fold(digest(weights.params)), "told": drawn.told, **options, "flow": list(weights.flow)}
+    fids, clips, errors = {}, {}, {}
+    for seed in plan.seeds:
+        log.info("%s, %d steps, seed %d", row.method, row.steps, seed)
+        about = fid.facts(plan.protocol, judge.digests, made | {"seed": seed}, plan.count)
+        batches = partial(_generated, experiment, plan, draw, seed, judge, drawn)
+        seen = fid.measure(experiment.run / "scores", about, judge.widths, batches, judge.features, SAVE_EVERY)
+        fids[seed] = fid.distance(seen[FID], reference)
+        if judge.clip:
+            clips[seed], errors[seed] = float(seen[CLIP].mean[0]), clip_score.standard_error(seen[CLIP])
+    under = Conditions(row.steps, plan.seeds, plan.count, reference.count, plan.guidance, judge.clip)
+    text = protocols.statement(plan.protocol, fids, clips, under)
+    found = {"method": row.method, "windows": row.windows, "steps": row.steps, "digest": weights.digest, "statement": text}
+    return found | {"fid": fids, "clip": clips, "clip_standard_error": errors}
+
+
+def _generated(
+    experiment: Experiment, plan: Plan, draw: Callable, seed: int, judge: Judge, drawn: Drawn, position: int
+) -> Iterator[fid.Rows]:
+    """Batches for the judge from image `position` on; the last is drawn whole and cut."""
+    batch, last = experiment.config.evaluate.batch, plan.count - 1
+
+    def start(first: int) -> Array:
+        numbers = np.arange(first, first + batch, dtype=np.uint32)
+        rows = mesh.put_batch(experiment.mesh, {"number": numbers, "ids": drawn.ids[np.minimum(numbers, last)]})
+        return draw(drawn.text, drawn.vae, drawn.empty, rows, np.uint32(seed))
+
+    firsts = range(position, plan.count, batch)
+    for first, images in zip(firsts, fid.ahead(start, firsts), strict=True):
+        prompts = drawn.prompts[first : first + batch]
+        yield judge.rows(np.stack([fid.prepare(image, plan.protocol) for image in images[: len(prompts)]]), prompts)
+
+
+def _write(experiment: Experiment, plan: Plan, judge: Judge, reference: Moments, results: list[dict[str, Any]]) -> None:
+    """scores.json with every number, scores.md with the table and the statements."""
+    kept = plan._asdict() | {"protocol": plan.protocol._asdict(), "real": reference.count, "clip": judge.clip}
+    files.write_json(experiment.run / "scores.json", kept | {"networks": judge.digests, "rows": results})
+    lines = [f"- {row['method']}: {row['statement']}" for row in results]
+    text = report.table([_cells(row) for row in results], COLUMNS)
+    (experiment.run / "scores.md").write_text("\n".join([text, "", *lines]) + "\n", encoding="utf-8")
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    cells = {"method": row["method"], "steps": row["steps"], "seeds": ", ".join(map(str, row["fid"]))}
+    for name in ("fid", "clip"):
+        if row[name]:
+            mean, spread = protocols.mean_and_spread(row[name])
+            cells |= {name: f"{mean:.2f}", f"{name}_spread": "unknown" if spread is None else f"{spread:.2f}"}
+    return cells
