@@ -3,18 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 CONFIG ?= configs/digits.py
+FORM ?= quick
 
-.PHONY: demo test test-slow check-export base lint clean
+.PHONY: demo test test-slow reproduce check-export base lint clean
 demo: .venv/demo.ok
 	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
 	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
 
 test: .venv/test.ok
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/test.ok
 	$(RUN) -m pytest -m slow
+
+# The paper's methods at equal compute; FORM=full takes hours.
+reproduce: .venv/demo.ok
+	$(RUN) -m proreflow_jax.reproduce --config=configs/reproduce.py:$(FORM) --workers=2
 
 # Replay the demo's exports in stock diffusers (torch; after `make demo`).
 check-export: .venv/test.ok

@@ -54,34 +54,44 @@ class Weights(NamedTuple):
 
 def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
-    run = Path(config.root) / files.check_name(config.name)
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    check_config(config, machine)
-    plan = stages.plan_stages(config.stages, run)
-    check_loss(loss_recipe(config))
+    run, plan = _planned(config, machine)
     base = base_model.load(config, partial(places, config, machine))
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
-    check_student(config, flow.prediction)
-    experiment = Experiment(config, run, base, networks, flow, plan, machine)
-    for stage in plan:
+    return _fitting(Experiment(config, run, base, networks, flow, plan, machine))
+
+
+def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
+    """Another config of the same base model on the same mesh, checked alike."""
+    run, plan = _planned(config, experiment.mesh)
+    return _fitting(experiment._replace(config=config, run=run, stages=plan))
+
+
+def _planned(config: ConfigDict, machine: Mesh) -> tuple[Path, list[Stage]]:
+    """The run's folder and its stages, after all checks that need no base model."""
+    run = Path(config.root) / files.check_name(config.name)
+    check_config(config, machine)
+    check_loss(loss_recipe(config))
+    return run, stages.plan_stages(config.stages, run)
+
+
+def _fitting(experiment: Experiment) -> Experiment:
+    """The experiment itself, if its config fits its base model: the reading, teacher's steps, resolution, LoRA's layers."""
+    c, side = experiment.config, experiment.base.resolution
+    check_student(c, experiment.flow.prediction)
+    for stage in experiment.stages:
         check_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))
-    _check_resolution(experiment)
+    if c.pairs.start == "data" and c.data.resolution != side:  # images become latents of the shape that the noise has
+        raise ValueError(f"--config.data.resolution={c.data.resolution} must be {side}, the pixels a side of {c.model.path}")
     trained_shapes(experiment)
     return experiment
 
 
-def _check_resolution(experiment: Experiment) -> None:
-    """Images become latents of the shape that the noise has; raises ValueError otherwise."""
-    c, side = experiment.config, experiment.base.resolution
-    if c.pairs.start == "data" and c.data.resolution != side:
-        raise ValueError(f"--config.data.resolution={c.data.resolution} must be {side}, the pixels a side of {c.model.path}")
-
-
 def loss_recipe(config: ConfigDict) -> LossRecipe:
     """The loss as the step wants it."""
-    return LossRecipe(config.loss.space, config.loss.alpha, config.loss.window_start_prob, config.model.dtype)
+    return LossRecipe(**config.loss, dtype=config.model.dtype)
 
 
 def student_flow(config: ConfigDict, stage: Stage) -> Flow:

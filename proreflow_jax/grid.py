@@ -1,0 +1,235 @@
+"""One cell of a grid of methods: a method at a seed, trained and measured in memory at a given compute.
+
+The algorithm is that of the verbs, function by function; what differs is that pairs and states stay in memory, that compute is
+given instead of steps, and that programs are compiled once per shape for all methods, seeds, alphas and numbers of steps.
+
+Compute is counted in forwards of the UNet on one image: a teacher's as they are (two with guidance, two a step of Heun's), an
+update as three for each of its images, forward and backward. Text encoder and VAE are not counted.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proreflow_jax import digits_table
+from proreflow_jax.data import digits, loader
+from proreflow_jax.evaluation import classifier, frechet, trajectory
+from proreflow_jax.experiment import (
+    EVALUATION_KEY,
+    TRAIN_KEY,
+    Experiment,
+    frozen_arrays,
+    loss_recipe,
+    open_source,
+    pair_recipe,
+    run_key,
+    student_flow,
+    teacher_flow,
+)
+from proreflow_jax.flow import solvers, windows
+from proreflow_jax.make_pairs import read_rows
+from proreflow_jax.models.network import Params
+from proreflow_jax.reflow import pairs, state, step
+from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.reflow.teacher import Flow, make_predict, text_context
+from proreflow_jax.runtime import mesh, optimizer
+from proreflow_jax.runtime.metrics import check_finite
+
+UPDATE = 3  # forwards' worth of an update, an image
+CALLS = {"heun": 2}  # network calls a solver step; the others: 1
+
+
+class Spent(NamedTuple):
+    """What one stage costs."""
+
+    windows: int
+    examples: int  # pair records
+    updates: int
+    forwards: int
+
+
+class Numbers(NamedTuple):
+    """What differs between runs of one compiled update."""
+
+    alpha: float
+    window_start_prob: float
+    steps: int  # of the learning rate's schedule
+
+
+class Programs(NamedTuple):
+    """Compiled once per shape, reused by every cell."""
+
+    pairs: Callable[..., dict[str, jax.Array]]  # (frozen, batch, recipe=, flow=)
+    update: Callable[..., tuple[state.TrainState, Any]]  # (state, frozen, batch, key, numbers, flow=, loss=)
+    draw: digits_table.Draw
+    walk: Callable[..., tuple[jax.Array, jax.Array]]  # (params, z, context, flow=, nodes=)
+    context: Callable[..., Any]
+
+
+class Given(NamedTuple):
+    """What every method of a seed is measured by."""
+
+    noise: jax.Array  # (n, h, w, c)
+    ids: np.ndarray
+    labels: np.ndarray
+    reference: np.ndarray  # the teacher's own many-step latents from that noise
+    teacher: tuple[np.ndarray, np.ndarray]  # moments of its images
+    judge: digits_table.Judge
+
+
+def budget(experiment: Experiment, stage: Stage) -> Spent:
+    """What a stage of the experiment's method may cost: an equal share of config.reproduce.forwards.
+
+    `pair_share` of it goes to the teacher, rounded down to whole batches of pairs, the rest to updates.
+    Raises ValueError if that is not enough for one batch of pairs and one update.
+    """
+    config, recipe = experiment.config, pair_recipe(experiment, stage)
+    share = config.reproduce.forwards // len(experiment.stages)
+    calls = 1 if teacher_flow(experiment, stage).windows else CALLS.get(recipe.solver, 1)
+    crossed = recipe.windows if recipe.start == "noise" else 1
+    cost = recipe.steps * crossed * calls * (1 if recipe.guidance == 1 else 2)
+    examples = int(config.reproduce.pair_share * share / cost) // config.pairs.batch * config.pairs.batch
+    updates = (share - examples * cost) // (UPDATE * config.train.batch)
+    if examples < 1 or updates < 1:
+        raise ValueError(
+            f"--config.reproduce.forwards={config.reproduce.forwards} leaves {share} for stage {stage.windows}: not enough for "
+            f"one batch of {config.pairs.batch} pairs of {cost} forwards each in a share of {config.reproduce.pair_share} and "
+            f"an update of {config.train.batch} images"
+        )
+    return Spent(stage.windows, examples, updates, examples * cost + updates * UPDATE * config.train.batch)
+
+
+def make_programs(experiment: Experiment) -> Programs:
+    """The functions that cells call, for one base model, batch and optimizer."""
+    networks, config = experiment.networks, experiment.config
+
+    def update(
+        before: state.TrainState, frozen: pairs.Frozen, batch: Any, key: jax.Array, numbers: Numbers, flow: Flow, loss: Any
+    ) -> tuple[state.TrainState, Any]:
+        recipe = loss._replace(alpha=numbers.alpha, window_start_prob=numbers.window_start_prob)
+        bound = {"flow": flow, "networks": networks, "loss": recipe}
+        return state.train_step(
+            before,
+            frozen,
+            batch,
+            key,
+            draw=partial(step.draw_examples, **bound),
+            loss=partial(step.reflow_loss, **bound),
+            optimizer=optimizer.make({**config.optimizer, "steps": numbers.steps}),
+            ema_decay=config.train.ema,
+            accumulation=1,
+            unroll=True,
+        )
+
+    def walk(params: Params, z: jax.Array, context: Any, flow: Flow, nodes: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
+        predict = solvers.guided(make_predict(networks.unet, params), context, None, 1)
+        return trajectory.trajectory(networks.schedule, predict, z, np.asarray(nodes), *flow)
+
+    whole = mesh.replicated(experiment.mesh)
+    return Programs(
+        jax.jit(partial(pairs.make_pairs, networks=networks), static_argnames=("recipe", "flow")),
+        jax.jit(update, static_argnames=("flow", "loss"), donate_argnums=0, out_shardings=(whole, None)),
+        digits_table.make_draw(experiment),
+        jax.jit(walk, static_argnames=("flow", "nodes")),
+        jax.jit(partial(text_context, networks.condition)),
+    )
+
+
+def train(experiment: Experiment, programs: Programs, store: dict[Any, Any]) -> tuple[Params, list[Spent]]:
+    """The last stage's student of the experiment's method, and what each stage cost.
+
+    store: keeps the pairs that the base model made, for other methods that need the same; their cost counts all the same.
+    """
+    config, base = experiment.config, experiment.base.params["unet"]
+    params, spent = base, []
+    for stage in experiment.stages:
+        cost = budget(experiment, stage)
+        teacher, flow = teacher_flow(experiment, stage), student_flow(config, stage)
+        if teacher.windows:
+            made = stage_pairs(experiment, stage, params, cost.examples, programs)
+        else:
+            same = (config.seed, cost.examples, pair_recipe(experiment, stage))
+            made = store[same] = store.get(same) or stage_pairs(experiment, stage, base, cost.examples, programs)
+        loss = loss_recipe(config)
+        numbers = Numbers(loss.alpha, loss.window_start_prob, cost.updates)
+        loss = loss._replace(alpha=0.0, window_start_prob=0.0)  # what the compiled program depends on
+        frozen = frozen_arrays(experiment, {}, stage, with_vae=False)
+        rule = optimizer.make({**config.optimizer, "steps": cost.updates})
+        fresh = state.init_state({name: jnp.array(value) for name, value in params.items()}, rule, config.train.ema > 0)
+        now = jax.device_put(fresh, mesh.replicated(experiment.mesh))
+        key, order = run_key(config, TRAIN_KEY, stage.windows), _order(config.seed, cost, config.train.batch)
+        for rows in order:
+            batch = mesh.put_batch(experiment.mesh, {name: values[rows] for name, values in made.items()})
+            now, found = programs.update(now, frozen, batch, key, numbers, flow=flow, loss=loss)
+        check_finite(cost.updates, {"loss": float(found["loss"])})
+        params = state.averaged(now)
+        spent.append(cost)
+    return params, spent
+
+
+def _order(seed: int, cost: Spent, batch: int) -> np.ndarray:
+    """Records of each update, (updates, batch): shuffled epochs, as `loader.Loader` reads them."""
+    total = cost.updates * batch
+    epochs = [loader.permutation(seed, epoch, cost.examples) for epoch in range(-(-total // cost.examples))]
+    return np.concatenate(epochs)[:total].reshape(cost.updates, batch)
+
+
+def stage_pairs(
+    experiment: Experiment, stage: Stage, teacher: Params, count: int, programs: Programs
+) -> Mapping[str, np.ndarray]:
+    """Records 0 to count - 1 of a stage, stacked."""
+    config, recipe = experiment.config, pair_recipe(experiment, stage)
+    source = open_source(experiment)
+    frozen = frozen_arrays(experiment, teacher, stage, with_vae=recipe.start == "data")
+    parts = []
+    for begin in range(0, count, config.pairs.batch):
+        rows = read_rows(experiment, source, np.arange(begin, begin + config.pairs.batch))
+        batch = mesh.put_batch(experiment.mesh, rows)
+        parts.append(jax.device_get(programs.pairs(frozen, batch, recipe=recipe, flow=teacher_flow(experiment, stage))))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def given(experiment: Experiment, seed: int, programs: Programs, judge: digits_table.Judge) -> Given:
+    """The noise of a seed, and what the teacher draws from it in config.evaluate.teacher_steps[0] steps."""
+    e = experiment.config.evaluate
+    labels, ids = digits_table.prompts(experiment, e.examples)
+    noise = jax.random.normal(
+        jax.random.fold_in(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
+    )
+    base = experiment.base.params["unet"]
+    latents, images = digits_table.sample(programs.draw, base, experiment.flow, noise, ids, e.teacher_steps[0], e.batch)
+    return Given(noise, ids, labels, latents, _moments(judge, images), judge)
+
+
+def _moments(judge: digits_table.Judge, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return frechet.moments(classifier.features(judge.judges, digits.to_pixels8(images)))
+
+
+def read_as(flow: Flow, steps: int) -> Flow:
+    """How a flow is read in so many steps: in fewer than its windows, as a student of that many windows.
+
+    Of a ddim_eps student that is what the stock DDIM scheduler does.
+    """
+    return flow._replace(windows=min(flow.windows, steps))
+
+
+def measure(
+    experiment: Experiment, params: Params, flow: Flow, programs: Programs, given: Given
+) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
+    """(numbers, first images by steps) of a network: at each of config.reproduce.steps, and how its flow bends."""
+    e, found, images = experiment.config.evaluate, {}, {}
+    for steps in experiment.config.reproduce.steps:
+        way = read_as(flow, steps)
+        latents, drawn = digits_table.sample(programs.draw, params, way, given.noise, given.ids, steps, e.batch)
+        found[str(steps)] = digits_table.scores(given.judge, latents, drawn, given.reference, given.labels)
+        found[str(steps)]["frechet_teacher"] = frechet.frechet_distance(_moments(given.judge, drawn), given.teacher)
+        images[steps] = drawn[: e.columns]
+    count, nodes = e.study.examples, windows.sampling_nodes(e.study.steps, max(flow.windows, 1))
+    context = programs.context(experiment.base.text, jnp.asarray(given.ids[:count]))
+    walked = programs.walk(params, given.noise[:count], context, flow=flow, nodes=tuple(nodes.tolist()))
+    bends = trajectory.straightness(*walked, nodes, max(flow.windows, 1))[1]
+    return {"steps": found, "bend": np.mean(bends, axis=0).tolist()}, images

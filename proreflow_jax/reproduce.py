@@ -1,0 +1,196 @@
+"""The paper's methods and their neighbours on the digits: trained and measured at equal compute, over seeds, as one table.
+
+Every cell (a method at a seed) is kept when it is done, so the same command goes on where it was stopped. Several processes
+may run it at once and share the cells; --workers starts them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from proreflow_jax import checks, cli, digits_table, grid, grid_report
+from proreflow_jax.experiment import Experiment, base_weights, open_experiment, open_source, reopen
+from proreflow_jax.flow import windows
+from proreflow_jax.runtime import files
+
+log = logging.getLogger(__name__)
+TRAINING = (  # what a method's numbers depend on beside the base model; blocks, or single fields of them
+    "stages", "student", "pairs", "loss", "optimizer", "train.batch", "train.ema", "reproduce.forwards", "reproduce.pair_share",
+)  # fmt: skip
+MEASURING = (
+    "model.dtype", "model.teacher_dtype", "data.kind", "data.resolution", "evaluate.examples", "evaluate.batch",
+    "evaluate.columns", "evaluate.teacher_steps", "evaluate.study.examples", "evaluate.study.steps", "reproduce.steps",
+)  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """A method at a seed; `key` is a hash of everything its numbers depend on. The base model is a method without stages."""
+
+    group: str
+    method: str
+    seed: int
+    experiment: Experiment
+    key: str
+
+    def path(self, suffix: str) -> Path:
+        """Where its result lies."""
+        return _folder(self.experiment) / f"{self.method}-{self.seed}-{self.key}{suffix}"
+
+
+def reproduce(config: ConfigDict, workers: int) -> None:
+    """The verb: makes the cells that are missing and writes table.md, table.json and the figures into the run's folder."""
+    if "reproduce" not in config:
+        raise ValueError("the config has no block `reproduce`: take --config=configs/reproduce.py, or :quick behind it")
+    experiment = open_experiment(config)
+    check(experiment, workers)
+    cells = make_cells(experiment)
+    missing = [cell for cell in cells if not cell.path(".json").is_file()]
+    log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
+    open_source(experiment)  # written before workers look for it
+    if workers > 1 and len(missing) > 1:
+        _spawn(min(workers, len(missing)))
+    elif missing:
+        _work(experiment, missing)
+    done = [(cell, files.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
+    if not done:
+        raise RuntimeError("no cell is done: another process makes them; run the same command again when it has ended")
+    text = grid_report.write(experiment, [found for _, found in done], len(cells))
+    print(text)
+    print(f"in {experiment.run}: table.md, table.json, distance-alpha.png, frechet-alpha.png, samples-N.png")
+
+
+def check(experiment: Experiment, workers: int) -> None:
+    """Raises ValueError, one line, for a grid that cannot be carried out, whatever its methods are."""
+    config, r = experiment.config, experiment.config.reproduce
+    digits_table.check(experiment)
+    if config.pairs.mode != "stored" or config.student.lora.rank:
+        raise ValueError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
+    if workers < 1:
+        raise ValueError(f"--workers={workers} must be at least 1")
+    if len(set(r.seeds)) < 2:
+        raise ValueError(f"--config.reproduce.seeds={r.seeds} must be at least two different numbers: a spread needs them")
+    for count in r.steps:
+        windows.check_windows(count)
+    names = [name for _, name, _ in r.methods]
+    if unknown := [name for name in r.references if name not in names]:
+        raise ValueError(f"--config.reproduce.references: {unknown[0]!r} is none of its methods, {', '.join(names)}")
+
+
+def make_cells(experiment: Experiment) -> list[Cell]:
+    """All cells, a whole table of one seed after the other. Raises ValueError for a method that cannot be carried out."""
+    config, base = experiment.config, base_weights(experiment).digest
+    rows = [("base model", "teacher", {}), *config.reproduce.methods]
+    cells = []
+    for seed in config.reproduce.seeds:
+        for group, name, fields in rows:
+            opened = reopen(experiment, changed(config, {**fields, "seed": seed}))
+            for stage in opened.stages if fields else ():
+                grid.budget(opened, stage)
+            cells.append(Cell(group, files.check_name(name), seed, opened, _key(opened.config, bool(fields), base)))
+    return cells
+
+
+def changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """A locked copy with other values in the fields named by their dotted paths."""
+    copy = config.copy_and_resolve_references().unlock()
+    for field, value in fields.items():
+        *blocks, last = field.split(".")
+        block = copy
+        for name in blocks:
+            block = block[name]
+        block[last] = value
+    return copy.lock()
+
+
+def _key(config: ConfigDict, trains: bool, base: str) -> str:
+    fields = (*TRAINING, *MEASURING) if trains else MEASURING
+    facts = {field: checks.field_value(config, field) for field in fields}
+    told = json.dumps([facts, config.seed, base], sort_keys=True, default=lambda block: block.to_dict())
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def _folder(experiment: Experiment) -> Path:
+    return experiment.run / "cells"
+
+
+def _work(experiment: Experiment, cells: list[Cell]) -> None:
+    """Makes cells that no other process holds."""
+    if not jax.config.jax_compilation_cache_dir:  # programs are compiled once for all workers, and for the next start
+        jax.config.update("jax_compilation_cache_dir", str(experiment.run / "compiled"))
+    programs = grid.make_programs(experiment)
+    judge = digits_table.make_judge(experiment.config.data.resolution)
+    measured_by: dict[int, grid.Given] = {}
+    store: dict[Any, Any] = {}
+    for number, cell in enumerate(cells, 1):
+        try:
+            with files.lock(_folder(experiment) / ".locks" / f"{cell.method}-{cell.seed}"):
+                if cell.path(".json").is_file():
+                    continue
+                if cell.seed not in measured_by:
+                    store.clear()
+                    measured_by = {cell.seed: grid.given(cell.experiment, cell.seed, programs, judge)}
+                _make(cell, programs, measured_by[cell.seed], store)
+                log.info("%s, seed %d: done (%d of %d)", cell.method, cell.seed, number, len(cells))
+        except files.Locked:
+            continue
+
+
+def _make(cell: Cell, programs: grid.Programs, given: grid.Given, store: dict[Any, Any]) -> None:
+    """Trains and measures one cell, and writes its JSON last."""
+    began, experiment = time.monotonic(), cell.experiment
+    params, flow, spent = experiment.base.params["unet"], experiment.flow, []
+    if cell.group != "base model":
+        params, spent = grid.train(experiment, programs, store)
+        flow = grid.student_flow(experiment.config, experiment.stages[-1])
+    trained = time.monotonic() - began
+    numbers, images = grid.measure(experiment, params, flow, programs, given)
+    # images of each number of steps below one another
+    strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
+    Image.fromarray(strip).save(cell.path(".png"))
+    about = {
+        "group": cell.group, "method": cell.method, "seed": cell.seed, "stages": [cost._asdict() for cost in spent],
+        "forwards": sum(cost.forwards for cost in spent), "seconds": {"training": trained, "all": time.monotonic() - began},
+        "strip": cell.path(".png").name, "alpha": experiment.config.loss.alpha, "balance": experiment.config.loss.balance,
+    }  # fmt: skip
+    files.write_json(cell.path(".json"), about | numbers)
+
+
+def _spawn(workers: int) -> None:
+    """This command in several processes, each on its share of the cores, until all have ended."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    words = [word for word in sys.argv[1:] if not word.startswith(("--workers", "-workers"))]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.INTERRUPTED))  # workers must not outlive this process
+    started = []
+    for i in range(workers):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "proreflow_jax.reproduce", *words, "--workers=1"], stdout=subprocess.DEVNULL
+        )
+        if len(cores) >= workers:
+            os.sched_setaffinity(process.pid, cores[i::workers])
+        started.append(process)
+    try:
+        codes = [process.wait() for process in started]
+    except BaseException:
+        for process in started:
+            process.terminate()
+        raise
+    if any(codes):
+        raise RuntimeError(f"a worker ended with code {codes}: its last line says why; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    options = {"workers": (1, "processes that share the cells, each on its share of the cores")}
+    cli.start(reproduce, __doc__, "configs/reproduce.py", options)

@@ -1,0 +1,274 @@
+"""The grid of methods: compute is what it says, a cell is the verbs' algorithm, a stopped grid goes on, tables are true."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_configs import config as read_config
+from verb import ROOT, run
+
+from configs.reproduce import get_config as reproduce_config
+from proreflow_jax import checks, digits_table, distill, grid, grid_report, reproduce
+from proreflow_jax.experiment import load_weights, open_experiment, reopen
+from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.reflow.teacher import Flow
+from proreflow_jax.runtime import files, mesh
+
+pytestmark = pytest.mark.usefixtures("quick")
+SMALL = {
+    "root": "",
+    "model.path": "",
+    "data.path": "",
+    "data.resolution": 8,
+    "train.batch": 8,
+    "optimizer.warmup_steps": 2,
+    "pairs.batch": 8,
+    "evaluate.examples": 16,
+    "evaluate.batch": 16,
+    "evaluate.columns": 4,
+    "evaluate.teacher_steps": (8,),
+    "evaluate.study.examples": 4,
+    "evaluate.study.steps": 8,
+    "reproduce.forwards": 800,
+    "reproduce.seeds": (0, 1),
+    "reproduce.references": ("two",),
+}
+PAPER = {"pairs.start": "data", "loss.window_start_prob": 0.0, "export.stages": ()}
+
+
+def method(*stages, **fields):
+    return PAPER | {"stages": stages, "pairs.steps": 8 // stages[0]} | {k.replace("__", "."): v for k, v in fields.items()}
+
+
+TWO = (("a", "four", method(4)), ("b", "two", method(4, 2)), ("b", "two-again", method(4, 2, loss__alpha=3.0)))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """As a worker has it; eight fake devices on two cores mostly wait for each other."""
+    monkeypatch.setattr(mesh, "make_mesh", partial(mesh.make_mesh, devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data") / "digits"
+
+
+@pytest.fixture
+def small(tmp_path, model, data):
+    """A function fields -> config of a grid of tiny methods in tmp_path/runs."""
+    places = {"root": str(tmp_path / "runs"), "model.path": str(model), "data.path": str(data)}
+
+    def make(methods=TWO, **fields):
+        fields = {name.replace("__", "."): value for name, value in fields.items()}
+        return reproduce.changed(read_config("reproduce"), SMALL | places | fields | {"reproduce.methods": methods})
+
+    return make
+
+
+def counted(experiment):
+    """The experiment with a UNet that only counts the images it is asked about, and the counter."""
+    seen = []
+
+    def apply(params, z, *rest):
+        jax.debug.callback(lambda n: seen.append(int(n)), z.shape[0])
+        return z
+
+    networks = experiment.networks
+    return experiment._replace(networks=networks._replace(unet=networks.unet._replace(apply=apply))), seen
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pairs__start": "noise"},
+        {"pairs__solver": "heun"},
+        {"pairs__guidance": 2.0},
+        {"pairs__start": "noise", "pairs__solver": "heun", "pairs__guidance": 2.0},
+    ],
+)
+def test_a_teachers_forwards_are_those_that_the_network_is_asked(small, fields):
+    base = open_experiment(small())
+    experiment, seen = counted(reopen(base, reproduce.changed(base.config, method(4, **fields))))
+    stage, programs = experiment.stages[0], grid.make_programs(experiment)
+    cost = grid.budget(experiment, stage)
+    grid.stage_pairs(experiment, stage, base.base.params["unet"], cost.examples, programs)
+    jax.effects_barrier()
+    assert sum(seen) == cost.forwards - cost.updates * 3 * experiment.config.train.batch
+
+
+@pytest.mark.parametrize("fields", [{}, {"pairs__start": "noise"}, {"pairs__teacher": "base"}])
+def test_every_method_spends_what_it_is_given_to_the_last_update(small, fields):
+    experiment = open_experiment(small())
+    experiment = reopen(experiment, reproduce.changed(experiment.config, method(4, 2, **fields)))
+    spent = [grid.budget(experiment, stage) for stage in experiment.stages]
+    assert [cost.windows for cost in spent] == [4, 2]
+    for cost in spent:
+        assert 400 - 3 * 8 < cost.forwards <= 400 and cost.examples % 8 == 0
+        assert cost.forwards - cost.updates * 24 <= 400 / 3
+
+
+@pytest.mark.parametrize("stages", [(2,), pytest.param((4, 2), marks=pytest.mark.slow)])
+def test_a_cell_is_the_verbs_algorithm(small, stages):
+    """The same pairs, batches, times and updates: its student is that of distill with these examples and steps."""
+    fields = method(*stages, pairs__start="noise", pairs__substeps=2, loss__window_start_prob=0.25)
+    experiment = open_experiment(small())
+    experiment = reopen(experiment, reproduce.changed(experiment.config, fields | {"name": "both"}))
+    params, spent = grid.train(experiment, grid.make_programs(experiment), {})
+    cost = spent[0]
+    assert [one[1:] for one in spent] == [cost[1:]] * len(stages)  # one config says the same of both stages
+    counts = {"pairs.examples": cost.examples, "pairs.shard_size": cost.examples, "train.steps": cost.updates}
+    experiment = reopen(experiment, reproduce.changed(experiment.config, counts))
+    distill.distill(experiment.config)
+    theirs = load_weights(experiment, find_stage(experiment.stages, 2))
+    for name, value in theirs.params.items():
+        np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
+    base = open_experiment(small())
+    programs = grid.make_programs(base)
+    for fields in (
+        {"seed": 0},
+        {"seed": 1},
+        {"loss.alpha": 7.0},
+        {"loss.window_start_prob": 0.5},
+        {"reproduce.forwards": 600},
+    ):
+        grid.train(reopen(base, reproduce.changed(base.config, method(4) | fields)), programs, {})
+    assert programs.update._cache_size() == 1 and programs.pairs._cache_size() == 1
+
+
+def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
+    experiment = open_experiment(small())
+    programs = grid.make_programs(experiment)
+    given = grid.given(experiment, 0, programs, digits_table.make_judge(8))
+    base = experiment.base.params["unet"]
+    student, _ = grid.measure(experiment, base, Flow("ddim_eps", 4), programs, given)
+    teacher, _ = grid.measure(experiment, base, experiment.flow, programs, given)
+    for steps in ("1", "2", "4"):
+        assert student["steps"][steps]["distance"] == pytest.approx(teacher["steps"][steps]["distance"], rel=1e-4)
+    assert student["steps"]["8"]["distance"] != pytest.approx(teacher["steps"]["8"]["distance"], rel=1e-3)
+    assert len(student["bend"]) == 4 and len(teacher["bend"]) == 1
+
+
+def results(config):
+    return json.loads((Path(config.root) / config.name / "table.json").read_text())
+
+
+def numbers(config):
+    return {(c["method"], c["seed"]): (c["steps"], c["bend"], c["forwards"]) for c in results(config)["cells"]}
+
+
+def test_a_grid_that_was_stopped_goes_on_and_its_table_is_the_same(small, capsys):
+    config = small()
+    reproduce.reproduce(config, 1)
+    said, whole = capsys.readouterr().out, numbers(config)
+    folder = Path(config.root) / config.name
+    assert len(whole) == 8 and "Unfinished" not in said
+    assert {path.name for path in folder.glob("*.*")} >= {"table.md", "table.json", "samples-1.png", "samples-4.png"}
+    assert all(800 - 2 * 24 < spent <= 800 for (name, _), (_, _, spent) in whole.items() if name != "teacher")
+
+    kept = sorted((folder / "cells").glob("*.json"))
+    for path in kept[::2]:
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in kept[1::2]}
+    reproduce.reproduce(config, 1)
+    assert numbers(config) == whole
+    assert {path: path.stat().st_mtime_ns for path in kept[1::2]} == before
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
+    config = small(methods=TWO[:2])
+    with files.lock(Path(config.root) / config.name / "cells" / ".locks" / "four-1"):
+        reproduce.reproduce(config, 1)
+    assert "Unfinished: 5 of 6 cells" in capsys.readouterr().out
+    assert ("four", 1) not in numbers(config)
+
+
+def test_other_numbers_are_other_cells(small):
+    keys = lambda **fields: [cell.key for cell in reproduce.make_cells(open_experiment(small(**fields)))]
+    plain = keys()
+    assert len(set(plain)) == len(plain) == 8
+    assert keys(reproduce__seeds=(0, 1), evaluate__student_steps=(), train__log_every=3) == plain
+    for other in ({"loss__huber": 0.1}, {"reproduce__forwards": 4000}, {"optimizer__learning_rate": 1e-4}):
+        ours = keys(**other)
+        assert [a == b for a, b in zip(ours, plain, strict=True)] == [cell % 4 == 0 for cell in range(8)]  # teachers stay
+    assert not set(keys(evaluate__examples=32)) & set(plain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"reproduce__forwards": 100}, "--config.reproduce.forwards=100 leaves"),
+        ({"reproduce__seeds": (3,)}, "--config.reproduce.seeds=(3,) must be at least two"),
+        ({"reproduce__references": ("three",)}, "--config.reproduce.references: 'three' is none of its methods"),
+        ({"reproduce__steps": (3,)}, "3 windows, must divide 1000"),
+        ({"evaluate__batch": 12}, "--config.evaluate.batch=12 must divide"),
+        ({"methods": (("a", "../up", method(4)),), "reproduce__references": ()}, "name '../up' is not made of"),
+    ],
+)
+def test_a_grid_that_cannot_be_carried_out_is_refused_before_anything_is_written(small, fields, words):
+    config = small(**fields)
+    with pytest.raises(ValueError) as error:
+        reproduce.reproduce(config, 1)
+    assert words in str(error.value) and not Path(config.root).exists()
+
+
+def test_a_form_that_does_not_exist_is_refused_in_one_line():
+    ended = run("reproduce", f"--config={ROOT / 'configs' / 'reproduce.py'}:fast")
+    assert ended.code == 2 and "'fast' after configs/reproduce.py: must be full, quick, or one of reflow-1" in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("config", ["digits.py", "reproduce.py:PeRFlow-4-velocity"])
+def test_a_config_without_a_grid_is_refused(config):
+    ended = run("reproduce", f"--config={ROOT / 'configs' / config}")
+    assert ended.code == 2 and ended.err.startswith("reproduce: the config has no block `reproduce`")
+
+
+def test_a_method_is_a_config_of_the_verbs():
+    fields = dict((name, fields) for _, name, fields in read_config("reproduce").reproduce.methods)["direct-2-pairs"]
+    c = reproduce_config("direct-2-pairs")
+    assert c.name == "direct-2-pairs" and c.stages == (2,) and "reproduce" not in c
+    for field, value in fields.items():
+        assert field.startswith("reproduce.") or checks.field_value(c, field) == value
+
+
+def cell(name, seed, value):
+    scores = {"distance": value, "frechet": 2 * value, "frechet_teacher": value / 2, "recognised": 0.9}
+    return {"method": name, "group": "g", "seed": seed, "stages": [1], "bend": [0.1], "steps": {"2": scores}}
+
+
+def test_beyond_the_spread_is_strict():
+    assert grid_report.beyond([1.0, 1.1, 1.2], [2.0, 2.1, 2.2])
+    assert not grid_report.beyond([1.0, 1.1, 2.3], [2.0, 2.1, 2.2])  # one seed disagrees
+    assert not grid_report.beyond([1.0, 1.5, 2.0], [1.1, 1.6, 2.1])  # paired, all agree, but the spreads overlap
+    assert not grid_report.beyond([1.0], [2.0])
+
+
+def test_a_spread_is_that_of_a_sample_and_shows_as_many_digits_as_the_mean():
+    assert grid_report.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert grid_report.spread([0.0123, 0.0125]) == "0.0124 ± 0.0001"
+    assert grid_report.spread([123.4]) == "123"
+
+
+def test_rows_are_means_over_seeds():
+    cells = {"one": [cell("one", 0, 1.0), cell("one", 1, 3.0)]}
+    (row,) = grid_report.rows(cells, (2,))
+    assert row["distance"]["2"] == {"mean": 2.0, "spread": pytest.approx(2**0.5)} and row["seeds"] == [0, 1]
+
+
+def test_every_method_of_the_config_can_be_opened_and_costs_the_same():
+    c = read_config("reproduce")
+    experiment = open_experiment(reproduce.changed(c, {"model.path": str(ROOT / "proreflow_jax" / "assets" / "digits")}))
+    for _, name, fields in c.reproduce.methods:
+        opened = reopen(experiment, reproduce.changed(c, fields))
+        spent = sum(grid.budget(opened, stage).forwards for stage in opened.stages)
+        assert c.reproduce.forwards - 4 * 96 < spent <= c.reproduce.forwards, name
+        if opened.config.export.stages:
+            checks.check_export(opened.config)
