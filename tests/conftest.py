@@ -1,9 +1,53 @@
-"""Eight fake devices on the CPU for every test, set before jax is imported; no compilation cache from outside."""
+"""Eight fake devices on the CPU for every test, set before jax is imported; no compilation cache from outside.
+
+Fixtures that several files of verbs share, and the order of files: under xdist two processes take files from the front of one
+queue, so what takes long must not come last. `make test` tells xdist to keep this order (--no-loadscope-reorder).
+"""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+LONG = (  # files of more than half a minute, the longest first
+    "test_verbs_chain.py",
+    "test_verbs_kill.py",
+    "test_verbs_lora.py",
+    "test_verbs_reproduce.py",
+    "test_verbs_families.py",
+    "test_reflow_state.py",
+    "test_runtime_faults.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the long files first, all others behind them as they were. Raises UsageError for a name that is no file."""
+    missing = [name for name in LONG if not Path(__file__).with_name(name).is_file()]
+    if missing:
+        raise pytest.UsageError(f"LONG in {__file__} names {', '.join(missing)}, which is not in that folder")
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The verbs that a file runs compile each program and draw each network once: `usefixtures("quick")`."""
+    from verb import keep_networks, kept_programs  # imports jax and the package, which most files of tests do not want here
+
+    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+        keep_networks(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny whole model, the file's own, as a diffusers folder."""
+    import tiny
+
+    return tiny.write_model(tmp_path_factory.mktemp("model") / "model")

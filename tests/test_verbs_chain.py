@@ -10,24 +10,14 @@ import pytest
 import tiny
 from PIL import Image
 from safetensors.numpy import load_file
-from verb import CONFIG, keep_networks, kept_programs, run, tiny_flags
+from verb import CONFIG, run, tiny_flags
 
 from proreflow_jax import replay
 from proreflow_jax.data import digits
 from proreflow_jax.export import UNET_FILE
 from proreflow_jax.runtime.files import read_json
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
-        keep_networks(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("model") / "model")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

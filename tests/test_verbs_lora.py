@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file
-from verb import keep_networks, kept_programs, run, tiny_flags
+from verb import run, tiny_flags
 
 from proreflow_jax import replay
 from proreflow_jax.models import lora, weights
@@ -14,18 +13,7 @@ from proreflow_jax.runtime.files import read_json
 
 LAYERS = r"attn\d\.to_(q|k|v)\.weight$|conv1\.weight$"
 RANK = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
-        keep_networks(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("model") / "model")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def flags(folder: Path, model: Path, **fields: object) -> list[str]:

@@ -81,10 +81,15 @@ def keep_networks(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def kept_programs(folder: Path) -> Iterator[None]:
-    """XLA programs are compiled once per folder, here and (by `environment`) in processes started from here."""
-    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (True, str(folder), 0.0), strict=True):
+    """XLA programs are compiled quickly, and once per folder, here and (by `environment`) in processes started from here."""
+    wanted = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
