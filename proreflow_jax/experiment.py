@@ -99,24 +99,6 @@ def student_flow(config: ConfigDict, stage: Stage) -> Flow:
     return Flow(config.student.prediction, stage.windows, config.student.path)
 
 
-def guidance_contract(config: ConfigDict) -> dict[str, Any]:
-    """What a student learned of classifier-free guidance; kept with its checkpoints, in DONE.json and with every export.
-
-    teacher: scale of the base model as the teacher; other than 1 it is part of the student from the first stage on.
-    prompt_dropout: share of examples with the empty prompt, for teacher and student alike.
-    unconditional: whether the student was trained on the empty prompt, the second branch of guidance.
-    recommended: lowest and highest scale to draw with, reasoned (`why`), not measured.
-    """
-    scale, dropped = config.pairs.guidance, config.pairs.prompt_dropout
-    recommended, why = [1.0, 7.0], "both branches were trained; the paper sweeps 2 to 7"
-    if not dropped:
-        recommended, why = [1.0, 1.0], "it never saw the empty prompt"
-    elif scale != 1:
-        recommended, why = [1.0, 2.5], "the teacher's guidance is in it: more is guidance twice"
-    branch = "shared" if dropped else "untrained"
-    return dict(teacher=scale, prompt_dropout=dropped, unconditional=branch, recommended=recommended, why=why)
-
-
 def _made_by_base(config: ConfigDict, stage: Stage) -> bool:
     return stage.parent is None or config.pairs.teacher == "base"
 

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
+from proreflow_jax.card import guidance_contract
 from proreflow_jax.data import loader, records, shards
 from proreflow_jax.experiment import (
     TRAIN_KEY,
@@ -24,7 +25,6 @@ from proreflow_jax.experiment import (
     check_ready,
     fresh_state,
     frozen_arrays,
-    guidance_contract,
     load_weights,
     loss_recipe,
     make_optimizer,
