@@ -37,7 +37,10 @@ MEASURING = (
 
 
 class Cell(NamedTuple):
-    """A method at a seed; `key` is a hash of everything its numbers depend on. The base model is a method without stages."""
+    """A method at a seed. The base model is a method without stages.
+
+    key: a hash of everything its numbers depend on but the code: who changes that removes the folder of cells.
+    """
 
     group: str
     method: str
@@ -171,13 +174,11 @@ def _make(cell: Cell, programs: grid.Programs, given: grid.Given, store: dict[An
 def _spawn(workers: int) -> None:
     """This command in several processes, each on its share of the cores, until all have ended."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    words = [word for word in sys.argv[1:] if not word.startswith(("--workers", "-workers"))]
+    command = [sys.executable, "-m", "proreflow_jax.reproduce", *sys.argv[1:], "--workers=1"]  # the last flag counts
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.INTERRUPTED))  # workers must not outlive this process
     started = []
     for i in range(workers):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "proreflow_jax.reproduce", *words, "--workers=1"], stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if len(cores) >= workers:
             os.sched_setaffinity(process.pid, cores[i::workers])
         started.append(process)

@@ -257,6 +257,16 @@ def test_a_spread_is_that_of_a_sample_and_shows_as_many_digits_as_the_mean():
     assert grid_report.spread([123.4]) == "123"
 
 
+def test_figures_over_alpha_need_the_sweep_and_the_automatic_one(tmp_path):
+    rows = [("ProReflow", "ProReflow-II", 1.0, "fixed"), ("alpha", "ProReflow-II-alpha-3", 3.0, "fixed")]
+    rows += [("alpha", "ProReflow-II-auto", 1.0, "auto"), ("beyond", "direct-2", 1.0, "auto")]
+    cells = {name: [cell(name, s, 1.0 + s) | {"group": g, "alpha": a, "balance": b} for s in (0, 1)] for g, name, a, b in rows}
+    grid_report._alphas(tmp_path, {name: group for name, group in cells.items() if "auto" not in name}, (2,))
+    assert not list(tmp_path.iterdir())
+    grid_report._alphas(tmp_path, cells, (2,))
+    assert {path.name for path in tmp_path.iterdir()} == {"distance-alpha.png", "frechet-alpha.png"}
+
+
 def test_rows_are_means_over_seeds():
     cells = {"one": [cell("one", 0, 1.0), cell("one", 1, 3.0)]}
     (row,) = grid_report.rows(cells, (2,))
