@@ -80,6 +80,24 @@ METHODS = (  # group, name, fields
     ("beyond", "direct-2-dpmpp", method(2, **DIRECT | {"pairs__solver": "dpmpp_2m", "pairs__steps": 8})),  # 16 steps, not 32
     ("beyond", "direct-2-pairs", method(2, **DIRECT | {"reproduce__pair_share": 0.5})),  # half of the compute for the teacher
 )
+EFFECTS = (  # what, a method, the one from which it differs in that
+    ("velocities, not noises, are compared", "PeRFlow-4-velocity", "PeRFlow-4-ddim_eps"),
+    ("ablation: aligned alone", "PeRFlow-4-aligned", "PeRFlow-4-velocity"),
+    ("ablation: progressive alone", "ProReflow-I-plain", "PeRFlow-4-velocity"),
+    ("ablation: both", "ProReflow-I", "PeRFlow-4-velocity"),
+    ("a third stage", "ProReflow-II", "ProReflow-I"),
+    ("a fourth stage", "ProReflow-to-1", "ProReflow-II"),
+    ("the base model makes all pairs", "ProReflow-II-base-pairs", "ProReflow-II"),
+    ("whole trajectories from noise", "ProReflow-II-noise", "ProReflow-II"),
+    ("window starts, three stages", "ProReflow-II-starts", "ProReflow-II"),
+    ("window starts, one stage", "PeRFlow-4-starts", "PeRFlow-4-velocity"),
+    ("automatic alpha, not none", "ProReflow-II-auto", "ProReflow-II-alpha-0"),
+    ("automatic alpha, not 0.1", "ProReflow-II-auto", "ProReflow-II-alpha-0.1"),
+    ("automatic alpha, not 0.3", "ProReflow-II-auto", "ProReflow-II-alpha-0.3"),
+    ("automatic alpha, not 1", "ProReflow-II-auto", "ProReflow-II"),
+    ("automatic alpha, not 3", "ProReflow-II-auto", "ProReflow-II-alpha-3"),
+    ("automatic alpha, not 10", "ProReflow-II-auto", "ProReflow-II-alpha-10"),
+)
 QUICK = ("PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "ProReflow-I", "ProReflow-II", "direct-2")
 
 
@@ -102,6 +120,9 @@ def get_config(form: str = "full") -> ConfigDict:
     c.reproduce.steps = (1, 2, 4, 8)  # of the sampler; fewer than windows: read as a student of that many windows
     c.reproduce.methods = tuple(row for row in METHODS if form == "full" or row[1] in QUICK)  # rows of the table
     c.reproduce.references = ("ProReflow-II", "PeRFlow-4-ddim_eps")  # methods that the others are compared with
+    c.reproduce.effects = tuple(  # rows of the table of choices: (what, method, the one it differs from in that)
+        row for row in EFFECTS if form == "full" or {*row[1:]} <= {*QUICK}
+    )
     return c
 
 

@@ -23,6 +23,8 @@ MEASURES = {
     "frechet_teacher": "Frechet distance to the teacher",
     "frechet": "Frechet distance to the real digits",
 }
+SHORT = {"distance": "distance", "frechet_teacher": "Frechet, teacher", "frechet": "Frechet, real"}
+MARK = "* beyond the spread: all seeds agree, and the means are further apart than both spreads together."
 BEST = "**"  # around the best mean of a column
 
 
@@ -35,7 +37,8 @@ def write(experiment: Experiment, found: Sequence[Mapping[str, Any]], total: int
     notes = _notes(config, len(found), total)
     parts = [*notes, _costs(cells)]
     parts += [f"## {title}\n\n{_table(cells, measure, config.reproduce.steps)}" for measure, title in MEASURES.items()]
-    parts += [_compared(cells, name, config.reproduce.steps) for name in config.reproduce.references if name in cells]
+    parts += [_effects(cells, config.reproduce.effects, config.reproduce.steps)]
+    parts += [_against(cells, name, config.reproduce.steps) for name in config.reproduce.references if name in cells]
     text = "\n\n".join(parts) + "\n"
     (run / "table.md").write_text(text, encoding="utf-8")
     files.write_json(run / "table.json", {"notes": notes, "cells": list(found), "rows": rows(cells, config.reproduce.steps)})
@@ -133,27 +136,42 @@ def beyond(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return bool(agree and abs(differences.mean()) > np.std(ours, ddof=1) + np.std(theirs, ddof=1))
 
 
-def _compared(cells: Cells, reference: str, steps: Sequence[int]) -> str:
-    """Every method against one, paired by seed: the change of the mean in per cent, * where it is beyond the spread."""
-    by_seed = {cell["seed"]: cell for cell in cells[reference]}
-    shown = [(measure, s) for measure in MEASURES for s in steps if s > 1]
-    short = {"distance": "distance", "frechet_teacher": "Frechet, teacher", "frechet": "Frechet, real"}
-    lines = []
-    for method, group in cells.items():
-        paired = [cell for cell in group if cell["seed"] in by_seed]
-        if method == reference or not paired:
-            continue
-        line = {"method": method}
-        for measure, s in shown:
+def _effects(cells: Cells, effects: Sequence[tuple[str, str, str]], steps: Sequence[int]) -> str:
+    """What each difference between two methods does."""
+    told = [row for row in effects if row[1] in cells and row[2] in cells]
+    lines = [
+        {"what": what, "pair": f"{one} / {other}"} | _changes(cells[one], cells[other], steps) for what, one, other in told
+    ]
+    return (
+        f"## What each choice does\n\nChange of the mean from the second method to the first, less is better. {MARK}\n\n"
+        + report.table(lines, {"what": "choice", "pair": "methods"} | _heads(steps))
+    )
+
+
+def _against(cells: Cells, reference: str, steps: Sequence[int]) -> str:
+    """Every method against one."""
+    others = {method: _changes(group, cells[reference], steps) for method, group in cells.items() if method != reference}
+    lines = [{"method": method} | changes for method, changes in others.items() if changes]
+    return f"## Against {reference}\n\nChange of the mean at so many steps, less is better. {MARK}\n\n" + report.table(
+        lines, {"method": "method"} | _heads(steps)
+    )
+
+
+def _heads(steps: Sequence[int]) -> dict[str, str]:
+    return {f"{measure}{s}": f"{short}, {s}" for measure, short in SHORT.items() for s in steps if s > 1}
+
+
+def _changes(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> dict[str, str]:
+    """Paired by seed: the change of the mean in per cent, * where it is beyond the spread; {} without a common seed."""
+    by_seed = {cell["seed"]: cell for cell in other}
+    paired = [cell for cell in one if cell["seed"] in by_seed]
+    line = {}
+    for measure in SHORT if paired else ():
+        for s in [s for s in steps if s > 1]:
             ours, theirs = values(paired, measure, s), values([by_seed[cell["seed"]] for cell in paired], measure, s)
             change = 100 * (np.mean(ours) / np.mean(theirs) - 1)
             line[f"{measure}{s}"] = f"{change:+.0f} %{' *' if beyond(ours, theirs) else ''}"
-        lines.append(line)
-    heads = {"method": "method"} | {f"{measure}{s}": f"{short[measure]}, {s}" for measure, s in shown}
-    return (
-        f"## Against {reference}\n\nChange of the mean at 2, 4 and 8 steps; less is better. * beyond the spread: all seeds "
-        f"agree, and the means are further apart than both spreads together.\n\n{report.table(lines, heads)}"
-    )
+    return line
 
 
 def _alphas(run: Path, cells: Cells, steps: Sequence[int]) -> None:

@@ -88,8 +88,9 @@ def check(experiment: Experiment, workers: int) -> None:
     for count in r.steps:
         windows.check_windows(count)
     names = [name for _, name, _ in r.methods]
-    if unknown := [name for name in r.references if name not in names]:
-        raise ValueError(f"--config.reproduce.references: {unknown[0]!r} is none of its methods, {', '.join(names)}")
+    for field, named in (("references", r.references), ("effects", [name for row in r.effects for name in row[1:]])):
+        if unknown := [name for name in named if name not in names]:
+            raise ValueError(f"--config.reproduce.{field}: {unknown[0]!r} is none of its methods, {', '.join(names)}")
 
 
 def make_cells(experiment: Experiment) -> list[Cell]:

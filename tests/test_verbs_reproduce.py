@@ -35,6 +35,7 @@ SMALL = {
     "reproduce.forwards": 800,
     "reproduce.seeds": (0, 1),
     "reproduce.references": ("two",),
+    "reproduce.effects": (("a stage more", "two", "four"), ("alpha 3", "two-again", "two")),
 }
 PAPER = {"pairs.start": "data", "loss.window_start_prob": 0.0, "export.stages": ()}
 
@@ -183,7 +184,7 @@ def test_a_grid_that_was_stopped_goes_on_and_its_table_is_the_same(small, capsys
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
-    config = small(methods=TWO[:2])
+    config = small(methods=TWO[:2], reproduce__effects=(("a stage more", "two", "four"),))
     with files.lock(Path(config.root) / config.name / "cells" / ".locks" / "four-1"):
         reproduce.reproduce(config, 1)
     assert "Unfinished: 5 of 6 cells" in capsys.readouterr().out
@@ -207,9 +208,13 @@ def test_other_numbers_are_other_cells(small):
         ({"reproduce__forwards": 100}, "--config.reproduce.forwards=100 leaves"),
         ({"reproduce__seeds": (3,)}, "--config.reproduce.seeds=(3,) must be at least two"),
         ({"reproduce__references": ("three",)}, "--config.reproduce.references: 'three' is none of its methods"),
+        ({"reproduce__effects": (("what", "two", "three"),)}, "--config.reproduce.effects: 'three' is none of its methods"),
         ({"reproduce__steps": (3,)}, "3 windows, must divide 1000"),
         ({"evaluate__batch": 12}, "--config.evaluate.batch=12 must divide"),
-        ({"methods": (("a", "../up", method(4)),), "reproduce__references": ()}, "name '../up' is not made of"),
+        (
+            {"methods": (("a", "../up", method(4)),), "reproduce__references": (), "reproduce__effects": ()},
+            "name '../up' is not made of",
+        ),
     ],
 )
 def test_a_grid_that_cannot_be_carried_out_is_refused_before_anything_is_written(small, fields, words):
@@ -249,6 +254,18 @@ def test_beyond_the_spread_is_strict():
     assert not grid_report.beyond([1.0, 1.1, 2.3], [2.0, 2.1, 2.2])  # one seed disagrees
     assert not grid_report.beyond([1.0, 1.5, 2.0], [1.1, 1.6, 2.1])  # paired, all agree, but the spreads overlap
     assert not grid_report.beyond([1.0], [2.0])
+
+
+def test_changes_are_paired_by_seed_and_marked():
+    ours, theirs = (
+        [cell("a", seed, 1.0 + seed / 10) for seed in (0, 1, 9)],
+        [cell("b", seed, 2.0 + seed / 10) for seed in (0, 1)],
+    )
+    assert grid_report._changes(ours, theirs, (1, 2)) == dict.fromkeys(("distance2", "frechet_teacher2", "frechet2"), "-49 % *")
+    assert grid_report._changes(theirs, ours[:1], (2,))["distance2"] == "+100 %"  # one seed has no spread
+    assert grid_report._changes(ours[2:], theirs, (2,)) == {}
+    text = grid_report._effects({"a": ours, "b": theirs}, (("less", "a", "b"), ("nothing yet", "c", "b")), (2,))
+    assert "less" in text and "a / b" in text and "nothing yet" not in text
 
 
 def test_a_spread_is_that_of_a_sample_and_shows_as_many_digits_as_the_mean():
