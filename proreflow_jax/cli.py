@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax.runtime.mesh import initialize_distributed
+from proreflow_jax.runtime.processes import check_alone, leads
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 MOST_HOST_DEVICES = 8
@@ -19,7 +20,9 @@ QUOTES = "'\""
 log = logging.getLogger("proreflow_jax")
 
 
-def start(verb: Callable[..., None], about: str, config: str, options: Mapping[str, tuple] | None = None) -> None:
+def start(
+    verb: Callable[..., None], about: str, config: str, options: Mapping[str, tuple] | None = None, pod: bool = False
+) -> None:
     """Parses the command line and calls `verb(config, **options)`; never returns.
 
     Args:
@@ -27,6 +30,7 @@ def start(verb: Callable[..., None], about: str, config: str, options: Mapping[s
       about: the verb's docstring, shown by --help.
       config: default of --config.
       options: {name: (default, help)} of the verb's own flags, beside --config.field=value; the default's type is the flag's.
+      pod: whether several processes may run it as one job.
 
     Exit codes: 0 done (or asked to stop and resumable), 1 the run failed, 2 the user's input is wrong, 130 interrupted.
     """
@@ -35,7 +39,7 @@ def start(verb: Callable[..., None], about: str, config: str, options: Mapping[s
     options = dict(options or {})
     try:
         experiment = _read(values, name, about, config, options)
-        _prepare()
+        _prepare(name, pod)
         verb(experiment, **{option: getattr(values, option) for option in options})
     except KeyboardInterrupt:
         _leave(INTERRUPTED, f"{name}: interrupted; run the same command again to go on")
@@ -113,7 +117,7 @@ def _said(error: Exception) -> str:
     return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
-def _prepare() -> None:
+def _prepare(name: str, pod: bool) -> None:
     """Logging to stderr, the other processes, and one host device per core where a CPU is all there is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "orbax", "jax", "etils"):
@@ -123,7 +127,12 @@ def _prepare() -> None:
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_HOST_DEVICES
         )
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))  # a power of two divides most batches
-    initialize_distributed()
+    if not initialize_distributed():
+        return
+    if not pod:
+        check_alone(name)
+    if not leads():
+        logging.getLogger().setLevel(logging.WARNING)  # process 0 says how it goes
 
 
 def _leave(code: int, line: str) -> None:

@@ -22,6 +22,7 @@ from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
 from proreflow_jax.runtime import files, mesh
+from proreflow_jax.runtime.processes import first, host_arrays, leads
 
 log = logging.getLogger(__name__)
 Draw = Callable[..., tuple[jax.Array, jax.Array]]
@@ -74,8 +75,23 @@ def run(experiment: Experiment) -> None:
     rows = _rows(experiment)
     began = time.monotonic()
     results, images = measure(experiment, rows)
-    notes = _notes(config)
-    text = report.table(results, COLUMNS)
+    text, notes = report.table(results, COLUMNS), _notes(config)
+    first(lambda: _keep(experiment, rows, results, images, text, notes))
+    if leads():
+        print("\n".join([text, *notes]))
+        print(f"picture: {folder / 'samples.png'}   page: {folder / 'report.html'}   ({time.monotonic() - began:.0f} s)")
+
+
+def _keep(
+    experiment: Experiment,
+    rows: list[Row],
+    results: list[dict[str, Any]],
+    images: list[np.ndarray],
+    text: str,
+    notes: list[str],
+) -> None:
+    """The table as JSON, Markdown, picture and page."""
+    config, folder = experiment.config, experiment.run
     files.write_json(folder / "table.json", {"notes": notes, "rows": results})
     (folder / "table.md").write_text(text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8")
     heads = [str(i % 10) for i in range(config.evaluate.columns)]
@@ -84,8 +100,6 @@ def run(experiment: Experiment) -> None:
     report.page(
         folder / "report.html", f"{config.name}: {tuple(config.stages)} windows", notes, results, COLUMNS, "samples.png"
     )
-    print("\n".join([text, *notes]))
-    print(f"picture: {folder / 'samples.png'}   page: {folder / 'report.html'}   ({time.monotonic() - began:.0f} s)")
 
 
 def _notes(config: ConfigDict) -> list[str]:
@@ -206,7 +220,7 @@ def sample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(latents, images) of every row of `noise` and `ids`, `batch` at once, on the host."""
     rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
-    parts = [jax.device_get(draw(params, flow, noise[part], ids[part], steps)) for part in rows]
+    parts = [host_arrays(draw(params, flow, noise[part], ids[part], steps)) for part in rows]
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 

@@ -5,6 +5,7 @@ Run the same command again to resume, wherever it was stopped.
 
 import logging
 import time
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -14,6 +15,7 @@ from proreflow_jax.experiment import check_ready, open_experiment
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.runtime import files
 from proreflow_jax.runtime.checkpoint import lock
+from proreflow_jax.runtime.processes import first
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,7 @@ def distill(config: ConfigDict) -> None:
     check_ready(experiment, experiment.stages[0])
     began = time.monotonic()
     with lock(experiment.run):
-        if not (experiment.run / "config.json").exists():
-            files.write_json(experiment.run / "config.json", config.to_dict())
+        first(lambda: _keep_config(experiment.run / "config.json", config))
         for stage in experiment.stages:
             with lock(stage.folder):
                 if config.pairs.mode == "stored":
@@ -39,5 +40,11 @@ def distill(config: ConfigDict) -> None:
     log.info("%s: all %d stages are done (%.0f s)", experiment.run, len(experiment.stages), time.monotonic() - began)
 
 
+def _keep_config(path: Path, config: ConfigDict) -> None:
+    """The config of the first start stays."""
+    if not path.exists():
+        files.write_json(path, config.to_dict())
+
+
 if __name__ == "__main__":
-    cli.start(distill, __doc__, "configs/digits.py")
+    cli.start(distill, __doc__, "configs/digits.py", pod=True)

@@ -31,4 +31,4 @@ def evaluate(config: ConfigDict, study: bool) -> None:
 
 if __name__ == "__main__":
     options = {"study": (False, "also measure how the flows bend and what perturbed steps cost (about 5 minutes on 2 cores)")}
-    cli.start(evaluate, __doc__, "configs/digits.py", options)
+    cli.start(evaluate, __doc__, "configs/digits.py", options, pod=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,6 +25,7 @@ from proreflow_jax.reflow.step import LossRecipe, check_loss
 from proreflow_jax.reflow.teacher import DIFFUSION, Flow
 from proreflow_jax.runtime import files, mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
+from proreflow_jax.runtime.processes import first
 
 FREE = ("model.path", "model.revision", "model.like", "train.log_every")  # fields that a resumed stage may change
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
@@ -255,7 +255,9 @@ def open_source(experiment: Experiment) -> Source:
     if d.kind == "prompts":
         return captions.Prompts(d.path)
     if d.kind == "digits":
-        digits.write_dataset(d.path, d.resolution, seed=0)
+        write = partial(digits.write_dataset, d.path, d.resolution, seed=0)
+        first(write)
+        write()  # it is there, but on a disk of this host alone
     return captions.open_tfds(d.path, d.split, d.image_key, d.caption_key, d.resolution)
 
 
@@ -278,8 +280,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping | ConfigDict) else value
-
-
-def to_host(value: Any) -> Any:
-    """Device arrays as numpy arrays that can be stored."""
-    return jax.tree.map(np.asarray, jax.device_get(value))

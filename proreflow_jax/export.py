@@ -20,13 +20,14 @@ from ml_collections import ConfigDict
 from proreflow_jax import cli
 from proreflow_jax.card import CARD, PAGE, Format, make_card, page
 from proreflow_jax.checks import STORAGE, check_export
-from proreflow_jax.experiment import Experiment, Weights, load_weights, lora_scale, open_experiment, to_host
+from proreflow_jax.experiment import Experiment, Weights, load_weights, lora_scale, open_experiment
 from proreflow_jax.flow.prediction import JUMPS
 from proreflow_jax.models import adapter, lora, original, weights
 from proreflow_jax.models.sources import INDEX, Source
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import files
+from proreflow_jax.runtime.processes import first, first_says, host_arrays
 
 log = logging.getLogger(__name__)
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -93,10 +94,19 @@ def run_stage(
     if student.factors:
         wanted = wanted._replace(rank=experiment.config.student.lora.rank)
     card = make_card(experiment, stage, student, wanted)
-    if again and not overwrite and (target / CARD).is_file() and _same(files.read_json(target / CARD), card):
+    if first_says(lambda: again and not overwrite and _holds(target, card)):
         log.info("%s: is there", target)
         return
-    tensors = weights.to_torch(to_host(student.params))
+    student = student._replace(params=host_arrays(student.params), factors=host_arrays(student.factors))
+    first(lambda: _write(experiment, student, card, target, overwrite, wanted))
+    log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, wanted.form, stage.windows)
+
+
+def _write(
+    experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, overwrite: bool, wanted: Format
+) -> None:
+    """The folder, whole or not at all. student: arrays of this host."""
+    tensors = weights.to_torch(student.params)
     with files.atomic_folder(target, overwrite) as draft:
         scheduler = scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
         if wanted.form == "diffusers":
@@ -108,10 +118,13 @@ def run_stage(
             card |= report
         files.write_json(draft / CARD, card)
         (draft / PAGE).write_text(page(card), encoding="utf-8")
-    log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, wanted.form, stage.windows)
 
 
-def _same(found: Mapping[str, Any], card: Mapping[str, Any]) -> bool:
+def _holds(target: Path, card: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very student in this form."""
+    if not (target / CARD).is_file():
+        return False
+    found = files.read_json(target / CARD)
     return all(found.get(name) == value for name, value in card.items() if name != "base")
 
 
@@ -181,7 +194,7 @@ def _single_tensors(
     if wanted.form == "single-file":
         return _as(single_file(experiment, student), wanted.dtype), {}
     if wanted.form == "lora" and trained.factors:  # it is one already
-        factors = adapter.to_lora(to_host(trained.factors), lora_scale(experiment.config))
+        factors = adapter.to_lora(trained.factors, lora_scale(experiment.config))
         return lora.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
     change = lora.delta(student, base.source.tensors("unet"))
     if wanted.form == "delta":

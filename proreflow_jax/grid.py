@@ -163,7 +163,7 @@ def train(experiment: Experiment, programs: Programs, store: dict[Any, Any]) -> 
         now = jax.device_put(fresh, mesh.replicated(experiment.mesh))
         key, order = run_key(config, TRAIN_KEY, stage.windows), _order(config.seed, cost, config.train.batch)
         for rows in order:
-            batch = mesh.put_batch(experiment.mesh, {name: values[rows] for name, values in made.items()})
+            batch = mesh.put_batch(experiment.mesh, {name: values[rows] for name, values in made.items()}, len(rows))
             now, found = programs.update(now, frozen, batch, key, numbers, flow=flow, loss=loss)
         check_finite(cost.updates, {"loss": float(found["loss"])})
         params = state.averaged(now)
@@ -188,7 +188,7 @@ def stage_pairs(
     parts = []
     for begin in range(0, count, config.pairs.batch):
         rows = read_rows(experiment, source, np.arange(begin, begin + config.pairs.batch))
-        batch = mesh.put_batch(experiment.mesh, rows)
+        batch = mesh.put_batch(experiment.mesh, rows, config.pairs.batch)
         parts.append(jax.device_get(programs.pairs(frozen, batch, recipe=recipe, flow=teacher_flow(experiment, stage))))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

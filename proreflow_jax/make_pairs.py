@@ -4,8 +4,10 @@ Run the same command again to resume; at most one shard is made twice.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,12 +29,12 @@ from proreflow_jax.experiment import (
     parent_stage,
     stage_plan,
     teacher_flow,
-    to_host,
 )
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import lock
+from proreflow_jax.runtime.processes import first, host_arrays, leads, told
 
 log = logging.getLogger(__name__)
 PLANNED = ("pairs", "student", "data", "model", "conditioning")
@@ -55,11 +57,9 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     by_base = teacher_flow(experiment, stage).windows == 0
     teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage))
     plan = stage_plan(experiment, stage, teacher.digest, PLANNED)
-    records.fix_plan(folder, plan)
-    records.clean(folder)
-    missing = records.missing_shards(folder, plan)
+    missing = _begin(folder, plan)
     if not missing:
-        records.publish(folder, plan)
+        first(lambda: records.publish(folder, plan))
         log.info("stage %d: %d pair records are there", stage.windows, config.pairs.examples)
         return
 
@@ -75,7 +75,27 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     with tqdm(total=len(missing) * config.pairs.shard_size, unit="pair", disable=None, desc="pairs") as bar:
         for shard in missing:
             rows = _rows(experiment, source, jitted, frozen, records.shard_range(plan, shard), bar)
-            records.write_shard(folder, plan, shard, rows)
+            if leads():
+                records.write_shard(folder, plan, shard, rows)
+            else:  # the rows are made together, and written once
+                deque(rows, maxlen=0)
+    first(lambda: _publish(folder, plan))
+
+
+def _begin(folder: Path, plan: dict[str, Any]) -> list[int]:
+    """The shards that are missing, as process 0 sees them; its plan is fixed before the others go on."""
+
+    def look() -> list[int]:
+        records.fix_plan(folder, plan)
+        records.clean(folder)
+        return records.missing_shards(folder, plan)
+
+    seen, lacks = first(look), np.zeros(records.shard_count(plan), bool)
+    lacks[seen or []] = True
+    return [int(shard) for shard in np.flatnonzero(told(lacks))]
+
+
+def _publish(folder: Path, plan: dict[str, Any]) -> None:
     if not records.publish(folder, plan):
         raise RuntimeError(f"{folder}: shards are missing after the last one was made; run the same command again")
 
@@ -84,13 +104,13 @@ def _rows(
     experiment: Experiment, source: loader.Source, jitted: Any, frozen: pairs.Frozen, ids: range, bar: tqdm
 ) -> Iterator[dict[str, np.ndarray]]:
     """The records of one shard in order. Every batch has one shape; the last is filled up and cut."""
-    config = experiment.config
-    for begin in range(ids.start, ids.stop, config.pairs.batch):
-        numbers = np.arange(begin, begin + config.pairs.batch)
-        rows = read_rows(experiment, source, numbers)
-        made = to_host(jitted(frozen, mesh.put_batch(experiment.mesh, rows)))
+    config, size = experiment.config, experiment.config.pairs.batch
+    own = mesh.own_rows(experiment.mesh, size)
+    for begin in range(ids.start, ids.stop, size):
+        rows = read_rows(experiment, source, begin + np.arange(own.start, own.stop))
+        made = host_arrays(jitted(frozen, mesh.put_batch(experiment.mesh, rows, size)))
         made["states"] = made["states"].astype(jnp.dtype(config.pairs.storage))
-        count = min(config.pairs.batch, ids.stop - begin)
+        count = min(size, ids.stop - begin)
         bar.update(count)
         for i in range(count):
             yield {name: values[i] for name, values in made.items()}
@@ -111,4 +131,4 @@ def read_rows(experiment: Experiment, source: loader.Source, numbers: np.ndarray
 
 
 if __name__ == "__main__":
-    cli.start(make_pairs, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage whose pairs are made")})
+    cli.start(make_pairs, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage whose pairs are made")}, pod=True)

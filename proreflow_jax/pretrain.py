@@ -150,7 +150,7 @@ def _fit(
             loader.Loader(rows, c.batch, config.seed, start_step=start) as source,
             Metrics(folder, start, c.steps, tensorboard=False) as metrics,
         ):
-            placed = ((at, mesh.put_batch(machine, batch)) for at, batch in source)
+            placed = ((at, mesh.put_batch(machine, batch, c.batch)) for at, batch in source)
             advance = lambda state, batch: jitted(state, None, batch, key)
             kw = dict(total=c.steps, metrics=metrics, checkpoints=checkpoints, log_every=config.log_every)
             return loop.run(advance, state, placed, meta=lambda done: {"position": done * c.batch}, **kw)

@@ -30,6 +30,7 @@ from proreflow_jax.reflow.stages import DONE, find_stage
 from proreflow_jax.reflow.teacher import Flow, text_context
 from proreflow_jax.runtime import files, mesh
 from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.runtime.processes import check_alone
 
 log = logging.getLogger(__name__)
 SAVE_EVERY = 20  # batches that a kill costs at most
@@ -89,8 +90,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
     if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in plan.seeds) or len(set(plan.seeds)) < len(plan.seeds):
         raise ValueError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
-    if jax.process_count() > 1:
-        raise ValueError(f"evaluate runs in one process, this job has {jax.process_count()}: run it on one host")
+    check_alone(f"evaluate with --config.evaluate.protocol={plan.protocol.name}")
     _check_file(e.inception)
     if e.clip and not Path(e.clip).expanduser().is_dir():
         raise FileNotFoundError(f"{e.clip} is not a folder: {clip_score.FLAG} must name that of a CLIPModel")
@@ -257,7 +257,8 @@ def _generated(
 
     def start(first: int) -> Array:
         numbers = np.arange(first, first + batch, dtype=np.uint32)
-        rows = mesh.put_batch(experiment.mesh, {"number": numbers, "ids": drawn.ids[np.minimum(numbers, last)]})
+        rows = {"number": numbers, "ids": drawn.ids[np.minimum(numbers, last)]}
+        rows = mesh.put_batch(experiment.mesh, rows, batch)
         return draw(drawn.text, drawn.vae, drawn.empty, rows, np.uint32(seed))
 
     firsts = range(position, plan.count, batch)

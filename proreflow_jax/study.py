@@ -19,6 +19,7 @@ from proreflow_jax.flow import solvers, windows
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import make_predict, make_step, text_context
 from proreflow_jax.runtime import files
+from proreflow_jax.runtime.processes import check_alone
 
 log = logging.getLogger(__name__)
 NUMBERS = "study.json"
@@ -37,6 +38,7 @@ class Given(NamedTuple):
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError, one line, for a study that cannot be carried out."""
+    check_alone("evaluate --study")
     s = config.evaluate.study
     for name in ("steps", "perturbed_steps"):
         windows.check_steps(s[name], 1000)

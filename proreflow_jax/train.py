@@ -49,6 +49,7 @@ from proreflow_jax.reflow.teacher import text_context
 from proreflow_jax.runtime import files, mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold, lock
 from proreflow_jax.runtime.metrics import Metrics
+from proreflow_jax.runtime.processes import first, first_says, leads
 
 log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
@@ -70,8 +71,8 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     config = experiment.config
     parent = load_weights(experiment, parent_stage(experiment, stage))
     plan = stage_plan(experiment, stage, parent.digest, (*PLANNED, "loss", "train", "optimizer"))
-    shards.fix_plan(stage.folder, plan)
-    if (stage.folder / DONE).is_file():
+    first(lambda: shards.fix_plan(stage.folder, plan))
+    if first_says((stage.folder / DONE).is_file):
         log.info("stage %d: done", stage.windows)
         return
     source = _source(experiment, stage)
@@ -92,14 +93,14 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     flow = student_flow(config, stage)
     done = {"step": config.train.steps, "digest": weights, "parent": parent.digest, "flow": flow._asdict()}
     done |= {"guidance": guidance_contract(config)}
-    files.write_json(stage.folder / DONE, done)
+    first(lambda: files.write_json(stage.folder / DONE, done))
 
 
 def _source(experiment: Experiment, stage: Stage) -> loader.Source:
     """Pair records, or captions (and images) for the online mode."""
     if experiment.config.pairs.mode == "online":
         return open_source(experiment)
-    return records.PairRecords(stage.folder / "pairs")
+    return records.PairRecords(stage.folder / "pairs", verify=leads())
 
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
@@ -185,14 +186,14 @@ def _batches(experiment: Experiment, source: loader.Source, start: int) -> Itera
     """(steps done before, global batch on the mesh) from `start` on: records, or numbered prompts for the online mode."""
     config, machine = experiment.config, experiment.mesh
     b = config.train.batch
-    rows = loader.rows(b, jax.process_index(), jax.process_count())
+    rows = mesh.own_rows(machine, b)
     if config.pairs.mode == "online":
         numbers = lambda step: np.arange(step * b + rows.start, step * b + rows.stop)
-        yield ((step, mesh.put_batch(machine, read_rows(experiment, source, numbers(step)))) for step in count(start))
+        yield ((step, mesh.put_batch(machine, read_rows(experiment, source, numbers(step)), b)) for step in count(start))
         return
     with loader.Loader(source, b, config.seed, start_step=start, rows=rows) as batches:
-        yield ((step, mesh.put_batch(machine, batch)) for step, batch in batches)
+        yield ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)
 
 
 if __name__ == "__main__":
-    cli.start(train, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage to train")})
+    cli.start(train, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage to train")}, pod=True)

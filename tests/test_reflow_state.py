@@ -133,7 +133,7 @@ def on_mesh(networks, frozen, shape, student=None, adam=ADAM, jit=quick_jit):
     step = jit(step_of(networks, unroll=True, adam=adam), **shardings, donate_argnums=0)
     losses = []
     for i in range(3):
-        state, numbers = step(state, frozen, mesh.put_batch(machine, jax.device_get(tiny.rows(16, 16 * i))), KEY)
+        state, numbers = step(state, frozen, mesh.put_batch(machine, jax.device_get(tiny.rows(16, 16 * i)), 16), KEY)
         losses.append(float(numbers["loss"]))
     split = {name for name, value in state.params.items() if not value.sharding.is_fully_replicated}
     return losses, step._cache_size(), split, jax.device_get(state)

@@ -75,7 +75,7 @@ def test_fsdp_splits_the_largest_dimension_that_divides(shape: tuple[int, ...], 
 def test_rows_of_a_batch_keep_their_order_over_eight_devices() -> None:
     mesh = mesh_lib.make_mesh(data=2, fsdp=4)
     rows = {"states": np.arange(16 * 6, dtype=np.float32).reshape(16, 2, 3), "first": np.arange(16, dtype=np.int32)}
-    batch = mesh_lib.put_batch(mesh, rows)
+    batch = mesh_lib.put_batch(mesh, rows, 16)
     for name, array in rows.items():
         assert batch[name].sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), array.ndim)
         np.testing.assert_array_equal(np.asarray(batch[name]), array)

@@ -28,21 +28,6 @@ def position(step: int, row: int, batch: int) -> int:
     return step * batch + row
 
 
-def rows(batch: int, process_index: int, process_count: int) -> range:
-    """Returns the rows of a global batch that one process reads; the processes' ranges tile it in order.
-
-    Raises:
-        ValueError: the batch does not divide among the processes.
-    """
-    if batch < 1 or batch % process_count:
-        raise ValueError(
-            f"a global batch of {batch} does not divide among {process_count} processes: "
-            f"set --config.train.batch to a multiple of {process_count}"
-        )
-    share = batch // process_count
-    return range(process_index * share, (process_index + 1) * share)
-
-
 def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " length"]:
     """Returns the order of one epoch: the ranks of counter-based random words.
 
@@ -60,7 +45,7 @@ class Loader:
         batch: global batch size, B.
         seed: of the shuffling, >= 0.
         start_step: the first step to yield; nothing before it is read.
-        rows: the rows of each global batch to read (see `rows`); all of them by default.
+        rows: the rows of each global batch to read, this process's; all of them by default.
         prefetch: batches built ahead, each in a thread of its own.
         keep: names of the fields to keep; all of them by default.
 

@@ -65,8 +65,8 @@ def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Par
     kept = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
     run = jax.jit(partial(_features, apply), out_shardings=kept)
     placed = jax.device_put(params, mesh_lib.replicated(mesh))
-    local = batch // jax.process_count()
-    start = lambda rows: run(placed, mesh_lib.put_batch(mesh, _filled(rows, local)))
+    local = len(mesh_lib.own_rows(mesh, batch))
+    start = lambda rows: run(placed, mesh_lib.put_batch(mesh, _filled(rows, local), batch))
     return lambda batches: map(_real_rows, ahead(start, batches))
 
 

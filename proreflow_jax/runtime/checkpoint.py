@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers
 from proreflow_jax.runtime import files
 from proreflow_jax.runtime.digest import digest, fold, leaf_path, named_leaves
 from proreflow_jax.runtime.inventory import check_seal, check_target, inventory, wrong_values
+from proreflow_jax.runtime.processes import first
 
 __all__ = ["Checkpoints", "Restored", "digest", "fold", "lock"]
 
@@ -221,15 +222,17 @@ class Checkpoints:
         return jax.block_until_ready(self._manager.restore(step, args=items)["state"])
 
 
-def lock(folder: str | Path) -> Any:
-    """Context manager: this job alone writes to `folder`. Two writers would lose each other's saves in silence.
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """This job alone writes to `folder`. Two writers would lose each other's saves in silence.
 
     Process 0 of a job holds it for all; object stores (`gs://`) have no locks. Raises ValueError naming folder and
     holder.
     """
-    if "://" in str(folder) or jax.process_index() != 0:
-        return nullcontext()
-    return files.lock(folder)
+    with ExitStack() as held:
+        if "://" not in str(folder):
+            first(lambda: held.enter_context(files.lock(folder)))
+        yield
 
 
 @contextmanager

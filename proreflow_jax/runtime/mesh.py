@@ -94,10 +94,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows (b / processes, ...) of each array -> global arrays (b, ...), split by `batch_sharding`."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in rows.items()}
+def own_rows(mesh: Mesh, batch: int) -> range:
+    """The rows of a global batch that this process's devices hold; all of them where the batch is split within each process.
+
+    Raises ValueError if they are not one range: the mesh's devices lie in another order than the processes.
+    """
+    parts = {(part.start or 0, part.stop or batch) for (part,) in _parts(mesh, batch).values()}
+    own = range(min(start for start, _ in parts), max(stop for _, stop in parts))
+    if len(own) != sum(stop - start for start, stop in parts):
+        raise ValueError(
+            f"process {jax.process_index()} holds rows {sorted(parts)}: let --config.mesh.tensor lie within a process"
+        )
+    return own
+
+
+def _parts(mesh: Mesh, batch: int) -> Mapping[jax.Device, tuple[slice, ...]]:
+    return batch_sharding(mesh).addressable_devices_indices_map((batch,))
+
+
+def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray], batch: int) -> dict[str, jax.Array]:
+    """This process's rows (`own_rows` of a global batch) of each array -> global arrays (b, ...), split by `batch_sharding`."""
+    sharding, begin = batch_sharding(mesh), own_rows(mesh, batch).start
+
+    def placed(array: np.ndarray) -> jax.Array:
+        part = lambda index: array[(index[0].start or 0) - begin : (index[0].stop or batch) - begin]
+        return jax.make_array_from_callback((batch, *array.shape[1:]), sharding, part)
+
+    return {name: placed(array) for name, array in rows.items()}
 
 
 def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:

@@ -1,0 +1,72 @@
+"""Several processes that run one job: what process 0 does for all, and what all must know alike.
+
+Every process runs the same verb. What computes runs on all of them together; what writes a file, or decides by looking at
+a folder, is process 0's, and the others wait for its word: a folder may look different from another host. One process
+alone waits for nobody.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree
+
+T = TypeVar("T")
+FINE, REFUSED, FAILED = range(3)
+
+
+def leads() -> bool:
+    """Whether this is process 0, which writes for all."""
+    return jax.process_index() == 0
+
+
+def check_alone(what: str) -> None:
+    """Raises ValueError, one line, in a job of several processes."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{what} runs in one process and this job has {jax.process_count()}: run it on one host")
+
+
+def first(work: Callable[[], T]) -> T | None:
+    """Process 0 does the work while the others wait; returns what it gave, None on the others.
+
+    Raises what the work raised; on the others ValueError (for a ValueError or FileNotFoundError) or RuntimeError.
+    """
+    if jax.process_count() == 1:
+        return work()
+    done, outcome = None, FINE
+    try:
+        done = work() if leads() else None
+    except (ValueError, FileNotFoundError):
+        outcome = REFUSED
+        raise
+    except BaseException:
+        outcome = FAILED
+        raise
+    finally:
+        outcome = int(told(np.array(outcome)))
+        if not leads() and outcome != FINE:
+            raise {REFUSED: ValueError, FAILED: RuntimeError}[outcome]("process 0 could not go on and says why")
+    return done
+
+
+def first_says(question: Callable[[], bool]) -> bool:
+    """Process 0's answer, on all of them. Raises as `first` does."""
+    return bool(told(np.array(bool(first(question)))))
+
+
+def told(value: np.ndarray) -> np.ndarray:
+    """Process 0's value, on all of them; it has one shape and dtype everywhere."""
+    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
+def host_arrays(tree: PyTree[Array]) -> PyTree[np.ndarray]:
+    """Device arrays as whole numpy arrays on every process, one after the other; all processes must ask for them."""
+    return jax.tree.map(_host_array, tree)
+
+
+def _host_array(value: Array) -> np.ndarray:
+    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(jax.device_get(value))

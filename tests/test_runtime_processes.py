@@ -1,0 +1,98 @@
+"""Two processes of one job: what one does for both, what both know alike, and whose rows are whose."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from proreflow_jax.runtime import mesh, processes
+
+JOB = """
+import sys
+from proreflow_jax.runtime import mesh, processes
+mesh.initialize_distributed()
+import jax, numpy as np
+from pathlib import Path
+from proreflow_jax.runtime.checkpoint import lock
+from proreflow_jax.runtime.files import Locked
+
+folder, k = Path(sys.argv[1]), jax.process_index()
+saw = []
+processes.first(lambda: (folder / "written").write_text("by one"))
+saw.append((folder / "written").read_text() == "by one")
+saw.append(processes.first_says(lambda: k == 0))
+saw.append(int(processes.told(np.array(7 + k))) == 7)
+
+def raised(work, kind):
+    try:
+        processes.first(work)
+    except kind as error:
+        return str(error)
+
+def refuse():
+    raise ValueError("no such flag")
+
+def fail():
+    raise OSError("disk full")
+
+saw.append(raised(refuse, ValueError) == ("no such flag" if k == 0 else "process 0 could not go on and says why"))
+saw.append(raised(fail, (OSError, RuntimeError)) == ("disk full" if k == 0 else "process 0 could not go on and says why"))
+
+for shape in ((4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)):
+    machine = mesh.make_mesh(*shape)
+    whole = np.arange(24).reshape(8, 3)
+    own = mesh.own_rows(machine, 8)
+    placed = mesh.put_batch(machine, {"x": whole[own.start : own.stop]}, 8)["x"]
+    saw.append(np.array_equal(processes.host_arrays(placed), whole))
+    saw.append(len(own) == 4)
+
+with lock(folder / "run"):
+    saw.append((folder / "run" / ".lock").exists())
+np.save(folder / f"{k}.npy", np.array(saw))
+"""
+
+
+def run_pod(count: int, devices: int, words: list[str], timeout: int = 120) -> list[int]:
+    """Exit codes of `count` processes of one job on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    job = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    jobs = [subprocess.Popen(words, env=os.environ | job | {"JAX_PROCESS_ID": str(k)}) for k in range(count)]
+    try:
+        return [job.wait(timeout=timeout) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def test_two_processes_do_once_what_is_done_once_and_hold_their_own_rows(tmp_path: Path) -> None:
+    assert run_pod(2, 2, [sys.executable, "-c", JOB, str(tmp_path)]) == [0, 0]
+    for k in range(2):
+        assert np.load(tmp_path / f"{k}.npy").all(), k
+
+
+def test_one_process_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "multihost_utils", None)
+    assert processes.leads() and processes.first(lambda: 3) == 3
+    assert processes.first_says(lambda: True) and processes.told(np.array(4)) == 4
+    np.testing.assert_array_equal(processes.host_arrays({"x": jax.numpy.arange(3)})["x"], np.arange(3))
+    with pytest.raises(KeyError):
+        processes.first(lambda: {}["x"])
+
+
+def test_a_batch_that_lies_in_another_order_than_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = mesh.make_mesh(data=8)
+    holes = {device: (slice(i, i + 1),) for i, device in enumerate(machine.devices.flat) if i % 2 == 0}
+    monkeypatch.setattr(mesh, "_parts", lambda machine, batch: holes)
+    with pytest.raises(ValueError, match=r"process 0 holds rows .*--config\.mesh\.tensor"):
+        mesh.own_rows(machine, 8)
