@@ -140,7 +140,7 @@ await_processes() {
   while ((${#rest[@]})); do
     ended='' status=0
     wait -n -p ended "${rest[@]}" || status=$?
-    [[ -n $ended ]] || continue # a signal was passed on
+    [[ -n ${ended:-} ]] || continue # a signal was passed on
     mapfile -t rest < <(printf '%s\n' "${rest[@]}" | grep -vx "$ended")
     if ((status && status != STOPPED && !code && ${#rest[@]})); then # where one was stopped all stop, and save together
       say "process $ended failed with exit code $status; ending the others"
@@ -152,12 +152,14 @@ await_processes() {
     fi
     ((code)) || code=$status
   done
-  [[ -z $killer ]] || signal_all TERM "$killer"
+  [[ -z $killer ]] || signal_all KILL "$killer"
   wait "$shown" || true
   exit "$code"
 }
 
+# What a process has started is its own affair until SIGKILL: a verb's decoding workers must not die under its save.
 signal_all() {
-  local process
-  for process in "${@:2}"; do kill -s "$1" -- "-$process" 2>/dev/null || true; done
+  local process group=
+  [[ $1 != KILL ]] || group=-
+  for process in "${@:2}"; do kill -s "$1" -- "$group$process" 2>/dev/null || true; done
 }

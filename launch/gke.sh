@@ -30,7 +30,8 @@
 #
 # kubectl must point to the cluster: gcloud container clusters get-credentials CLUSTER --location=L. The same by XPK:
 #   xpk workload create --cluster=CLUSTER --workload=N --tpu-type=v5litepod-16 --num-slices=1 --max-restarts=100 \
-#     --docker-image=IMAGE --command="launch/verb.sh python -m proreflow_jax.distill ... --config.root=gs://B/runs"
+#     --restart-on-exit-codes=75 --docker-image=IMAGE \
+#     --command="launch/verb.sh python -m proreflow_jax.distill ... --config.root=gs://B/runs"
 #
 # A stopped verb exits with 0; in the pod launch/verb.sh makes 75 of it, so that the JobSet starts again. Exit codes here: 0
 # finished, 1 failed, 2 wrong input, 130 you stopped watching.
