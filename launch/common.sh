@@ -117,36 +117,37 @@ read_slice() {
 # Shows a growing log until process $2 has ended. Signals to the whole group do not end it sooner.
 show_log() { (trap '' INT TERM HUP && exec tail -n +1 -s 0.2 -f --pid="$2" "$1"); }
 
-# launch_process LOG COMMAND...: in a process group of its own, so that signals go where we send them.
-PROCESSES_RUNNING=()
+# launch_process LOG COMMAND...: in a process group of its own, so that signals go where we send them: Ctrl-C and SIGTERM to all.
+RUNNING=() SIGNAL=
 launch_process() {
   if [[ -n $DRY_RUN ]]; then
     echo "$(quote "${@:2}") >$(quote "$1") 2>&1 &" && return
   fi
+  trap 'SIGNAL=INT && signal_all INT "${RUNNING[@]}"' INT
+  trap 'SIGNAL=TERM && signal_all TERM "${RUNNING[@]}"' TERM HUP
   set -m
   "${@:2}" >"$1" 2>&1 </dev/null &
-  PROCESSES_RUNNING+=($!)
+  RUNNING+=($!)
   set +m
 }
 
 # await_processes LOG: shows the log of the first while they run. Exits with the code of the first that fails; the others then
-# get SIGTERM, and GRACE seconds later SIGKILL. Ctrl-C and SIGTERM are passed on to all. Needs bash 5.1.
+# get SIGTERM, and GRACE seconds later SIGKILL. Needs bash 5.1.
 await_processes() {
-  local code=0 status ended shown killer='' rest=("${PROCESSES_RUNNING[@]}")
-  trap 'signal_all INT "${rest[@]}"' INT
-  trap 'signal_all TERM "${rest[@]}"' TERM HUP
-  show_log "$1" "${rest[0]}" &
+  local code=0 status ended shown killer=''
+  [[ -z $SIGNAL ]] || signal_all "$SIGNAL" "${RUNNING[@]}" # it came while some were not there yet
+  show_log "$1" "${RUNNING[0]}" &
   shown=$!
-  while ((${#rest[@]})); do
+  while ((${#RUNNING[@]})); do
     ended='' status=0
-    wait -n -p ended "${rest[@]}" || status=$?
+    wait -n -p ended "${RUNNING[@]}" || status=$?
     [[ -n ${ended:-} ]] || continue # a signal was passed on
-    mapfile -t rest < <(printf '%s\n' "${rest[@]}" | grep -vx "$ended")
-    if ((status && status != STOPPED && !code && ${#rest[@]})); then # where one was stopped all stop, and save together
+    mapfile -t RUNNING < <(printf '%s\n' "${RUNNING[@]}" | grep -vx "$ended")
+    if ((status && status != STOPPED && !code && ${#RUNNING[@]})); then # where one was stopped all stop, and save together
       say "process $ended failed with exit code $status; ending the others"
-      signal_all TERM "${rest[@]}"
+      signal_all TERM "${RUNNING[@]}"
       set -m
-      (sleep "$GRACE" && signal_all KILL "${rest[@]}") >/dev/null 2>&1 &
+      (sleep "$GRACE" && signal_all KILL "${RUNNING[@]}") >/dev/null 2>&1 &
       killer=$!
       set +m
     fi

@@ -15,11 +15,11 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 if [[ $1 == --dry-run ]]; then shift && quote "$@" && echo && exit 0; fi
 [[ $1 != -* ]] || die "$1 is no flag of this script; --help lists them"
 
-log=${VERB_LOG:-$(mktemp)} asked=
-trap '' HUP # the verb, too, ignores it
-"$@" >"$log" 2>&1 &
+log=${VERB_LOG:-$(mktemp)} verb='' asked=''
+trap 'asked=1; [[ -z $verb ]] || kill -TERM "$verb" 2>/dev/null || true' TERM INT HUP
+(trap '' HUP && exec "$@") >"$log" 2>&1 &
 verb=$!
-trap 'asked=1; kill -TERM "$verb" 2>/dev/null || true' TERM INT HUP
+[[ -z $asked ]] || kill -TERM "$verb" || true
 if [[ -z ${VERB_LOG:-} ]]; then show_log "$log" "$verb" & fi
 
 while :; do

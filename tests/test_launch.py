@@ -14,6 +14,7 @@ from fake_cloud import ROOT, STOPPED, STOPS, build
 SCRIPTS = ("tpu_vm.sh", "gke.sh", "slurm.sh", "hosts.sh", "local_pod.sh", "verb.sh", "tpu_worker.sh")
 TPU = ("--project=p", "--zone=z", "--name=n", "--slice=v5e:4x4")
 VERB = ("--", "sh", "-c", "echo step $0; sleep 0.1", "(4, 2)")
+WAITS = 'echo began; for i in $(seq 400); do [ -e "$FAKE/go" ] && break; sleep 0.05; done; echo whole'
 SPOT = (*TPU, "--spot", "--bucket=b", "--confirm=n")
 
 
@@ -103,13 +104,14 @@ def test_without_the_name_typed_nothing_is_deleted(cloud):
 
 
 def test_each_command_run_again_goes_on(cloud):
-    words = ("--", "sh", "-c", "sleep 0.8; echo whole")
+    words = ("--", "sh", "-c", WAITS)
     for command in ("create", "setup", "run", "create", "setup", "run"):
         done = cloud.launch("tpu_vm.sh", command, *TPU, *(words if command == "run" else ()))
         assert done.returncode == 0, done.stderr
     assert done.stdout == "is running\n" and len(cloud.calls("create")) == 1 and len(cloud.calls("^uv venv")) == 1
     other = cloud.launch("tpu_vm.sh", "run", *TPU, "--", "another")
     assert other.returncode == 2 and "another command is running here" in other.stderr
+    cloud.set(go="")
     followed = cloud.launch("tpu_vm.sh", "follow", *TPU)
     assert followed.returncode == 0 and "whole" in followed.stdout
     collected = cloud.launch("tpu_vm.sh", "collect", *TPU)
@@ -167,13 +169,14 @@ def test_wrong_input_is_one_line_and_exit_2(cloud, script, words, said):
 
 def test_ctrl_c_stops_watching_and_the_slice_goes_on(cloud):
     cloud.set(queued="ACTIVE\n")
-    line = [cloud.top / "launch" / "tpu_vm.sh", "all", *TPU, "--", "sh", "-c", "echo began; sleep 1.5; echo whole"]
+    line = [cloud.top / "launch" / "tpu_vm.sh", "all", *TPU, "--", "sh", "-c", WAITS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, cwd=cloud.top, env=cloud.environment, start_new_session=True, **pipes) as watching:
         assert watching.stdout.readline() == "began\n"
         os.killpg(watching.pid, signal.SIGINT)  # as a terminal does
         said = watching.communicate(timeout=20)[1]
     assert watching.returncode == 130 and "goes on" in said and cloud.calls("delete") == []
+    cloud.set(go="")
     assert "whole" in cloud.launch("tpu_vm.sh", "follow", *TPU).stdout
 
 

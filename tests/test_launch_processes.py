@@ -3,11 +3,14 @@
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fake_cloud import ROOT, STOPPED, STOPS, Cloud, build
 
-TRAPS = "trap 'echo asked to stop: saved; exit 0' TERM; echo began; while :; do sleep 0.05; done"
+BEGAN = 'echo began; echo >>"$FAKE/began"'
+TRAPS = f"trap 'echo asked to stop: saved; exit 0' TERM; {BEGAN}; while :; do sleep 0.05; done"
 SHOW = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS $JAX_PLATFORMS $XLA_FLAGS $0"'
 
 
@@ -16,16 +19,28 @@ def cloud(tmp_path):
     return build(tmp_path)
 
 
-def interrupt(cloud: Cloud, line: list[str], number: int, **more: str) -> tuple[int, str]:
-    """Sends the signal to a command once it has said "began"; its exit code and all it said."""
+def interrupt(cloud: Cloud, line: list[str], number: int, processes: int, **more: str) -> tuple[int, str]:
+    """Sends the signal to a command once so many of its processes have begun; its exit code and all it said."""
     line = [str(cloud.top / "launch" / line[0]), *line[1:]] if line[0].endswith(".sh") else line
     environment, pipe = cloud.environment | more, subprocess.PIPE
     with subprocess.Popen(line, cwd=cloud.top, env=environment, stdout=pipe, text=True, start_new_session=True) as process:
-        shown = process.stdout.readline()
-        time.sleep(0.3)  # for its other processes
+        wait_for(lambda: len(read(cloud.fake / "began")) == processes)
         process.send_signal(number)
-        shown += process.communicate(timeout=20)[0]
-    return process.returncode, shown
+        return process.wait(timeout=20), process.stdout.read()
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    """Until it is true, 20 seconds at most."""
+    for _ in range(400):
+        if ready():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def read(path: Path) -> str:
+    """What the file holds, nothing if there is none."""
+    return path.read_text() if path.exists() else ""
 
 
 def logs(cloud: Cloud) -> list[str]:
@@ -58,8 +73,8 @@ def test_a_process_that_is_done_does_not_end_the_others(cloud):
 
 @pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "TERM", 0), (signal.SIGINT, "INT", 130)])
 def test_signals_go_to_every_process_of_a_local_pod(cloud, number, name, code):
-    caught = f"trap 'echo {name}; exit {code}' {name}; echo began; while :; do sleep 0.05; done"
-    assert interrupt(cloud, ["local_pod.sh", "--", "sh", "-c", caught], number) == (code, f"began\n{name}\n")
+    caught = f"trap 'echo {name}; exit {code}' {name}; {BEGAN}; while :; do sleep 0.05; done"
+    assert interrupt(cloud, ["local_pod.sh", "--", "sh", "-c", caught], number, 2) == (code, f"began\n{name}\n")
     assert logs(cloud) == [f"began\n{name}\n"] * 2
 
 
@@ -78,7 +93,7 @@ def test_the_words_by_which_a_stopped_verb_is_known_are_those_of_the_loop():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_every_way_to_stop_reaches_the_verb_as_sigterm(cloud, number):
-    code, shown = interrupt(cloud, ["verb.sh", "sh", "-c", TRAPS], number)
+    code, shown = interrupt(cloud, ["verb.sh", "sh", "-c", TRAPS], number, 1)
     assert (code, shown) == (STOPPED, "began\nasked to stop: saved\n")
 
 
@@ -105,5 +120,5 @@ def test_a_slurm_job_that_was_stopped_goes_back_into_the_queue(cloud):
 def test_sigterm_reaches_the_verbs_through_slurm(cloud):
     batch = cloud.launch("slurm.sh", "--dry-run", "--", "sh", "-c", TRAPS).stdout.removesuffix("sbatch\n")
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "gpu[3-4]"}
-    code, shown = interrupt(cloud, ["bash", "-c", batch], signal.SIGTERM, **job)
+    code, shown = interrupt(cloud, ["bash", "-c", batch], signal.SIGTERM, 2, **job)
     assert code == STOPPED and shown.count("asked to stop: saved") == 2 and cloud.calls("requeue")
