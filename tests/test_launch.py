@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +59,26 @@ def test_a_dry_run_shows_the_commands_and_runs_none(cloud, script, words, shown)
     done = cloud.launch(script, "--dry-run", *words)
     assert (done.returncode, done.stderr) == (0, "") and shown in done.stdout
     assert cloud.calls() == [] and sorted(cloud.top.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["gcloud", "kubectl"])
+def test_the_real_tools_know_every_flag(cloud, tool, tmp_path):
+    if not (program := shutil.which(tool)):
+        pytest.skip(f"{tool} is not installed here")
+    shown = [cloud.launch("gke.sh", "all", "--dry-run", "--image=i", *SPOT[2:], *VERB).stdout]
+    shown += [cloud.launch("tpu_vm.sh", "all", "--dry-run", *SPOT, *more, *VERB).stdout for more in ((), ("--slices=2",))]
+    lines = {line for text in shown for line in text.splitlines() if line.startswith(f"{tool} ")}
+    environment = cloud.environment | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+    for line in lines:
+        words = [word for word in shlex.split(line)[1:] if not word.startswith("--")]
+        depth = {"kubectl": 1, "storage": 2, "compute": 4}  # words that name the command
+        page = [program, *words[: depth.get(tool) or depth[words[0]]], "--help"]
+        known = subprocess.run(page, env=environment, capture_output=True, text=True, timeout=120).stdout
+        known += "--namespace" if tool == "kubectl" else ""  # of every command: kubectl options
+        flags = {word.partition("=")[0] for word in shlex.split(line) if word.startswith("--")}
+        assert known and {flag for flag in flags if flag not in known} == set(), line
+    assert len(lines) >= 3
 
 
 def test_a_slice_s_whole_life(cloud):
