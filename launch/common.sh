@@ -12,6 +12,7 @@ say() { printf '%s\n' "$ME: $*" >&2; }
 note() { [[ -n $DRY_RUN ]] || say "$*"; }
 die() { say "$*" && exit 2; }
 fail() { say "$*" && exit 1; }
+stop() { say "$*" && exit "$STOPPED"; }
 
 help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
@@ -117,7 +118,8 @@ read_slice() {
 # Shows a growing log until process $2 has ended. Signals to the whole group do not end it sooner.
 show_log() { (trap '' INT TERM HUP && exec tail -n +1 -s 0.2 -f --pid="$2" "$1"); }
 
-# launch_process LOG COMMAND...: in a process group of its own, so that signals go where we send them: Ctrl-C and SIGTERM to all.
+# launch_process LOG COMMAND...: in a process group of its own, so that signals go where we send them. Ctrl-C and SIGTERM go
+# to all.
 RUNNING=() SIGNAL=
 launch_process() {
   if [[ -n $DRY_RUN ]]; then

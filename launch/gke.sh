@@ -34,7 +34,7 @@
 #     --command="launch/verb.sh python -m proreflow_jax.distill ... --config.root=gs://B/runs"
 #
 # A stopped verb exits with 0; in the pod launch/verb.sh makes 75 of it, so that the JobSet starts again. Exit codes here: 0
-# finished, 1 failed, 2 wrong input, 130 you stopped watching.
+# finished, 1 failed, 2 wrong input, 75 no answer from the cluster, 130 you stopped watching.
 
 # shellcheck disable=SC2153 # parse sets NAME, SLICE, ...
 set -euo pipefail
@@ -107,7 +107,7 @@ follow() {
       Completed) say "$NAME: finished" && return ;;
       Failed) first_pod_log || true && fail "$NAME: failed: kubectl describe jobset $NAME says why" ;;
       ABSENT) fail "$NAME: there is none" ;;
-      UNKNOWN) ((++unknown < 10)) || fail "$NAME: no answer from the cluster; run the same command again to go on" ;;
+      UNKNOWN) ((++unknown < 10)) || stop "$NAME: no answer from the cluster; run the same command again to go on" ;;
       *) first_pod_log || true ;; # no pod yet, or between two
     esac
     wait_a_while
@@ -128,6 +128,7 @@ all() {
   local code=0
   start
   (follow) || code=$?
+  ((code != STOPPED)) || exit "$code"
   collect || code=1
   if [[ -n $CONFIRM ]]; then delete; else note "the JobSet is still there; to end that: delete --name=$NAME --confirm=$NAME"; fi
   exit "$code"
@@ -145,6 +146,7 @@ case $COMMAND in
 esac
 ((${#ARGUMENTS[@]} == 1)) || die "${ARGUMENTS[1]}: one command at a time, and the verb's words after --"
 [[ $COMMAND == image || $COMMAND == collect ]] || need_tool kubectl
+[[ $COMMAND != collect && $COMMAND != all ]] || need_tool gcloud
 [[ $ROOT == gs://* || ($COMMAND != run && $COMMAND != all) ]] || die "--bucket is missing: a pod's disk is gone when it ends"
 [[ -z $CONFIRM || $CONFIRM == "$NAME" ]] || die "--confirm=$CONFIRM is not --name=$NAME: type the name of what may be deleted"
 SCRATCH=$(mktemp -d)

@@ -28,8 +28,8 @@
 #   --poll --settle     seconds between looks (30); looks at the slice before a failure is believed (6)
 #   --dry-run           print the commands, run none
 #
-# How it ends: exit 0 finished; 1 the verb failed or the slice cannot be had; 2 wrong input; 75 stopped, and nobody may
-# start it again; 130 you stopped watching. A verb that was asked to stop exits with 0, too: launch/verb.sh tells it apart.
+# How it ends: exit 0 finished; 1 the verb failed or the slice cannot be had; 2 wrong input; 75 stopped in between, the same
+# command goes on; 130 you stopped watching. A verb that was asked to stop exits with 0, too: launch/verb.sh tells it apart.
 
 # shellcheck disable=SC2153 # parse sets NAME, SLICE, ...
 set -euo pipefail
@@ -98,7 +98,7 @@ create() {
       ABSENT) request || fail "$NAME: cannot be asked for, see above" && asked=1 ;;
       FAILED) [[ -z $asked ]] || fail "$NAME: $(answer queued-resources state.failedData.error.message "$NAME")" && replace ;;
       LOST) replace ;;
-      UNKNOWN) ((++unknown < 10)) || fail "$NAME: no answer from Google Cloud; run the same command again to go on" ;;
+      UNKNOWN) ((++unknown < 10)) || stop "$NAME: no answer from Google Cloud; run the same command again to go on" ;;
     esac
     wait_a_while
   done
@@ -137,25 +137,25 @@ follow() {
   while :; do
     code=0 && first_worker 'bash tpu_worker.sh follow' || code=$?
     ((code != 0)) || { note "$NAME: finished" && return; }
-    ((code != 2)) || fail "$NAME: the verb does not like its input, see above"
+    ((code != WRONG_INPUT)) || fail "$NAME: the verb does not like its input, see above"
     # Where a slice is taken away, the verb stops or fails first and the slice's state says so a little later.
     for ((look = 0; look < SETTLE; look++)); do
       now=$(state)
-      if [[ $now != ACTIVE && $now != UNKNOWN || $code == 255 ]]; then break; fi
+      if [[ $now != ACTIVE && $now != UNKNOWN ]] || ((code != STOPPED && code != FAILED)); then break; fi
       wait_a_while
     done
     if [[ $now == ABSENT ]]; then
       fail "$NAME: was deleted"
     elif [[ $now == LOST || $now == FAILED || $now == WAITING ]]; then
       say "$NAME: preempted or under repair"
-    elif ((code == 255)); then
-      say "$NAME: connection lost, trying again" && wait_a_while && continue
+    elif ((code == FAILED)); then
+      fail "$NAME: the verb failed, see above"
     elif ((code == STOPPED)); then
       count_restart && say "$NAME: the verb was stopped, starting it again"
     else
-      fail "$NAME: the verb failed with exit code $code, see above"
+      say "$NAME: connection lost, trying again" && wait_a_while && continue
     fi
-    ((${#WORDS[@]})) || { say "$NAME: to go on, follow with the words after --" && exit "$STOPPED"; }
+    ((${#WORDS[@]})) || stop "$NAME: to go on, follow with the words after --"
     bring_up
   done
 }
@@ -164,7 +164,7 @@ count_restart() { ((RESTARTED++ < RESTARTS)) || fail "$NAME: started again $REST
 
 # The queued resource of a slice that was taken away keeps its name; its machines are gone already.
 replace() {
-  [[ -n $CONFIRM ]] || { say "$NAME: taken away; to have a new one run this again with --confirm=$NAME" && exit "$STOPPED"; }
+  [[ -n $CONFIRM ]] || stop "$NAME: taken away; to have a new one run this again with --confirm=$NAME"
   count_restart && delete
 }
 
@@ -202,7 +202,7 @@ all() {
 
 parse "project zone name slice slices bucket out confirm restarts runtime hf-token-file poll settle" spot "$@"
 : "${SLICES:=1}" "${OUT:=collected}" "${RESTARTS:=100}" "${POLL:=30}" "${SETTLE:=6}"
-COMMAND=${ARGUMENTS[0]:-nothing} RESTARTED=0 FAMILY='' CHIPS=0
+COMMAND=${ARGUMENTS[0]:-nothing} RESTARTED=0 WRONG_INPUT=64 FAILED=70 FAMILY='' CHIPS=0
 case $COMMAND in
   create | setup | collect | delete | follow) ;;
   run | all) need_words ;;

@@ -3,7 +3,8 @@
 #
 #   tpu_worker.sh setup             unpack ~/proreflow.tar.gz, make ~/proreflow/.venv; nothing to do if it is there
 #   tpu_worker.sh start -- WORDS    run the words, detached from the connection
-#   tpu_worker.sh follow            show the log until the end, exit with launch/verb.sh's code
+#   tpu_worker.sh follow            show the log until the end; exit 0 finished, 75 stopped, 64 wrong input, 70 failed: codes
+#                                   that gcloud and ssh do not give of themselves
 #   tpu_worker.sh pack FOLDER       ~/proreflow-collected.tar.gz of FOLDER without pairs and checkpoints
 set -euo pipefail
 cd "$HOME"
@@ -22,11 +23,12 @@ setup() {
   if [[ -f proreflow.token ]]; then
     mkdir -p .cache/huggingface && mv proreflow.token .cache/huggingface/token && chmod 600 .cache/huggingface/token
   fi
+  echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null || true # jax asks for it from v5e on
   local sum
   sum=$(sha256sum <proreflow.tar.gz)
   if [[ -f proreflow/.setup && $(<proreflow/.setup) == "$sum" ]] || running; then return; fi
   mkdir -p proreflow && tar -xzf proreflow.tar.gz -C proreflow
-  python3 -m pip install --quiet --user uv
+  python3 -m pip install --quiet --user uv || python3 -m pip install --quiet --user --break-system-packages uv
   [[ -x proreflow/.venv/bin/python ]] || .local/bin/uv venv --quiet --python "$PYTHON" proreflow/.venv
   .local/bin/uv pip install --quiet --python proreflow/.venv/bin/python -e './proreflow[tpu]'
   echo "$sum" >proreflow/.setup
@@ -65,7 +67,13 @@ start() {
 follow() {
   [[ -f $LOG ]] || exit 75
   if running; then tail -n 20 -s 0.5 -f --pid="$(<"$LOCK.pid")" "$LOG"; else tail -n 20 "$LOG"; fi
-  exit "$(cat "$OUTCOME" 2>/dev/null || echo 75)" # no outcome: the machine was restarted under the verb
+  local code=75 # no outcome: the machine was restarted under the verb
+  [[ ! -f $OUTCOME ]] || code=$(<"$OUTCOME")
+  case $code in
+    0 | 75) exit "$code" ;;
+    2) exit 64 ;;
+    *) echo "the verb ended with exit code $code" && exit 70 ;;
+  esac
 }
 
 pack() {

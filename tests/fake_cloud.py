@@ -53,7 +53,7 @@ def build(tmp_path: Path) -> Cloud:
     for tool, names in NAMES.items():
         for name in names:
             (tools / name).symlink_to(TOOLS / tool)
-    for name in ("python3", "curl"):
+    for name in ("python3", "curl", "sudo"):
         (fake / "worker-bin" / name).symlink_to(TOOLS / "worker")
     quick = {"LAUNCH_POLL": "0.01", "LAUNCH_SETTLE": "2", "LAUNCH_GRACE": "1", "FAKE": str(fake), "HOME": str(tmp_path)}
     path = f"{tools}:{os.environ['PATH']}"
