@@ -34,7 +34,8 @@ def test_shellcheck_finds_nothing(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_script_s_head_and_an_unknown_flag_is_refused_in_one_line(cloud, script):
     shown = cloud.launch(script, "--help")
-    assert (shown.returncode, shown.stderr) == (0, "") and f"{script} " in shown.stdout
+    head = (ROOT / "launch" / script).read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
+    assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith(head) and f"{script} " in shown.stdout
     wrong = cloud.launch(script, "--nonsense=1")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--nonsense" in wrong.stderr
     assert cloud.calls() == []
