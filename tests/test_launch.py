@@ -204,6 +204,8 @@ def test_ctrl_c_stops_watching_and_the_slice_goes_on(cloud):
         os.killpg(watching.pid, signal.SIGINT)  # as a terminal does
         said = watching.communicate(timeout=20)[1]
     assert watching.returncode == 130 and "goes on" in said and cloud.calls("delete") == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(watching.pid, 0)  # the verb is not of this group: it does not hear when the connection ends
     cloud.set(go="")
     assert "whole" in cloud.launch("tpu_vm.sh", "follow", *TPU).stdout
 
