@@ -60,10 +60,15 @@ def test_a_local_pod_is_one_job_of_processes_on_loopback(cloud):
 
 
 def test_the_first_failure_ends_a_local_pod_with_its_code(cloud):
-    stubborn = "trap '' TERM; [ $JAX_PROCESS_ID = 0 ] || exit 7; while :; do sleep 0.1; done"
-    began = time.monotonic()
-    done = cloud.launch("local_pod.sh", "-n", "3", "--", "sh", "-c", stubborn, LAUNCH_GRACE="0.3")
-    assert done.returncode == 7 and "exit code 7" in done.stderr and time.monotonic() - began < 15
+    waits = 'until [ "$(wc -l <"$FAKE/began")" = 2 ]; do sleep 0.05; done; exit 7'
+    roles = ["trap '' TERM", waits, "trap 'echo saved; exit 0' TERM"]
+    verb = (
+        f"case $JAX_PROCESS_ID in 0) {roles[0]};; 1) {roles[1]};; 2) {roles[2]};; esac; {BEGAN}; while :; do sleep 0.05; done"
+    )
+    cloud.set(began="")
+    done = cloud.launch("local_pod.sh", "-n", "3", "--", "sh", "-c", verb, LAUNCH_GRACE="0.5")
+    assert done.returncode == 7 and "exit code 7" in done.stderr  # SIGKILL ended process 0
+    assert logs(cloud)[2] == "began\nsaved\n"
 
 
 def test_a_process_that_is_done_does_not_end_the_others(cloud):
