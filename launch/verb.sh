@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Runs a verb and says by the exit code whether the job is at its end.
+#
+#   launch/verb.sh python -m proreflow_jax.distill --config=...
+#
+# A verb that gets SIGTERM (that is how spot machines and Slurm take a machine away) saves, says "asked to stop: ...; run
+# the same command again to go on" and exits with 0. Whoever starts jobs again must not take that for the end. So:
+# 0 finished, 75 stopped in between (also by a SIGTERM that it did not catch), anything else is the verb's own code.
+# SIGTERM, Ctrl-C and a lost connection reach the verb as SIGTERM. VERB_LOG=FILE: write there, not to the terminal.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+[[ ${1:-} != --help && ${1:-} != -h ]] || { help && exit 0; }
+(($#)) || die "what shall run? Give a command"
+if [[ $1 == --dry-run ]]; then shift && quote "$@" && echo && exit 0; fi
+[[ $1 != -* ]] || die "$1 is no flag of this script; --help lists them"
+
+log=${VERB_LOG:-$(mktemp)} verb='' asked=''
+trap 'asked=1; [[ -z $verb ]] || kill -TERM "$verb" 2>/dev/null || true' TERM INT HUP
+(trap '' HUP && exec "$@") >"$log" 2>&1 &
+verb=$!
+[[ -z $asked ]] || kill -TERM "$verb" || true
+if [[ -z ${VERB_LOG:-} ]]; then show_log "$log" "$verb" & fi
+
+while :; do
+  code=0 asked=
+  wait "$verb" || code=$?
+  [[ -n $asked ]] || break # otherwise a signal has interrupted the wait
+done
+if [[ $code == 143 ]] || { [[ $code == 0 ]] && grep -q 'asked to stop: ' "$log"; }; then code=$STOPPED; fi
+wait
+[[ -n ${VERB_LOG:-} ]] || rm -f "$log"
+exit "$code"
