@@ -66,7 +66,7 @@ def _inputs(c: ConfigDict) -> None:
     c.data.caption_key = "captions/text"  # tfds feature with the text, where coco_captions has it
     c.data.max_bad = 0.01  # share of examples that may be bad (no good image or caption): the next is read instead; 0: none
     c.data.threads = 16  # that read and decode images, of each process
-    c.data.cache = "runs/index"  # folder for the indexes of "webdataset", on a local disk
+    c.data.cache = "runs/index"  # folder for the indexes of "webdataset", local or mounted
 
 
 def _method(c: ConfigDict) -> None:

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     c.data.resolution = 32  # pixels a side
     c.data.max_bad = 0.0  # share of examples that may be bad (no good image or caption): the next is read instead; 0: none
     c.data.threads = 2  # that read and decode images, of each process
-    c.data.cache = "runs/index"  # folder for the indexes of "webdataset", on a local disk
+    c.data.cache = "runs/index"  # folder for the indexes of "webdataset", local or mounted
 
     c.student = ConfigDict()
     c.student.prediction = "ddim_eps"  # reading of the network: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
