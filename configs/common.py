@@ -59,11 +59,14 @@ def _inputs(c: ConfigDict) -> None:
     c.conditioning.target_size = (0, 0)  # pixels of the image that is drawn; 0: the model's own resolution
 
     c.data = ConfigDict()
-    c.data.kind = "prompts"  # "prompts" (a text file), "tfds" (a prepared dataset with images)
-    c.data.path = "prompts.txt"  # the text file with one prompt a line, or the dataset's folder
-    c.data.split = "train"  # tfds split
-    c.data.image_key = "image"  # tfds feature with the image
+    c.data.kind = "prompts"  # "prompts" (a text file); with images "tfds", "webdataset", "parquet", "folder", see docs/data.md
+    c.data.path = "prompts.txt"  # the text file with one prompt a line; the dataset's folder, or a pattern of its shards
+    c.data.split = "train"  # of "tfds"
+    c.data.image_key = "image"  # of "tfds" and "parquet": feature or column with the image
     c.data.caption_key = "captions/text"  # tfds feature with the text, where coco_captions has it
+    c.data.max_bad = 0.01  # share of examples that may be bad (no good image or caption): the next is read instead; 0: none
+    c.data.threads = 16  # that read and decode images, of each process
+    c.data.cache = "runs/index"  # folder for the indexes of "webdataset", local or mounted
 
 
 def _method(c: ConfigDict) -> None:

@@ -38,12 +38,15 @@ def get_config() -> ConfigDict:
     c.conditioning.target_size = (0, 0)  # pixels of the image that is drawn; 0: the model's own resolution
 
     c.data = ConfigDict()
-    c.data.kind = "digits"  # "digits" (written on first use), "tfds" (a prepared dataset), "prompts" (a text file)
+    c.data.kind = "digits"  # "digits" (made on first use), "prompts" (a text file), "tfds", "webdataset", "parquet", "folder"
     c.data.path = "runs/data/digits"  # dataset folder, or the text file with one prompt a line
     c.data.split = "train"  # tfds split
     c.data.image_key = "image"  # tfds feature with the image
     c.data.caption_key = "caption"  # tfds feature with the text; a path such as "captions/text" reaches into a sequence
     c.data.resolution = 32  # pixels a side
+    c.data.max_bad = 0.0  # share of examples that may be bad (no good image or caption): the next is read instead; 0: none
+    c.data.threads = 2  # that read and decode images, of each process
+    c.data.cache = "runs/index"  # folder for the indexes of "webdataset", local or mounted
 
     c.student = ConfigDict()
     c.student.prediction = "ddim_eps"  # reading of the network: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"

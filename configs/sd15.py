@@ -37,6 +37,8 @@ records of 66 KB are as many pairs. Each costs 4 forwards (later 8) and 1.1 TFLO
     tfds build coco_captions --file_format=array_record --data_dir=data
     --config.data.kind=tfds --config.data.path=data/coco_captions/2014/1.1.0 --config.pairs.start=data
     --config.pairs.examples=1048576 --config.pairs.shard_size=4096
+
+Tars, parquet and folders with images: docs/data.md.
 """
 
 from ml_collections import ConfigDict

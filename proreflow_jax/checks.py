@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from proreflow_jax.data import shards
+from proreflow_jax.data import shards, sources
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow.prediction import JUMPS, check_reading
 from proreflow_jax.reflow.pairs import STARTS
@@ -15,7 +15,7 @@ from proreflow_jax.runtime import mesh, optimizer
 
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")
-MODES, TEACHERS, KINDS = ("stored", "online"), ("previous", "base"), ("digits", "tfds", "prompts")
+MODES, TEACHERS = ("stored", "online"), ("previous", "base")
 RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP}
 CHOICES = {
     "model.dtype": DTYPES,
@@ -25,10 +25,12 @@ CHOICES = {
     "pairs.teacher": TEACHERS,
     "pairs.solver": tuple(solvers.SOLVERS),
     "pairs.storage": STORAGE,
-    "data.kind": KINDS,
+    "data.kind": sources.KINDS,
 }
 RANGES = {  # field: (lowest, highest); both ends are allowed
     "seed": (0, 2**63 - 1),
+    "data.max_bad": (0.0, 1.0),
+    "data.threads": (1, 1024),
     "pairs.substeps": (1, 1000),
     "pairs.guidance": (0.0, 1000.0),
     "pairs.prompt_dropout": (0.0, 1.0),
@@ -120,5 +122,5 @@ def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
             f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple "
             f"of {ways} devices (data x fsdp)"
         )
-    if p.start == "data" and config.data.kind == "prompts":
+    if p.start == "data" and config.data.kind in sources.WITHOUT_IMAGES:
         raise ValueError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import base_model
 from proreflow_jax.checks import RULES, check_choice, check_config, check_student
-from proreflow_jax.data import captions, digits
-from proreflow_jax.data.files import sha256
+from proreflow_jax.data import sources
 from proreflow_jax.data.loader import Source
 from proreflow_jax.flow.schedule import from_config
 from proreflow_jax.models import adapter, pipeline
@@ -27,7 +26,7 @@ from proreflow_jax.runtime import files, mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.processes import first
 
-FREE = ("model.path", "model.revision", "model.like", "train.log_every")  # fields that a resumed stage may change
+FREE = ("model.path", "model.revision", "model.like", "train.log_every", *sources.UNCOUNTED)  # a resumed stage may change them
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
 
 
@@ -251,14 +250,10 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
 
 def open_source(experiment: Experiment) -> Source:
     """The captions (and images) of the config, as random access to {"caption", "image"}."""
-    d = experiment.config.data
-    if d.kind == "prompts":
-        return captions.Prompts(d.path)
-    if d.kind == "digits":
-        write = partial(digits.write_dataset, d.path, d.resolution, seed=0)
-        first(write)
-        write()  # it is there, but on a disk of this host alone
-    return captions.open_tfds(d.path, d.split, d.image_key, d.caption_key, d.resolution)
+    data = experiment.config.data
+    if data.kind == "digits":  # it writes them
+        first(partial(sources.open_source, data))
+    return sources.open_source(data)
 
 
 def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
@@ -270,8 +265,7 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
-    if config.data.kind == "prompts":
-        plan["prompts"] = sha256(Path(config.data.path))
+    plan |= sources.identity(config.data)
     return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
 
 

@@ -106,14 +106,16 @@ def _rows(
     """The records of one shard in order. Every batch has one shape; the last is filled up and cut."""
     config, size = experiment.config, experiment.config.pairs.batch
     own = mesh.own_rows(experiment.mesh, size)
-    for begin in range(ids.start, ids.stop, size):
-        rows = read_rows(experiment, source, begin + np.arange(own.start, own.stop))
-        made = host_arrays(jitted(frozen, mesh.put_batch(experiment.mesh, rows, size)))
-        made["states"] = made["states"].astype(jnp.dtype(config.pairs.storage))
-        count = min(size, ids.stop - begin)
-        bar.update(count)
-        for i in range(count):
-            yield {name: values[i] for name, values in made.items()}
+    begins = range(ids.start, ids.stop, size)
+    read = lambda begin: read_rows(experiment, source, begin + np.arange(own.start, own.stop))
+    with loader.Ahead(read, begins, depth=2) as inputs:
+        for begin, rows in zip(begins, inputs, strict=True):
+            made = host_arrays(jitted(frozen, mesh.put_batch(experiment.mesh, rows, size)))
+            made["states"] = made["states"].astype(jnp.dtype(config.pairs.storage))
+            count = min(size, ids.stop - begin)
+            bar.update(count)
+            for i in range(count):
+                yield {name: values[i] for name, values in made.items()}
 
 
 def read_rows(experiment: Experiment, source: loader.Source, numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -121,9 +123,8 @@ def read_rows(experiment: Experiment, source: loader.Source, numbers: np.ndarray
 
     Returns index (b,), ids (b, s), and image (b, h, w, 3) uint8 if pairs start from data.
     """
-    config, n = experiment.config, len(source)
-    order = {epoch: loader.permutation(config.seed, epoch, n) for epoch in sorted({int(p) // n for p in numbers})}
-    items = [source[int(order[int(p) // n][int(p) % n])] for p in numbers]
+    config = experiment.config
+    items = loader.read(source, loader.places(numbers, config.seed, len(source)))
     rows = {"index": numbers.astype(np.int32), "ids": experiment.base.tokenizer.encode([item["caption"] for item in items])}
     if config.pairs.start == "data":
         rows["image"] = np.stack([item["image"] for item in items])

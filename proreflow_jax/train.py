@@ -189,7 +189,8 @@ def _batches(experiment: Experiment, source: loader.Source, start: int) -> Itera
     rows = mesh.own_rows(machine, b)
     if config.pairs.mode == "online":
         numbers = lambda step: np.arange(step * b + rows.start, step * b + rows.stop)
-        yield ((step, mesh.put_batch(machine, read_rows(experiment, source, numbers(step)), b)) for step in count(start))
+        with loader.Ahead(lambda step: (step, read_rows(experiment, source, numbers(step))), count(start), depth=2) as batches:
+            yield ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)
         return
     with loader.Loader(source, b, config.seed, start_step=start, rows=rows) as batches:
         yield ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)

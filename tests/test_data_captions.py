@@ -16,7 +16,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
-from proreflow_jax.data import captions, loader
+from proreflow_jax.data import captions, images, loader
 
 F = tfds.features
 TEXTS = [["a dog", "ein Hund"], ["a cat on a mat"], ["one", "two", "three"], ["größe 日本"], ["e"]]
@@ -110,27 +110,27 @@ print([name for name in ("tensorflow", "torch", "jax", "sklearn") if name in sys
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_every_mode_becomes_rgb(mode):
-    image = captions.decode_image(encode(Image.new(mode, (9, 9), 1 if mode == "1" else None)), 9)
+    image = images.decode_image(encode(Image.new(mode, (9, 9), 1 if mode == "1" else None)), 9)
     assert image.shape == (9, 9, 3) and image.dtype == np.uint8
 
 
 def test_grey_keeps_its_values_and_transparency_lies_on_white():
     grey = picture(0)[..., 0]
-    np.testing.assert_array_equal(captions.decode_image(encode(grey), 16), np.repeat(grey[..., None], 3, -1))
+    np.testing.assert_array_equal(images.decode_image(encode(grey), 16), np.repeat(grey[..., None], 3, -1))
     clear = np.dstack([picture(1), np.zeros((16, 16), np.uint8)])
-    assert (captions.decode_image(encode(clear), 16) == 255).all()
+    assert (images.decode_image(encode(clear), 16) == 255).all()
 
 
 @pytest.mark.parametrize("height, width", [(16, 40), (40, 16), (16, 17)])
 def test_the_centre_square_is_taken(height, width):
     image, top, left = picture(2, height, width), (height - 16) // 2, (width - 16) // 2
-    np.testing.assert_array_equal(captions.decode_image(encode(image), 16), image[top : top + 16, left : left + 16])
+    np.testing.assert_array_equal(images.decode_image(encode(image), 16), image[top : top + 16, left : left + 16])
 
 
 def test_resizing_the_square_is_resizing_the_short_side_and_cropping():
     whole = Image.fromarray(picture(3, 32, 96))
     slow = np.asarray(whole.resize((48, 16), Image.Resampling.BICUBIC))[:, 16:32]
-    assert np.abs(captions.decode_image(encode(whole), 16).astype(int) - slow).max() <= 1
+    assert np.abs(images.decode_image(encode(whole), 16).astype(int) - slow).max() <= 1
 
 
 def png_header(width, height):
@@ -292,7 +292,7 @@ def test_prompts_come_line_by_line_without_blanks(tmp_path):
     "line, why",
     [
         (b"caf\xe9", "not UTF-8 (byte 4)"),
-        (b"x" * (captions.LINE_LIMIT + 1), "longer than"),
+        (b"x" * (images.LINE_LIMIT + 1), "longer than"),
         (b"a\x00b", "control"),
         (b"a\x1b[31mb", "control"),
         (b"a\rb", "control"),
@@ -309,7 +309,7 @@ def test_a_bad_prompt_is_named_by_its_line(tmp_path, line, why):
 
 def test_a_prompt_at_the_limit_is_taken_and_an_endless_line_is_not_read(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_bytes(b"x" * captions.LINE_LIMIT + b"\r\n")
+    path.write_bytes(b"x" * images.LINE_LIMIT + b"\r\n")
     assert len(captions.Prompts(path)) == 1
     with open(path, "wb") as file:
         file.truncate(1 << 33)  # 8 GiB of zeros that take no room

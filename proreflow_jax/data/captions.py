@@ -1,12 +1,10 @@
 """Images with captions from a prepared tfds dataset, or captions alone from a text file: random access, plain numpy.
 
 A dataset folder may come from a stranger. Its metadata can name modules that tfds would import and paths outside the
-folder; its images can be bombs. So the metadata is read here first and refused by our own rules, records are taken as
-raw bytes, and an image is opened with a list of formats and a limit on its pixels before any of it is decoded.
-TensorFlow is not needed.
+folder. So the metadata is read here first and refused by our own rules, and records are taken as raw bytes; images and
+captions are judged by data/images.py. TensorFlow is not needed.
 """
 
-import io
 import os
 import re
 from pathlib import Path
@@ -15,22 +13,22 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
-from jaxtyping import UInt8
-from PIL import Image
 from tensorflow_datasets.core.proto import dataset_info_pb2
 from tensorflow_datasets.proto import tf_example_pb2
 
 from . import files
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel; others have no one meaning
-PIXEL_LIMIT = 64 << 20  # a 8192 x 8192 picture
-BYTE_LIMIT = 64 << 20
-LINE_LIMIT = 4096  # bytes; CLIP reads 77 tokens
+from .images import (
+    LINE_LIMIT,
+    Unusable,
+    check_index,
+    check_resolution,
+    control_character,
+    decode_image,
+    first_caption,
+)
 
 _FEATURES = "tensorflow_datasets.core.features."
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 _TEMPLATE = re.compile(r"(?:[A-Za-z0-9._-]|\{(?:DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})*")
 
 
@@ -49,11 +47,12 @@ class ImageCaptions:
         caption_key: the feature with the text; a path such as "captions/text" reaches into a sequence.
         resolution: side of the square in pixels.
 
-    Raises (when an example is taken): ValueError naming the record if its image or caption is not usable.
+    Raises (when an example is taken): Unusable naming the record if its image or caption is not good, ValueError if the
+    record itself is damaged.
     """
 
     def __init__(self, records: Any, name: str, image_key: str, caption_key: str, resolution: int) -> None:
-        self._records, self._name = records, name
+        self._records, self.name = records, name
         self._image_key, self._caption_key, self._resolution = image_key, caption_key, resolution
 
     def __len__(self) -> int:
@@ -61,17 +60,17 @@ class ImageCaptions:
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         index, choice = index if isinstance(index, tuple) else (index, 0)
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} is outside 0 .. {len(self) - 1}")
+        check_index(index, len(self))
         try:
             feature = tf_example_pb2.Example.FromString(self._records[index]).features.feature
             captions = feature[self._caption_key].bytes_list.value
             if not captions:
-                raise ValueError(f"no text under {self._caption_key!r}, see --config.data.caption_key")
+                raise Unusable(f"no text under {self._caption_key!r}, see --config.data.caption_key")
             image = decode_image(b"".join(feature[self._image_key].bytes_list.value[:1]), self._resolution)
-            return {"image": image, "caption": captions[choice % len(captions)].decode("utf-8")}
+            return {"image": image, "caption": first_caption(captions[choice % len(captions)])}
         except (RuntimeError, ValueError) as error:  # ArrayRecord reports damage as RuntimeError
-            raise ValueError(f"{self._name} (--config.data.path), record {index}: {files.one_line(error)}") from error
+            kind = Unusable if isinstance(error, Unusable) else ValueError
+            raise kind(f"{self.name} (--config.data.path), record {index}: {files.one_line(error)}") from error
 
 
 def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key: str, resolution: int) -> ImageCaptions:
@@ -88,8 +87,7 @@ def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key
         ValueError: metadata that is broken or reaches outside, no such split or feature, a short shard.
     """
     folder = Path(folder).expanduser()
-    if resolution < 8:
-        raise ValueError(f"resolution {resolution} must be at least 8 pixels: set --config.data.resolution")
+    check_resolution(resolution)
     check_metadata(folder)
     try:
         builder = tfds.builder_from_directory(folder)
@@ -102,42 +100,6 @@ def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key
     for shard in shards:
         _check_shard(Path(shard.filename), shard.examples_in_shard)
     return ImageCaptions(records, str(folder), image_key, caption_key, resolution)
-
-
-def decode_image(encoded: bytes, resolution: int) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
-    """Decodes an image: centre square of the short side, resized bicubically.
-
-    Transparency is laid on white, grey becomes RGB. An image of that size already comes back unchanged.
-
-    Raises:
-        ValueError: not an image of FORMATS and MODES, damaged, or larger than the limits (found before decoding).
-    """
-    if len(encoded) > BYTE_LIMIT:
-        raise ValueError(f"an image of {len(encoded)} bytes is over the limit of {BYTE_LIMIT}")
-    try:
-        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except Exception as error:  # Pillow's readers raise many kinds on bytes from strangers; so below
-        raise ValueError(f"not an image of {', '.join(FORMATS)} ({files.one_line(error)})") from error
-    width, height = image.size
-    if width * height > PIXEL_LIMIT:
-        raise ValueError(f"an image of {width} x {height} is over the limit of {PIXEL_LIMIT} pixels")
-    if image.mode not in MODES:
-        raise ValueError(f"an image of mode {image.mode}: only 8 bits a channel are read ({', '.join(MODES)})")
-    try:
-        image = _rgb(image)
-    except Exception as error:
-        raise ValueError(f"a damaged {image.format} image ({files.one_line(error)})") from error
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)  # cropping and resizing in one: no huge picture in between
-    return np.array(image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    over = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), over).convert("RGB")
 
 
 # --- a stranger's folder ----------------------------------------------------------------------------------------------
@@ -270,6 +232,6 @@ def _prompt(line: bytes, where: str, flag: str) -> str:
         text = line.decode("utf-8").removeprefix("\ufeff").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8 ({flag})") from error
-    if _CONTROL.search(text):
+    if control_character(text):
         raise ValueError(f"{where} holds a control character: take it out ({flag})")
     return text

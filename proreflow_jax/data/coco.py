@@ -19,6 +19,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from . import captions as datasets
 from . import files
+from . import images as pictures
 
 TFDS_YEAR, TFDS_SPLIT = 2014, "restval+test+val"
 CAPTIONS, IMAGES = "--config.evaluate.captions", "--config.evaluate.images"
@@ -167,11 +168,11 @@ CHOICES = {"first": first_captions, "drawn": drawn_captions}  # the `choice` of 
 def decode(encoded: bytes, what: str) -> UInt8[np.ndarray, "h w 3"]:
     """An image file's pixels at its own size; grey becomes RGB. `what` names it in errors.
 
-    Raises ValueError, one line: not an image of `captions.FORMATS` and `captions.MODES`, damaged, or larger than its limit.
+    Raises ValueError, one line: not an image of `images.FORMATS` and `images.MODES`, damaged, or larger than its limit.
     """
     try:
-        image = Image.open(io.BytesIO(encoded), formats=datasets.FORMATS)
-        if image.width * image.height > datasets.PIXEL_LIMIT or image.mode not in datasets.MODES:
+        image = Image.open(io.BytesIO(encoded), formats=pictures.FORMATS)
+        if image.width * image.height > pictures.PIXEL_LIMIT or image.mode not in pictures.MODES:
             raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
         return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's readers raise many kinds on damaged files

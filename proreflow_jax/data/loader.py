@@ -2,12 +2,16 @@
 
 The sequence depends on the seed and the source's length alone, not on how many processes read it or where they began,
 so a resumed run needs one integer (the step) and any number of processes sees the same global batch. Each process reads
-its own row range; batches are built ahead in threads, whose errors come up where the batch is taken.
+its own row range; batches are built ahead in threads, whose errors come up where the batch is taken. Threads are enough: the
+codecs decode without Python's lock, which is held for a sixth of an image's time at most (docs/data.md has the numbers).
 """
 
+import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +20,10 @@ from jaxtyping import Int
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples: `len(source)` and `source[i] -> {name: array or text}`."""
+    """Random access to examples: `len(source)` and `source[i] -> {name: array or text}`.
+
+    A source that reads many at once better than one by one may have `read_many(indices) -> [example]` too.
+    """
 
     def __len__(self) -> int: ...
 
@@ -28,16 +35,78 @@ def position(step: int, row: int, batch: int) -> int:
     return step * batch + row
 
 
+@lru_cache(maxsize=2)  # an order of 10 million takes seconds, and every batch asks for it
 def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " length"]:
-    """Returns the order of one epoch: the ranks of counter-based random words.
+    """Returns the order of one epoch: the ranks of counter-based random words. It is kept, so it cannot be written to.
 
     Philox's raw words are the part of numpy's random numbers that is promised to stay the same in later releases.
     """
     words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(length)
-    return np.argsort(words, kind="stable")
+    order = np.argsort(words, kind="stable")
+    order.flags.writeable = False
+    return order
 
 
-class Loader:
+def places(numbers: Iterable[int], seed: int, length: int) -> list[int]:
+    """Returns which examples of a source of that length the numbers of the sequence are."""
+    split = [divmod(int(number), length) for number in numbers]
+    return [int(permutation(seed, epoch, length)[place]) for epoch, place in split]
+
+
+def read(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns examples in the order of the indices, by the source's own `read_many` where it has one."""
+    many = getattr(source, "read_many", None)
+    return many(indices) if many else [source[index] for index in indices]
+
+
+class Ahead:
+    """Iterator over make(0th), make(1st), ... of `numbers`, in their order, some of them made before they are asked for.
+
+    Args:
+        make: from a number, in a thread; several may run at once.
+        numbers: consumed as far as results are made.
+        depth: results made ahead, each in a thread of its own.
+
+    A context manager. Raises (where the result is taken): what `make` raised; the iteration is then over.
+    """
+
+    def __init__(self, make: Callable[[int], Any], numbers: Iterable[int], depth: int) -> None:
+        self._make, self._numbers, self._depth = make, iter(numbers), depth
+        self._made: deque[Future] = deque()
+        self._pool = ThreadPoolExecutor(depth, thread_name_prefix="loader")
+        self._open = True
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        if not self._open:
+            raise StopIteration
+        while len(self._made) <= self._depth and (number := next(self._numbers, None)) is not None:
+            self._made.append(self._pool.submit(self._make, number))
+        if not self._made:
+            self.close()
+            raise StopIteration
+        try:
+            return self._made.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the iteration: results not begun are dropped, those being made are waited for."""
+        self._open = False
+        self._made.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Loader(Ahead):
     """Endless iterator over (step, {name: stacked arrays, or a list of text}) from `start_step` on; a context manager.
 
     Args:
@@ -64,51 +133,25 @@ class Loader:
         keep: Collection[str] | None = None,
     ) -> None:
         _check_sizes(len(source), batch, seed, start_step, prefetch)
-        self._source, self._batch, self._seed, self._length = source, batch, seed, len(source)
-        self._rows = range(batch) if rows is None else rows
-        self._keep = keep
-        self._epoch: tuple[int, np.ndarray] | None = None  # the current epoch and its order
-        self._next_step = start_step
-        self._ahead: deque[tuple[int, Future]] = deque()
-        self._prefetch = prefetch
-        self._pool = ThreadPoolExecutor(prefetch, thread_name_prefix="loader")
-        self._open = True
+        mine = range(batch) if rows is None else rows
 
-    def __iter__(self) -> "Loader":
-        return self
+        def make(step: int) -> tuple[int, dict[str, Any]]:
+            indices = places((position(step, row, batch) for row in mine), seed, len(source))
+            return step, _collect(source, indices, keep)
 
-    def __next__(self) -> tuple[int, dict[str, Any]]:
-        if not self._open:
-            raise StopIteration
-        while len(self._ahead) <= self._prefetch:
-            indices = [self.index(self._next_step, row) for row in self._rows]
-            self._ahead.append((self._next_step, self._pool.submit(_collect, self._source, indices, self._keep)))
-            self._next_step += 1
-        step, future = self._ahead.popleft()
-        try:
-            return step, future.result()
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(make, count(start_step), prefetch)
 
-    def index(self, step: int, row: int) -> int:
-        """Returns which example of the source row `row` of global batch `step` is."""
-        epoch, place = divmod(position(step, row, self._batch), self._length)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, permutation(self._seed, epoch, self._length))
-        return int(self._epoch[1][place])
 
-    def close(self) -> None:
-        """Ends the iteration: batches not begun are dropped, those being built are waited for."""
-        self._open = False
-        self._ahead.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+def rows_per_second(batches: Iterator[Any], steps: int, rows: int) -> float:
+    """Reads `steps` batches of `rows` rows as fast as they come: what the input can give one process, to bench it by.
 
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    The first batch is read before the clock starts. Take many steps: a loader has made a few of them by then.
+    """
+    next(batches)
+    start = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    return steps * rows / (time.perf_counter() - start)
 
 
 def _check_sizes(length: int, batch: int, seed: int, start_step: int, prefetch: int) -> None:
@@ -123,7 +166,7 @@ def _check_sizes(length: int, batch: int, seed: int, start_step: int, prefetch: 
 
 def _collect(source: Source, indices: Sequence[int], keep: Collection[str] | None) -> dict[str, Any]:
     """Reads the examples of one batch and stacks them field by field."""
-    examples = [source[index] for index in indices]
+    examples = read(source, indices)
     names = list(examples[0]) if keep is None else list(keep)
     return {name: _stack(name, examples, indices) for name in names}
 

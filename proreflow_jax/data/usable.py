@@ -1,0 +1,98 @@
+"""A source that goes on where an example is not good: it gives the next good one in its place, counts and names it.
+
+Item i of a source of n is its first good example among i, i + 1, ... (modulo n). That depends on the examples alone, so every
+process, and a resumed run, reads the same; and how many threads read changes nothing either.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .images import Unusable
+
+NAMED = 5  # bad examples that are named in the log and in the error; the others are only counted
+PROBES = 16  # examples looked at when a source is opened
+
+log = logging.getLogger(__name__)
+
+
+class Usable:
+    """`source[i]`, or the next example that is good; `bad` is {index: what is wrong}, as far as it was met.
+
+    Args:
+        source: random access to examples, with a `name`; raises `Unusable` for one that is not good.
+        max_bad: the share of its examples that may be bad; 0: the first one met is the end.
+
+    Raises (where an example is taken): ValueError, one line that counts and names, once more than that share is bad. A source
+    with no more bad examples than that never raises it, on any number of processes.
+    """
+
+    def __init__(self, source: Any, max_bad: float) -> None:
+        self.name, self._source, self._max_bad = source.name, source, max_bad
+        self._most = int(max_bad * len(source))
+        self.bad: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        while True:
+            if index not in self.bad:
+                try:
+                    return self._source[index]
+                except Unusable as error:
+                    self._note(index, error)
+            index = (index + 1) % len(self)  # ends: where all are bad, more are than max_bad allows
+
+    def _note(self, index: int, error: Unusable) -> None:
+        with self._lock:
+            known = len(self.bad)
+            self.bad.setdefault(index, str(error) if known < NAMED else "")
+            count = len(self.bad)
+        if count > self._most or count == len(self):
+            raise ValueError(
+                f"{count} of {len(self)} examples of {self.name} are bad, --config.data.max_bad={self._max_bad} allows "
+                f"{self._most}: {'; '.join(list(self.bad.values())[:NAMED])}"
+            ) from error
+        if known < count <= NAMED:
+            last = f"; more are only counted, the run ends after {self._most}" if count == NAMED else ""
+            log.warning("bad example, the next good one is read instead: %s%s", error, last)
+
+
+def probe(source: Any) -> None:
+    """Looks at a few examples all over a source. Raises ValueError if not one of them is good, with the reason of the first."""
+    first, count = None, min(PROBES, len(source))
+    for place in range(count):
+        try:
+            source[place * len(source) // count]
+            return
+        except Unusable as error:
+            first = first or error
+    if first is not None:
+        raise ValueError(f"none of {count} examples all over {source.name} is good, the first: {first}") from first
+
+
+class Threaded:
+    """A source whose examples are read and decoded by several threads at once; Pillow decodes without Python's lock.
+
+    Args:
+        source: random access, read from several threads at once.
+        threads: their number, >= 1. They end with the process.
+    """
+
+    def __init__(self, source: Any, threads: int) -> None:
+        self._source = source
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[index]
+
+    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples in the order of the indices. Raises what the source raised at the first that failed."""
+        return list(self._pool.map(self._source.__getitem__, indices))
