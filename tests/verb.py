@@ -69,7 +69,7 @@ def tiny_flags(folder: Path, model: Path, **fields: object) -> list[str]:
 
 
 def keep_networks(patch: pytest.MonkeyPatch) -> None:
-    """Draws each network once per config.json and way of computing: drawing is tracing, which is most of what opening a tiny model costs."""
+    """Draws each network once per config.json and way of computing: drawing is tracing, most of what a tiny model costs."""
     drawn = {}
 
     def once(name: str, make: Callable[..., Network]) -> Callable[..., Network]:

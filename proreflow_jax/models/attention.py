@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from proreflow_jax.models import kernels, layers
-from proreflow_jax.models.kernels import Compute
+from proreflow_jax.models.kernels import PLAIN, Compute
 
 
 def heads_attention(
@@ -18,7 +18,7 @@ def heads_attention(
     mask: Bool[Array, "1 1 s t"] | None = None,
     form: str = "xla",
 ) -> Float[Array, "b s c"]:
-    """Softmax attention of already projected tensors; scores in float32, width c / heads per head. A mask is for "xla" alone."""
+    """Softmax attention of already projected tensors; scores in float32, width c / heads per head. A mask needs "xla"."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     out = kernels.plain(q, k, v, form) if mask is None else jax.nn.dot_product_attention(q, k, v, mask=mask)
     return checkpoint_name(out.reshape(*q.shape[:2], -1), kernels.ATTENTION)
@@ -49,8 +49,14 @@ class Attention(nnx.Module):
     """Self-attention, or cross-attention when `context` is given. The VAE's has biases and its own group norm."""
 
     def __init__(
-        self, width: int, heads: int, rngs: nnx.Rngs, context: int | None = None, groups: int = 0, epsilon: float = 1e-6,
-        compute: Compute = Compute(),
+        self,
+        width: int,
+        heads: int,
+        rngs: nnx.Rngs,
+        context: int | None = None,
+        groups: int = 0,
+        epsilon: float = 1e-6,
+        compute: Compute = PLAIN,
     ) -> None:
         self.heads, self.compute = heads, compute
         bias = groups > 0
@@ -102,7 +108,7 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; each behind a layer norm and a skip."""
 
-    def __init__(self, width: int, heads: int, context: int, rngs: nnx.Rngs, compute: Compute = Compute()) -> None:
+    def __init__(self, width: int, heads: int, context: int, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         norm = lambda: nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
         self.attn1 = Attention(width, heads, rngs, compute=compute)
@@ -119,8 +125,15 @@ class Transformer2D(nnx.Module):
     """Transformer blocks over the pixels of a feature map, between two projections (1x1 convs in SD 1.5, linear later)."""
 
     def __init__(
-        self, width: int, heads: int, depth: int, context: int, groups: int, linear: bool, rngs: nnx.Rngs,
-        compute: Compute = Compute(),
+        self,
+        width: int,
+        heads: int,
+        depth: int,
+        context: int,
+        groups: int,
+        linear: bool,
+        rngs: nnx.Rngs,
+        compute: Compute = PLAIN,
     ) -> None:
         project = lambda: nnx.Linear(width, width, rngs=rngs) if linear else layers.conv(width, width, 1, rngs)
         self.norm = layers.group_norm(width, groups, 1e-6, rngs)

@@ -8,7 +8,7 @@ import jax
 
 from proreflow_jax.models import conditioning, placing, sources, weights
 from proreflow_jax.models import tokenizer as tokenizers
-from proreflow_jax.models.kernels import Compute
+from proreflow_jax.models.kernels import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
 from proreflow_jax.models.weights import Shapes
 
@@ -69,7 +69,7 @@ def load(
     original_size: tuple[int, int] = OWN,
     crop: tuple[int, int] = OWN,
     target_size: tuple[int, int] = OWN,
-    compute: Compute = Compute(),
+    compute: Compute = PLAIN,
 ) -> Pipeline:
     """Reads a model.
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from proreflow_jax.models.attention import Transformer2D
-from proreflow_jax.models.kernels import Compute, rerun
+from proreflow_jax.models.kernels import PLAIN, Compute, rerun
 from proreflow_jax.models.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, conv, group_norm, sinusoid
 
 KNOWN = {  # field -> the values this architecture has, diffusers' default first; anything else is another network
@@ -183,7 +183,7 @@ class UpBlock(nnx.Module):
 class UNet(nnx.Module):
     """Latents, timesteps and text states -> the network's raw output (epsilon, v, or a student's reading)."""
 
-    def __init__(self, a: Architecture, rngs: nnx.Rngs, compute: Compute = Compute()) -> None:
+    def __init__(self, a: Architecture, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         self.a = a
         widths = [level.width for level in a.levels]
         embedding = 4 * widths[0]

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from proreflow_jax.models.attention import Attention
-from proreflow_jax.models.kernels import Compute
+from proreflow_jax.models.kernels import PLAIN, Compute
 from proreflow_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm
 
 EPSILON = 1e-6
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
 class AutoencoderKL(nnx.Module):
     """Images in [-1, 1] <-> unscaled latents; multiply latents by the config's scaling_factor before diffusion."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs, compute: Compute = Compute()) -> None:
+    def __init__(self, config: dict, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         latents = config["latent_channels"]
         self.encoder = Encoder(config, rngs, compute)
         self.decoder = Decoder(config, rngs, compute)
