@@ -26,18 +26,19 @@ def heads_attention(
 
 def padded_heads(linear: nnx.Linear, x: Float[Array, "b s c"], heads: int, scale: float = 1.0) -> Float[Array, "b h s l"]:
     """What a linear layer projects, times `scale`, as heads of full lanes: its weights get zero columns, not its result."""
-    w = _pad_lanes(linear.kernel[...].reshape(x.shape[-1], heads, -1))
-    out = jnp.einsum("bsc,chl->bhsl", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    if linear.bias is not None:
-        out = out + _pad_lanes(linear.bias[...].reshape(heads, -1))[:, None]
+    w, bias = layers.weights_of(linear, x)
+    w = _pad_lanes(w.reshape(x.shape[-1], heads, -1))
+    out = jnp.einsum("bsc,chl->bhsl", x, w, preferred_element_type=jnp.float32)
+    if bias is not None:
+        out = out + _pad_lanes(bias.reshape(heads, -1))[:, None]
     return (scale * out).astype(x.dtype)
 
 
 def _joined_heads(linear: nnx.Linear, x: Float[Array, "b h s l"], width: int) -> Float[Array, "b s c"]:
     """A linear layer over padded heads of true width `width`, side by side: its weights get zero rows."""
-    w = linear.kernel[...].reshape(x.shape[1], width, -1)
-    w = jnp.pad(w, ((0, 0), (0, x.shape[-1] - width), (0, 0))).astype(x.dtype)
-    return jnp.einsum("bhsl,hlc->bsc", x, w) + linear.bias[...].astype(x.dtype)
+    w, bias = layers.weights_of(linear, x)
+    w = jnp.pad(w.reshape(x.shape[1], width, -1), ((0, 0), (0, x.shape[-1] - width), (0, 0)))
+    return jnp.einsum("bhsl,hlc->bsc", x, w) + bias
 
 
 def _pad_lanes(x: Array) -> Array:
@@ -90,8 +91,8 @@ class GEGLU(nnx.Module):
         self.proj = nnx.Linear(width, 2 * inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s i"]:
-        halves = zip(jnp.split(self.proj.kernel[...], 2, axis=-1), jnp.split(self.proj.bias[...], 2), strict=True)
-        a, b = (x @ weight + bias for weight, bias in halves)
+        kernel, bias = layers.weights_of(self.proj, x)
+        a, b = (x @ w + c for w, c in zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True))
         return a * jax.nn.gelu(b, approximate=False)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from proreflow_jax.models import clip, unet, vae
+from proreflow_jax.models import clip, layers, unet, vae
 from proreflow_jax.models.kernels import PLAIN, Compute
 
 Params = dict[str, Float[Array, "..."]]
@@ -79,7 +79,7 @@ def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
 
     `compute` says how, not what, is computed: the forms of attention, what a backward pass makes again.
     """
-    return network(lambda rngs: unet.UNet(unet.architecture(config), rngs, compute), config)
+    return network(lambda rngs: layers.gathering(unet.UNet(unet.architecture(config), rngs, compute), compute), config)
 
 
 def make_vae(config: dict, compute: Compute = PLAIN) -> Network:
