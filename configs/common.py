@@ -52,6 +52,7 @@ def _inputs(c: ConfigDict) -> None:
     c.model.prediction_type = ""  # "epsilon" or "v_prediction" where scheduler_config.json says it wrong; "": as it says
     c.model.dtype = "bfloat16"  # of the student's computation, what a TPU multiplies in; master weights are float32
     c.model.teacher_dtype = "bfloat16"  # of the teacher's computation
+    c.model.attention = "auto"  # its form: by platform, or "xla", "chunked", "cudnn", "splash"; same numbers
 
     c.conditioning = ConfigDict()  # SDXL's micro-conditioning, (height, width) or (top, left); without effect elsewhere
     c.conditioning.original_size = (0, 0)  # pixels of the image before it was resized; 0: the model's own resolution
@@ -105,6 +106,7 @@ def _run(c: ConfigDict) -> None:
     """How a run is kept, spread over the machine, exported and measured."""
     c.train = ConfigDict()
     c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
+    c.train.remat = "attention"  # kept of each block for the backward pass: "none" = all, "products", "attention", "inputs"
     c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
     c.checkpoint = ConfigDict()

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     c.model.prediction_type = ""  # "epsilon" or "v_prediction" where scheduler_config.json says it wrong; "": as it says
     c.model.dtype = "float32"  # of the student's computation: "float32" or "bfloat16"; master weights are float32
     c.model.teacher_dtype = "float32"  # of the teacher's computation
+    c.model.attention = "auto"  # its form: by platform, or "xla", "chunked", "cudnn", "splash"; same numbers
 
     c.conditioning = ConfigDict()  # SDXL's micro-conditioning, (height, width) or (top, left); without effect elsewhere
     c.conditioning.original_size = (0, 0)  # pixels of the image before it was resized; 0: the model's own resolution
@@ -84,6 +85,7 @@ def get_config() -> ConfigDict:
     c.train.batch = 64  # global batch: examples per update, over all devices and accumulation (the paper does not say)
     c.train.accumulation = 1  # parts a batch is computed in; divides batch / devices
     c.train.ema = 0.99  # decay of the averaged weights, which are handed on; 0: off (the paper does not say)
+    c.train.remat = "none"  # kept of each block for the backward pass: all, or "products", "attention", "inputs" (least)
     c.train.log_every = 20  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
     c.optimizer = optimizer(learning_rate=1e-3, warmup_steps=20)  # the paper does not say

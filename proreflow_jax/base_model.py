@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax.checks import check_choice
 from proreflow_jax.models import pipeline, sources
+from proreflow_jax.models.kernels import Compute
 from proreflow_jax.models.weights import Shapes
 from proreflow_jax.reflow.teacher import DIFFUSION
 from proreflow_jax.runtime import hub
@@ -38,7 +40,14 @@ def title(config: ConfigDict, source: sources.Source) -> str:
     return f"{config.model.path}@{source.folder.name}" if hub.is_id(config.model.path) else source.origin.name
 
 
-def load(config: ConfigDict, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]) -> pipeline.Pipeline:
+def compute(config: ConfigDict, machine: Mesh) -> Compute:
+    """How networks are computed on these devices, which need not be this machine's own."""
+    return Compute(config.model.attention, config.train.remat, machine.devices.flat[0].platform, machine)
+
+
+def load(
+    config: ConfigDict, machine: Mesh, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]
+) -> pipeline.Pipeline:
     """Reads it, with the config's words on how it is read; `place`, and what is raised, as in `locate` and `pipeline.load`."""
     kind, sizes = config.model.prediction_type, config.conditioning
     if kind:
@@ -46,4 +55,4 @@ def load(config: ConfigDict, place: Callable[[Shapes], Mapping[str, jax.sharding
     for name, value in sizes.items():
         if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
             raise ValueError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
-    return pipeline.load(locate(config), place, kind, **sizes)
+    return pipeline.load(locate(config), place, kind, **sizes, compute=compute(config, machine))

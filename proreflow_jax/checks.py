@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from proreflow_jax.data import shards, sources
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow.prediction import JUMPS, check_reading
+from proreflow_jax.models.kernels import FORMS, POLICIES
 from proreflow_jax.reflow.pairs import STARTS
 from proreflow_jax.runtime import mesh, optimizer
 
@@ -20,6 +21,8 @@ RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP}
 CHOICES = {
     "model.dtype": DTYPES,
     "model.teacher_dtype": DTYPES,
+    "model.attention": FORMS,
+    "train.remat": tuple(POLICIES),
     "pairs.mode": MODES,
     "pairs.start": STARTS,
     "pairs.teacher": TEACHERS,

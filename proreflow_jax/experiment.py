@@ -26,7 +26,9 @@ from proreflow_jax.runtime import files, mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.processes import first
 
-FREE = ("model.path", "model.revision", "model.like", "train.log_every", *sources.UNCOUNTED)  # a resumed stage may change them
+FREE = (  # fields that a resumed stage may change
+    "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *sources.UNCOUNTED,
+)  # fmt: skip
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
 
 
@@ -55,7 +57,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run, plan = _planned(config, machine)
-    base = base_model.load(config, partial(places, config, machine))
+    base = base_model.load(config, machine, partial(places, config, machine))
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")

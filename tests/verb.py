@@ -17,6 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from proreflow_jax.models import pipeline
+from proreflow_jax.models.kernels import Compute
 from proreflow_jax.models.network import Network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,12 +69,17 @@ def tiny_flags(folder: Path, model: Path, **fields: object) -> list[str]:
 
 
 def keep_networks(patch: pytest.MonkeyPatch) -> None:
-    """Draws each network once per config.json: drawing is tracing, which is most of what opening a tiny model costs."""
+    """Draws each network once per config.json and way of computing: drawing is tracing, most of what a tiny model costs."""
     drawn = {}
 
-    def once(name: str, make: Callable[[dict], Network]) -> Callable[[dict], Network]:
-        key = lambda config: (name, json.dumps(config, sort_keys=True))
-        return lambda config: drawn[key(config)] if key(config) in drawn else drawn.setdefault(key(config), make(config))
+    def once(name: str, make: Callable[..., Network]) -> Callable[..., Network]:
+        def made(config: dict, *compute: Compute) -> Network:
+            key = (name, json.dumps(config, sort_keys=True), compute)
+            if key not in drawn:
+                drawn[key] = make(config, *compute)
+            return drawn[key]
+
+        return made
 
     for name, make in list(pipeline.MAKERS.items()):
         patch.setitem(pipeline.MAKERS, name, once(name, make))

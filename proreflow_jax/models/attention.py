@@ -1,10 +1,13 @@
 """Attention of the SD family: multi-head attention, the transformer block, and its spatial wrapper."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from proreflow_jax.models import layers
+from proreflow_jax.models import kernels, layers
+from proreflow_jax.models.kernels import PLAIN, Compute
 
 
 def heads_attention(
@@ -13,20 +16,50 @@ def heads_attention(
     v: Float[Array, "b t c"],
     heads: int,
     mask: Bool[Array, "1 1 s t"] | None = None,
+    form: str = "xla",
 ) -> Float[Array, "b s c"]:
-    """Softmax attention of already projected tensors; scores in float32, width c / heads per head."""
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1)
-    out = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask)
-    return out.reshape(q.shape)
+    """Softmax attention of already projected tensors; scores in float32, width c / heads per head. A mask needs "xla"."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    out = kernels.plain(q, k, v, form) if mask is None else jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return checkpoint_name(out.reshape(*q.shape[:2], -1), kernels.ATTENTION)
+
+
+def padded_heads(linear: nnx.Linear, x: Float[Array, "b s c"], heads: int, scale: float = 1.0) -> Float[Array, "b h s l"]:
+    """What a linear layer projects, times `scale`, as heads of full lanes: its weights get zero columns, not its result."""
+    w, bias = layers.weights_of(linear, x)
+    w = _pad_lanes(w.reshape(x.shape[-1], heads, -1))
+    out = jnp.einsum("bsc,chl->bhsl", x, w, preferred_element_type=jnp.float32)
+    if bias is not None:
+        out = out + _pad_lanes(bias.reshape(heads, -1))[:, None]
+    return (scale * out).astype(x.dtype)
+
+
+def _joined_heads(linear: nnx.Linear, x: Float[Array, "b h s l"], width: int) -> Float[Array, "b s c"]:
+    """A linear layer over padded heads of true width `width`, side by side: its weights get zero rows."""
+    w, bias = layers.weights_of(linear, x)
+    w = jnp.pad(w.reshape(x.shape[1], width, -1), ((0, 0), (0, x.shape[-1] - width), (0, 0)))
+    return jnp.einsum("bhsl,hlc->bsc", x, w) + bias
+
+
+def _pad_lanes(x: Array) -> Array:
+    width = x.shape[-1]
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, kernels.lanes(width) - width),))
 
 
 class Attention(nnx.Module):
     """Self-attention, or cross-attention when `context` is given. The VAE's has biases and its own group norm."""
 
     def __init__(
-        self, width: int, heads: int, rngs: nnx.Rngs, context: int | None = None, groups: int = 0, epsilon: float = 1e-6
+        self,
+        width: int,
+        heads: int,
+        rngs: nnx.Rngs,
+        context: int | None = None,
+        groups: int = 0,
+        epsilon: float = 1e-6,
+        compute: Compute = PLAIN,
     ) -> None:
-        self.heads = heads
+        self.heads, self.compute = heads, compute
         bias = groups > 0
         if groups:
             self.group_norm = layers.group_norm(width, groups, epsilon, rngs)
@@ -38,18 +71,28 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b s c"], context: Float[Array, "b t d"] | None = None) -> Float[Array, "b s c"]:
         h = self.group_norm(x) if hasattr(self, "group_norm") else x
         source = h if context is None else context
-        h = heads_attention(self.to_q(h), self.to_k(source), self.to_v(source), self.heads)
-        return self.to_out[0](h)
+        b, s, c = h.shape
+        width = c // self.heads
+        form = kernels.choose(self.compute, s, source.shape[1], self.heads, width, b, h.dtype)
+        if form == "splash":
+            q = padded_heads(self.to_q, h, self.heads, width**-0.5)
+            k, v = (padded_heads(linear, source, self.heads) for linear in (self.to_k, self.to_v))
+            return _joined_heads(self.to_out[0], kernels.splash(q, k, v, self.compute), width)
+        return self.to_out[0](heads_attention(self.to_q(h), self.to_k(source), self.to_v(source), self.heads, form=form))
 
 
 class GEGLU(nnx.Module):
-    """x -> a * gelu(b), where (a, b) are the halves of one projection."""
+    """x -> a * gelu(b), where (a, b) are the halves of one projection.
+
+    Its weights are halved, not its result: the product fuses into the layer behind, and no gradient is padded.
+    """
 
     def __init__(self, width: int, inner: int, rngs: nnx.Rngs) -> None:
         self.proj = nnx.Linear(width, 2 * inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s i"]:
-        a, b = jax.numpy.split(self.proj(x), 2, axis=-1)
+        kernel, bias = layers.weights_of(self.proj, x)
+        a, b = (x @ w + c for w, c in zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True))
         return a * jax.nn.gelu(b, approximate=False)
 
 
@@ -66,11 +109,11 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; each behind a layer norm and a skip."""
 
-    def __init__(self, width: int, heads: int, context: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, heads: int, context: int, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         norm = lambda: nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
-        self.attn1 = Attention(width, heads, rngs)
-        self.attn2 = Attention(width, heads, rngs, context=context)
+        self.attn1 = Attention(width, heads, rngs, compute=compute)
+        self.attn2 = Attention(width, heads, rngs, context=context, compute=compute)
         self.ff = FeedForward(width, rngs)
 
     def __call__(self, x: Float[Array, "b s c"], context: Float[Array, "b t d"]) -> Float[Array, "b s c"]:
@@ -82,15 +125,26 @@ class TransformerBlock(nnx.Module):
 class Transformer2D(nnx.Module):
     """Transformer blocks over the pixels of a feature map, between two projections (1x1 convs in SD 1.5, linear later)."""
 
-    def __init__(self, width: int, heads: int, depth: int, context: int, groups: int, linear: bool, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        depth: int,
+        context: int,
+        groups: int,
+        linear: bool,
+        rngs: nnx.Rngs,
+        compute: Compute = PLAIN,
+    ) -> None:
         project = lambda: nnx.Linear(width, width, rngs=rngs) if linear else layers.conv(width, width, 1, rngs)
         self.norm = layers.group_norm(width, groups, 1e-6, rngs)
         self.proj_in, self.proj_out = project(), project()
-        self.transformer_blocks = nnx.List([TransformerBlock(width, heads, context, rngs) for _ in range(depth)])
+        self.remat = compute.remat
+        self.transformer_blocks = nnx.List([TransformerBlock(width, heads, context, rngs, compute) for _ in range(depth)])
 
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b t d"]) -> Float[Array, "b h w c"]:
         h = self.proj_in(self.norm(x))  # a 1x1 convolution and a linear layer over channels are the same map
         h = h.reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = kernels.rerun(self.remat, TransformerBlock.__call__, block, h, context)
         return x + self.proj_out(h.reshape(x.shape))

@@ -4,11 +4,15 @@ Statistics of every norm are taken in float32 (nnx's norms do that), the tensors
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from proreflow_jax.models.kernels import Compute, gather
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1, padding: int | str = -1) -> nnx.Conv:
@@ -20,6 +24,27 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1, 
 def group_norm(channels: int, groups: int, epsilon: float, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Group normalisation with torch's meaning of its numbers."""
     return nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, rngs=rngs)
+
+
+def gathering(module: nnx.Module, compute: Compute) -> nnx.Module:
+    """The module; where the state is sharded, each layer gathers its own weights, unless layers are split (tensor)."""
+    if compute.mesh is not None and compute.mesh.shape["fsdp"] > 1 and compute.mesh.shape["tensor"] == 1:
+        for _, layer in nnx.iter_modules(module):
+            if isinstance(layer, nnx.Linear | nnx.Conv):
+                layer.promote_dtype = partial(_gathered, compute.mesh, layer.promote_dtype)
+    return module
+
+
+def _gathered(mesh: jax.sharding.Mesh, promote: Any, arrays: tuple[Array | None, ...], **dtype: Any) -> tuple[Any, ...]:
+    inputs, *weights = arrays
+    return promote((inputs, *(w if w is None else gather(w, mesh) for w in weights)), **dtype)
+
+
+def weights_of(linear: nnx.Linear, x: Float[Array, "..."]) -> tuple[Float[Array, "i o"], Float[Array, " o"] | None]:
+    """(kernel, bias) as the layer itself would use them on x: in its dtype, gathered."""
+    bias = None if linear.bias is None else linear.bias[...]
+    _, kernel, bias = linear.promote_dtype((x, linear.kernel[...], bias), dtype=linear.dtype)
+    return kernel, bias
 
 
 def sinusoid(timesteps: Float[Array, "*b"], width: int, flip: bool, shift: float) -> Float[Array, "*b w"]:

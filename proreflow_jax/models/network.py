@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from proreflow_jax.models import clip, unet, vae
+from proreflow_jax.models import clip, layers, unet, vae
+from proreflow_jax.models.kernels import PLAIN, Compute
 
 Params = dict[str, Float[Array, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -73,14 +74,17 @@ def cast(params: Params, dtype: Any) -> Params:
     return {name: value.astype(dtype) for name, value in params.items()}
 
 
-def make_unet(config: dict) -> Network:
-    """apply(params, latents (b,h,w,c), timesteps (b,), context (b,s,d)[, pooled, time_ids]) -> (b,h,w,c)."""
-    return network(lambda rngs: unet.UNet(unet.architecture(config), rngs), config)
+def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
+    """apply(params, latents (b,h,w,c), timesteps (b,), context (b,s,d)[, pooled, time_ids]) -> (b,h,w,c).
+
+    `compute` says how, not what, is computed: the forms of attention, what a backward pass makes again.
+    """
+    return network(lambda rngs: layers.gathering(unet.UNet(unet.architecture(config), rngs, compute), compute), config)
 
 
-def make_vae(config: dict) -> Network:
+def make_vae(config: dict, compute: Compute = PLAIN) -> Network:
     """apply(params, x, method="encode") -> (mean, std); method="decode" -> images; latents are unscaled."""
-    return network(lambda rngs: vae.AutoencoderKL(config, rngs), config)
+    return network(lambda rngs: vae.AutoencoderKL(config, rngs, compute), config)
 
 
 def make_text_encoder(config: dict) -> Network:

@@ -8,6 +8,7 @@ import jax
 
 from proreflow_jax.models import conditioning, placing, sources, weights
 from proreflow_jax.models import tokenizer as tokenizers
+from proreflow_jax.models.kernels import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
 from proreflow_jax.models.weights import Shapes
 
@@ -68,6 +69,7 @@ def load(
     original_size: tuple[int, int] = OWN,
     crop: tuple[int, int] = OWN,
     target_size: tuple[int, int] = OWN,
+    compute: Compute = PLAIN,
 ) -> Pipeline:
     """Reads a model.
 
@@ -77,6 +79,7 @@ def load(
       prediction_type: of the UNet where the scheduler's config does not say it right; "" leaves it.
       original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left); sizes (0, 0) are
         the model's own resolution.
+      compute: how UNet and VAE are computed, bound to their networks.
 
     Raises:
       FileNotFoundError: a folder or file is not there; names it and --config.model.path.
@@ -84,7 +87,7 @@ def load(
     """
     if not isinstance(source, sources.Source):
         source = sources.open_folder(source)
-    networks = {name: _network(source, name) for name in source.components}
+    networks = {name: _network(source, name, compute) for name in source.components}
     encoders = {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
     origin = str(source.origin)
     conditioning.check_fit(networks["unet"].config, encoders, origin)
@@ -104,10 +107,11 @@ def load(
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
 
 
-def _network(source: sources.Source, component: str) -> Network:
+def _network(source: sources.Source, component: str, compute: Compute) -> Network:
     config = source.config(component)
+    bound = () if component in sources.TEXT_ENCODERS else (compute,)  # texts are short
     try:
-        return MAKERS[component](config)
+        return MAKERS[component](config, *bound)
     except ValueError as error:
         raise ValueError(f"{source.folder / component}: {error}: name another {sources.PATH}") from None
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from proreflow_jax.models.attention import Transformer2D
+from proreflow_jax.models.kernels import PLAIN, Compute, rerun
 from proreflow_jax.models.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, conv, group_norm, sinusoid
 
 KNOWN = {  # field -> the values this architecture has, diffusers' default first; anything else is another network
@@ -108,25 +109,29 @@ def _resnet(a: Architecture, inputs: int, outputs: int, rngs: nnx.Rngs) -> Resne
     return ResnetBlock(inputs, outputs, a.groups, a.epsilon, rngs, embedding=4 * a.levels[0].width)
 
 
-def _transformer(a: Architecture, level: Level, depth: int, rngs: nnx.Rngs) -> Transformer2D:
-    return Transformer2D(level.width, level.heads, depth, a.context, a.groups, a.linear, rngs)
+def _transformer(a: Architecture, level: Level, depth: int, rngs: nnx.Rngs, compute: Compute) -> Transformer2D:
+    return Transformer2D(level.width, level.heads, depth, a.context, a.groups, a.linear, rngs, compute)
+
+
+def _joined(resnet: ResnetBlock, x: Array, skip: Array, embedding: Array) -> Array:
+    return resnet(jnp.concatenate([x, skip], axis=-1), embedding)
 
 
 class DownBlock(nnx.Module):
     """ResNet blocks, each followed by a transformer where the level has one, then a downsampler; keeps every state."""
 
-    def __init__(self, a: Architecture, inputs: int, level: Level, last: bool, rngs: nnx.Rngs) -> None:
-        width = level.width
+    def __init__(self, a: Architecture, inputs: int, level: Level, last: bool, rngs: nnx.Rngs, compute: Compute) -> None:
+        width, self.remat = level.width, compute.remat
         self.resnets = nnx.List([_resnet(a, inputs if i == 0 else width, width, rngs) for i in range(level.resnets)])
         if level.depth:
-            self.attentions = nnx.List([_transformer(a, level, level.depth, rngs) for _ in range(level.resnets)])
+            self.attentions = nnx.List([_transformer(a, level, level.depth, rngs, compute) for _ in range(level.resnets)])
         if not last:
             self.downsamplers = nnx.List([Downsample(width, rngs)])
 
     def __call__(self, x: Array, embedding: Array, context: Array) -> tuple[Array, list[Array]]:
         kept = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, embedding)
+            x = rerun(self.remat, ResnetBlock.__call__, resnet, x, embedding)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
             kept.append(x)
@@ -139,32 +144,35 @@ class DownBlock(nnx.Module):
 class MidBlock(nnx.Module):
     """ResNet block, transformer, ResNet block at the lowest resolution."""
 
-    def __init__(self, a: Architecture, rngs: nnx.Rngs) -> None:
-        level = a.levels[-1]
+    def __init__(self, a: Architecture, rngs: nnx.Rngs, compute: Compute) -> None:
+        level, self.remat = a.levels[-1], compute.remat
         self.resnets = nnx.List([_resnet(a, level.width, level.width, rngs) for _ in range(2)])
-        self.attentions = nnx.List([_transformer(a, level, a.mid_depth, rngs)])
+        self.attentions = nnx.List([_transformer(a, level, a.mid_depth, rngs, compute)])
 
     def __call__(self, x: Array, embedding: Array, context: Array) -> Array:
-        x = self.resnets[0](x, embedding)
-        return self.resnets[1](self.attentions[0](x, context), embedding)
+        x = rerun(self.remat, ResnetBlock.__call__, self.resnets[0], x, embedding)
+        x = self.attentions[0](x, context)
+        return rerun(self.remat, ResnetBlock.__call__, self.resnets[1], x, embedding)
 
 
 class UpBlock(nnx.Module):
     """ResNet blocks over the state joined with the skips, transformers as on the way down, then an upsampler."""
 
-    def __init__(self, a: Architecture, inputs: int, skips: list[int], level: Level, last: bool, rngs: nnx.Rngs) -> None:
-        width, n = level.width, level.resnets + 1
+    def __init__(
+        self, a: Architecture, inputs: int, skips: list[int], level: Level, last: bool, rngs: nnx.Rngs, compute: Compute
+    ) -> None:
+        width, n, self.remat = level.width, level.resnets + 1, compute.remat
         sources = [inputs] + [width] * (n - 1)
         pairs = zip(sources, skips, strict=True)
         self.resnets = nnx.List([_resnet(a, source + skip, width, rngs) for source, skip in pairs])
         if level.depth:
-            self.attentions = nnx.List([_transformer(a, level, level.depth, rngs) for _ in range(n)])
+            self.attentions = nnx.List([_transformer(a, level, level.depth, rngs, compute) for _ in range(n)])
         if not last:
             self.upsamplers = nnx.List([Upsample(width, rngs)])
 
     def __call__(self, x: Array, kept: list[Array], embedding: Array, context: Array) -> Array:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, kept.pop()], axis=-1), embedding)
+            x = rerun(self.remat, _joined, resnet, x, kept.pop(), embedding)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
         if hasattr(self, "upsamplers"):
@@ -175,7 +183,7 @@ class UpBlock(nnx.Module):
 class UNet(nnx.Module):
     """Latents, timesteps and text states -> the network's raw output (epsilon, v, or a student's reading)."""
 
-    def __init__(self, a: Architecture, rngs: nnx.Rngs) -> None:
+    def __init__(self, a: Architecture, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         self.a = a
         widths = [level.width for level in a.levels]
         embedding = 4 * widths[0]
@@ -185,8 +193,8 @@ class UNet(nnx.Module):
             self.add_embedding = TimestepEmbedding(a.extra[1], embedding, rngs)
         last = len(widths) - 1
         blocks = enumerate(zip([widths[0], *widths], a.levels, strict=False))
-        self.down_blocks = nnx.List([DownBlock(a, source, level, i == last, rngs) for i, (source, level) in blocks])
-        self.mid_block = MidBlock(a, rngs)
+        self.down_blocks = nnx.List([DownBlock(a, source, level, i == last, rngs, compute) for i, (source, level) in blocks])
+        self.mid_block = MidBlock(a, rngs, compute)
         skips = [widths[0]]
         for i, level in enumerate(a.levels):
             skips += [level.width] * (level.resnets + (i != last))
@@ -194,7 +202,7 @@ class UNet(nnx.Module):
         source = widths[-1]
         for i, level in enumerate(reversed(a.levels)):
             taken = [skips.pop() for _ in range(level.resnets + 1)]
-            self.up_blocks.append(UpBlock(a, source, taken, level, i == last, rngs))
+            self.up_blocks.append(UpBlock(a, source, taken, level, i == last, rngs, compute))
             source = level.width
         self.conv_norm_out = group_norm(widths[0], a.groups, a.epsilon, rngs)
         self.conv_out = conv(widths[0], a.outputs, 3, rngs)

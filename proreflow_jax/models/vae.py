@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from proreflow_jax.models.attention import Attention
+from proreflow_jax.models.kernels import PLAIN, Compute
 from proreflow_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm
 
 EPSILON = 1e-6
@@ -21,9 +22,9 @@ class SpatialAttention(Attention):
 class MidBlock(nnx.Module):
     """ResNet block, attention, ResNet block."""
 
-    def __init__(self, width: int, groups: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, groups: int, rngs: nnx.Rngs, compute: Compute) -> None:
         self.resnets = nnx.List([ResnetBlock(width, width, groups, EPSILON, rngs) for _ in range(2)])
-        self.attentions = nnx.List([SpatialAttention(width, 1, rngs, groups=groups, epsilon=EPSILON)])
+        self.attentions = nnx.List([SpatialAttention(width, 1, rngs, groups=groups, epsilon=EPSILON, compute=compute)])
 
     def __call__(self, x: Array) -> Array:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -51,14 +52,14 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """Images -> moments of the latents (mean and log-variance, before quant_conv)."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: dict, rngs: nnx.Rngs, compute: Compute) -> None:
         widths, groups = config["block_out_channels"], config.get("norm_num_groups", 32)
         count, last = config.get("layers_per_block", 1), len(widths) - 1
         self.conv_in = conv(config.get("in_channels", 3), widths[0], 3, rngs)
         pairs = enumerate(zip([widths[0], *widths], widths, strict=False))
         kind = lambda i: "none" if i == last else "down"
         self.down_blocks = nnx.List([Block(source, width, count, groups, kind(i), rngs) for i, (source, width) in pairs])
-        self.mid_block = MidBlock(widths[-1], groups, rngs)
+        self.mid_block = MidBlock(widths[-1], groups, rngs, compute)
         self.conv_norm_out = group_norm(widths[-1], groups, EPSILON, rngs)
         self.conv_out = conv(widths[-1], 2 * config["latent_channels"], 3, rngs)
 
@@ -72,11 +73,11 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents (after post_quant_conv) -> images."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: dict, rngs: nnx.Rngs, compute: Compute) -> None:
         widths, groups = config["block_out_channels"][::-1], config.get("norm_num_groups", 32)
         count, last = config.get("layers_per_block", 1) + 1, len(widths) - 1
         self.conv_in = conv(config["latent_channels"], widths[0], 3, rngs)
-        self.mid_block = MidBlock(widths[0], groups, rngs)
+        self.mid_block = MidBlock(widths[0], groups, rngs, compute)
         pairs = enumerate(zip([widths[0], *widths], widths, strict=False))
         kind = lambda i: "none" if i == last else "up"
         self.up_blocks = nnx.List([Block(source, width, count, groups, kind(i), rngs) for i, (source, width) in pairs])
@@ -93,10 +94,10 @@ class Decoder(nnx.Module):
 class AutoencoderKL(nnx.Module):
     """Images in [-1, 1] <-> unscaled latents; multiply latents by the config's scaling_factor before diffusion."""
 
-    def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: dict, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         latents = config["latent_channels"]
-        self.encoder = Encoder(config, rngs)
-        self.decoder = Decoder(config, rngs)
+        self.encoder = Encoder(config, rngs, compute)
+        self.decoder = Decoder(config, rngs, compute)
         if config.get("use_quant_conv", True):
             self.quant_conv = conv(2 * latents, 2 * latents, 1, rngs)
         if config.get("use_post_quant_conv", True):

@@ -1,0 +1,159 @@
+"""How networks are computed on a machine: the forms of softmax attention, which one is taken, what is recomputed.
+
+None of it changes what is computed. `Compute` is bound when a network is built (`network.make_unet(config, compute)`), so
+each block knows its form without globals, and two networks of one process may differ. It holds the mesh because a splash
+kernel is opaque to the partitioner: `jax.shard_map` gives each device its own rows and heads.
+
+Forms, on heads (b, s, h, d): "xla" whole scores in float32; "chunked" exact softmax over blocks of queries, one block's
+scores alive at a time, forward and backward; "cudnn" NVIDIA's fused kernel; "splash" Pallas' fused TPU kernel, whose heads
+come padded to full lanes from the projections themselves (`attention.padded_heads`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+FORMS = ("auto", "xla", "chunked", "cudnn", "splash")
+FUSED = {"tpu": "splash", "gpu": "cudnn"}  # the fused kernel that "auto" takes on a platform
+FUSED_TOKENS = 1024  # self-attention from here on goes to it; below, scores are small
+LANES = 128  # of a TPU's registers: the last axis of a kernel's operands comes in multiples of it
+WIDEST = 256  # padded head width whose blocks fit a TPU's VMEM
+BLOCK = 1024  # queries and keys that splash holds at once; 2,048 exceeds v5e's VMEM
+CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that has them
+SMALL_SCORES = 256 << 20  # bytes of one device's scores up to which "auto" makes them whole
+CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
+ATTENTION = "attention"  # name of attention's outputs, by which a policy keeps them
+SAVED = jax.checkpoint_policies
+
+
+class Compute(NamedTuple):
+    """What a network is told of the machine it runs on; statics, from the config and the mesh."""
+
+    attention: str = "xla"  # one of FORMS; "auto": by platform and shape, see `choose`
+    remat: str = "none"  # one of POLICIES: what the backward pass makes again
+    platform: str = "cpu"  # of the devices that will run it: "cpu", "gpu", "tpu"
+    mesh: Mesh | None = None  # axes data, fsdp (rows) and tensor (heads); None: one device
+
+
+PLAIN = Compute()
+
+
+def _products(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    """Convolutions and products with weights are kept; scores are not, as their products have batch axes."""
+    kept = SAVED.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or kept(primitive, *arguments, **parameters)
+
+
+POLICIES: dict[str, Any] = {  # what the forward pass keeps of each ResNet and transformer block, beside its inputs
+    "none": None,  # all that the backward pass reads
+    "products": SAVED.save_from_both_policies(_products, SAVED.save_only_these_names(ATTENTION)),
+    "attention": SAVED.save_only_these_names(ATTENTION),
+    "inputs": SAVED.nothing_saveable,
+}
+
+
+def rerun(remat: str, function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs); its backward pass makes again what POLICIES[remat] does not keep. Without one it costs nothing."""
+    if remat == "none":
+        return function(*inputs)
+    return jax.checkpoint(function, policy=POLICIES[remat])(*inputs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(weight: Float[Array, "..."], mesh: Mesh) -> Float[Array, "..."]:
+    """A weight whole on every device, where it is used; its gradient goes back to wherever the state lies.
+
+    Without it XLA multiplies by the pieces of a sharded weight in turn, which costs a transformer block 3.7 times the cycles.
+    """
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec()))
+
+
+gather.defvjp(lambda weight, mesh: (gather(weight, mesh), None), lambda mesh, _, gradient: (gradient,))
+
+
+def choose(compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any) -> str:
+    """The form of one attention of `tokens` queries, with `width` numbers a head and `batch` rows over all devices.
+
+    "auto": the platform's fused kernel for self-attention from FUSED_TOKENS where it takes that width and dtype, else whole
+    scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla"
+    and "chunked" are taken everywhere.
+    """
+    wanted = compute.attention
+    if wanted in ("xla", "chunked"):
+        return wanted
+    if tokens != keys or tokens < FUSED_TOKENS:
+        return "xla"
+    fits = {
+        "splash": lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
+        "cudnn": width % 8 == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
+    }
+    fused = FUSED.get(compute.platform, "") if wanted == "auto" else wanted
+    if fits.get(fused):
+        return fused
+    ways = compute.mesh.shape["data"] * compute.mesh.shape["fsdp"] if compute.mesh else 1
+    return "chunked" if 4 * batch * heads * tokens * keys > SMALL_SCORES * ways else "xla"
+
+
+def lanes(width: int) -> int:
+    """A head's width in full lanes: 40, 64, 80 -> 128; 160 -> 256."""
+    return -(-width // LANES) * LANES
+
+
+def block(tokens: int) -> int:
+    """The largest block of whole lanes up to BLOCK that divides the tokens; 0: none."""
+    return max((size for size in range(LANES, BLOCK + 1, LANES) if tokens % size == 0), default=0)
+
+
+def plain(
+    q: Float[Array, "b s h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"], form: str
+) -> Float[Array, "b s h d"]:
+    """Attention by "xla", "cudnn" or "chunked"."""
+    if form == "chunked":
+        return _chunked(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if form == "cudnn" else None)
+
+
+def _chunked(q: Array, k: Array, v: Array) -> Array:
+    """One block of queries after the other; the backward pass makes each block's scores again."""
+    b, s, h, d = q.shape
+    size = max(1, min(s, CHUNK_SCORES // (4 * b * h * k.shape[1])))
+    count = -(-s // size)
+    rows = jnp.pad(q, ((0, 0), (0, count * size - s), (0, 0), (0, 0))).reshape(b, count, size, h, d)
+    one = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
+    out = jax.lax.map(one, jnp.moveaxis(rows, 1, 0))
+    return jnp.moveaxis(out, 0, 1).reshape(b, count * size, h, d)[:, :s]
+
+
+def splash(
+    q: Float[Array, "b h s l"], k: Float[Array, "b h s l"], v: Float[Array, "b h s l"], compute: Compute
+) -> Float[Array, "b h s l"]:
+    """Pallas' TPU kernel on queries that are scaled already, each device on its own rows and heads; interpreted off TPU."""
+    b, heads, tokens, _ = q.shape
+    mesh, interpret = compute.mesh, compute.platform != "tpu"
+    if mesh is None or mesh.size == 1:
+        return _kernel(heads, tokens, interpret)(q, k, v)
+    rows = ("data", "fsdp") if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    ways = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
+    spec = PartitionSpec(rows, "tensor" if ways > 1 else None)
+    kernel = _kernel(heads // ways, tokens, interpret)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _kernel(heads: int, tokens: int, interpret: bool) -> Callable[[Array, Array, Array], Array]:
+    """(b, h, s, l) x 3 -> (b, h, s, l), every token seeing all; `heads` and rows of one device."""
+    n = block(tokens)
+    forward = dict(block_q=n, block_kv=n)
+    backward = dict(block_q_dkv=n, block_kv_dkv=n, block_kv_dkv_compute=n, block_q_dq=n, block_kv_dq=n)
+    made = pallas.make_splash_mha_single_device(
+        pallas.splash_attention_mask.MultiHeadMask([pallas.splash_attention_mask.FullMask((tokens, tokens))] * heads),
+        block_sizes=pallas.BlockSizes(**forward, **backward),
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
+    )
+    return jax.vmap(made)

@@ -1,0 +1,51 @@
+"""What the real XLA:TPU compiler makes of a transformer block of SD 1.5: kernels, no pads, what is made again.
+
+Slow: each compilation takes 15 to 40 seconds of a quiet core. Skipped where libtpu is not installed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tpu_program as tpu
+
+from proreflow_jax.models import attention, network
+from proreflow_jax.models.kernels import Compute
+
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.slow
+ROWS, TOKENS, WIDTH, HEADS, TEXT = 8, 4096, 320, 8, 768  # of a chip; SD 1.5 at 512 pixels, level 0
+
+
+def compiled(backward: bool, remat: str = "none") -> Any:
+    """The block for v5e:2x2 in bfloat16."""
+    mesh = tpu.slice_mesh("v5e:2x2")
+    compute = Compute("auto", remat, "tpu", mesh)
+    net = network.network(lambda rngs: attention.Transformer2D(WIDTH, HEADS, 1, TEXT, 32, False, rngs, compute), {})
+    params = {name: tpu.abstract(value.shape, mesh) for name, value in net.shapes.items()}
+    x = tpu.abstract((4 * ROWS, 64, 64, WIDTH), mesh, ("data", "fsdp"))
+    context = tpu.abstract((4 * ROWS, 77, TEXT), mesh, ("data", "fsdp"))
+    loss = lambda *given: net.apply(*given).astype(jnp.float32).sum()
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)) if backward else net.apply).lower(params, x, context).compile()
+
+
+def test_forward_takes_one_kernel_and_pads_no_activation():
+    text = compiled(backward=False).as_text()
+    assert tpu.kernels_of(text) == ["fwd"]
+    assert tpu.activation_pads(text, TOKENS) == []
+    counted, kernel = tpu.by_class(text), tpu.splash_cycles("v5e", ROWS, HEADS, TOKENS, WIDTH // HEADS)
+    print(dict(counted), f"splash's padded floor {kernel:.0f}")  # noqa: T201
+    assert "pad" not in counted and counted["copy"] < 0.02 * counted.total()
+    assert counted.total() < 6.0e6
+
+
+def test_backward_keeps_what_the_policy_says():
+    """Kept attention is not run again; the memory of what is kept falls with every policy."""
+    made = {remat: compiled(True, remat) for remat in ("none", "attention", "inputs")}
+    kernels = {remat: sorted(tpu.kernels_of(program.as_text())) for remat, program in made.items()}
+    assert kernels["none"] == kernels["attention"] == ["dkv", "dq", "fwd"]
+    assert kernels["inputs"] == ["dkv", "dq", "fwd", "fwd"]
+    assert not any(tpu.activation_pads(program.as_text(), TOKENS) for program in made.values())
+    scratch = {remat: program.memory_analysis().temp_size_in_bytes >> 20 for remat, program in made.items()}
+    print(scratch, "MiB of scratch")  # noqa: T201
