@@ -118,6 +118,8 @@ def _prepare() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "orbax", "jax", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for told_by_us in ("gcsfs", "fsspec", "google"):
+        logging.getLogger(told_by_us).setLevel(logging.CRITICAL)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_HOST_DEVICES

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +23,11 @@ from proreflow_jax.reflow.stages import DONE, Stage
 from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings
 from proreflow_jax.reflow.step import LossRecipe, check_loss
 from proreflow_jax.reflow.teacher import DIFFUSION, Flow
-from proreflow_jax.runtime import files, mesh, optimizer
+from proreflow_jax.runtime import files, mesh, optimizer, storage
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 
 FREE = ("model.path", "model.revision", "model.like", "train.log_every")  # fields that a resumed stage may change
+DATA = "--config.data.path"
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
 
 
@@ -35,7 +35,7 @@ class Experiment(NamedTuple):
     """What every verb works with."""
 
     config: ConfigDict
-    run: Path
+    run: storage.Location
     base: pipeline.Pipeline
     networks: Networks
     flow: Flow  # of the base model
@@ -56,6 +56,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run, plan = _planned(config, machine)
+    storage.check(run)
     base = base_model.load(config, partial(places, config, machine))
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
@@ -69,9 +70,9 @@ def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
     return _fitting(experiment._replace(config=config, run=run, stages=plan))
 
 
-def _planned(config: ConfigDict, machine: Mesh) -> tuple[Path, list[Stage]]:
+def _planned(config: ConfigDict, machine: Mesh) -> tuple[storage.Location, list[Stage]]:
     """The run's folder and its stages, after all checks that need no base model."""
-    run = Path(config.root) / files.check_name(config.name)
+    run = storage.path(config.root) / files.check_name(config.name)
     check_config(config, machine)
     check_loss(loss_recipe(config))
     return run, stages.plan_stages(config.stages, run)
@@ -245,18 +246,19 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     before = parent_stage(experiment, stage)
     if before is not None and not (before.folder / DONE).is_file():
         raise FileNotFoundError(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
-    if experiment.config.data.kind != "digits":
-        open_source(experiment)
+    d = experiment.config.data
+    open_source(experiment) if d.kind != "digits" else storage.local_only(d.path, DATA)
 
 
 def open_source(experiment: Experiment) -> Source:
     """The captions (and images) of the config, as random access to {"caption", "image"}."""
     d = experiment.config.data
-    if d.kind == "prompts":
-        return captions.Prompts(d.path)
     if d.kind == "digits":
-        digits.write_dataset(d.path, d.resolution, seed=0)
-    return captions.open_tfds(d.path, d.split, d.image_key, d.caption_key, d.resolution)
+        digits.write_dataset(storage.local_only(d.path, DATA), d.resolution, seed=0)
+    path = storage.local_copy(storage.path(d.path, DATA), DATA)
+    if d.kind == "prompts":
+        return captions.Prompts(path)
+    return captions.open_tfds(path, d.split, d.image_key, d.caption_key, d.resolution)
 
 
 def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
@@ -269,7 +271,7 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
     if config.data.kind == "prompts":
-        plan["prompts"] = sha256(Path(config.data.path))
+        plan["prompts"] = sha256(storage.local_copy(storage.path(config.data.path, DATA), DATA))
     return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
 
 

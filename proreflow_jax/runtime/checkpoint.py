@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -28,6 +27,8 @@ from orbax.checkpoint import checkpoint_managers
 from proreflow_jax.runtime import files
 from proreflow_jax.runtime.digest import digest, fold, leaf_path, named_leaves
 from proreflow_jax.runtime.inventory import check_seal, check_target, inventory, wrong_values
+from proreflow_jax.runtime.objects import SCHEME, client, is_trouble
+from proreflow_jax.runtime.storage import Location
 
 __all__ = ["Checkpoints", "Restored", "digest", "fold", "lock"]
 
@@ -50,10 +51,14 @@ class Checkpoints:
     that read the folder of a training run that may be alive. Hold `lock` on the run's folder while writing.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, every: int | None = None, read_only: bool = False) -> None:
+    def __init__(
+        self, folder: str | Location, keep: int = 2, every: int | None = None, read_only: bool = False
+    ) -> None:
         if keep < 1 or (every is not None and every < 1):
             raise ValueError(f"keep={keep} and every={every} must be at least 1: change --config.checkpoint.*")
-        self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
+        if remote := str(folder).startswith(SCHEME):
+            client()  # or say what is not installed; orbax needs the same
+        self.folder = epath.Path(str(folder)) if remote else epath.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} does not exist: run the training job that writes it first")
         self.keep, self.every, self.read_only = keep, every, read_only
@@ -221,15 +226,12 @@ class Checkpoints:
         return jax.block_until_ready(self._manager.restore(step, args=items)["state"])
 
 
-def lock(folder: str | Path) -> Any:
+def lock(folder: str | Location) -> Any:
     """Context manager: this job alone writes to `folder`. Two writers would lose each other's saves in silence.
 
-    Process 0 of a job holds it for all; object stores (`gs://`) have no locks. Raises ValueError naming folder and
-    holder.
+    Process 0 of a job holds it for all. Raises ValueError naming folder and holder.
     """
-    if "://" in str(folder) or jax.process_index() != 0:
-        return nullcontext()
-    return files.lock(folder)
+    return files.lock(folder) if jax.process_index() == 0 else nullcontext()
 
 
 @contextmanager
@@ -273,6 +275,8 @@ def _everywhere(read: Callable[[], Any]) -> tuple[Any, str]:
     except PASS_ON:
         raise
     except Exception as error:
+        if is_trouble(error):
+            raise ConnectionError(f"a checkpoint could not be read: {_line(error)}; run the same command again") from None
         value, reason = None, _line(error)
     if reason:
         _forget_failed_tasks()
