@@ -23,7 +23,8 @@ TRAINING = [  # free of torch and of TensorFlow: a test holds this
 GCS = ["gcsfs>=2026.10", "google-cloud-storage>=3.9"]  # runs and models on gs://; about thirty packages
 DEMO = ["scikit-learn>=1.7"]  # the handwritten digits and the classifier that scores them
 EXPORT_CHECK = ["torch==2.13.0", "diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0", "peft>=0.21"]  # replays exports
-TEST = [*DEMO, *EXPORT_CHECK, *GCS, "beartype>=0.20", "pytest>=9", "pytest-xdist>=3", "scipy>=1.15", "ruff==0.17.5", "pre-commit>=4"]
+TOOLS = ["ruff==0.17.5", "pre-commit>=4"]
+TEST = [*DEMO, *EXPORT_CHECK, *GCS, *TOOLS, "beartype>=0.20", "pytest>=9", "pytest-xdist>=3", "scipy>=1.15"]
 
 setup(
     name="proreflow_jax",

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax.runtime.mesh import initialize_distributed
+from proreflow_jax.runtime.objects import is_trouble
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 MOST_HOST_DEVICES = 8
@@ -44,6 +45,10 @@ def start(verb: Callable[..., None], about: str, config: str, options: Mapping[s
             raise
         mendable = isinstance(error, ValueError | FileNotFoundError)
         _leave(USER_ERROR if mendable else FAILED, f"{name}: {_said(error)}")
+    except Exception as error:
+        if _traced() or not is_trouble(error):
+            raise
+        _leave(FAILED, f"{name}: {experiment.get('root')} cannot be reached: {_said(error)}; run the same command again")
     sys.exit(0)
 
 

@@ -51,9 +51,7 @@ class Checkpoints:
     that read the folder of a training run that may be alive. Hold `lock` on the run's folder while writing.
     """
 
-    def __init__(
-        self, folder: str | Location, keep: int = 2, every: int | None = None, read_only: bool = False
-    ) -> None:
+    def __init__(self, folder: str | Location, keep: int = 2, every: int | None = None, read_only: bool = False) -> None:
         if keep < 1 or (every is not None and every < 1):
             raise ValueError(f"keep={keep} and every={every} must be at least 1: change --config.checkpoint.*")
         if remote := str(folder).startswith(SCHEME):

@@ -166,4 +166,4 @@ def _runs_here(holder: dict[str, Any]) -> bool | None:
     """Whether the holder, if it is of this machine, still runs; None for another machine's."""
     if not holder.get("machine") or holder["machine"] != _machine():
         return None
-    return _started(holder.get("process")) == holder.get("started")
+    return bool(holder.get("started")) and _started(holder.get("process")) == holder["started"]

@@ -92,8 +92,8 @@ class ObjectPath:
         prefix = self._prefix()
         with _told(self):
             found = client().list_blobs(self.bucket, prefix=prefix, delimiter="/")
-            names = [blob.name for blob in found if blob.name != prefix]
-        yield from (ObjectPath(self.bucket, name.rstrip("/")) for name in sorted([*names, *found.prefixes]))
+            names = {blob.name for blob in found if blob.name != prefix} | {name.rstrip("/") for name in found.prefixes}
+        yield from (ObjectPath(self.bucket, name) for name in sorted(names))
 
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
         """Of one level: a pattern with a slash is not known here."""
