@@ -1,7 +1,6 @@
 """--config.model.path -> the base model, whatever form it lies in: a diffusers folder, a single file, or a hub id."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -12,7 +11,7 @@ from proreflow_jax.models import pipeline, sources
 from proreflow_jax.models.kernels import Compute
 from proreflow_jax.models.weights import Shapes
 from proreflow_jax.reflow.teacher import DIFFUSION
-from proreflow_jax.runtime import hub
+from proreflow_jax.runtime import hub, storage
 
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
     "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -27,11 +26,12 @@ def locate(config: ConfigDict) -> sources.Source:
     Raises FileNotFoundError or ValueError, one line.
     """
     m = config.model
-    path = Path(m.path)
+    path = storage.local_copy(storage.path(m.path, sources.PATH), sources.PATH)
     if path.is_file():
         like = m.like or HOMES[sources.file_family(path)]
-        beside = hub.download(like, "main", configs_only=True, flag="--config.model.like") if hub.is_id(like) else Path(like)
-        return sources.open_file(path, beside)
+        if hub.is_id(like):
+            return sources.open_file(path, hub.download(like, "main", configs_only=True, flag=sources.LIKE))
+        return sources.open_file(path, storage.local_copy(storage.path(like, sources.LIKE), sources.LIKE))
     return sources.open_folder(hub.download(m.path, m.revision) if hub.is_id(m.path) else path)
 
 

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax.runtime.mesh import initialize_distributed
+from proreflow_jax.runtime.objects import is_trouble
 from proreflow_jax.runtime.processes import check_alone, leads
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -48,6 +49,10 @@ def start(
             raise
         mendable = isinstance(error, ValueError | FileNotFoundError)
         _leave(USER_ERROR if mendable else FAILED, f"{name}: {_said(error)}")
+    except Exception as error:
+        if _traced() or not is_trouble(error):
+            raise
+        _leave(FAILED, f"{name}: {experiment.get('root')} cannot be reached: {_said(error)}; run the same command again")
     sys.exit(0)
 
 
@@ -122,6 +127,8 @@ def _prepare(name: str, pod: bool) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "orbax", "jax", "etils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for told_by_us in ("gcsfs", "fsspec", "google"):
+        logging.getLogger(told_by_us).setLevel(logging.CRITICAL)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_HOST_DEVICES

@@ -14,8 +14,7 @@ from proreflow_jax.checks import check_export
 from proreflow_jax.experiment import check_ready, open_experiment
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.runtime import files
-from proreflow_jax.runtime.checkpoint import lock
-from proreflow_jax.runtime.processes import first
+from proreflow_jax.runtime.processes import first, lock
 
 log = logging.getLogger(__name__)
 

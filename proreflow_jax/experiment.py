@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +21,11 @@ from proreflow_jax.reflow.stages import DONE, Stage
 from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings
 from proreflow_jax.reflow.step import LossRecipe, check_loss
 from proreflow_jax.reflow.teacher import DIFFUSION, Flow
-from proreflow_jax.runtime import files, mesh, optimizer
+from proreflow_jax.runtime import files, mesh, optimizer, storage
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.processes import first
 
+DATA = "--config.data.path"
 FREE = (  # fields that a resumed stage may change
     "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *sources.UNCOUNTED,
 )  # fmt: skip
@@ -36,7 +36,7 @@ class Experiment(NamedTuple):
     """What every verb works with."""
 
     config: ConfigDict
-    run: Path
+    run: storage.Location
     base: pipeline.Pipeline
     networks: Networks
     flow: Flow  # of the base model
@@ -57,6 +57,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run, plan = _planned(config, machine)
+    storage.check(run)
     base = base_model.load(config, machine, partial(places, config, machine))
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
@@ -70,9 +71,9 @@ def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
     return _fitting(experiment._replace(config=config, run=run, stages=plan))
 
 
-def _planned(config: ConfigDict, machine: Mesh) -> tuple[Path, list[Stage]]:
+def _planned(config: ConfigDict, machine: Mesh) -> tuple[storage.Location, list[Stage]]:
     """The run's folder and its stages, after all checks that need no base model."""
-    run = Path(config.root) / files.check_name(config.name)
+    run = storage.path(config.root) / files.check_name(config.name)
     check_config(config, machine)
     check_loss(loss_recipe(config))
     return run, stages.plan_stages(config.stages, run)
@@ -246,16 +247,26 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     before = parent_stage(experiment, stage)
     if before is not None and not (before.folder / DONE).is_file():
         raise FileNotFoundError(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
-    if experiment.config.data.kind != "digits":
-        open_source(experiment)
+    d = experiment.config.data
+    open_source(experiment) if d.kind != "digits" else storage.local_only(d.path, DATA)
 
 
 def open_source(experiment: Experiment) -> Source:
     """The captions (and images) of the config, as random access to {"caption", "image"}."""
-    data = experiment.config.data
+    data = _here(experiment.config.data)
     if data.kind == "digits":  # it writes them
         first(partial(sources.open_source, data))
     return sources.open_source(data)
+
+
+def _here(data: ConfigDict) -> ConfigDict:
+    """The block `data` with a path of this machine: what lies on an object store as one file or folder is copied."""
+    if "://" not in data.path or data.kind in sources.SHARDED:  # which no copy is made of, and `sources` says so
+        return data
+    location = storage.path(data.path, DATA)
+    local = data.copy_and_resolve_references().unlock()
+    local.path = str(storage.local_only(data.path, DATA) if data.kind == "digits" else storage.local_copy(location, DATA))
+    return local
 
 
 def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
@@ -267,7 +278,7 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
-    plan |= sources.identity(config.data)
+    plan |= sources.identity(_here(config.data))
     return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
 
 

@@ -26,7 +26,7 @@ from proreflow_jax.models import adapter, lora, original, weights
 from proreflow_jax.models.sources import INDEX, Source
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.reflow.teacher import Flow
-from proreflow_jax.runtime import files
+from proreflow_jax.runtime import files, storage
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def export(
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
     suffix = "" if form == "diffusers" else f"-{form}"
-    target = Path(out) if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
+    target = storage.path(out, "--out") if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
     if check:  # torch and diffusers are an extra: find out before anything is written
         from proreflow_jax import replay
 
@@ -66,7 +66,10 @@ def export(
     if not check or overwrite or not target.exists():
         run_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
     if check:
-        replay.check(experiment, chosen, target)
+        copy = storage.local_copy(target)
+        replay.check(experiment, chosen, copy)
+        if copy != target:
+            (target / replay.RESULT).upload(copy / replay.RESULT)
 
 
 def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
@@ -82,7 +85,12 @@ def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
 
 
 def run_stage(
-    experiment: Experiment, stage: Stage, target: Path, overwrite: bool = False, again: bool = True, wanted: Format = STOCK
+    experiment: Experiment,
+    stage: Stage,
+    target: storage.Location,
+    overwrite: bool = False,
+    again: bool = True,
+    wanted: Format = STOCK,
 ) -> None:
     """Writes the folder; with `again`, one that already holds this very student in this form is left as it is.
 

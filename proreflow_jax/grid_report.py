@@ -204,7 +204,10 @@ def _alphas(run: Path, cells: Cells, steps: Sequence[int]) -> None:
 def _samples(run: Path, cells: Cells, config: ConfigDict) -> None:
     """samples-N.png for each number of steps: the same noise and prompts in columns, methods in rows, the first seed."""
     heads = [str(i % 10) for i in range(config.evaluate.columns)]
-    strips = {method: np.asarray(Image.open(run / "cells" / group[0]["strip"])) for method, group in cells.items()}
+    strips = {}
+    for method, group in cells.items():
+        with (run / "cells" / group[0]["strip"]).open("rb") as file:
+            strips[method] = np.asarray(Image.open(file))
     for i, s in enumerate(config.reproduce.steps):
         lines = []
         for method, strip in strips.items():

@@ -33,8 +33,7 @@ from proreflow_jax.experiment import (
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.checkpoint import lock
-from proreflow_jax.runtime.processes import first, host_arrays, leads, told
+from proreflow_jax.runtime.processes import first, host_arrays, leads, lock, told
 
 log = logging.getLogger(__name__)
 PLANNED = ("pairs", "student", "data", "model", "conditioning")

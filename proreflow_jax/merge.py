@@ -5,7 +5,6 @@ fine-tune has gone from the base, so look at its pictures.
 """
 
 import logging
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -13,22 +12,22 @@ from proreflow_jax import base_model, cli
 from proreflow_jax.card import CARD, PAGE, page
 from proreflow_jax.export import FILES, write_folder
 from proreflow_jax.models import lora, weights
-from proreflow_jax.runtime import files
+from proreflow_jax.runtime import files, storage
 
 log = logging.getLogger(__name__)
 
 
 def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: bool) -> None:
     """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network."""
-    source = Path(delta)
     if not delta or not out:
         raise ValueError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
+    target, source = storage.path(out, "--out"), storage.local_copy(storage.path(delta, "--delta"), "--delta")
     if not (source / FILES["delta"]).is_file():
         raise FileNotFoundError(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
     base = base_model.locate(config)
     card, scheduler = files.read_json(source / CARD), files.read_json(source / "scheduler" / "scheduler_config.json")
     merged = lora.merge(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)
-    with files.atomic_folder(Path(out), overwrite) as draft:
+    with files.atomic_folder(target, overwrite) as draft:
         write_folder(draft, base, merged, scheduler)
         dtype = str(next(iter(merged.values())).dtype)
         card |= {"base": base_model.title(config, base), "format": {**card["format"], "form": "diffusers", "dtype": dtype}}

@@ -22,9 +22,10 @@ from proreflow_jax.models import base, tokenizer
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings, train_step
-from proreflow_jax.runtime import files, mesh, optimizer
-from proreflow_jax.runtime.checkpoint import Checkpoints, lock
+from proreflow_jax.runtime import files, mesh, optimizer, storage
+from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
+from proreflow_jax.runtime.processes import lock
 
 log = logging.getLogger(__name__)
 REPLICATED = [(".*", jax.sharding.PartitionSpec())]
@@ -47,9 +48,9 @@ def pretrain(config: ConfigDict, out: str) -> None:
     """Trains both parts and writes the diffusers folder `out`. Raises ValueError if `out` exists."""
     if not out:
         raise ValueError("--out is empty: name the diffusers folder to write")
-    if Path(out).exists():
+    if storage.local_only(out, "--out").exists():
         raise ValueError(f"{out} exists already: choose another --out, or remove it")
-    run = Path(config.root) / files.check_name(config.name)
+    run = storage.local_only(config.root, "--config.root") / files.check_name(config.name)
     with lock(run):
         images, texts = _images(config)
         vae = make_vae(base.vae_config(config.vae, config.data.resolution))

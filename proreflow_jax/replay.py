@@ -32,6 +32,7 @@ except ImportError:
 log = logging.getLogger(__name__)
 LIMIT = 1e-3  # of the latents, for what carries the whole student in float32
 COUNT = 8
+RESULT = "replay.json"
 
 
 def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
@@ -56,7 +57,7 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
         gap = float(np.abs(our_latents(experiment, carried, prompts, noise, steps) - theirs).max())
     result = {"steps": steps, "images": COUNT, "largest_difference": gap, "largest_value": float(np.abs(theirs).max())}
     result |= {"to_student": to_student, "diffusers": diffusers.__version__, "torch": torch.__version__}
-    files.write_json(folder / "replay.json", result)
+    files.write_json(folder / RESULT, result)
     log.info(
         "%s: %d steps in diffusers, largest difference of the latents %.1e (values to %.1f)%s",
         folder,

@@ -163,7 +163,8 @@ def _make(cell: Cell, programs: grid.Programs, given: grid.Given, store: dict[An
     numbers, images = grid.measure(experiment, params, flow, programs, given)
     # images of each number of steps below one another
     strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
-    Image.fromarray(strip).save(cell.path(".png"))
+    with cell.path(".png").open("wb") as file:
+        Image.fromarray(strip).save(file, "PNG")
     about = {
         "group": cell.group, "method": cell.method, "seed": cell.seed, "stages": [cost._asdict() for cost in spent],
         "forwards": sum(cost.forwards for cost in spent), "seconds": {"training": trained, "all": time.monotonic() - began},

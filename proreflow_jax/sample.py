@@ -16,6 +16,7 @@ from proreflow_jax.experiment import load_weights, open_experiment, student_flow
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import text_context
+from proreflow_jax.runtime import storage
 
 log = logging.getLogger(__name__)
 BASE_STEPS = 50
@@ -36,14 +37,16 @@ def sample(
     """Writes a grid: one row a prompt, `count` seeds in columns. Column j starts from the same noise in every row and call."""
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage) if stage else None
-    listed = Prompts(prompts, "--prompts") if prompts else [{"caption": prompt}]
+    listed = [{"caption": prompt}]
+    if prompts:
+        listed = Prompts(storage.local_copy(storage.path(prompts, "--prompts"), "--prompts"), "--prompts")
     texts = [listed[i]["caption"] for i in range(len(listed))]
     if not texts[0]:
         raise ValueError("--prompt is empty: say what to draw, or name a text file by --prompts")
     if count < 1 or seed < 0:
         raise ValueError(f"--count={count} must be at least 1 and --seed={seed} at least 0")
-    path = Path(out)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+    path = storage.path(out, "--out")
+    if path.suffix.lower() != ".png" or isinstance(path, Path) and not path.parent.is_dir():
         raise ValueError(f"--out={out} must be a .png file in a folder that exists")
     steps = steps or (stage if stage else BASE_STEPS)
     sampler.check_sampling(steps, student_flow(config, chosen) if chosen else experiment.flow)
@@ -62,7 +65,8 @@ def sample(
     decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
     images = np.asarray(decode(experiment.base.params["vae"], latents))
     rows = images.reshape(len(texts), count, *images.shape[1:])
-    Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(path)
+    with path.open("wb") as file:
+        Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
     log.info("wrote %s: %d prompts x %d seeds, %d steps, guidance %g", path, len(texts), count, steps, guidance)
 
 

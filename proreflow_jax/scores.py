@@ -28,11 +28,12 @@ from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.reflow.stages import DONE, find_stage
 from proreflow_jax.reflow.teacher import Flow, text_context
-from proreflow_jax.runtime import files, mesh
+from proreflow_jax.runtime import files, mesh, storage
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import check_alone
 
 log = logging.getLogger(__name__)
+INCEPTION = "--config.evaluate.inception"
 SAVE_EVERY = 20  # batches that a kill costs at most
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 CONVERT = (
@@ -92,12 +93,18 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
     check_alone(f"evaluate with --config.evaluate.protocol={plan.protocol.name}")
     _check_file(e.inception)
-    if e.clip and not Path(e.clip).expanduser().is_dir():
+    for name in ("images", "captions"):
+        storage.local_only(e[name], f"--config.evaluate.{name}")
+    if e.clip and not _local(e.clip, clip_score.FLAG).is_dir():
         raise FileNotFoundError(f"{e.clip} is not a folder: {clip_score.FLAG} must name that of a CLIPModel")
     if coco.is_tfds(e.images):
         coco.check_tfds(Path(e.images).expanduser(), plan.protocol.year)
     else:
         _check_count(plan, e.examples, coco.open_split(e.captions, e.images, plan.protocol.year))
+
+
+def _local(path: str, flag: str) -> Path:
+    return storage.local_copy(storage.path(path, flag), flag).expanduser()
 
 
 def _check_file(path: str) -> None:
@@ -108,7 +115,7 @@ def _check_file(path: str) -> None:
             f"--config.evaluate.inception={path} is a pickle, which may run code and is never opened here: convert it where "
             f"you trust it, {CONVERT.format(path=path)}, and name inception.safetensors"
         )
-    if not Path(path).expanduser().is_file():
+    if not _local(path, INCEPTION).is_file():
         raise FileNotFoundError(f"{path} is not a file: --config.evaluate.inception must name the FID network's .safetensors")
 
 
@@ -136,8 +143,8 @@ def run(experiment: Experiment) -> list[dict[str, Any]]:
     rows = _rows(experiment)
     split = coco.open_split(e.captions, e.images, plan.protocol.year)
     _check_count(plan, e.examples, split)
-    clip = Path(e.clip).expanduser() if e.clip else None
-    judge = make_judge(Path(e.inception).expanduser(), clip, plan.protocol, experiment.mesh, e.batch)
+    clip = _local(e.clip, clip_score.FLAG) if e.clip else None
+    judge = make_judge(_local(e.inception, INCEPTION), clip, plan.protocol, experiment.mesh, e.batch)
     reference = _reference(experiment, plan, split, judge)
     drawn = _drawn(experiment, coco.CHOICES[plan.protocol.choice](split, plan.count))
     results, held, weights = [], None, None
@@ -169,7 +176,7 @@ def _rows(experiment: Experiment) -> list[Row]:
 
 def _reference(experiment: Experiment, plan: Plan, split: coco.Split, judge: Judge) -> Moments:
     """Of the real images, computed once for all runs below the same root."""
-    e, folder = experiment.config.evaluate, Path(experiment.config.root) / "reference"
+    e, folder = experiment.config.evaluate, storage.path(experiment.config.root) / "reference"
     numbers = range(len(split.images))
     log.info("reference: %d images of %s", len(numbers), e.images)
     alike = fid.images_hash(map(split.read, numbers))

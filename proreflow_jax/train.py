@@ -46,10 +46,10 @@ from proreflow_jax.reflow.stages import DONE, Stage, check_identity, find_stage
 from proreflow_jax.reflow.state import TrainState, averaged, train_step
 from proreflow_jax.reflow.step import draw_examples, reflow_loss
 from proreflow_jax.reflow.teacher import text_context
-from proreflow_jax.runtime import files, mesh
-from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold, lock
+from proreflow_jax.runtime import files, mesh, storage
+from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.metrics import Metrics
-from proreflow_jax.runtime.processes import first, first_says, leads
+from proreflow_jax.runtime.processes import first, first_says, leads, lock
 
 log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
@@ -100,7 +100,7 @@ def _source(experiment: Experiment, stage: Stage) -> loader.Source:
     """Pair records, or captions (and images) for the online mode."""
     if experiment.config.pairs.mode == "online":
         return open_source(experiment)
-    return records.PairRecords(stage.folder / "pairs", verify=leads())
+    return records.PairRecords(storage.local_copy(stage.folder / "pairs"), verify=leads())
 
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:

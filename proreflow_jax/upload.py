@@ -6,12 +6,11 @@ It is private unless --public is said. The token is huggingface_hub's own: HF_TO
 """
 
 import logging
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
-from proreflow_jax.runtime import hub
+from proreflow_jax.runtime import hub, storage
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +19,13 @@ def upload(config: ConfigDict, folder: str, repo: str, public: bool) -> None:
     """The verb: what will go and how large it is, then one commit. Raises ValueError or FileNotFoundError, one line."""
     if not folder or not repo:
         raise ValueError("--folder (that export wrote) and --repo (owner/name on the hub) must both be given")
-    sizes = hub.contents(Path(folder))
+    source = storage.local_copy(storage.path(folder, "--folder"), "--folder")
+    sizes = hub.contents(source)
     for name, count in sizes.items():
         log.info("%10s  %s", hub.size(count), name)
     kind = "public" if public else "private"
     log.info("%d files, %s, to the %s repository %s", len(sizes), hub.size(sum(sizes.values())), kind, repo)
-    log.info("%s", hub.upload(Path(folder), repo, private=not public))
+    log.info("%s", hub.upload(source, repo, private=not public))
 
 
 if __name__ == "__main__":

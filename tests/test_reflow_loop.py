@@ -22,6 +22,9 @@ class Recorder(Metrics, Checkpoints):
     def write(self, step, values):
         self.events.append(("metrics", step, values["loss"]))
 
+    def publish(self):
+        self.events.append(("publish",))
+
     def due(self, step):
         return step % self.every == 0
 
@@ -69,9 +72,10 @@ def test_checkpoints_hold_the_state_of_their_step_and_the_last_is_saved():
 def test_a_checkpoints_numbers_are_written_before_it_is_saved():
     recorder = Recorder()
     run(recorder)
-    kinds = [event[:2] for event in recorder.events if event[0] in ("metrics", "save")]
+    kinds = [event[:2] for event in recorder.events if event[0] in ("metrics", "publish", "save")]
     for step in (3, 6, 7):
-        assert kinds.index(("metrics", step)) < kinds.index(("save", step))
+        saved = kinds.index(("save", step))
+        assert kinds[saved - 1] == ("publish",) and kinds.index(("metrics", step)) < saved - 1
 
 
 def test_a_resumed_run_goes_on_where_it_was():

@@ -21,7 +21,8 @@ SIZE = 1 << 18
 WORKER = """
 import resource, signal, sys
 import jax, jax.numpy as jnp
-from proreflow_jax.runtime.checkpoint import Checkpoints, lock
+from proreflow_jax.runtime.checkpoint import Checkpoints
+from proreflow_jax.runtime.processes import lock
 
 folder, steps, limit, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if limit:

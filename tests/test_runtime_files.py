@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from proreflow_jax.runtime import files
-from proreflow_jax.runtime.checkpoint import lock
+from proreflow_jax.runtime.processes import lock
 
 
 def test_json_round_trip_is_sorted_and_leaves_nothing_beside(tmp_path: Path) -> None:

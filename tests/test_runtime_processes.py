@@ -18,7 +18,7 @@ from proreflow_jax.runtime import mesh, processes
 mesh.initialize_distributed()
 import jax, numpy as np
 from pathlib import Path
-from proreflow_jax.runtime.checkpoint import lock
+from proreflow_jax.runtime.processes import lock
 from proreflow_jax.runtime.files import Locked
 
 folder, k = Path(sys.argv[1]), jax.process_index()

@@ -3,6 +3,10 @@
 A file appears under its name only after its bytes are on the disk (write to a temporary, sync, rename, sync the
 folder). The temporary's name carries the writer's process id and machine, so a later start can tell a dead writer's
 remains from the work of a process that runs beside it.
+
+A path may also be one of an object store, handed in by whoever knows such stores. It has the methods of a Path that are
+used here; `put(bytes, replace)` and `upload(file)` take the place of temporary and rename, since what is put there is whole
+or absent.
 """
 
 import hashlib
@@ -10,8 +14,10 @@ import json
 import os
 import re
 import socket
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +69,39 @@ def count_records(path: Path) -> int:
     return count
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def located(path: Any) -> Any:
+    """Returns a str or os.PathLike as a Path, and a path of an object store as it is."""
+    return Path(path) if isinstance(path, str | os.PathLike) else path
+
+
+def size(path: Any) -> int | None:
+    """Returns the bytes of a file, or None if there is none."""
+    try:
+        return path.stat().st_size if not isinstance(path, Path) or path.is_file() else None
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def drafted(path: Any) -> Iterator[Path]:
+    """A local file's name to write to, which becomes `path` when the block ends well; else nothing is left of it."""
+    if isinstance(path, Path):
+        draft = temporary(path)
+        try:
+            yield draft
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+        sync(path.parent)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / path.name
+        path.upload(Path(folder) / path.name)
+
+
+def read_json(path: Any) -> dict[str, Any]:
     """Returns the JSON object a file holds; FileNotFoundError if absent, ValueError if it is anything else."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         text = file.read(JSON_LIMIT + 1)
     if len(text) > JSON_LIMIT:
         raise ValueError(f"{path} is longer than {JSON_LIMIT} bytes, too long for metadata")
@@ -78,12 +114,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Mapping[str, Any], replace: bool = True) -> None:
+def write_json(path: Any, value: Mapping[str, Any], replace: bool = True) -> None:
     """Writes a JSON object whole or not at all; with replace=False a file that is already there stays as it is."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    if not isinstance(path, Path):
+        with suppress(FileExistsError):
+            path.put(text.encode(), replace)
+        return
     draft = temporary(path)
     try:
         with open(draft, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+            file.write(text)
         sync(draft)
         os.replace(draft, path) if replace else _place_first(draft, path)
     finally:

@@ -8,8 +8,9 @@ A folder of pairs is written by any number of processes that come and go, and is
     MANIFEST.json                              all of these together, once every marker is valid; readers demand it
 
 A shard is written to a temporary name, closed, synced, re-opened and counted, hashed, renamed, and only then marked
-done: a process killed at any moment costs at most the shard it was at. One example is one safetensors blob, a dict of
-numpy arrays (states (m+1, h, w, c), first (), ids (length,)); nothing is ever unpickled.
+done: a process killed at any moment costs at most the shard it was at. Writers also take a folder in an object store
+(see `files`): a shard is then made on this machine and uploaded whole. Readers want a local copy. One example is one
+safetensors blob, a dict of numpy arrays (states (m+1, h, w, c), first (), ids (length,)); nothing is ever unpickled.
 """
 
 import os
@@ -59,15 +60,13 @@ REDO = "delete it and run make_pairs again with the same config"
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def missing_shards(folder: str | os.PathLike, plan: Mapping[str, Any]) -> list[int]:
+def missing_shards(folder: Any, plan: Mapping[str, Any]) -> list[int]:
     """Returns the shards without a valid marker, ascending: the work that is left."""
     plan = files.plain(plan)
-    return [shard for shard in range(shard_count(plan)) if _marker(Path(folder), plan, shard) is None]
+    return [shard for shard, row in enumerate(_markers(files.located(folder), plan)) if row is None]
 
 
-def write_shard(
-    folder: str | os.PathLike, plan: Mapping[str, Any], shard: int, examples: Iterable[Mapping[str, np.ndarray]]
-) -> Path:
+def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iterable[Mapping[str, np.ndarray]]) -> Any:
     """Writes one whole shard and marks it done; equal examples give equal bytes, whoever writes them.
 
     Args:
@@ -82,27 +81,22 @@ def write_shard(
         ValueError: too few or too many examples, or one that is not a dict of arrays of DTYPES.
         OSError: the shard could not be written (a full disk, say); nothing is marked, no temporary is left.
     """
-    folder, plan, ids = Path(folder), files.plain(plan), shard_range(plan, shard)
+    folder, plan, ids = files.located(folder), files.plain(plan), shard_range(plan, shard)
     path = folder / shard_name(plan, shard)
-    draft = files.temporary(path)
-    try:
+    with files.drafted(path) as draft:
         _write_records(draft, path, examples, len(ids))
         row = {"name": path.name, "count": len(ids), "bytes": draft.stat().st_size, "sha256": files.sha256(draft)}
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    files.sync(folder)
     files.write_json(_marker_path(folder, plan, shard), {**row, "plan": files.digest(plan)})
     return path
 
 
-def publish(folder: str | os.PathLike, plan: Mapping[str, Any]) -> bool:
+def publish(folder: Any, plan: Mapping[str, Any]) -> bool:
     """Writes MANIFEST.json if every shard is marked done, and returns whether they are. Any process may call it, any time.
 
     A manifest that says the same already stays as it is.
     """
-    folder, plan = Path(folder), files.plain(plan)
-    rows = [_marker(folder, plan, shard) for shard in range(shard_count(plan))]
+    folder, plan = files.located(folder), files.plain(plan)
+    rows = _markers(folder, plan)
     if None in rows:
         return False
     manifest = {"plan": files.digest(plan), "examples": plan["examples"], "shards": rows}
@@ -111,22 +105,23 @@ def publish(folder: str | os.PathLike, plan: Mapping[str, Any]) -> bool:
     return True
 
 
-def _says(path: Path, value: dict[str, Any]) -> bool:
+def _says(path: Any, value: dict[str, Any]) -> bool:
     try:
         return files.read_json(path) == value
     except (FileNotFoundError, ValueError):
         return False
 
 
-def clean(folder: str | os.PathLike) -> list[str]:
+def clean(folder: Any) -> list[str]:
     """Removes the temporaries that dead writers left and returns their names. Call it before this process writes."""
-    stale = files.stale_temporaries(Path(folder))
+    folder = files.located(folder)
+    stale = files.stale_temporaries(folder) if isinstance(folder, Path) else []
     for path in stale:
         path.unlink(missing_ok=True)
     return [path.name for path in stale]
 
 
-def _write_records(draft: Path, path: Path, examples: Iterable[Mapping[str, Any]], count: int) -> None:
+def _write_records(draft: Path, path: Any, examples: Iterable[Mapping[str, Any]], count: int) -> None:
     """Writes, closes, syncs, re-opens and counts."""
     with _disk(path):
         writer = ArrayRecordWriter(str(draft), WRITER)
@@ -148,7 +143,7 @@ def _write_records(draft: Path, path: Path, examples: Iterable[Mapping[str, Any]
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def _disk(path: Any) -> Iterator[None]:
     """ArrayRecord reports a failed write as a RuntimeError; it is an OSError (the examples' own errors pass by)."""
     try:
         yield
@@ -262,20 +257,25 @@ def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> Non
 # --- markers ----------------------------------------------------------------------------------------------------------
 
 
-def _marker_path(folder: Path, plan: Mapping[str, Any], shard: int) -> Path:
+def _markers(folder: Any, plan: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """Every shard's row, or None; several are asked for at once, since in an object store each answer takes its time."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda shard: _marker(folder, plan, shard), range(shard_count(plan))))
+
+
+def _marker_path(folder: Any, plan: Mapping[str, Any], shard: int) -> Path:
     return folder / shard_name(plan, shard).replace(".array_record", ".done.json")
 
 
-def _marker(folder: Path, plan: dict[str, Any], shard: int) -> dict[str, Any] | None:
+def _marker(folder: Any, plan: dict[str, Any], shard: int) -> dict[str, Any] | None:
     """A shard's row {name, count, bytes, sha256} if its marker is whole, of this plan, and the file has that size."""
     try:
         row = files.read_json(_marker_path(folder, plan, shard))
     except (FileNotFoundError, ValueError):
         return None
-    path = folder / shard_name(plan, shard)
-    if row.pop("plan", None) != files.digest(plan) or not _is_row(row, plan, shard) or not path.is_file():
+    if row.pop("plan", None) != files.digest(plan) or not _is_row(row, plan, shard):
         return None
-    return row if path.stat().st_size == row["bytes"] else None
+    return row if files.size(folder / shard_name(plan, shard)) == row["bytes"] else None
 
 
 def _is_row(row: Any, plan: Mapping[str, Any], shard: int) -> bool:

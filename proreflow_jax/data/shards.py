@@ -5,9 +5,7 @@ depend on the plan alone, and a folder that was begun under one plan refuses ano
 """
 
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from . import files
@@ -15,7 +13,7 @@ from . import files
 PLAN = "plan.json"
 
 
-def fix_plan(folder: str | os.PathLike, plan: Mapping[str, Any]) -> None:
+def fix_plan(folder: Any, plan: Mapping[str, Any]) -> None:
     """Writes `plan` to folder/plan.json at the first start; later starts must bring the same plan.
 
     Of the plan's fields this file reads `examples` and `shard_size`; the others (seed, model digest, solver, ...) are
@@ -25,7 +23,7 @@ def fix_plan(folder: str | os.PathLike, plan: Mapping[str, Any]) -> None:
         ValueError: the folder holds another plan (the first differing field is named), or the plan is no plain JSON.
     """
     shard_count(plan)
-    folder, plan = Path(folder), files.plain(plan)
+    folder, plan = files.located(folder), files.plain(plan)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         files.write_json(folder / PLAN, plan, replace=False)
@@ -39,9 +37,9 @@ def fix_plan(folder: str | os.PathLike, plan: Mapping[str, Any]) -> None:
             )
 
 
-def read_plan(folder: str | os.PathLike) -> dict[str, Any]:
+def read_plan(folder: Any) -> dict[str, Any]:
     """Returns the plan of a folder of pairs; FileNotFoundError if there is none, ValueError if it is broken."""
-    plan = files.read_json(Path(folder) / PLAN)
+    plan = files.read_json(files.located(folder) / PLAN)
     shard_count(plan)
     return plan
 

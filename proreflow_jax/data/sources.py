@@ -18,6 +18,7 @@ from .webdataset import find_shards, open_webdataset
 
 KINDS = ("digits", "tfds", "webdataset", "parquet", "folder", "prompts")
 WITHOUT_IMAGES = ("prompts",)
+SHARDED = ("webdataset", "parquet", "folder")  # many files, read where they lie
 UNCOUNTED = ("data.max_bad", "data.threads", "data.cache")  # fields that change no example: a resumed run may change them
 
 

@@ -107,7 +107,8 @@ class Canvas:
 
     def save(self, path: Path) -> None:
         """Averages down and writes a PNG."""
-        self.image.reduce(FINE).save(path, "PNG")
+        with path.open("wb") as file:
+            self.image.reduce(FINE).save(file, "PNG")
 
 
 def ticks(low: float, high: float, log: bool = False, most: int = 6) -> list[float]:

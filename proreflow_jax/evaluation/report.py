@@ -45,7 +45,8 @@ def picture(path: Path, rows: Sequence[tuple[str, UInt8[np.ndarray, "n h w 3"]]]
         draw.text((8, y + CELL // 2), label, INK, font, anchor="lm")
         for j, image in enumerate(images[:columns]):
             canvas.paste(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC), (LABEL + j * step, y))
-    canvas.save(path)
+    with path.open("wb") as file:
+        canvas.save(file, "PNG")
 
 
 def page(

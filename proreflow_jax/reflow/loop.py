@@ -76,6 +76,7 @@ def run(
             if stopping or checkpoints.due(done) or done == total:
                 settle(*pending)
                 pending = None
+                metrics.publish()  # first: a run that goes on from this step has the lines up to it
                 checkpoints.save(done, state, meta(done))
             checkpoints.check()
             if stopping and done < total:

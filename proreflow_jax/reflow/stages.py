@@ -1,7 +1,6 @@
 """8 -> 4 -> 2: which stage starts from whom, who makes its pairs, and the check that the first one starts where it should."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from proreflow_jax.flow.schedule import Schedule, grid_time, timestep
 from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow.teacher import Flow, make_predict
+from proreflow_jax.runtime.storage import Location
 
 DONE = "DONE.json"
 TOLERANCE = 1e-5
@@ -23,11 +23,11 @@ class Stage(NamedTuple):
     """One stage of a run: N windows, its folder, and the folder of the stage it starts from (None: the base model)."""
 
     windows: int
-    folder: Path
-    parent: Path | None
+    folder: Location
+    parent: Location | None
 
 
-def plan_stages(windows_of_stages: Sequence[int], run: Path) -> list[Stage]:
+def plan_stages(windows_of_stages: Sequence[int], run: Location) -> list[Stage]:
     """The stages in order. Raises ValueError unless every count divides 1000 and the count before it."""
     counts = list(windows_of_stages)
     if not counts:

@@ -12,8 +12,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -25,12 +24,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from proreflow_jax.runtime import files
 from proreflow_jax.runtime.digest import digest, fold, leaf_path, named_leaves
 from proreflow_jax.runtime.inventory import check_seal, check_target, inventory, wrong_values
-from proreflow_jax.runtime.processes import first
+from proreflow_jax.runtime.objects import SCHEME, client, is_trouble
+from proreflow_jax.runtime.storage import Location
 
-__all__ = ["Checkpoints", "Restored", "digest", "fold", "lock"]
+__all__ = ["Checkpoints", "Restored", "digest", "fold"]
 
 log = logging.getLogger(__name__)
 PASS_ON = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # say nothing about the bytes: never fall back
@@ -48,13 +47,15 @@ class Checkpoints:
     """The checkpoints in one folder, newest `keep` kept, saved in the background. Use it as a context manager.
 
     `every`: steps between saves, for `due` (None: never by count). `read_only`: look without touching, for jobs
-    that read the folder of a training run that may be alive. Hold `lock` on the run's folder while writing.
+    that read the folder of a training run that may be alive. Hold `processes.lock` on the run's folder while writing.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, every: int | None = None, read_only: bool = False) -> None:
+    def __init__(self, folder: str | Location, keep: int = 2, every: int | None = None, read_only: bool = False) -> None:
         if keep < 1 or (every is not None and every < 1):
             raise ValueError(f"keep={keep} and every={every} must be at least 1: change --config.checkpoint.*")
-        self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
+        if remote := str(folder).startswith(SCHEME):
+            client()  # or say what is not installed; orbax needs the same
+        self.folder = epath.Path(str(folder)) if remote else epath.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} does not exist: run the training job that writes it first")
         self.keep, self.every, self.read_only = keep, every, read_only
@@ -223,19 +224,6 @@ class Checkpoints:
 
 
 @contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
-    """This job alone writes to `folder`. Two writers would lose each other's saves in silence.
-
-    Process 0 of a job holds it for all; object stores (`gs://`) have no locks. Raises ValueError naming folder and
-    holder.
-    """
-    with ExitStack() as held:
-        if "://" not in str(folder):
-            first(lambda: held.enter_context(files.lock(folder)))
-        yield
-
-
-@contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C takes effect at the end of the block: a save cut in two leaves orbax's threads waiting for the other half."""
     before = signal.getsignal(signal.SIGINT)
@@ -276,6 +264,8 @@ def _everywhere(read: Callable[[], Any]) -> tuple[Any, str]:
     except PASS_ON:
         raise
     except Exception as error:
+        if is_trouble(error):
+            raise ConnectionError(f"a checkpoint could not be read: {_line(error)}; run the same command again") from None
         value, reason = None, _line(error)
     if reason:
         _forget_failed_tasks()

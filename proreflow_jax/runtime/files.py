@@ -1,7 +1,8 @@
 """Small files that are whole or absent: atomic JSON, atomic folders, safe names, and the lock of a run folder.
 
 Everything is written beside its destination and renamed, because a rename within one file system is the only write
-that a kill cannot cut in half.
+that a kill cannot cut in half. In an object store a put is whole by itself; a folder there carries the mark WRITING while it
+is filled, and the lock is a lease.
 """
 
 import fcntl
@@ -11,16 +12,18 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from proreflow_jax.runtime import lease
+from proreflow_jax.runtime.lease import Locked
+from proreflow_jax.runtime.objects import ObjectPath
+
+__all__ = ["NAME", "WRITING", "Locked", "atomic_folder", "check_name", "lock", "read_json", "write_json"]
+
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 WRITING = ".writing"  # in a folder that is not finished; its writer holds it locked
-
-
-class Locked(ValueError):
-    """Another process holds the folder."""
 
 
 def check_name(name: str) -> str:
@@ -30,10 +33,13 @@ def check_name(name: str) -> str:
     return name
 
 
-def write_json(path: str | Path, obj: Any) -> None:
+def write_json(path: str | Path | ObjectPath, obj: Any) -> None:
     """Write `obj` as JSON with sorted keys; a reader sees the old file or the new one, also after a power cut."""
-    path = Path(path)
+    path = _located(path)
     text = json.dumps(obj, indent=2, sort_keys=True) + "\n"
+    if isinstance(path, ObjectPath):
+        path.write_text(text)
+        return
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -48,9 +54,9 @@ def write_json(path: str | Path, obj: Any) -> None:
     _sync_folder(path.parent)
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path | ObjectPath) -> Any:
     """The object in a JSON file. Raises FileNotFoundError, or ValueError in one line when it is no UTF-8 JSON."""
-    path = Path(path)
+    path = _located(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,16 +66,40 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is no valid JSON ({reason}): delete it and run the job that writes it") from None
 
 
-@contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
+def _located(path: str | Path | ObjectPath) -> Path | ObjectPath:
+    return path if isinstance(path, ObjectPath) else Path(path)
+
+
+def atomic_folder(path: str | Path | ObjectPath, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """Yield an empty local folder that becomes `path` when the block ends, and vanishes when it fails.
 
     With `overwrite` an existing `path` is moved aside first and removed last. What a killed process left beside `path` is
-    removed. Raises ValueError if `path` exists without `overwrite`.
+    removed. Raises ValueError if `path` exists without `overwrite`. In an object store the folder is uploaded at the end and
+    carries the mark WRITING meanwhile (so the old one is gone before the new one is whole).
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
+    path = _located(path)
+    remote = isinstance(path, ObjectPath)
+    if path.exists() and not overwrite and not (remote and (path / WRITING).is_file()):
         raise ValueError(f"{path} exists already: choose another folder, remove it, or pass --overwrite")
+    return _uploaded_folder(path) if remote else _renamed_folder(path, overwrite)
+
+
+@contextmanager
+def _uploaded_folder(path: ObjectPath) -> Iterator[Path]:
+    """The folder's objects are those of the block, or it carries the mark WRITING, or nothing was changed."""
+    with lease.hold(path), tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+        (path / WRITING).write_text("")
+        for old in path.objects():
+            if old.name not in (WRITING, lease.LOCK):
+                (path / old.name).unlink(missing_ok=True)
+        for file in sorted(file for file in Path(temporary).rglob("*") if file.is_file()):
+            (path / file.relative_to(temporary).as_posix()).upload(file)
+        (path / WRITING).unlink()
+
+
+@contextmanager
+def _renamed_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -104,14 +134,17 @@ def _sweep(path: Path) -> None:
             os.close(handle)
 
 
-@contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
+def lock(folder: str | Path | ObjectPath) -> AbstractContextManager[None]:
     """Hold `folder`/.lock; the kernel frees it when the process dies, so a kill leaves nothing to clean up.
 
-    Local and NFS folders only: the caller skips it for object stores. Raises Locked, a ValueError naming the folder and its
-    holder.
+    In an object store it is a lease, which runs out. Raises Locked, a ValueError naming the folder and its holder.
     """
-    folder = Path(folder)
+    folder = _located(folder)
+    return lease.hold(folder) if isinstance(folder, ObjectPath) else _flocked(folder)
+
+
+@contextmanager
+def _flocked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -3,6 +3,9 @@
 metrics.jsonl is the record; everything else is a view. After a resume the lines past the restored step are dropped,
 so the file of a killed run equals that of a run never killed. The loop dispatches step n and then hands in the
 numbers of step n - 1: nothing here touches the device.
+
+An object store has no appending: there the files are written on this machine and put whole by `publish`, before every
+checkpoint and at the end. A kill loses the lines past the last checkpoint, which the resumed run writes again.
 """
 
 import json
@@ -11,6 +14,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +23,8 @@ from types import TracebackType
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from proreflow_jax.runtime.objects import ObjectPath
 
 log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0  # between plain log lines where there is no terminal
@@ -34,14 +40,17 @@ class Metrics:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | ObjectPath,
         start_step: int,
         total_steps: int,
         tensorboard: bool = True,
         progress: bool = True,
         bar: bool | None = None,
     ) -> None:
-        self.path = Path(folder) / "metrics.jsonl"
+        self._home = folder if isinstance(folder, ObjectPath) else None
+        self._scratch = tempfile.TemporaryDirectory() if self._home else None
+        self.path = Path(self._scratch.name if self._scratch else folder) / "metrics.jsonl"
+        self._put: dict[Path, int] = {}
         self._active = jax.process_index() == 0
         self._start, self._total, self._began = start_step, total_steps, time.monotonic()
         self._lines, self._last_line = progress, self._began
@@ -49,6 +58,8 @@ class Metrics:
         if not self._active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._home and (self._home / self.path.name).is_file():
+            self.path.write_bytes((self._home / self.path.name).read_bytes())
         keep_until(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
         if tensorboard:
@@ -64,6 +75,30 @@ class Metrics:
         for resource in (self._bar, self._writer, self._file):
             if resource is not None:
                 resource.close()
+        if self._scratch is None:
+            return
+        try:
+            self._upload()
+        except OSError as problem:
+            if error is None:
+                raise
+            log.warning("the last metrics are not in %s: %s", self._home, problem)
+        finally:
+            self._scratch.cleanup()
+
+    def publish(self) -> None:
+        """In an object store, put what was written so far; elsewhere it is there already."""
+        if self._home and self._active:
+            if self._writer is not None:
+                self._writer.flush()
+            self._upload()
+
+    def _upload(self) -> None:
+        """Every file that has grown since it was put."""
+        for file in sorted(file for file in self.path.parent.rglob("*") if file.is_file()):
+            if (size := file.stat().st_size) != self._put.get(file):
+                (self._home / file.relative_to(self.path.parent).as_posix()).upload(file)
+                self._put[file] = size
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record the numbers of `step` (steps done so far). Host floats: a device array here would be waited for."""

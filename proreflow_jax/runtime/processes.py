@@ -5,13 +5,17 @@ a folder, is process 0's, and the others wait for its word: a folder may look di
 alone waits for nobody.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
+
+from proreflow_jax.runtime import files
+from proreflow_jax.runtime.storage import Location
 
 T = TypeVar("T")
 FINE, REFUSED, FAILED = range(3)
@@ -54,6 +58,17 @@ def first(work: Callable[[], T]) -> T | None:
 def first_says(question: Callable[[], bool]) -> bool:
     """Process 0's answer, on all of them. Raises as `first` does."""
     return bool(told(np.array(bool(first(question)))))
+
+
+@contextmanager
+def lock(folder: str | Location) -> Iterator[None]:
+    """This job alone writes to `folder`; process 0 holds it for all. Two writers would lose each other's saves in silence.
+
+    Raises ValueError naming folder and holder.
+    """
+    with ExitStack() as held:
+        first(lambda: held.enter_context(files.lock(folder)))
+        yield
 
 
 def told(value: np.ndarray) -> np.ndarray:
