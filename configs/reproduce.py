@@ -120,9 +120,8 @@ def get_config(form: str = "full") -> ConfigDict:
     c.reproduce.steps = (1, 2, 4, 8)  # of the sampler; fewer than windows: read as a student of that many windows
     c.reproduce.methods = tuple(row for row in METHODS if form == "full" or row[1] in QUICK)  # rows of the table
     c.reproduce.references = ("ProReflow-II", "PeRFlow-4-ddim_eps")  # methods that the others are compared with
-    c.reproduce.effects = tuple(  # rows of the table of choices: (what, method, the one it differs from in that)
-        row for row in EFFECTS if form == "full" or {*row[1:]} <= {*QUICK}
-    )
+    shown = [row for row in EFFECTS if form == "full" or {*row[1:]} <= {*QUICK}]
+    c.reproduce.effects = tuple(shown)  # rows of the table of choices: (what, method, the one from which it differs in that)
     return c
 
 
