@@ -117,11 +117,6 @@ def test_the_second_writer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_object_stores_have_no_lock() -> None:
-    with lock("gs://bucket/run"):
-        pass
-
-
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     files.write_json(path, ["x" * 1] * 10)

@@ -20,7 +20,7 @@ from test_data_records import NAMES, PLAN, contents, finished, write
 
 from proreflow_jax.data import records
 from proreflow_jax.runtime import files, lease, objects, storage
-from proreflow_jax.runtime.checkpoint import Checkpoints
+from proreflow_jax.runtime.checkpoint import Checkpoints, lock
 from proreflow_jax.runtime.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,6 +295,16 @@ def test_a_lock_has_one_holder_and_leaves_nothing(store, fast):
     assert store.names("gs://bucket/") == []
 
 
+def test_a_url_in_a_str_is_never_a_local_path(store, fast, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with lock("gs://bucket/run"), Metrics("gs://bucket/run", 0, 1, progress=False) as log:
+        assert store.names("gs://bucket/") == ["run/.lock"]
+        files.write_json("gs://bucket/run/x.json", 1)
+        log.write(1, {"loss": 1.0})
+    assert files.read_json("gs://bucket/run/x.json") == 1 and "run/metrics.jsonl" in store.names("gs://bucket/")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_run_of_this_machine_is_taken_over_at_once(store):
     gone = subprocess.Popen(["sleep", "60"])
     facts = {"process": gone.pid, "started": lease._started(gone.pid)}
@@ -372,9 +382,9 @@ def log_steps(folder: object, first: int, last: int, killed: bool = False) -> No
 def test_metrics_of_a_killed_run_have_no_gap(store, tmp_path):
     folder = storage.path("gs://bucket/run")
     log_steps(tmp_path / "whole", 0, 12)
-    log_steps(folder, 0, 7, killed=True)  # the checkpoint of step 4 is the last
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
-    log_steps(folder, 4, 12)
+    log_steps(folder, 0, 9, killed=True)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+    log_steps(folder, 4, 12)  # the checkpoint of step 8 was not committed
     assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert len(list((folder / "tensorboard").iterdir())) >= 1
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from proreflow_jax.runtime import lease
+from proreflow_jax.runtime import lease, objects
 from proreflow_jax.runtime.lease import Locked
 from proreflow_jax.runtime.objects import ObjectPath
 
@@ -67,7 +67,7 @@ def read_json(path: str | Path | ObjectPath) -> Any:
 
 
 def _located(path: str | Path | ObjectPath) -> Path | ObjectPath:
-    return path if isinstance(path, ObjectPath) else Path(path)
+    return objects.path(path)  # a url in a str is no local path
 
 
 def atomic_folder(path: str | Path | ObjectPath, overwrite: bool = False) -> AbstractContextManager[Path]:

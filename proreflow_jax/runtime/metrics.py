@@ -25,6 +25,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from proreflow_jax.runtime.objects import ObjectPath
+from proreflow_jax.runtime.objects import path as located
 
 log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0  # between plain log lines where there is no terminal
@@ -47,6 +48,7 @@ class Metrics:
         progress: bool = True,
         bar: bool | None = None,
     ) -> None:
+        folder = located(folder)
         self._home = folder if isinstance(folder, ObjectPath) else None
         self._scratch = tempfile.TemporaryDirectory() if self._home else None
         self.path = Path(self._scratch.name if self._scratch else folder) / "metrics.jsonl"

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -17,28 +16,14 @@ from pathlib import Path
 
 from proreflow_jax.runtime.files import WRITING
 from proreflow_jax.runtime.lease import LOCK
-from proreflow_jax.runtime.objects import SCHEME, Listed, ObjectPath, check_bucket
+from proreflow_jax.runtime.objects import Listed, ObjectPath, check_bucket, path
+
+__all__ = ["Location", "check", "local_copy", "local_only", "path"]
 
 log = logging.getLogger(__name__)
 Location = Path | ObjectPath
 CACHE = "PROREFLOW_CACHE"  # environment variable: the folder for copies
-URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 STREAMS = 8  # objects read at once
-
-
-def path(text: str | os.PathLike, flag: str = "--config.root") -> Location:
-    """A path as a Path, or gs://bucket/name as an ObjectPath. Raises ValueError for any other url or a malformed name."""
-    found = URL.match(str(text))
-    if not found:
-        return Path(text)
-    if found[1] != SCHEME[:-3]:
-        raise ValueError(f"{flag}={text} must be a local or mounted path or {SCHEME}bucket/folder: {found[1]}:// is not known")
-    bucket, _, key = found[2].partition("/")
-    key = key.strip("/")
-    if not BUCKET.fullmatch(bucket) or not key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise ValueError(f"{flag}={text} must be {SCHEME}bucket/folder: a bucket's name and plain names below it")
-    return ObjectPath(bucket, key)
 
 
 def local_only(text: str | os.PathLike, flag: str) -> Path:
