@@ -88,6 +88,9 @@ def test_more_bad_ones_than_allowed_end_the_run_in_one_line(tmp_path):
     assert source[1]["caption"] == CAPTIONS[2] and source[3]["caption"] == CAPTIONS[4]
     with pytest.raises(ValueError, match=r"3 of 7 examples of .* allows 2: .*'0001.jpg'.*'0003.jpg'.*'0005.jpg'") as error:
         source[5]
+    for known in (5, 1):  # also to a thread that comes later
+        with pytest.raises(ValueError, match="3 of 7"):
+            source[known]
     assert "--config.data.max_bad=0.28" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="1 of 7 .* allows 0"):
         opened(tmp_path / "other", "webdataset", originals({1: b"no"}))[1]

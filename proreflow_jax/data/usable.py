@@ -33,6 +33,7 @@ class Usable:
         self.name, self._source, self._max_bad = source.name, source, max_bad
         self._most = int(max_bad * len(source))
         self.bad: dict[int, str] = {}
+        self._over = ""  # the end of the run, in words
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -44,22 +45,26 @@ class Usable:
                 try:
                     return self._source[index]
                 except Unusable as error:
-                    self._note(index, error)
+                    self._note(index, str(error))
+            if self._over:  # found here, or by another thread
+                raise ValueError(self._over)
             index = (index + 1) % len(self)  # ends: where all are bad, more are than max_bad allows
 
-    def _note(self, index: int, error: Unusable) -> None:
+    def _note(self, index: int, why: str) -> None:
+        """Enters a bad example; what ends the run is set before, so no thread that finds it entered goes on."""
         with self._lock:
-            known = len(self.bad)
-            self.bad.setdefault(index, str(error) if known < NAMED else "")
-            count = len(self.bad)
-        if count > self._most or count == len(self):
-            raise ValueError(
-                f"{count} of {len(self)} examples of {self.name} are bad, --config.data.max_bad={self._max_bad} allows "
-                f"{self._most}: {'; '.join(list(self.bad.values())[:NAMED])}"
-            ) from error
-        if known < count <= NAMED:
+            if index in self.bad:
+                return
+            count, named = len(self.bad) + 1, [*list(self.bad.values())[: NAMED - 1], why]
+            if count > self._most or count == len(self):
+                self._over = (
+                    f"{count} of {len(self)} examples of {self.name} are bad, --config.data.max_bad={self._max_bad} allows "
+                    f"{self._most}: {'; '.join(named)}"
+                )
+            self.bad[index] = why if count <= NAMED else ""
+        if count <= NAMED and not self._over:
             last = f"; more are only counted, the run ends after {self._most}" if count == NAMED else ""
-            log.warning("bad example, the next good one is read instead: %s%s", error, last)
+            log.warning("bad example, the next good one is read instead: %s%s", why, last)
 
 
 def probe(source: Any) -> None:
