@@ -21,6 +21,7 @@ TRAINING = [  # free of torch and of TensorFlow: a test holds this
     "tqdm>=4.66",
 ]
 DEMO = ["scikit-learn>=1.7"]  # the handwritten digits and the classifier that scores them
+PLAN = ["libtpu==0.0.51"]  # the TPU compiler: `plan` needs no TPU
 EXPORT_CHECK = ["torch==2.13.0", "diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0", "peft>=0.21"]  # replays exports
 TEST = [*DEMO, *EXPORT_CHECK, "beartype>=0.20", "pytest>=9", "pytest-xdist>=3", "scipy>=1.15", "ruff==0.17.5", "pre-commit>=4"]
 
@@ -33,5 +34,5 @@ setup(
     packages=find_packages(include=["proreflow_jax", "proreflow_jax.*"]),
     package_data={"proreflow_jax": ["assets/**/*"]},
     install_requires=TRAINING,
-    extras_require={"demo": DEMO, "test": TEST, "export-check": EXPORT_CHECK, "tpu": ["jax[tpu]>=0.10,<0.11"]},
+    extras_require={"demo": DEMO, "test": TEST, "export-check": EXPORT_CHECK, "plan": PLAN, "tpu": ["jax[tpu]>=0.10,<0.11"]},
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -19,8 +20,8 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
 }
 
 
-def locate(config: ConfigDict) -> sources.Source:
-    """Finds the model that a config names; downloads it where a hub id is named and the cache lacks it.
+def locate(config: ConfigDict, configs_only: bool = False) -> sources.Source:
+    """Finds the model that a config names; downloads it (or its configs) where a hub id is named and the cache lacks it.
 
     Raises FileNotFoundError or ValueError, one line.
     """
@@ -30,7 +31,7 @@ def locate(config: ConfigDict) -> sources.Source:
         like = m.like or HOMES[sources.file_family(path)]
         beside = hub.download(like, "main", configs_only=True, flag="--config.model.like") if hub.is_id(like) else Path(like)
         return sources.open_file(path, beside)
-    return sources.open_folder(hub.download(m.path, m.revision) if hub.is_id(m.path) else path)
+    return sources.open_folder(hub.download(m.path, m.revision, configs_only) if hub.is_id(m.path) else path)
 
 
 def title(config: ConfigDict, source: sources.Source) -> str:
@@ -40,10 +41,20 @@ def title(config: ConfigDict, source: sources.Source) -> str:
 
 def load(config: ConfigDict, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]) -> pipeline.Pipeline:
     """Reads it, with the config's words on how it is read; `place`, and what is raised, as in `locate` and `pipeline.load`."""
+    return pipeline.load(locate(config), place, **_reading(config))
+
+
+def outline(config: ConfigDict) -> pipeline.Pipeline:
+    """The same model by its config.json files alone, parameters as shapes; nothing else is read or downloaded."""
+    return pipeline.outline(locate(config, configs_only=True), **_reading(config))
+
+
+def _reading(config: ConfigDict) -> dict[str, Any]:
+    """The config's words on how a model is read, as `pipeline` takes them."""
     kind, sizes = config.model.prediction_type, config.conditioning
     if kind:
         check_choice(kind, DIFFUSION, "--config.model.prediction_type")
     for name, value in sizes.items():
         if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
             raise ValueError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
-    return pipeline.load(locate(config), place, kind, **sizes)
+    return {"prediction_type": kind, **sizes}

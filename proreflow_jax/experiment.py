@@ -1,6 +1,6 @@
 """A config and its base model as one value: opened, and checked as far as it can be before anything is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,8 +55,18 @@ class Weights(NamedTuple):
 def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return _opened(config, machine, lambda: base_model.load(config, partial(places, config, machine)))
+
+
+def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
+    """The same on devices that need not be here, its base model in shapes: for compiling, not for running."""
+    machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    return _opened(config, machine, partial(base_model.outline, config))
+
+
+def _opened(config: ConfigDict, machine: Mesh, read: Callable[[], pipeline.Pipeline]) -> Experiment:
     run, plan = _planned(config, machine)
-    base = base_model.load(config, partial(places, config, machine))
+    base = read()
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
