@@ -7,6 +7,7 @@ Compiling a real model takes minutes a job; results are kept and read again. Exi
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -24,6 +25,8 @@ LARGEST = 4096  # images at once on a chip
 def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
     """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
     place = target(slice, cache)
+    if json and not Path(json).parent.is_dir():
+        raise FileNotFoundError(f"--json={json}: there is no folder {Path(json).parent}")
     aot.prepare()
     wanted = _wanted(config, stage, jobs)
     opened, found = opener(config, place), []

@@ -13,6 +13,7 @@ UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 WORK = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 CLASSES = ("state", "frozen", "batch", "tiles", "temporaries", "outputs")
 OUTLINED = 5  # kinds of work that are named
+SHOWN = GIB // 2000  # bytes below which a class of memory is not named
 
 
 def header(config: ConfigDict, place: Target) -> str:
@@ -36,7 +37,7 @@ def job(found: Mapping[str, Any]) -> str:
 
 def _memory(found: Mapping[str, Any]) -> str:
     memory = found["memory"]
-    parts = ", ".join(f"{name} {memory[name] / GIB:.3f}" for name in CLASSES if memory[name])
+    parts = ", ".join(f"{name} {memory[name] / GIB:.3f}" for name in CLASSES if memory[name] >= SHOWN)
     free = memory["available"] - memory["total"]
     said = f"fits, {free / GIB:.2f} free" if found["fits"] else f"DOES NOT FIT, {-free / GIB:.2f} too many"
     return f"{memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts}): {said}"

@@ -225,8 +225,11 @@ def _moved(op: Op, types: dict[str, str]) -> int:
 
 
 def _sent(op: Op) -> int:
-    """Bytes of the largest array that a transfer makes: an all-gather's result, an all-reduce's sum, a permuted block."""
-    return max((_bytes(f"{dtype}[{','.join(map(str, shape))}]") for dtype, shape in shapes(op.type)), default=0)
+    """Bytes of what a transfer makes: gathered arrays, sums, a permuted block. One that only starts names its inputs too."""
+    sizes = sorted((_bytes(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in shapes(op.type)), reverse=True)
+    if op.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
+        return sum(sizes[: max(1, len(sizes) // 2)]) if op.kind == "all-gather-start" else sizes[0]
+    return sum(sizes)
 
 
 def _label(op: Op) -> str:
