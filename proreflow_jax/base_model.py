@@ -1,6 +1,7 @@
 """--config.model.path -> the base model, whatever form it lies in: a diffusers folder, a single file, or a hub id."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -11,7 +12,7 @@ from proreflow_jax.models import pipeline, sources
 from proreflow_jax.models.kernels import Compute
 from proreflow_jax.models.weights import Shapes
 from proreflow_jax.reflow.teacher import DIFFUSION
-from proreflow_jax.runtime import hub, storage
+from proreflow_jax.runtime import hub, mesh, storage
 
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
     "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -20,8 +21,8 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
 }
 
 
-def locate(config: ConfigDict) -> sources.Source:
-    """Finds the model that a config names; downloads it where a hub id is named and the cache lacks it.
+def locate(config: ConfigDict, configs_only: bool = False) -> sources.Source:
+    """Finds the model that a config names; downloads it (or its configs) where a hub id is named and the cache lacks it.
 
     Raises FileNotFoundError or ValueError, one line.
     """
@@ -32,7 +33,7 @@ def locate(config: ConfigDict) -> sources.Source:
         if hub.is_id(like):
             return sources.open_file(path, hub.download(like, "main", configs_only=True, flag=sources.LIKE))
         return sources.open_file(path, storage.local_copy(storage.path(like, sources.LIKE), sources.LIKE))
-    return sources.open_folder(hub.download(m.path, m.revision) if hub.is_id(m.path) else path)
+    return sources.open_folder(hub.download(m.path, m.revision, configs_only) if hub.is_id(m.path) else path)
 
 
 def title(config: ConfigDict, source: sources.Source) -> str:
@@ -42,17 +43,27 @@ def title(config: ConfigDict, source: sources.Source) -> str:
 
 def compute(config: ConfigDict, machine: Mesh) -> Compute:
     """How networks are computed on these devices, which need not be this machine's own."""
-    return Compute(config.model.attention, config.train.remat, machine.devices.flat[0].platform, machine)
+    return Compute(config.model.attention, config.train.remat, mesh.platform(machine), machine)
 
 
 def load(
     config: ConfigDict, machine: Mesh, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]
 ) -> pipeline.Pipeline:
     """Reads it, with the config's words on how it is read; `place`, and what is raised, as in `locate` and `pipeline.load`."""
+    return pipeline.load(locate(config), place, **_reading(config, machine))
+
+
+def outline(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:
+    """The same model by its config.json files alone, parameters as shapes; nothing else is read or downloaded."""
+    return pipeline.outline(locate(config, configs_only=True), **_reading(config, machine))
+
+
+def _reading(config: ConfigDict, machine: Mesh) -> dict[str, Any]:
+    """The config's words on how a model is read, as `pipeline` takes them."""
     kind, sizes = config.model.prediction_type, config.conditioning
     if kind:
         check_choice(kind, DIFFUSION, "--config.model.prediction_type")
     for name, value in sizes.items():
         if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
             raise ValueError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
-    return pipeline.load(locate(config), place, kind, **sizes, compute=compute(config, machine))
+    return {"prediction_type": kind, **sizes, "compute": compute(config, machine)}

@@ -32,6 +32,7 @@ from proreflow_jax.experiment import (
 )
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.stages import Stage, find_stage
+from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays, leads, lock, told
 
@@ -68,9 +69,7 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     log.info("stage %d: %d pair records by the %s, %d steps a window", stage.windows, count, maker, recipe.steps)
     source = open_source(experiment)
     frozen = frozen_arrays(experiment, teacher.params, stage, with_vae=recipe.start == "data")
-    batches = mesh.batch_sharding(experiment.mesh)
-    made = partial(pairs.make_pairs, recipe=recipe, flow=teacher.flow, networks=experiment.networks)
-    jitted = jax.jit(made, in_shardings=(None, batches), out_shardings=mesh.replicated(experiment.mesh))
+    jitted = jit_pairs(experiment, stage, teacher.flow)
     with tqdm(total=len(missing) * config.pairs.shard_size, unit="pair", disable=None, desc="pairs") as bar:
         for shard in missing:
             rows = _rows(experiment, source, jitted, frozen, records.shard_range(plan, shard), bar)
@@ -97,6 +96,13 @@ def _begin(folder: Path, plan: dict[str, Any]) -> list[int]:
 def _publish(folder: Path, plan: dict[str, Any]) -> None:
     if not records.publish(folder, plan):
         raise RuntimeError(f"{folder}: shards are missing after the last one was made; run the same command again")
+
+
+def jit_pairs(experiment: Experiment, stage: Stage, flow: Flow) -> Any:
+    """(frozen, batch) -> the batch's pairs, jitted with the shardings of the mesh; `flow` is how the teacher is read."""
+    made = partial(pairs.make_pairs, recipe=pair_recipe(experiment, stage), flow=flow, networks=experiment.networks)
+    whole, batches = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
+    return jax.jit(made, in_shardings=(None, batches), out_shardings=whole)
 
 
 def _rows(

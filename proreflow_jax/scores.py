@@ -233,13 +233,19 @@ def draw_images(
     return sampler.decode(networks.vae, vae, latents, networks.scaling)
 
 
+def jit_draw(experiment: Experiment, flow: Flow, steps: int, guidance: float) -> Callable:
+    """`draw_images` of a model, jitted with the shardings of the mesh."""
+    options = dict(flow=flow, steps=steps, guidance=guidance)
+    draw = partial(draw_images, networks=experiment.networks, latent=experiment.base.latent_shape, **options)
+    return jax.jit(draw, out_shardings=mesh.batch_sharding(experiment.mesh))
+
+
 def _scores(
     experiment: Experiment, plan: Plan, row: Row, weights: Weights, judge: Judge, reference: Moments, drawn: Drawn
 ) -> dict[str, Any]:
     """A row of scores.json."""
     options = dict(flow=weights.flow, steps=row.steps, guidance=plan.guidance)
-    draw = partial(draw_images, networks=experiment.networks, latent=experiment.base.latent_shape, **options)
-    draw = partial(jax.jit(draw, out_shardings=mesh.batch_sharding(experiment.mesh)), weights.params)
+    draw = partial(jit_draw(experiment, **options), weights.params)
     made = {"model": fold(digest(weights.params)), "told": drawn.told, **options, "flow": list(weights.flow)}
     fids, clips, errors = {}, {}, {}
     for seed in plan.seeds:

@@ -4,7 +4,7 @@ Needs the stage's pairs (make_pairs) unless --config.pairs.mode=online. Run the 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -145,22 +145,23 @@ def _advance(
 
 def make_step(experiment: Experiment, stage: Stage) -> Any:
     """(state, batch) -> (state, numbers), jitted with the shardings of the mesh; the state is donated."""
-    config, networks = experiment.config, experiment.networks
-    flow, loss, online = student_flow(config, stage), loss_recipe(config), config.pairs.mode == "online"
-    examples = partial(draw_examples, flow=flow, networks=networks, loss=loss)
+    config, online = experiment.config, experiment.config.pairs.mode == "online"
+    jitted, teacher = jit_step(experiment, stage), {}
+    if online:
+        by_base = teacher_flow(experiment, stage).windows == 0
+        teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage)).params
+    frozen = frozen_arrays(experiment, teacher, stage, with_vae=online and config.pairs.start == "data")
+    key = run_key(config, TRAIN_KEY, stage.windows)
+    return lambda state, batch: jitted(state, frozen, batch, key)
 
-    def draw(frozen: pairs.Frozen, batch: dict, key: jax.Array) -> dict:
-        return examples(frozen, made(frozen, batch) if online else batch, key)
 
-    made = partial(
-        pairs.make_pairs, recipe=pair_recipe(experiment, stage), flow=teacher_flow(experiment, stage), networks=networks
-    )
-    whole = partial(whole_weights, config=config)
-    of_weights = partial(reflow_loss, flow=flow, networks=networks, loss=loss)
+def jit_step(experiment: Experiment, stage: Stage) -> Any:
+    """(state, frozen, batch, key) -> (state, numbers), as `make_step`; reads no weights, so it can be compiled without any."""
+    config = experiment.config
+    draw, of_weights = step_parts(experiment, stage)
 
     def step(state: TrainState, frozen: pairs.Frozen, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
-        of_trained = lambda trained, drawn: of_weights(whole(trained, frozen.base), drawn)
-        return update(state, frozen, batch, key, loss=of_trained)
+        return update(state, frozen, batch, key, loss=lambda trained, drawn: of_weights(trained, frozen.base, drawn))
 
     update = partial(
         train_step,
@@ -168,17 +169,26 @@ def make_step(experiment: Experiment, stage: Stage) -> Any:
         optimizer=make_optimizer(config),
         ema_decay=config.train.ema,
         accumulation=config.train.accumulation,
-        unroll=jax.default_backend() == "cpu",
+        unroll=mesh.platform(experiment.mesh) == "cpu",
     )
     places, rows = state_places(experiment), mesh.batch_sharding(experiment.mesh)
-    jitted = jax.jit(step, in_shardings=(places, None, rows, None), out_shardings=(places, None), donate_argnums=0)
-    teacher = {}
-    if online:
-        by_base = teacher_flow(experiment, stage).windows == 0
-        teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage)).params
-    frozen = frozen_arrays(experiment, teacher, stage, with_vae=online and config.pairs.start == "data")
-    key = run_key(config, TRAIN_KEY, stage.windows)
-    return lambda state, batch: jitted(state, frozen, batch, key)
+    return jax.jit(step, in_shardings=(places, None, rows, None), out_shardings=(places, None), donate_argnums=0)
+
+
+def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable]:
+    """A step's two pure functions: draw(frozen, batch, key) -> drawn, and loss(trained, base, drawn) -> (mean, numbers)."""
+    config, networks = experiment.config, experiment.networks
+    flow, loss, online = student_flow(config, stage), loss_recipe(config), config.pairs.mode == "online"
+    examples = partial(draw_examples, flow=flow, networks=networks, loss=loss)
+    made = partial(
+        pairs.make_pairs, recipe=pair_recipe(experiment, stage), flow=teacher_flow(experiment, stage), networks=networks
+    )
+    of_weights = partial(reflow_loss, flow=flow, networks=networks, loss=loss)
+
+    def draw(frozen: pairs.Frozen, batch: dict, key: jax.Array) -> dict:
+        return examples(frozen, made(frozen, batch) if online else batch, key)
+
+    return draw, lambda trained, base, drawn: of_weights(whole_weights(trained, base, config=config), drawn)
 
 
 @contextmanager

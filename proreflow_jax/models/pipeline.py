@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from proreflow_jax.models import conditioning, placing, sources, weights
 from proreflow_jax.models import tokenizer as tokenizers
@@ -87,24 +88,66 @@ def load(
     """
     if not isinstance(source, sources.Source):
         source = sources.open_folder(source)
-    networks = {name: _network(source, name, compute) for name in source.components}
-    encoders = {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
-    origin = str(source.origin)
-    conditioning.check_fit(networks["unet"].config, encoders, origin)
-    _check_channels(networks, origin)
-    tokenizer = tokenizers.load(*(source.folder / name.replace("text_encoder", "tokenizer") for name in encoders))
+    networks = _networks(source, compute)
+    folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
+    tokenizer = tokenizers.load(*folders)
     scheduler = source.config("scheduler")
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
     params = {name: read(name) for name in networks if name != "unet" or place is None}
     if place is not None:
         shapes = networks["unet"].shapes
         params["unet"] = placing.place(source.tensors("unet"), shapes, place(shapes), f"{source.origin / 'unet'}")
+    condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
+    scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
+    return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def outline(
+    source: sources.Source,
+    prediction_type: str = "",
+    original_size: tuple[int, int] = OWN,
+    crop: tuple[int, int] = OWN,
+    target_size: tuple[int, int] = OWN,
+    compute: Compute = PLAIN,
+) -> Pipeline:
+    """A model of which only the config.json files are there: `params` are shapes, every prompt is a row of zeros.
+
+    Arguments and what is raised are those of `load`.
+    """
+    networks = _networks(source, compute)
+    length = sum(encoder.config.get("max_position_embeddings", 77) for encoder in _encoders(networks).values())
+    tokenizer = tokenizers.PromptTokenizer(length, lambda prompts: np.zeros((len(prompts), length), np.int32))
+    params = {name: network.shapes for name, network in networks.items()}
+    condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
+    scheduler = source.config("scheduler") | ({"prediction_type": prediction_type} if prediction_type else {})
+    return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def _networks(source: sources.Source, compute: Compute) -> dict[str, Network]:
+    """The networks by component, which fit each other."""
+    networks = {name: _network(source, name, compute) for name in source.components}
+    origin = str(source.origin)
+    conditioning.check_fit(networks["unet"].config, _encoders(networks), origin)
+    _check_channels(networks, origin)
+    return networks
+
+
+def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
+    return {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
+
+
+def _conditioner(
+    source: sources.Source,
+    networks: dict[str, Network],
+    tokenizer: tokenizers.PromptTokenizer,
+    original_size: tuple[int, int],
+    crop: tuple[int, int],
+    target_size: tuple[int, int],
+) -> conditioning.Conditioner:
     own = (_pixels(networks),) * 2
     sizes = (*(original_size if any(original_size) else own), *crop, *(target_size if any(target_size) else own))
     zeroed = tokenizer.encode([""])[0] if source.index.get("force_zeros_for_empty_prompt") else None
-    condition = conditioning.make_conditioner(encoders, sizes, zeroed)
-    scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
-    return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+    return conditioning.make_conditioner(_encoders(networks), sizes, zeroed)
 
 
 def _network(source: sources.Source, component: str, compute: Compute) -> Network:

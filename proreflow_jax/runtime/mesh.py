@@ -31,6 +31,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def platform(mesh: Mesh) -> str:
+    """What the devices of a mesh are, "cpu", "gpu" or "tpu": those it is compiled for, which need not be this machine's."""
+    return mesh.devices.flat[0].platform
+
+
 def _fill(axes: tuple[int, ...], devices: int) -> tuple[int, ...]:
     named = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
     if any(size < 1 and size != -1 for size in axes) or axes.count(-1) > 1:

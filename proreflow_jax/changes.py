@@ -1,0 +1,120 @@
+"""Changes of a config that make a job fit a slice, or fill it, in an order: from what costs nothing to what costs quality.
+
+Whether a change helps is never guessed here: `plan` compiles the changed config. Only hopeless ones are left out beforehand.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from proreflow_jax.checks import field_value
+
+Change = dict[str, Any]  # {field: value}, as --config.field=value
+REMAT = ("none", "products", "attention", "inputs")  # of --config.train.remat: what is kept, from all to the least
+ROOM = 0.97  # of a chip's memory that an outlook may fill before a change is worth compiling
+
+
+def changed(config: ConfigDict, change: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with other values, locked."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.update_from_flattened_dict(dict(change))
+    return copy.lock()
+
+
+def flags(change: Mapping[str, Any]) -> str:
+    """The change as one writes it on the command line."""
+    return " ".join(f"--config.{field}={value}" for field, value in change.items())
+
+
+def ways(config: ConfigDict, chips: int) -> int:
+    """Devices that a batch is split over, on a slice of so many."""
+    return chips // config.mesh.tensor if -1 in (config.mesh.data, config.mesh.fsdp) else config.mesh.data * config.mesh.fsdp
+
+
+def smaller(config: ConfigDict, job: str, chips: int, found: Mapping[str, Any]) -> Iterator[Change]:
+    """Changes that take less memory than `found`, the estimate of a job that does not fit; the cheapest first.
+
+    Fewer images at once (more accumulation, smaller batches of pairs or pictures) cost next to nothing; then the state is split
+    over all chips; then both; then activations are computed again, where the config has such a field; last the average goes.
+    """
+    fewer = list(_fewer(config, job, ways(config, chips)))
+    yield from _worth(fewer, found)
+    if job != "train":
+        return
+    split = {} if config.mesh.fsdp == -1 and config.mesh.data == 1 else {"mesh.data": 1, "mesh.fsdp": -1}
+    least = fewer[-1][0] if fewer else {}
+    if split:
+        yield split
+        yield split | least
+    for policy in _sparing(config):
+        yield {"train.remat": policy}
+        yield {"train.remat": policy} | split | least
+    if config.train.ema:
+        yield {"train.ema": 0.0} | split | least
+
+
+def has_field(config: ConfigDict, field: str) -> bool:
+    """Whether the config has a field of this dotted name."""
+    for name in field.split("."):
+        if name not in config:
+            return False
+        config = config[name]
+    return True
+
+
+def _sparing(config: ConfigDict) -> tuple[str, ...]:
+    """Policies of recomputation that keep less than the config's, in order; none where it has no such field."""
+    if not has_field(config, "train.remat") or config.train.remat not in REMAT:
+        return ()
+    return REMAT[REMAT.index(config.train.remat) + 1 :]
+
+
+def _fewer(config: ConfigDict, job: str, split: int) -> Iterator[tuple[Change, float]]:
+    """(change, share of the images that are then at once on a chip)."""
+    field = {"pairs": "pairs.batch", "sample": "evaluate.batch"}.get(job)
+    if field:
+        now = field_value(config, field)
+        for parts in range(2, now // split + 1):
+            if now % (parts * split) == 0:
+                yield {field: now // parts}, 1 / parts
+        return
+    now, batch = config.train.accumulation, config.train.batch
+    for count in range(now + 1, batch // split + 1):
+        if batch % (count * split) == 0:
+            yield {"train.accumulation": count}, now / count
+
+
+def _worth(fewer: list[tuple[Change, float]], found: Mapping[str, Any]) -> list[Change]:
+    """Those after which the temporaries, taken in proportion, have room; the last one if none has."""
+    memory = found["memory"]
+    fixed, moving = memory["total"] - memory["temporaries"], memory["temporaries"]
+    fits = [change for change, share in fewer if fixed + moving * share <= ROOM * memory["available"]]
+    return fits or [change for change, _ in fewer[-1:]]
+
+
+def at_once(config: ConfigDict, job: str, chips: int, images: int) -> Change:
+    """The change that lets `images` images lie on a chip together; the global batch stays where it can."""
+    total = images * ways(config, chips)
+    if job == "sample":
+        return {"evaluate.batch": total}
+    if job == "pairs":
+        size = config.pairs.shard_size
+        return {"pairs.batch": total} | ({} if size % total == 0 else {"pairs.shard_size": total * max(1, size // total)})
+    if config.train.batch % total == 0:
+        return {"train.accumulation": config.train.batch // total}
+    return {"train.batch": total, "train.accumulation": 1}
+
+
+def outlook(found: Mapping[str, Any]) -> int:
+    """The power of two times the images at once that would fill the chip if temporaries grew with them; at least 1 image."""
+    memory, images = found["memory"], found["at_once"]
+    fixed = memory["total"] - memory["temporaries"]
+    room = max(memory["available"] * ROOM - fixed, 0.0) / max(memory["temporaries"], 1)
+    factor = 1.0
+    while factor * 2 <= room:
+        factor *= 2
+    while factor > room and images * factor > 1:
+        factor /= 2
+    return max(1, int(images * factor))

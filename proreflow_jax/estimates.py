@@ -1,0 +1,212 @@
+"""What a job takes on a slice that is not here, as plain numbers: memory, work, time; compiled once, then read from a folder.
+
+A result is kept under a hash of everything it depends on: the config but for fields that change no program, the base model's
+config.json files, the slice, the versions of jax and the TPU compiler, and this package's own code.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from proreflow_jax import base_model, planning
+from proreflow_jax.changes import changed, has_field
+from proreflow_jax.data.files import digest
+from proreflow_jax.experiment import Experiment, open_outline
+from proreflow_jax.planning import Job
+from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.runtime import aot, chips, files
+
+log = logging.getLogger(__name__)
+FREE = (
+    "name",
+    "root",
+    "seed",
+    "export.",
+    "data.",
+    "evaluate.study.",
+    "train.log_every",
+)  # of the config: they change no program
+PLAIN = {"model.attention": "xla", "train.remat": "none"}  # with these every product is in the open and made once
+TICK = 30.0  # seconds between signs of life while something compiles
+PACKAGE = Path(__file__).parent
+PROGRAMS = (  # of this package's files
+    *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py"),
+    *("experiment.py", "make_pairs.py", "train.py", "scores.py", "planning.py", "estimates.py"),
+)
+
+
+class Target(NamedTuple):
+    """Where programs are meant to run, and where results are kept."""
+
+    slice: str
+    chip: chips.Chip
+    count: int  # chips
+    cache: Path | None
+
+
+def target(name: str, cache: str) -> Target:
+    """Raises ValueError for a slice that is not known; an empty `cache` keeps nothing."""
+    return Target(name, chips.slice_chip(name), chips.chip_count(name), Path(cache).expanduser() if cache else None)
+
+
+def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, Experiment]]:
+    """The experiment on the slice's devices, and one whose work can be counted; opened when first asked for, since a kept
+    result does not need its seconds.
+    """
+    opened: list[Experiment] = []
+
+    def both() -> tuple[Experiment, Experiment]:
+        if not opened:
+            devices = aot.devices(place.slice)
+            opened.append(open_outline(config, devices))
+            change = {field: value for field, value in PLAIN.items() if has_field(config, field)}
+            opened.append(open_outline(changed(config, change), devices) if change else opened[0])
+        return opened[0], opened[1]
+
+    return both
+
+
+def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], windows: int, name: str) -> dict[str, Any]:
+    """The numbers of one job (see `measured`), from the cache or by compiling it, which takes minutes for a real model."""
+    kept = place.cache / f"{_key(config, place, windows, name)}.json" if place.cache else None
+    if kept and kept.is_file():
+        return files.read_json(kept)
+    experiment, plain = opened()
+    stage = find_stage(experiment.stages, windows)
+    job = planning.jobs(experiment, stage, plain)[name]
+    with ticking(f"stage {windows}, {name}: compiling for {place.slice}"):
+        compiled = aot.compile_for(job.jitted, job.arguments, place.chip)
+    found = measured(job, compiled, place) | {"storage": planning.storage(experiment, stage)}
+    found["mesh"] = dict(experiment.mesh.shape)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(kept, found)
+    return found
+
+
+def measured(job: Job, compiled: aot.Compiled, place: Target) -> dict[str, Any]:
+    """A compiled job as numbers: bytes and cycles of one chip; FLOPs of all; seconds of one call, and of one image."""
+    held, chip = planning.held(job), place.chip
+    found = {
+        "stage": job.windows,
+        "job": job.name,
+        "slice": place.slice,
+        "images": job.images,
+        "at_once": job.at_once,
+        "calls": job.calls,
+        "memory": memory(held, compiled.memory, chip),
+        "useful_flops": job.useful(),
+        "compiler_flops_per_chip": compiled.flops,
+        "compile_seconds": compiled.seconds,
+    }
+    found["fits"] = found["memory"]["total"] <= chip.memory and compiled.cost is not None
+    return found | (times(found, compiled, place) if compiled.cost else {})
+
+
+def memory(held: Mapping[str, int], compiled: aot.Memory, chip: chips.Chip) -> dict[str, int]:
+    """Bytes of one chip by class, which sum to `total`. `tiles` is what the compiler adds to arguments to fill up its tiles.
+
+    Of a program that was too large nothing is known of its arguments but our own count.
+    """
+    arguments = compiled.arguments or sum(held.values())
+    parts = {**held, "tiles": arguments - sum(held.values())}
+    parts |= {"temporaries": compiled.temporaries, "outputs": compiled.outputs}
+    return parts | {"total": sum(parts.values()), "available": chip.memory}
+
+
+def times(found: Mapping[str, Any], compiled: aot.Compiled, place: Target) -> dict[str, Any]:
+    """Seconds by the compiler's cycles, how much of the peak the useful work is, and what nobody estimates."""
+    cost, chip = compiled.cost, place.chip
+    slow, fast = cost.seconds(chip)
+    ideal = found["useful_flops"] / place.count / chip.peak
+    share = sum(cost.cycles.values()) or 1.0
+    return {
+        "seconds": slow,
+        "seconds_if_streaming_is_faster": fast,
+        "seconds_per_image": slow / found["images"],
+        "utilisation": ideal / slow,
+        "hours": slow * found["calls"] / 3600,
+        "chip_hours": slow * found["calls"] / 3600 * place.count,
+        "cycles": cost.cycles,
+        "share": {kind: value / share for kind, value in sorted(cost.cycles.items(), key=lambda item: -item[1])},
+        "kernels_at_their_floor": cost.kernels,
+        "not_estimated": cost.unknown,
+        "loops_of_unknown_length": cost.unread_loops,
+        "sent_bytes": cost.communication,
+        "sent_seconds": cost.communication / chip.links,
+    }
+
+
+@contextmanager
+def ticking(what: str) -> Iterator[None]:
+    """Says what is being done, and every half minute that it still is: on one line of a terminal, or in lines of a log."""
+    done, start = threading.Event(), perf_counter()
+    shown = sys.stderr.isatty()
+
+    def tick() -> None:
+        while not done.wait(1.0 if shown else TICK):
+            line = f"{what}, {perf_counter() - start:.0f} s"
+            if shown:
+                sys.stderr.write(f"\r{line}")
+                sys.stderr.flush()
+            else:
+                log.info(line)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    log.info(what)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if shown:
+            sys.stderr.write("\r\033[K")
+
+
+def _key(config: ConfigDict, place: Target, windows: int, name: str) -> str:
+    """What a result depends on, as a hash."""
+    source = base_model.locate(config, configs_only=True)
+    fields = json.loads(config.to_json_best_effort())
+    fields = {key: value for key, value in _flat(fields) if not key.startswith(FREE) and key != "model.path"}
+    about = {
+        "config": fields,
+        "model": {part: source.config(part) for part in (*source.components, "scheduler")} | {"index": source.index},
+        "target": [place.slice, windows, name],
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "code": _code(),
+    }
+    return f"{place.slice.replace(':', '-')}-{windows}-{name}-{digest(about)[:24]}"
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _code() -> str:
+    """A hash of the Python files that make and read programs: an edit of a network is another program."""
+    found = hashlib.sha256()
+    for path in sorted(path for pattern in PROGRAMS for path in PACKAGE.glob(pattern)):
+        found.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
+    return found.hexdigest()

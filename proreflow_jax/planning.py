@@ -1,0 +1,185 @@
+"""The jobs of a config as what is compiled: the very functions that the verbs jit, with shapes in place of arrays.
+
+`plan` compiles them for slices that are not here, `bench` runs them on the machine at hand.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from proreflow_jax import make_pairs, scores, train
+from proreflow_jax.evaluation import protocols
+from proreflow_jax.experiment import Experiment, places, run_key, state_target, student_flow, teacher_flow
+from proreflow_jax.reflow.pairs import Frozen
+from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.runtime import aot, flops, mesh
+
+JOBS = ("pairs", "train", "sample")
+STATE, FROZEN, BATCH = "state", "frozen", "batch"  # classes of arguments
+WITHOUT_PROTOCOL = 1.0  # guidance of the digits' samples
+
+
+class Job(NamedTuple):
+    """One jitted function of one stage."""
+
+    name: str  # of JOBS
+    windows: int  # of the stage
+    jitted: Any
+    arguments: tuple[Any, ...]  # shapes with shardings, in the function's order
+    classes: tuple[str, ...]  # of the arguments
+    images: int  # that one call works on, over all devices
+    at_once: int  # images whose activations lie on one device together
+    calls: int  # in a whole stage; 0: as often as somebody wants pictures
+    useful: Callable[[], float]  # FLOPs of one call, over all devices: what the method needs, nothing computed twice
+
+
+def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) -> dict[str, Job]:
+    """The jobs of a stage by name; no pairs where the train step makes its own.
+
+    `plain` is the same experiment with networks of which every product can be counted, where `experiment` has kernels that
+    cannot.
+    """
+    plain = plain or experiment
+    made = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
+    return made if experiment.config.pairs.mode == "online" else {"pairs": pairs_job(experiment, stage, plain), **made}
+
+
+def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
+    """make_pairs: one batch of trajectories."""
+    config = experiment.config
+    b, flow = config.pairs.batch, teacher_flow(experiment, stage)
+    jitted = make_pairs.jit_pairs(experiment, stage, flow)
+    arguments = frozen_shapes(experiment, stage, True, config.pairs.start == "data"), prompt_shapes(experiment, b)
+    shards = -(-config.pairs.examples // config.pairs.shard_size)
+    calls = shards * -(-config.pairs.shard_size // b)
+    useful = partial(_counted, make_pairs.jit_pairs(plain, stage, flow), arguments)
+    return Job("pairs", stage.windows, jitted, arguments, (FROZEN, BATCH), b, b // ways(experiment), calls, useful)
+
+
+def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
+    """train: one update."""
+    config, online = experiment.config, experiment.config.pairs.mode == "online"
+    b = config.train.batch
+    frozen = frozen_shapes(experiment, stage, online, online and config.pairs.start == "data")
+    batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
+    key = _key(experiment, partial(run_key, config, 0, 0))
+    arguments = state_target(experiment), frozen, batch, key
+    at_once = b // ways(experiment) // config.train.accumulation
+    draw, loss = train.step_parts(plain, stage)
+
+    def useful() -> float:
+        drawn = jax.eval_shape(draw, frozen, batch, key)
+        backward = 1 if config.student.lora.rank else 2  # no gradients of the weights beside the factors
+        return _counted(draw, (frozen, batch, key)) + (1 + backward) * _counted(loss, (arguments[0].params, frozen.base, drawn))
+
+    classes = (STATE, FROZEN, BATCH, BATCH)
+    jitted = train.jit_step(experiment, stage)
+    return Job("train", stage.windows, jitted, arguments, classes, b, at_once, config.train.steps, useful)
+
+
+def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
+    """evaluate: one batch of pictures by the stage's student, in as many steps as windows, by the guidance of the protocol."""
+    e, base, machine = experiment.config.evaluate, experiment.base, experiment.mesh
+    b = -(-e.batch // ways(experiment)) * ways(experiment)
+    named = protocols.PROTOCOLS.get(e.protocol)
+    guidance = float(e.guidance or (named.guidance if named else WITHOUT_PROTOCOL))
+    options = student_flow(experiment.config, stage), stage.windows, guidance
+    frozen = frozen_shapes(experiment, stage, True, True)
+    split = partial(_shape, mesh.batch_sharding(machine))
+    rows = {"number": split((b,), np.uint32), "ids": split((b, base.tokenizer.length), np.int32)}
+    whole = partial(_shape, mesh.replicated(machine))
+    empty, seed = whole((1, base.tokenizer.length), np.int32), whole((), np.uint32)
+    arguments = frozen.teacher, frozen.text, frozen.vae, empty, rows, seed
+    classes = (FROZEN,) * 4 + (BATCH,) * 2
+    jitted, useful = scores.jit_draw(experiment, *options), partial(_counted, scores.jit_draw(plain, *options), arguments)
+    return Job("sample", stage.windows, jitted, arguments, classes, b, b // ways(experiment), 0, useful)
+
+
+def ways(experiment: Experiment) -> int:
+    """Devices that a batch is split over."""
+    return experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+
+
+def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae: bool) -> Frozen:
+    """`experiment.frozen_arrays`, as shapes with shardings."""
+    base, config = experiment.base, experiment.config
+    whole = partial(_everywhere, experiment)
+    by_rules = places(config, experiment.mesh, base.unet.shapes)
+    unet = {name: _shape(by_rules[name], shape.shape, shape.dtype) for name, shape in base.unet.shapes.items()}
+    text = {name: encoder.shapes for name, encoder in base.networks.items() if name in base.text}
+    return Frozen(
+        text=whole(text),
+        vae=whole(base.vae.shapes) if with_vae else {},
+        teacher=unet if teacher else {},
+        empty=_shape(mesh.replicated(experiment.mesh), (base.tokenizer.length,), np.int32),
+        key=_key(experiment, partial(run_key, config, 0, 0)),
+        base=unet if config.student.lora.rank else {},
+    )
+
+
+def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of numbered prompts (and images), as `make_pairs.read_rows` makes it."""
+    split = partial(_shape, mesh.batch_sharding(experiment.mesh))
+    rows = {"index": split((b,), np.int32), "ids": split((b, experiment.base.tokenizer.length), np.int32)}
+    if experiment.config.pairs.start == "data":
+        side = experiment.base.resolution
+        rows["image"] = split((b, side, side, 3), np.uint8)
+    return rows
+
+
+def record_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of pair records, as `data.records` keeps them."""
+    config, split = experiment.config, partial(_shape, mesh.batch_sharding(experiment.mesh))
+    b, bounds = config.train.batch, record_bounds(config, stage)
+    return {
+        "states": split((b, bounds, *experiment.base.latent_shape), jnp.dtype(config.pairs.storage)),
+        "first": split((b,), np.int32),
+        "ids": split((b, experiment.base.tokenizer.length), np.int32),
+    }
+
+
+def record_bounds(config: Any, stage: Stage) -> int:
+    """States of one record: both ends of a window, or every bound of a trajectory."""
+    return stage.windows + 1 if config.pairs.start == "noise" else 2
+
+
+def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
+    """Bytes that a stage leaves on the disk: its pairs and the checkpoints that it keeps."""
+    config = experiment.config
+    record = {name: shape.shape[1:] for name, shape in record_shapes(experiment, stage).items()}
+    width = {"states": jnp.dtype(config.pairs.storage).itemsize, "first": 4, "ids": 4}
+    one = sum(width[name] * int(np.prod(shape)) for name, shape in record.items())
+    stored = config.pairs.examples if config.pairs.mode == "stored" else 0
+    state = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state_target(experiment)))
+    return {"pairs": one * stored, "checkpoints": state * config.checkpoint.keep}
+
+
+def held(job: Job) -> dict[str, int]:
+    """Bytes of a job's arguments on one device by class, before they are filled up to tiles."""
+    found = dict.fromkeys((STATE, FROZEN, BATCH), 0)
+    for kind, argument in zip(job.classes, job.arguments, strict=True):
+        found[kind] += aot.held(argument)
+    return found
+
+
+def _counted(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    return flops.total(flops.count(function, *arguments))
+
+
+def _shape(place: NamedSharding, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def _everywhere(experiment: Experiment, tree: Mapping[str, Any]) -> Any:
+    whole = NamedSharding(experiment.mesh, PartitionSpec())
+    return jax.tree.map(lambda shape: _shape(whole, shape.shape, shape.dtype), dict(tree))
+
+
+def _key(experiment: Experiment, draw: Callable[[], jax.Array]) -> jax.ShapeDtypeStruct:
+    made = jax.eval_shape(draw)
+    return _shape(mesh.replicated(experiment.mesh), made.shape, made.dtype)

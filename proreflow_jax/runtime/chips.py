@@ -1,0 +1,64 @@
+"""The chips that are rented by the slice: what one holds and how fast it is, and which slices of them there are.
+
+Memory is what XLA's TPU compiler lets a program use of a chip (its own message when a program is too large), a little less than
+the marketed 16, 95 and 32 GB. Rates and memory bandwidth are the published ones, links are published bits per second of all
+links of a chip together; clocks are those that turn the compiler's cycles into seconds.
+"""
+
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One accelerator."""
+
+    memory: int  # bytes that a program may use
+    peak: float  # FLOP/s in bfloat16
+    bandwidth: float  # bytes/s of its memory
+    clock: float = 0.0  # Hz of the compiler's cycles; 0: not a TPU
+    links: float = 0.0  # bytes/s to the other chips of a slice
+    lanes: int = 128  # a matrix unit's side, to which a head's width is filled up
+
+
+CHIPS = {
+    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 1.503e9, 200e9),
+    "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 1.751e9, 600e9),
+    "v6e": Chip(int(31.24 * GIB), 918e12, 1638e9, 1.751e9, 448e9, lanes=256),
+}
+SLICES = {
+    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+KINDS = {  # jax's device_kind, from its beginning -> the chip at hand
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v6 lite": CHIPS["v6e"],
+    "NVIDIA H200": Chip(141 * 10**9, 989e12, 4800e9),
+    "NVIDIA H100": Chip(80 * 10**9, 989e12, 3350e9),
+    "NVIDIA A100": Chip(80 * 10**9, 312e12, 2039e9),
+}
+
+
+def slice_chip(name: str) -> Chip:
+    """The chip of a slice such as "v5e:4x4". Raises ValueError, one line, that lists the known slices."""
+    family, _, shape = name.partition(":")
+    if shape not in SLICES.get(family, ()):
+        known = "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in SLICES.items())
+        raise ValueError(f"--slice={name} is not a slice that is known, as in --slice=v5e:4x4 ({known})")
+    return CHIPS[family]
+
+
+def chip_count(name: str) -> int:
+    """Chips of a slice by its name."""
+    slice_chip(name)
+    count = 1
+    for side in name.partition(":")[2].split("x"):
+        count *= int(side)
+    return count
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip by jax's `device_kind`; None if nothing is known of it."""
+    return next((chip for start, chip in KINDS.items() if kind.startswith(start)), None)

@@ -1,0 +1,256 @@
+"""What XLA's TPU compiler expects a program to cost, read from its text: cycles by kind of work, kernels, communication.
+
+The compiler writes "estimated_cycles" beside every operation that it schedules. Operations inside a fusion are part of it; the
+body of a loop is written once and runs as often as its condition says. Kernels written in Pallas have no estimate: those of
+splash attention are given their floor (matrix products at the chip's peak, a head's width filled up to the matrix unit), every
+other one is listed by name. Neither have transfers between chips: their bytes are counted, they mostly hide behind the work.
+What only moves data inside a chip and has no estimate takes the time that reading and writing it takes.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from proreflow_jax.runtime.chips import Chip
+
+KINDS = ("convolutions", "linears", "attention", "norms and sums", "copies", "pads", "elementwise", "kernels")
+MATRIX = (
+    "convolutions",
+    "linears",
+    "attention",
+    "kernels",
+)  # the compiler is right about these, and 2.2 times too slow in others
+PESSIMISM = 2.2
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_KIND = re.compile(r" ([a-z][a-z\-]*)\(([^)]*)\)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_TYPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
+_ATTENTION = re.compile(r"BTNH|BNTS|attention|splash")
+_TRANSFER = re.compile(r"(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(-start)?$")
+_FREE = {  # operations that take no time of their own, or whose time is another's: layouts, ends of asynchronous ones
+    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id", "iota"),
+    *("copy-start", "copy-done", "async-start", "async-update", "async-done", "opt-barrier", "domain", "broadcast", "reshape"),
+    *("slice-start", "slice-done", "dynamic-slice-start", "dynamic-slice-done", "add-dependency"),
+}
+_MOVES = ("copy", "dynamic-update-slice", "dynamic-slice", "slice", "transpose", "concatenate")
+_SCALAR = 1024  # bytes below which an operation without an estimate is bookkeeping, as loops' counters are
+_FREE_CALLS = (
+    "AllocateBuffer",
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+)
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of a splash kernel, by a part of its name
+_FUSED = re.compile(r'use_fused_bwd_kernel\\*": true')  # then the gradient of k and v makes that of q too: one product more
+_BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends inside a kernel's metadata
+
+
+class Op(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    kind: str
+    type: str
+    operands: tuple[str, ...]  # of a constant its value
+    cycles: int | None
+    op_name: str
+    called: dict[str, tuple[str, ...]]
+    target: str  # of a custom call
+    channel: str  # of a transfer between chips: its number, which all parts of one that is spread over the program share
+    fused: bool  # of a splash kernel: both gradients in one
+
+
+class Cost(NamedTuple):
+    """What one call of a program costs a chip; numbers are floats since loops multiply them."""
+
+    cycles: dict[str, float]  # by kind, splash attention among "kernels"
+    kernels: dict[str, float]  # calls of kernels that have a floor, by name
+    unknown: dict[str, float]  # calls of what nobody has estimated, by name
+    communication: float  # bytes that a chip sends
+    unread_loops: int  # loops whose length was not found: counted once
+
+    def seconds(self, chip: Chip) -> tuple[float, float]:
+        """(as the compiler says, with all that is no matrix product by PESSIMISM faster)."""
+        matrix = sum(value for kind, value in self.cycles.items() if kind in MATRIX)
+        rest = sum(self.cycles.values()) - matrix
+        return (matrix + rest) / chip.clock, (matrix + rest / PESSIMISM) / chip.clock
+
+
+def parse(text: str) -> tuple[dict[str, list[Op]], str]:
+    """(computations by name, the entry's name) of `compiled.as_text()`. Raises ValueError if there is no entry."""
+    computations: dict[str, list[Op]] = {}
+    entry, current = "", None
+    for line in _BROKEN.sub("", text).splitlines():
+        if head := _HEAD.match(line):
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := _LINE.match(line)):
+            current.append(_op(*found.groups()))
+    if not entry:
+        raise ValueError("the compiler's text has no ENTRY: it is of a version that this reader does not know")
+    return computations, entry
+
+
+def _op(name: str, rest: str) -> Op:
+    kind = _KIND.search(f" {rest}")
+    cycles, op_name, target, channel = (pattern.search(rest) for pattern in (_CYCLES, _OP_NAME, _TARGET, _CHANNEL))
+    called: dict[str, tuple[str, ...]] = {key: (value,) for key, value in _CALLED.findall(rest)}
+    if branches := _BRANCHES.search(rest):
+        called["branches"] = tuple(word.strip().lstrip("%") for word in branches[1].split(","))
+    operands = tuple(re.findall(r"%([\w.\-]+)", kind[2])) if kind else ()
+    if kind and kind[1] == "constant":
+        operands = (kind[2],)
+    return Op(
+        name=name,
+        kind=kind[1] if kind else "",
+        type=rest[: rest.find(f"{kind[1]}({kind[2]})")] if kind else rest,
+        operands=operands,
+        cycles=int(cycles[1]) if cycles else None,
+        op_name=op_name[1] if op_name else "",
+        called=called,
+        target=target[1] if target else "",
+        channel=channel[1] if channel else name,
+        fused=bool(_FUSED.search(rest)),
+    )
+
+
+def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every array in a type, a tuple's too."""
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _TYPE.findall(type_)]
+
+
+def _bytes(type_: str) -> int:
+    width = lambda dtype: 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) // 8
+    return sum(width(dtype) * math.prod(shape) for dtype, shape in shapes(type_))
+
+
+def cost(text: str, chip: Chip) -> Cost:
+    """Walks the entry and what it calls; see the top of the file."""
+    computations, entry = parse(text)
+    cycles, kernels, unknown = Counter(), Counter(), Counter()
+    tally, seen = Counter(), set()
+
+    def walk(name: str, times: float) -> None:
+        types = {op.name: op.type for op in computations[name]}
+        for op in computations[name]:
+            if op.kind == "while":
+                length = _trips(computations[op.called["condition"][0]])
+                tally["loops"] += length is None
+                walk(op.called["body"][0], times * (length or 1))
+            elif op.kind in ("call", "conditional", "async-start"):
+                for called in _branches(op, computations):
+                    walk(called, times)
+            else:
+                note(op, types, times)
+
+    def note(op: Op, types: dict[str, str], times: float) -> None:
+        inside = list(_inside(op, computations))
+        sends = [part for part in inside if _TRANSFER.match(part.kind)]
+        kind = _class(op, inside)
+        for part in sends:
+            tally["bytes"] += 0 if part.channel in seen else times * _sent(part)
+            seen.add(part.channel)
+        if op.cycles is not None:
+            cycles[kind] += times * op.cycles
+        elif op.kind == "custom-call":
+            if op.target not in _FREE_CALLS:
+                known = _splash(op, types, chip)
+                label = _label(op)
+                (kernels if known else unknown)[label] += times
+                cycles["kernels"] += times * (known or 0.0)
+        elif sends or op.kind in _FREE or op.kind.endswith("-done") or _bytes(op.type) <= _SCALAR:
+            return
+        elif op.kind in _MOVES or (op.kind == "fusion" and kind not in MATRIX):
+            cycles[kind] += times * _moved(op, types) / chip.bandwidth * chip.clock
+        else:
+            unknown[op.kind] += times
+
+    walk(entry, 1.0)
+    return Cost(dict(cycles), dict(kernels), dict(unknown), float(tally["bytes"]), int(tally["loops"]))
+
+
+def _branches(op: Op, computations: dict[str, list[Op]]) -> tuple[str, ...]:
+    """What an operation runs: of a choice the branch with the most operations, once."""
+    names = tuple(name for key, value in op.called.items() for name in value)
+    return names if op.kind != "conditional" else (max(names, key=lambda name: len(computations[name])),)
+
+
+def _trips(condition: list[Op]) -> int | None:
+    """How often a loop runs that counts from 0: the one number that its condition compares with."""
+    numbers = [op.operands[0] for op in condition if op.kind == "constant" and op.type.startswith(("s32[]", "u32[]"))]
+    return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def _inside(op: Op, computations: dict[str, list[Op]]) -> Iterator[Op]:
+    """The operation and, of a fusion, everything that was fused into it."""
+    yield op
+    if op.kind == "fusion":
+        for name in op.called.get("calls", ()):
+            for part in computations.get(name, ()):
+                yield from _inside(part, computations)
+
+
+def _class(op: Op, inside: list[Op]) -> str:
+    products = [part for part in inside if part.kind.startswith(("convolution", "dot"))]
+    if products:
+        words = " ".join([op.op_name, *(part.op_name for part in products)])
+        if _ATTENTION.search(words):
+            return "attention"
+        return "convolutions" if "conv_general_dilated" in words else "linears"
+    kinds = {part.kind for part in inside if part.kind not in ("parameter", "constant", "bitcast", "fusion", "tuple")}
+    if "reduce" in kinds or "reduce-window" in kinds:
+        return "norms and sums"
+    if kinds <= {"copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast"}:
+        return "copies"
+    return "pads" if "pad" in kinds and kinds <= {"pad", "maximum", "copy", "convert", "reshape"} else "elementwise"
+
+
+def _moved(op: Op, types: dict[str, str]) -> int:
+    """Bytes that an operation without an estimate reads and writes; of an update in place only the update."""
+    if op.kind == "dynamic-update-slice":
+        return 2 * _bytes(types.get(op.operands[1], ""))
+    read = sum(_bytes(types.get(name, "")) for name in op.operands) if op.kind == "fusion" else _bytes(op.type)
+    return read + _bytes(op.type)
+
+
+def _sent(op: Op) -> int:
+    """Bytes of what a transfer makes: gathered arrays, sums, a permuted block. One that only starts names its inputs too."""
+    sizes = sorted((_bytes(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in shapes(op.type)), reverse=True)
+    if op.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
+        return sum(sizes[: max(1, len(sizes) // 2)]) if op.kind == "all-gather-start" else sizes[0]
+    return sum(sizes)
+
+
+def _label(op: Op) -> str:
+    name = re.sub(r"[.]\d+$", "", op.name)
+    return name if op.target == "tpu_custom_call" else f"{op.target} {name}"
+
+
+def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
+    """Cycles of a splash-attention kernel at its floor; None for any other custom call.
+
+    q (.., heads, s, d) and k (.., heads, t, d) are its first two floating-point arrays of three axes or more; the forward has
+    2 matrix products of s x t x d, the gradient of q 3, that of k and v 4; d is filled up to the matrix unit.
+    """
+    if not op.name.startswith("splash_mha"):
+        return None
+    arrays = [shape for name in op.operands for dtype, shape in shapes(types.get(name, "")) if dtype in ("bf16", "f32")]
+    q, k = [shape for shape in arrays if len(shape) >= 3][:2]
+    products = next((count for part, count in _PRODUCTS.items() if f"_{part}" in op.name), None)
+    if products is None:
+        return None
+    products += op.fused and "_dkv" in op.name
+    filled = -(-q[-1] // chip.lanes) * chip.lanes
+    flops = 2 * products * math.prod(q[:-1]) * k[-2] * filled
+    return flops / chip.peak * chip.clock

@@ -1,0 +1,330 @@
+"""plan: what the TPU compiler's text says, work counted from shapes, jobs as shapes, kept results, changes that make a job fit.
+
+Nothing here compiles for a TPU but the slow test at the end; the snippet is cut from a real program for v5e.
+"""
+
+import ast
+import importlib.util
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import verb
+from full_size import SD_15, SDXL, VAE
+from ml_collections import ConfigDict
+
+from configs.digits import get_config
+from proreflow_jax import changes, estimates, experiment, make_pairs, planning
+from proreflow_jax.models import network
+from proreflow_jax.runtime import aot, chips, flops, hlo, mesh
+
+CHIP = chips.CHIPS["v5e"]
+NOTHING = aot.Compiled(aot.Memory(0, 0, 0, 0), hlo.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0), 1.0, 1.0)
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+CONVOLVED, ATTENTION = "jit(f)/conv_general_dilated", "jit(f)/vmap(BTNH,BSNH->BNTS)/dot_general"
+PROGRAM = f"""HloModule jit_f, is_scheduled=true
+
+%fused_computation.1 (p: bf16[4,32,32,128]) -> bf16[4,32,32,64] {{
+  %p = bf16[4,32,32,128]{{3,2,1,0:T(8,128)(2,1)}} parameter(0)
+  ROOT %convolution.9 = bf16[4,32,32,64]{{3,2,1,0}} convolution(%p, %p), metadata={{op_name="{CONVOLVED}"}}
+}}
+
+%fused_computation.2 (p.2: f32[64]) -> f32[4,64] {{
+  %p.2 = f32[64]{{0}} parameter(0)
+  ROOT %all-gather.1 = f32[4,64]{{1,0}} all-gather(%p.2), channel_id=7, dimensions={{0}}
+}}
+
+%body (b: (s32[], bf16[4,32,32,128])) -> (s32[], bf16[4,32,32,128]) {{
+  %b = (s32[]{{:T(128)}}, bf16[4,32,32,128]{{3,2,1,0:T(8,128)(2,1)S(1)}}) parameter(0)
+  %fusion.1 = bf16[4,32,32,64]{{3,2,1,0}} fusion(%b), kind=kOutput, calls=%fused_computation.1, {CYCLES % 100}
+  ROOT %tuple.1 = (s32[]{{:T(128)}}, bf16[4,32,32,128]{{3,2,1,0}}) tuple(%b, %b)
+}}
+
+%condition (c: (s32[], bf16[4,32,32,128])) -> pred[] {{
+  %constant.5 = s32[]{{:T(128)}} constant(5)
+  %c = (s32[]{{:T(128)}}, bf16[4,32,32,128]{{3,2,1,0}}) parameter(0)
+  ROOT %lt.16 = pred[]{{:T(512)}} compare(%c, %constant.5), direction=LT
+}}
+
+ENTRY %main.8_spmd (q: bf16[3,2,1024,40], x: f32[64]) -> f32[] {{
+  %q.1 = bf16[3,2,1024,40]{{3,2,1,0:T(8,128)(2,1)}} parameter(0)
+  %x = f32[64]{{0}} parameter(1)
+  %while.1 = (s32[], bf16[4,32,32,128]{{3,2,1,0}}) while(%q.1), condition=%condition, body=%body
+  %fusion.3 = f32[4,64]{{1,0}} fusion(%x), kind=kCustom, calls=%fused_computation.2
+  %fusion.4 = f32[4,64]{{1,0}} fusion(%x), kind=kCustom, calls=%fused_computation.2
+  %copy.1 = bf16[3,2,1024,40]{{3,2,1,0}} copy(%q.1), {CYCLES % 7}
+  %dot.1 = bf16[3,2,1024,1024]{{3,2,1,0}} convolution(%q.1, %q.1), metadata={{op_name="{ATTENTION}"}}, {CYCLES % 11}
+  %splash_mha_fwd_residuals.1 = (f32[3,512,128]{{2,1,0}}, bf16[3,2,1024,40]{{3,2,1,0}}) custom-call(%x, %q.1, %q.1, %q.1), \
+custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{\\"block_q\\": 512, \\"use_fused_bwd_kernel\\": false}}"
+}}}}, metadata={{op_name="jit(f)/splash_mha_fwd_residuals/pallas_call"}}
+  %my_kernel.2 = f32[4,1024]{{1,0}} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %sum = f32[] constant(0)
+}}
+"""
+
+
+def test_cycles_are_summed_by_kind_and_loops_run_as_often_as_they_say():
+    cost = hlo.cost(PROGRAM, CHIP)
+    assert cost.cycles["convolutions"] == 5 * 100
+    assert (cost.cycles["copies"], cost.cycles["attention"]) == (7, 11)
+    assert cost.unread_loops == 0
+    unread = hlo.cost(PROGRAM.replace("constant(5)", "parameter(1)"), CHIP)
+    assert (unread.cycles["convolutions"], unread.unread_loops) == (100, 1)
+
+
+def test_a_transfer_that_is_spread_over_the_program_is_counted_once():
+    assert hlo.cost(PROGRAM, CHIP).communication == 4 * 64 * 4
+    summed = "  %sums = (f32[8]{0}, bf16[100]{0}) all-reduce(%x, %x), channel_id=8, to_apply=%add\n  ROOT %sum"
+    permuted = "  %moved = (f32[9]{0}, f32[9]{0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=9\n" + summed
+    assert hlo.cost(PROGRAM.replace("  ROOT %sum", permuted), CHIP).communication == 4 * 64 * 4 + (4 * 8 + 200) + 4 * 9
+
+
+def test_splash_attention_has_its_floor_and_any_other_kernel_its_name():
+    cost = hlo.cost(PROGRAM, CHIP)
+    flop = 2 * 2 * 3 * 2 * 1024 * 1024 * 128  # forward: 2 products, 6 heads, 40 filled up to 128
+    assert cost.cycles["kernels"] == pytest.approx(flop / 197e12 * 1.503e9)
+    assert cost.kernels == {"splash_mha_fwd_residuals": 1} and cost.unknown == {"my_kernel": 1}
+    both = PROGRAM.replace("fwd_residuals", "dkv_no_residuals").replace('kernel\\": false', 'kernel\\": true')
+    assert hlo.cost(both, CHIP).cycles["kernels"] == pytest.approx(5 / 2 * cost.cycles["kernels"])
+
+
+def test_seconds_are_cycles_by_the_clock_and_only_streaming_is_thought_faster():
+    cost = hlo.Cost({"convolutions": 1.503e9, "copies": 2.2 * 1.503e9}, {}, {}, 0.0, 0)
+    assert cost.seconds(CHIP) == pytest.approx((3.2, 2.0))
+
+
+def test_a_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse(PROGRAM.replace("ENTRY ", ""))
+
+
+def shape(*sides: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sides, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "side", "wide", "counted"),
+    [
+        (SD_15, 64, 768, {"convolutions": 444, "linears": 233, "attention": 126}),
+        pytest.param(SDXL, 128, 2048, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_published_forwards_are_counted(config, side, wide, counted):
+    """GFLOP of one image: SD 1.5 803, SDXL 6,761."""
+    net = network.make_unet(config)
+    added = (shape(1, 1280), shape(1, 6)) if config is SDXL else ()
+    found = flops.count(net.apply, net.shapes, shape(1, side, side, 4), shape(1), shape(1, 77, wide), *added)
+    assert round(flops.total(found) / 1e9) == (6761 if config is SDXL else 803)
+    assert {name: round(found[name] / 1e9) for name in counted} == counted
+
+
+def test_the_published_autoencoder_is_counted():
+    vae = network.make_vae(VAE)
+    cost = lambda method, x: round(flops.total(flops.count(partial(vae.apply, method=method), vae.shapes, x)) / 1e9)
+    assert (cost("decode", shape(1, 64, 64, 4)), cost("encode", shape(1, 512, 512, 3))) == (2515, 1117)
+
+
+def test_work_in_loops_and_branches_is_counted_as_it_runs():
+    a = shape(8, 8)
+    body = lambda x, _: (x @ x, None)
+    assert flops.count(lambda x: jax.lax.scan(body, x, None, length=7)[0], a) == {"linears": 7 * 2 * 8**3}
+    branches = lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y, x)
+    assert flops.count(branches, a) == {"linears": 2 * 2 * 8**3}
+    assert flops.count(jax.grad(lambda x: jax.checkpoint(jnp.sum)(x @ x)), a)["linears"] == 3 * 2 * 8**3
+    endless = flops.count(lambda x: jax.lax.while_loop(lambda y: y[0, 0] > 0, lambda y: y @ y, x), a)
+    assert endless["unknown loop"] == 1 and flops.total(endless) == 2 * 8**3
+
+
+def test_slices_are_counted_and_an_unknown_one_lists_the_known():
+    assert [chips.chip_count(name) for name in ("v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v5e:1x1")] == [16, 8, 8, 1]
+    for wrong in ("v5e:3x3", "v5e", "v9:1x1", "4x4"):
+        with pytest.raises(ValueError, match=r"--slice=.*known.*v5e: 1x1.*v5p: 2x2x1.*v6e: 1x1"):
+            chips.slice_chip(wrong)
+
+
+def test_a_compiler_that_finds_a_program_too_large_says_by_how_much():
+    said = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: the total memory required for HLO temporaries (134.18G) exceeds "
+    assert aot.too_large(f"{said}available HBM (15.75G).") == int(134.18 * 2**30)
+    assert aot.too_large("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.") == int(20.5 * 2**30)
+    assert aot.too_large("INTERNAL: something else") is None
+
+
+# --- jobs of a tiny model, on the eight fake devices --------------------------------------------------------------------
+
+
+def tiny_config(tmp_path: Path, model: Path, **fields: object) -> ConfigDict:
+    """The tiny chain of verb.py as a config."""
+    read = lambda value: ast.literal_eval(value) if isinstance(value, str) and value[0] == "(" else value
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(verb.PROMPTS))
+    paths = {"root": str(tmp_path / "runs"), "model.path": str(model), "data.path": str(prompts)}
+    named = {name.replace("__", "."): value for name, value in fields.items()}
+    return changes.changed(get_config(), {name: read(value) for name, value in verb.TINY.items()} | paths | named)
+
+
+@pytest.fixture(scope="module")
+def outline_only(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without weights and without a tokenizer: its JSON configs alone."""
+    folder = tmp_path_factory.mktemp("outline") / "model"
+    kept = lambda folder, names: [name for name in names if "." in name and not name.endswith("config.json")]
+    shutil.copytree(model, folder, ignore=lambda where, names: [n for n in kept(where, names) if n != "model_index.json"])
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    assert not list(folder.rglob("*.safetensors"))
+    return folder
+
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def described(tree: object) -> list[tuple]:
+    """What is compiled of arrays or shapes: where in the tree, shape, dtype, sharding where it is no default one."""
+    spec = lambda leaf: leaf.sharding.spec if hasattr(leaf.sharding, "spec") else None
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype, spec(leaf)) for path, leaf in leaves]
+
+
+@pytest.mark.parametrize("fields", [{}, {"pairs__mode": "online", "student__lora__rank": 2}])
+def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model, outline_only, fields):
+    fields |= {"mesh__data": 2, "mesh__fsdp": 4}
+    real = experiment.open_experiment(tiny_config(tmp_path, model, **fields))
+    shapes = experiment.open_outline(tiny_config(tmp_path, outline_only, **fields), jax.devices())
+    stage, online = real.stages[0], "pairs__mode" in fields
+    teacher = real.base.params["unet"] if online else {}
+    arrays = experiment.frozen_arrays(real, teacher, stage, online)._replace(key=None)
+    made = planning.frozen_shapes(shapes, stage, online, online)._replace(key=None)
+    assert described(made) == described(arrays)
+
+    rows = make_pairs.read_rows(real, experiment.open_source(real), np.arange(16))
+    assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows))
+
+
+def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
+    shapes = experiment.open_outline(tiny_config(tmp_path, outline_only), jax.devices())
+    stage = shapes.stages[0]
+    job = planning.jobs(shapes, stage)["pairs"]
+    made, kept = jax.eval_shape(job.jitted, *job.arguments), planning.record_shapes(shapes, stage)
+    assert {name: value.shape for name, value in made.items()} == {name: value.shape for name, value in kept.items()}
+    assert planning.storage(shapes, stage)["pairs"] == 32 * (4 * 5 * 4 * 4 * 4 + 4 + 4 * 8)
+
+
+def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
+    """A training step: the student three times (forward, and a backward of two); a trajectory of 4 windows: 4 forwards."""
+    shapes = experiment.open_outline(tiny_config(tmp_path, outline_only), jax.devices())
+    unet, text = shapes.base.networks["unet"], shapes.base.networks["text_encoder"]
+    forward = flops.total(flops.count(unet.apply, unet.shapes, shape(16, 4, 4, 4), shape(16), shape(16, 8, 8)))
+    told = flops.total(flops.count(text.apply, text.shapes, jax.ShapeDtypeStruct((16, 8), jnp.int32)))
+    jobs = planning.jobs(shapes, shapes.stages[0])
+    assert jobs["train"].useful() == pytest.approx(3 * forward + told, rel=0.01)
+    assert jobs["pairs"].useful() == pytest.approx(4 * forward + told, rel=0.01)
+    assert (jobs["pairs"].calls, jobs["train"].calls, jobs["train"].at_once) == (2, 6, 2)
+
+
+# --- results, kept ones, and the verb -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stands in for the TPU compiler, 1 GiB of temporaries an image at once; a list of the images at once it was asked for."""
+    asked: list[int] = []
+    real = estimates.measured
+
+    def measured(job: planning.Job, compiled: aot.Compiled, place: estimates.Target) -> dict:
+        asked.append(job.at_once)
+        memory = aot.Memory(sum(planning.held(job).values()), job.at_once * chips.GIB, 0, 0)
+        return real(job, compiled._replace(memory=memory), place)
+
+    monkeypatch.setattr(estimates, "measured", measured)
+    monkeypatch.setattr(aot, "compile_for", lambda *job: NOTHING)
+    monkeypatch.setattr(aot, "devices", lambda name: jax.devices())
+    monkeypatch.setattr(aot, "prepare", lambda: None)
+    monkeypatch.setattr(planning, "_counted", lambda *job: 1e9)
+    return asked
+
+
+def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outline_only, compiler):
+    config = tiny_config(tmp_path, outline_only)
+    place = estimates.target("v5e:2x4", str(tmp_path / "cache"))
+    ask = lambda config, windows=4: estimates.estimate(config, place, estimates.opener(config, place), windows, "train")
+    first = ask(config)
+    assert (
+        first["fits"]
+        and sum(first["memory"][part] for part in first["memory"].keys() - {"total", "available"}) == (first["memory"]["total"])
+    )
+    assert first["seconds"] == pytest.approx(1e-3) and len(compiler) == 1
+    assert ask(config) == first and len(compiler) == 1
+    assert ask(changes.changed(config, {"name": "other", "data.path": "x", "train.log_every": 9})) == first
+    assert len(compiler) == 1
+    for changed in ({"train.batch": 32}, {"model.dtype": "bfloat16"}, {"mesh.fsdp": 8, "mesh.data": 1}):
+        ask(changes.changed(config, changed))
+    ask(config, windows=2)
+    assert len(compiler) == 5
+
+
+def test_a_config_that_does_not_fit_says_by_how_much_and_which_change_does(tmp_path, outline_only, compiler):
+    words = verb.tiny_flags(tmp_path, outline_only, train__batch=256)  # 32 images at once on a chip
+    words += ["--slice=v5e:2x4", "--stage=4", "--jobs=train", f"--cache={tmp_path / 'c'}", f"--json={tmp_path / 'plan.json'}"]
+    ended = verb.run("plan", *words)
+    assert ended.code == 1 and "1 of 1 jobs do not fit v5e:2x4" in ended.err
+    assert "DOES NOT FIT, 16.25 too many" in ended.out
+    assert "--config.train.accumulation=4 fits with 7.75 GiB free" in ended.out
+    (job,) = json.loads((tmp_path / "plan.json").read_text())["jobs"]
+    assert compiler == [32, 8] == [job["at_once"], job["change"]["at_once"]]
+
+    ended = verb.run("plan", *words, "--config.train.accumulation=4", "--search")
+    assert ended.code == 0, ended.err
+    assert "largest  8 images at once on a chip (7.75 GiB free): --config.train.accumulation=4" in ended.out
+    assert compiler == [32, 8, 16]  # what had been compiled was read again; 16 images are too many
+
+
+def test_fewer_images_at_once_come_first_and_those_without_hope_are_left_out(tmp_path, outline_only):
+    config = tiny_config(tmp_path, outline_only, train__batch=64)
+    found = {"memory": {"total": 34, "temporaries": 32, "available": 16}}  # 8 images at once
+    offered = list(changes.smaller(config, "train", 8, found))
+    assert offered[0] == {"train.accumulation": 4}
+    assert offered[2] == {"mesh.data": 1, "mesh.fsdp": -1}
+    assert list(offered[-1]) == ["train.ema", "mesh.data", "mesh.fsdp", "train.accumulation"]
+    assert list(changes.smaller(config, "pairs", 8, found)) == [{"pairs.batch": 8}]
+
+
+@pytest.mark.parametrize(("temporaries", "images"), [(1, 64), (15, 8), (16, 4), (200, 1)])
+def test_the_outlook_is_a_power_of_two_times_the_images_that_there_is_room_for(temporaries, images):
+    found = {"at_once": 8, "memory": {"total": temporaries, "temporaries": temporaries, "available": 16}}
+    assert changes.outlook(found) == images
+
+
+def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypatch):
+    words = verb.tiny_flags(tmp_path, outline_only)
+    for wrong, said in {
+        "--slice=v5e:5x5": "--slice=v5e:5x5 is not a slice",
+        "--stage=3": "--stage=3 is not a stage",
+        "--json=no/such/plan.json": "--json=no/such/plan.json: there is no folder no/such",
+        "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",
+    }.items():
+        ended = verb.run("plan", *words, wrong)
+        assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install libtpu==0.0.51"):
+        aot.prepare()
+
+
+@pytest.mark.slow
+def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up():
+    """Minutes: libtpu's compiler, four v5e chips, the training step of the first stage."""
+    pytest.importorskip("libtpu")
+    aot.prepare()
+    place = estimates.target("v5e:2x2", "")
+    config = changes.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
+    found = estimates.estimate(config, place, estimates.opener(config, place), 8, "train")
+    parts = {name: size for name, size in found["memory"].items() if name not in ("total", "available")}
+    assert sum(parts.values()) == found["memory"]["total"] and min(parts.values()) >= 0
+    weights = sum(math.prod(s.shape) for s in experiment.open_outline(config, jax.devices()[:4]).networks.unet.shapes.values())
+    assert parts["state"] == pytest.approx(4 * 4 * weights / 4, rel=0.1)  # weights, average, two moments, over four chips
+    assert found["fits"] and 0 < found["utilisation"] < 1 and found["not_estimated"] == {}
