@@ -14,7 +14,7 @@ test: .venv/test.ok
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/test.ok
+test-slow: .venv/test.ok .venv/plan.ok
 	$(RUN) -m pytest -m slow
 
 # The paper's methods at equal compute; FORM=full takes hours.

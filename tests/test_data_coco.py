@@ -142,7 +142,7 @@ def test_what_is_no_picture_is_named(kind, monkeypatch):
     Image.fromarray(np.zeros((40, 40), np.uint16) if kind == "deep" else np.zeros((40, 40), np.uint8)).save(buffer, "PNG")
     encoded = {"text": b"no image", "cut": buffer.getvalue()[:-30]}.get(kind, buffer.getvalue())
     if kind == "bomb":
-        monkeypatch.setattr(coco.datasets, "PIXEL_LIMIT", 1599)
+        monkeypatch.setattr(coco.pictures, "PIXEL_LIMIT", 1599)
     with pytest.raises(ValueError, match=r"image 7 is no image that can be judged .*--config\.evaluate\.images") as caught:
         coco.decode(encoded, "image 7")
     assert "\n" not in str(caught.value)

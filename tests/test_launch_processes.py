@@ -24,9 +24,12 @@ def interrupt(cloud: Cloud, line: list[str], number: int, processes: int, **more
     line = [str(cloud.top / "launch" / line[0]), *line[1:]] if line[0].endswith(".sh") else line
     environment, pipe = cloud.environment | more, subprocess.PIPE
     with subprocess.Popen(line, cwd=cloud.top, env=environment, stdout=pipe, text=True, start_new_session=True) as process:
-        wait_for(lambda: len(read(cloud.fake / "began")) == processes)
-        process.send_signal(number)
-        return process.wait(timeout=20), process.stdout.read()
+        try:
+            wait_for(lambda: len(read(cloud.fake / "began")) == processes)
+            process.send_signal(number)
+            return process.wait(timeout=20), process.stdout.read()
+        finally:
+            process.kill()
 
 
 def wait_for(ready: Callable[[], bool]) -> None:

@@ -202,7 +202,7 @@ def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model
     assert described(made) == described(arrays)
 
     rows = make_pairs.read_rows(real, experiment.open_source(real), np.arange(16))
-    assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows))
+    assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))
 
 
 def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):

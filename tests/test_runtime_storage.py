@@ -20,8 +20,9 @@ from test_data_records import NAMES, PLAN, contents, finished, write
 
 from proreflow_jax.data import records
 from proreflow_jax.runtime import files, lease, objects, storage
-from proreflow_jax.runtime.checkpoint import Checkpoints, lock
+from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
+from proreflow_jax.runtime.processes import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -40,7 +40,6 @@ def command(folder: Path, name: str) -> dict:
         "text": True,
         "stderr": subprocess.PIPE,
         "stdout": subprocess.DEVNULL,
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit "ignored"
     }
 
 

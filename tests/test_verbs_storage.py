@@ -73,6 +73,7 @@ def last(errors: str) -> str:
     return errors.splitlines()[-1]
 
 
+@pytest.mark.slow  # half a minute: the verb's own process imports all that speaks to the store
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
