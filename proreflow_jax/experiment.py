@@ -56,21 +56,18 @@ class Weights(NamedTuple):
 def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    run = _planned(config, machine)
-    storage.check(run[0])
-    return _opened(config, machine, run, base_model.load(config, machine, partial(places, config, machine)))
+    storage.check(_planned(config, machine)[0])
+    return _opened(config, machine, base_model.load(config, machine, partial(places, config, machine)))
 
 
 def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """The same on devices that need not be here, its base model in shapes: for compiling, not for running."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    return _opened(config, machine, _planned(config, machine), base_model.outline(config, machine))
+    return _opened(config, machine, base_model.outline(config, machine))
 
 
-def _opened(
-    config: ConfigDict, machine: Mesh, planned: tuple[storage.Location, list[Stage]], base: pipeline.Pipeline
-) -> Experiment:
-    run, plan = planned
+def _opened(config: ConfigDict, machine: Mesh, base: pipeline.Pipeline) -> Experiment:
+    run, plan = _planned(config, machine)
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
     flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
@@ -259,8 +256,10 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     before = parent_stage(experiment, stage)
     if before is not None and not (before.folder / DONE).is_file():
         raise FileNotFoundError(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
-    d = experiment.config.data
-    open_source(experiment) if d.kind != "digits" else storage.local_only(d.path, DATA)
+    if experiment.config.data.kind == "digits":
+        storage.local_only(experiment.config.data.path, DATA)
+    else:
+        open_source(experiment)
 
 
 def open_source(experiment: Experiment) -> Source:
