@@ -18,8 +18,10 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignored", and so would ours
+if threading.current_thread() is threading.main_thread():  # a shell's background jobs inherit "ignored", and so would ours
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 LONG = (  # files of more than half a minute, the longest first
     "test_verbs_chain.py",

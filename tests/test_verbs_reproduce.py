@@ -113,7 +113,8 @@ def test_every_method_spends_what_it_is_given_to_the_last_update(small, fields):
         assert cost.forwards - cost.updates * 24 <= 400 / 3
 
 
-@pytest.mark.parametrize("stages", [(2,), pytest.param((4, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [(2,), (4, 2)])
 def test_a_cell_is_the_verbs_algorithm(small, stages):
     """The same pairs, batches, times and updates: its student is that of distill with these examples and steps."""
     fields = method(*stages, pairs__start="noise", pairs__substeps=2, loss__window_start_prob=0.25)
@@ -183,6 +184,7 @@ def test_a_grid_that_was_stopped_goes_on_and_its_table_is_the_same(small, capsys
     assert {path: path.stat().st_mtime_ns for path in kept[1::2]} == before
 
 
+@pytest.mark.slow
 def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
     config = small(methods=TWO[:2], reproduce__effects=(("a stage more", "two", "four"),))
     with files.lock(Path(config.root) / config.name / "cells" / ".locks" / "four-1"):
