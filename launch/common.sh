@@ -128,6 +128,7 @@ launch_process() {
   trap 'SIGNAL=INT && signal_all INT "${RUNNING[@]}"' INT
   trap 'SIGNAL=TERM && signal_all TERM "${RUNNING[@]}"' TERM HUP
   set -m
+  : >"$1" # it is shown at once, before the process may have opened it
   "${@:2}" >"$1" 2>&1 </dev/null &
   RUNNING+=($!)
   set +m

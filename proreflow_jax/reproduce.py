@@ -72,7 +72,8 @@ def reproduce(config: ConfigDict, workers: int) -> None:
         raise RuntimeError("no cell is done: another process makes them; run the same command again when it has ended")
     text = grid_report.write(experiment, [found for _, found in done], len(cells))
     print(text)
-    print(f"in {experiment.run}: table.md, table.json, distance-alpha.png, frechet-alpha.png, samples-N.png")
+    written = sorted(path.name for path in experiment.run.iterdir() if path.suffix in (".md", ".json", ".png"))
+    print(f"in {experiment.run}: {', '.join(written)}")
 
 
 def check(experiment: Experiment, workers: int) -> None:

@@ -189,7 +189,10 @@ def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
     config = small(methods=TWO[:2], reproduce__effects=(("a stage more", "two", "four"),))
     with files.lock(Path(config.root) / config.name / "cells" / ".locks" / "four-1"):
         reproduce.reproduce(config, 1)
-    assert "Unfinished: 5 of 6 cells" in capsys.readouterr().out
+    assert "Unfinished: 5 of 6 cells" in (said := capsys.readouterr().out)
+    named = said.rstrip().rpartition(": ")[2].split(", ")
+    assert {"table.md", "table.json", "samples-2.png"} <= set(named)
+    assert all((Path(config.root) / config.name / name).is_file() for name in named)
     assert ("four", 1) not in numbers(config)
 
 
