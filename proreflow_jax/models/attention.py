@@ -93,7 +93,7 @@ class GEGLU(nnx.Module):
     def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s i"]:
         kernel, bias = layers.weights_of(self.proj, x)
         a, b = (x @ w + c for w, c in zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True))
-        return a * jax.nn.gelu(b, approximate=False)
+        return a * layers.gelu(b)
 
 
 class FeedForward(nnx.Module):

@@ -40,11 +40,19 @@ def _gathered(mesh: jax.sharding.Mesh, promote: Any, arrays: tuple[Array | None,
     return promote((inputs, *(w if w is None else gather(w, mesh) for w in weights)), **dtype)
 
 
-def weights_of(linear: nnx.Linear, x: Float[Array, "..."]) -> tuple[Float[Array, "i o"], Float[Array, " o"] | None]:
+def weights_of(
+    layer: nnx.Linear | nnx.Conv, x: Float[Array, "..."]
+) -> tuple[Float[Array, "*size i o"], Float[Array, " o"] | None]:
     """(kernel, bias) as the layer itself would use them on x: in its dtype, gathered."""
-    bias = None if linear.bias is None else linear.bias[...]
-    _, kernel, bias = linear.promote_dtype((x, linear.kernel[...], bias), dtype=linear.dtype)
+    bias = None if layer.bias is None else layer.bias[...]
+    _, kernel, bias = layer.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)
     return kernel, bias
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x / 2 (1 + erf(x / sqrt 2)), as torch has it; jax.nn.gelu takes erfc, which is twice the work on a TPU."""
+    half = 1 + jax.lax.erf(x.astype(jnp.float32) * math.sqrt(0.5))
+    return (0.5 * x * half).astype(x.dtype)
 
 
 def sinusoid(timesteps: Float[Array, "*b"], width: int, flip: bool, shift: float) -> Float[Array, "*b w"]:
@@ -102,14 +110,34 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling, cropped to `shape` (height, width) where the skip is odd, then a convolution."""
+    """Nearest-neighbour doubling, cropped to `shape` (height, width) where the skip is odd, then a 3x3 convolution.
+
+    Twice the size is computed at the small size: a 3x3 kernel over doubled pixels sees 2x2 different ones, which ones
+    depends on the parity of row and column. Four kernels of summed weights do 4/9 of the work.
+    """
 
     def __init__(self, channels: int, rngs: nnx.Rngs) -> None:
         self.conv = conv(channels, channels, 3, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"], shape: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
         b, h, w, c = x.shape
+        if shape in (None, (2 * h, 2 * w)):
+            return self._doubled(x)
         wide = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        if shape is not None:  # one short of twice at odd sizes: torch's nearest pixels are the doubled ones, cropped
-            wide = wide[:, : shape[0], : shape[1]]
-        return self.conv(wide)
+        return self.conv(wide[:, : shape[0], : shape[1]])  # torch's nearest pixels at odd sizes are the doubled ones, cropped
+
+    def _doubled(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        b, h, w, _ = x.shape
+        kernel, bias = weights_of(self.conv, x)
+        kernels = [_parities(rows, 1) for rows in _parities(kernel.astype(jnp.float32), 0)]
+        one = lambda i, j: jax.lax.conv_general_dilated(
+            x, kernels[i][j].astype(x.dtype), (1, 1), ((1 - i, i), (1 - j, j)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        rows = [jnp.stack([one(i, 0), one(i, 1)], axis=3) for i in range(2)]  # (b, h, w, 2, c) each
+        return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1) + bias
+
+
+def _parities(kernel: Float[Array, "..."], axis: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """A kernel of 3 along `axis` over doubled pixels -> the two of 2 over the pixels: for even places, for odd ones."""
+    before, here, after = jnp.split(kernel, 3, axis)
+    return jnp.concatenate([before, here + after], axis), jnp.concatenate([before + here, after], axis)
