@@ -5,7 +5,7 @@ RUN := JAX_PLATFORMS=cpu $(BIN)/python
 CONFIG ?= configs/digits.py
 FORM ?= quick
 
-.PHONY: demo test test-slow reproduce check-export base lint clean
+.PHONY: demo test test-slow test-aot reproduce check-export base lint clean
 demo: .venv/demo.ok
 	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
 	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
@@ -16,6 +16,10 @@ test: .venv/test.ok
 
 test-slow: .venv/test.ok .venv/plan.ok
 	$(RUN) -m pytest -m slow
+
+# SD 1.5 and SDXL at full size through the TPU compiler; 16 GB, an hour and more on two cores.
+test-aot: .venv/test.ok .venv/plan.ok
+	$(RUN) -m pytest -m aot -s tests/test_full_size_aot.py
 
 # The paper's methods at equal compute; FORM=full takes hours.
 reproduce: .venv/demo.ok

@@ -130,11 +130,10 @@ class Upsample(nnx.Module):
         b, h, w, _ = x.shape
         kernel, bias = weights_of(self.conv, x)
         kernels = [_parities(rows, 1) for rows in _parities(kernel.astype(jnp.float32), 0)]
-        one = lambda i, j: jax.lax.conv_general_dilated(
-            x, kernels[i][j].astype(x.dtype), (1, 1), ((1 - i, i), (1 - j, j)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        convolve = partial(jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        one = lambda i, j: convolve(x, kernels[i][j].astype(x.dtype), padding=((1 - i, i), (1 - j, j))) + bias
         rows = [jnp.stack([one(i, 0), one(i, 1)], axis=3) for i in range(2)]  # (b, h, w, 2, c) each
-        return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1) + bias
+        return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
 
 
 def _parities(kernel: Float[Array, "..."], axis: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

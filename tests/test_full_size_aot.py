@@ -1,0 +1,104 @@
+"""SD 1.5 and SDXL through the real TPU compiler: does it fit, how many cycles, of what. Nothing runs, no weights are needed.
+
+Minutes to tens of minutes each on two cores: `make test-aot`. Skipped where libtpu is not installed.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tpu_program as tpu
+from full_size import BIG_G, CLIP_L, SD_15, SDXL, VAE, VAE_XL
+
+from configs.sd15 import get_config as sd15
+from configs.sdxl import get_config as sdxl
+from proreflow_jax import changes, estimates
+from proreflow_jax.models import network
+from proreflow_jax.models.kernels import Compute
+from proreflow_jax.runtime import aot, chips, hlo
+
+pytest.importorskip("libtpu")
+pytestmark = pytest.mark.aot
+ROWS = 8  # images of a chip
+SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+MODELS = {
+    "sd15": dict(unet=SD_15, vae=VAE, text_encoder=CLIP_L),
+    "sdxl": dict(unet=SDXL, vae=VAE_XL, text_encoder=CLIP_L, text_encoder_2=BIG_G),
+}
+ONLINE = {  # a step that makes its own pairs from images: K = 4 teacher forwards an image
+    "pairs.mode": "online",
+    "pairs.start": "data",
+    "data.kind": "folder",
+    "train.accumulation": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_tpu_is_looked_for():
+    aot.prepare()
+
+
+def outline(folder: Path, name: str) -> str:
+    """The config.json files of a model, and nothing else."""
+    kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    index = {"_class_name": "StableDiffusionXLPipeline" if name == "sdxl" else "StableDiffusionPipeline"}
+    for part, config in MODELS[name].items():
+        kind = kinds.get(part) or config["architectures"][0]
+        index[part] = ["diffusers" if part in kinds else "transformers", kind]
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config | {"_class_name": kind}))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+def step(config, model: str, slice: str, **fields: object) -> dict:
+    """What `plan` says of the first stage's train step."""
+    config = changes.changed(config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}})
+    place = estimates.target(slice, "~/.cache/proreflow_jax/plan")
+    found = estimates.estimate(config, place, estimates.opener(config, place), 8, "train")
+    print(json.dumps(found, indent=1))  # noqa: T201
+    return found
+
+
+def of_ideal(found: dict, weights: int, chip_count: int) -> float:
+    """A chip's state over its share of it: float32 weights, average and two moments."""
+    return found["memory"]["state"] / (16 * weights / chip_count)
+
+
+def test_sd15_forward_on_v5e():
+    """bfloat16, 8 images a chip, 64 x 64 latents; splash kernels at their padded floor. maxdiffusion, counted so: 9.8 ms."""
+    mesh, chip = tpu.slice_mesh("v5e:2x2"), chips.CHIPS["v5e"]
+    net, rows = network.make_unet(SD_15, Compute("auto", "none", "tpu", mesh)), (("data", "fsdp"),)
+    params = {name: tpu.abstract(value.shape, mesh) for name, value in net.shapes.items()}
+    x, states = tpu.abstract((4 * ROWS, 64, 64, 4), mesh, *rows), tpu.abstract((4 * ROWS, 77, 768), mesh, *rows)
+    times = tpu.abstract((4 * ROWS,), mesh, *rows, dtype=jnp.float32)
+    text = jax.jit(net.apply).lower(params, x, times, states).compile().as_text()
+    assert tpu.activation_pads(text, 4096) == tpu.activation_pads(text, 1024) == []
+    cost = hlo.cost(text, chip)
+    slow, fast = (1e3 * value / ROWS for value in cost.seconds(chip))
+    total = sum(cost.cycles.values())
+    for kind, cycles in sorted(cost.cycles.items(), key=lambda item: -item[1]):
+        print(f"{kind:16} {cycles / 1e6:6.2f} million cycles, {100 * cycles / total:4.1f} %")  # noqa: T201
+    print(f"{slow:.2f} ms an image, {fast:.2f} if streaming is {hlo.PESSIMISM} times faster than estimated")  # noqa: T201
+    assert cost.unknown == {} and cost.unread_loops == 0
+    assert cost.kernels == {"splash_mha_fwd_no_residuals": 10.0}
+    assert slow <= 7.8
+
+
+def test_sd15_online_step_on_v5e(tmp_path):
+    found = step(sd15(), outline(tmp_path / "sd15", "sd15"), "v5e:4x4", train__batch=16 * ROWS)
+    assert found["fits"] and found["at_once"] == ROWS
+    assert 1 <= of_ideal(found, 859_520_964, 16) < 1.1
+    assert found["utilisation"] >= 0.4 and found["not_estimated"] == {}
+
+
+@pytest.mark.parametrize(("slice", "batch"), [("v5p:2x2x2", 32), ("v6e:4x4", 32)])
+def test_sdxl_online_step_fits(tmp_path, slice, batch):
+    found = step(sdxl(), outline(tmp_path / "sdxl", "sdxl"), slice, train__batch=batch)
+    assert found["fits"]
+    assert 1 <= of_ideal(found, 2_567_463_684, chips.chip_count(slice)) < 1.1
