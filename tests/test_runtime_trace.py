@@ -1,5 +1,8 @@
 """A trace of chosen steps is there and names them and no others; compiled programs are found by the next start."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from verb import ROOT, tiny_flags
 
 from proreflow_jax.runtime import objects, programs
 from proreflow_jax.runtime.trace import STEP, Trace, check_steps
@@ -93,6 +97,19 @@ def test_a_program_is_found_by_the_next_start(tmp_path, watched):
     kept = sorted(folder.glob("*-cache"))
     assert compiled(str(folder)) == 10 and watched.count(HIT) == len(kept) > 0
     assert sorted(folder.glob("*-cache")) == kept
+
+
+@pytest.mark.slow
+def test_the_next_process_compiles_nothing_anew(tmp_path, model):
+    programs_of = lambda: sorted((tmp_path / "programs").glob("*-cache"))
+    flags = tiny_flags(tmp_path, model, compilation_cache=tmp_path / "programs")
+    command = [sys.executable, "-m", "proreflow_jax.sample", *flags, "--stage=0", f"--out={tmp_path / 'a.png'}"]
+    settings = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for _ in range(2):
+        kept = programs_of()
+        ended = subprocess.run(command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert ended.returncode == 0, ended.stderr
+    assert programs_of() == kept and len(kept) > 3
 
 
 @pytest.mark.slow  # ten seconds, most of them imports of what speaks to the store
