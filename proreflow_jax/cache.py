@@ -4,7 +4,7 @@ Name the folder by --out, and take it by --config.data.kind=cached --config.data
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ def cache(config: ConfigDict, out: str) -> None:
         missing = begin(folder, plan, OUT)
         if missing:
             log.info("%d of %d shards are to be made", len(missing), records.shard_count(plan))
-            write(folder, plan, missing, partial(_rows, experiment, source, jit_encode(experiment)), unit="image")
+            write(folder, plan, missing, partial(_rows, experiment, source, make_encode(experiment)), unit="image")
         else:
             first(lambda: publish(folder, plan))
     log.info("%d examples: --config.data.kind=%s --config.data.path=%s", len(source), sources.CACHED, folder)
@@ -84,12 +84,12 @@ def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
     return shards | kept | data | sources.identity(here(c.data))
 
 
-def jit_encode(experiment: Experiment) -> Any:
-    """(autoencoder, text encoders, batch) -> what is kept of it, jitted with the shardings of the mesh.
+def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """batch -> what is kept of it: one compiled function, its weights on every device.
 
     batch: image (b, h, w, 3) uint8, ids (b, s), caption (b, n) uint8, which passes by.
     """
-    networks, c = experiment.networks, experiment.config.cache
+    networks, base, c = experiment.networks, experiment.base, experiment.config.cache
 
     def encode(vae: Params, text: dict[str, Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         found = dict(zip(cached.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
@@ -100,14 +100,16 @@ def jit_encode(experiment: Experiment) -> Any:
         return kept | {"caption": batch["caption"]}
 
     whole, batches = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
-    return jax.jit(encode, in_shardings=(None, None, batches), out_shardings=whole)
+    jitted = jax.jit(encode, in_shardings=(None, None, batches), out_shardings=whole)
+    put = partial(jax.device_put, device=whole)
+    return partial(jitted, put(base.params["vae"]), put(base.text) if c.text else {})
 
 
-def _rows(experiment: Experiment, source: loader.Source, jitted: Any, numbers: range) -> Iterator[dict[str, np.ndarray]]:
+def _rows(
+    experiment: Experiment, source: loader.Source, encode: Callable[..., dict[str, jax.Array]], numbers: range
+) -> Iterator[dict[str, np.ndarray]]:
     """The records of some examples of the source, in order. Raises FloatingPointError for one that its dtype does not hold."""
     c, base = experiment.config, experiment.base
-    put = partial(jax.device_put, device=mesh.replicated(experiment.mesh))
-    compute = partial(jitted, put(base.params["vae"]), put(base.text) if c.cache.text else {})
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
         items = loader.read(source, [int(row) % len(source) for row in rows])
@@ -116,7 +118,7 @@ def _rows(experiment: Experiment, source: loader.Source, jitted: Any, numbers: r
         return {"image": images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}
 
     index = iter(numbers)
-    for made, count in batched(experiment.mesh, c.cache.batch, read, compute, numbers):
+    for made, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers):
         for i in range(count):
             row = {name: values[i] for name, values in made.items()}
             number = next(index)

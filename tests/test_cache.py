@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Place:
 
 
 def in_cache(folder: Path) -> dict[str, object]:
-    return {"data__kind": "cached", "data__path": folder}
+    return {"data__kind": "cached", "data__path": str(folder)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
