@@ -38,6 +38,7 @@ def stable_diffusion(name: str) -> ConfigDict:
     c.name = name  # run folder below `root`
     c.root = "runs"  # where run folders lie: a disk that outlives the machine
     c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number >= 0
+    c.compilation_cache = ""  # folder or gs:// where compiled programs are kept for the next start; "": as the environment says
     _inputs(c)
     _method(c)
     _run(c)
@@ -60,7 +61,7 @@ def _inputs(c: ConfigDict) -> None:
     c.conditioning.target_size = (0, 0)  # pixels of the image that is drawn; 0: the model's own resolution
 
     c.data = ConfigDict()
-    c.data.kind = "prompts"  # "prompts" (a text file); with images "tfds", "webdataset", "parquet", "folder", see docs/data.md
+    c.data.kind = "prompts"  # "prompts" (a file); images: "tfds", "webdataset", "parquet", "folder", "cached": docs/data.md
     c.data.path = "prompts.txt"  # the text file with one prompt a line; the dataset's folder, or a pattern of its shards
     c.data.split = "train"  # of "tfds"
     c.data.image_key = "image"  # of "tfds" and "parquet": feature or column with the image
@@ -68,6 +69,12 @@ def _inputs(c: ConfigDict) -> None:
     c.data.max_bad = 0.01  # share of examples that may be bad (no good image or caption): the next is read instead; 0: none
     c.data.threads = 16  # that read and decode images, of each process
     c.data.cache = "runs/index"  # folder for the indexes of "webdataset", local or mounted
+
+    c.cache = ConfigDict()  # of the verb cache: images as latents, computed once for every later run with data.kind="cached"
+    c.cache.text = False  # the text encoders' states too; they are large, and serve pairs and online training only
+    c.cache.storage = "float16"  # dtype in the records: "float32", "float16", "bfloat16"
+    c.cache.shard_size = 4096  # records a shard; a kill costs at most one shard
+    c.cache.batch = 64  # images encoded at once; a multiple of the devices
 
 
 def _method(c: ConfigDict) -> None:
@@ -112,6 +119,9 @@ def _run(c: ConfigDict) -> None:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps between checkpoints
     c.checkpoint.keep = 2  # newest checkpoints kept, of each stage
+
+    c.profile = ConfigDict()
+    c.profile.steps = ()  # (first, last) training step of each stage that is traced into <stage>/profile; (): none
 
     c.mesh = ConfigDict()
     c.mesh.data = 1  # devices over which only the batch is split

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.name = "digits"  # run folder below `root`
     c.root = "runs"  # where run folders lie
     c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number >= 0
+    c.compilation_cache = ""  # folder or gs:// where compiled programs are kept for the next start; "": as the environment says
     c.stages = (8, 4, 2)  # windows of each stage, each divides 1000 and the one before [paper: ProReflow-II]
 
     c.model = ConfigDict()
@@ -39,7 +40,7 @@ def get_config() -> ConfigDict:
     c.conditioning.target_size = (0, 0)  # pixels of the image that is drawn; 0: the model's own resolution
 
     c.data = ConfigDict()
-    c.data.kind = "digits"  # "digits" (made on first use), "prompts" (a text file), "tfds", "webdataset", "parquet", "folder"
+    c.data.kind = "digits"  # "digits" (made at once), "prompts" (a file), "tfds", "webdataset", "parquet", "folder", "cached"
     c.data.path = "runs/data/digits"  # dataset folder, or the text file with one prompt a line
     c.data.split = "train"  # tfds split
     c.data.image_key = "image"  # tfds feature with the image
@@ -48,6 +49,12 @@ def get_config() -> ConfigDict:
     c.data.max_bad = 0.0  # share of examples that may be bad (no good image or caption): the next is read instead; 0: none
     c.data.threads = 2  # that read and decode images, of each process
     c.data.cache = "runs/index"  # folder for the indexes of "webdataset", local or mounted
+
+    c.cache = ConfigDict()  # of the verb cache: images as latents, computed once for every later run with data.kind="cached"
+    c.cache.text = False  # the text encoders' states too; they are large, and serve pairs and online training only
+    c.cache.storage = "float32"  # dtype in the records: "float32", "float16", "bfloat16"
+    c.cache.shard_size = 512  # records a shard; a kill costs at most one shard
+    c.cache.batch = 128  # images encoded at once; a multiple of the devices
 
     c.student = ConfigDict()
     c.student.prediction = "ddim_eps"  # reading of the network: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
@@ -93,6 +100,9 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps between checkpoints
     c.checkpoint.keep = 2  # newest checkpoints kept
+
+    c.profile = ConfigDict()
+    c.profile.steps = ()  # (first, last) training step of each stage that is traced into <stage>/profile; (): none
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices over which only the batch is split; -1: all that are left

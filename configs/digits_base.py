@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     c.name = "digits_base"  # run folder below `root`
     c.root = "runs"  # where run folders lie
     c.seed = 0  # of weights, shuffling and noise
+    c.compilation_cache = ""  # folder or gs:// where compiled programs are kept for the next start; "": as the environment says
 
     c.data = ConfigDict()
     c.data.path = "runs/data/digits"  # prepared tfds dataset; written here on first use

@@ -12,7 +12,7 @@ from proreflow_jax.flow import solvers
 from proreflow_jax.flow.prediction import JUMPS, check_reading
 from proreflow_jax.models.kernels import FORMS, POLICIES
 from proreflow_jax.reflow.pairs import STARTS
-from proreflow_jax.runtime import mesh, optimizer
+from proreflow_jax.runtime import mesh, optimizer, trace
 
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")
@@ -28,6 +28,7 @@ CHOICES = {
     "pairs.teacher": TEACHERS,
     "pairs.solver": tuple(solvers.SOLVERS),
     "pairs.storage": STORAGE,
+    "cache.storage": STORAGE,
     "data.kind": sources.KINDS,
 }
 RANGES = {  # field: (lowest, highest); both ends are allowed
@@ -42,6 +43,8 @@ RANGES = {  # field: (lowest, highest); both ends are allowed
     "student.lora.alpha": (0.0, 1e6),
     "train.steps": (1, 2**31 - 1),
     "train.log_every": (1, 2**31 - 1),
+    "cache.shard_size": (1, 2**31 - 1),
+    "cache.batch": (1, 2**31 - 1),
     "checkpoint.every": (1, 2**31 - 1),
     "checkpoint.keep": (1, 2**31 - 1),
 }
@@ -59,6 +62,7 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
     if not 0 <= config.train.ema < 1:
         raise ValueError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_reading(config.student.prediction, config.student.path)
+    trace.check_steps(config.profile.steps)
     _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
     _check_table("optimizer.decay_rules", config.optimizer.decay_rules, (True, False))
     optimizer.make({**config.optimizer, "steps": config.train.steps})

@@ -10,6 +10,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from proreflow_jax.runtime import programs
 from proreflow_jax.runtime.mesh import initialize_distributed
 from proreflow_jax.runtime.objects import is_trouble
 from proreflow_jax.runtime.processes import check_alone, leads
@@ -41,6 +42,7 @@ def start(
     try:
         experiment = _read(values, name, about, config, options)
         _prepare(name, pod)
+        programs.keep(experiment.get("compilation_cache", ""))
         verb(experiment, **{option: getattr(values, option) for option in options})
     except KeyboardInterrupt:
         _leave(INTERRUPTED, f"{name}: interrupted; run the same command again to go on")

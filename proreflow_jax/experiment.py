@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from proreflow_jax import base_model
+from proreflow_jax import base_model, inputs
 from proreflow_jax.checks import RULES, check_choice, check_config, check_student
 from proreflow_jax.data import sources
 from proreflow_jax.data.loader import Source
@@ -23,9 +23,7 @@ from proreflow_jax.reflow.step import LossRecipe, check_loss
 from proreflow_jax.reflow.teacher import DIFFUSION, Flow
 from proreflow_jax.runtime import files, mesh, optimizer, storage
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
-from proreflow_jax.runtime.processes import first
 
-DATA = "--config.data.path"
 FREE = (  # fields that a resumed stage may change
     "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *sources.UNCOUNTED,
 )  # fmt: skip
@@ -257,27 +255,14 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     if before is not None and not (before.folder / DONE).is_file():
         raise FileNotFoundError(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
     if experiment.config.data.kind == "digits":
-        storage.local_only(experiment.config.data.path, DATA)
+        storage.local_only(experiment.config.data.path, inputs.DATA)
     else:
         open_source(experiment)
 
 
 def open_source(experiment: Experiment) -> Source:
-    """The captions (and images) of the config, as random access to {"caption", "image"}."""
-    data = _here(experiment.config.data)
-    if data.kind == "digits":  # it writes them
-        first(partial(sources.open_source, data))
-    return sources.open_source(data)
-
-
-def _here(data: ConfigDict) -> ConfigDict:
-    """The block `data` with a path of this machine: what lies on an object store as one file or folder is copied."""
-    if "://" not in data.path or data.kind in sources.SHARDED:  # which no copy is made of, and `sources` says so
-        return data
-    location = storage.path(data.path, DATA)
-    local = data.copy_and_resolve_references().unlock()
-    local.path = str(storage.local_only(data.path, DATA) if data.kind == "digits" else storage.local_copy(location, DATA))
-    return local
+    """The captions, and images or their latents, of the config; see `inputs.open_source`."""
+    return inputs.open_source(experiment.config, experiment.base)
 
 
 def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
@@ -289,7 +274,7 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
-    plan |= sources.identity(_here(config.data))
+    plan |= sources.identity(inputs.here(config.data))
     return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
 
 

@@ -31,6 +31,7 @@ from proreflow_jax.experiment import (
     teacher_flow,
 )
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.inputs import encodes
 from proreflow_jax.make_pairs import read_rows
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs, state, step
@@ -184,7 +185,7 @@ def stage_pairs(
     """Records 0 to count - 1 of a stage, stacked."""
     config, recipe = experiment.config, pair_recipe(experiment, stage)
     source = open_source(experiment)
-    frozen = frozen_arrays(experiment, teacher, stage, with_vae=recipe.start == "data")
+    frozen = frozen_arrays(experiment, teacher, stage, with_vae=encodes(config))
     parts = []
     for begin in range(0, count, config.pairs.batch):
         rows = read_rows(experiment, source, np.arange(begin, begin + config.pairs.batch))

@@ -13,8 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from proreflow_jax import make_pairs, scores, train
+from proreflow_jax.data import cached, sources
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.experiment import Experiment, places, run_key, state_target, student_flow, teacher_flow
+from proreflow_jax.inputs import encodes
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.runtime import aot, flops, mesh
@@ -54,7 +56,7 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config = experiment.config
     b, flow = config.pairs.batch, teacher_flow(experiment, stage)
     jitted = make_pairs.jit_pairs(experiment, stage, flow)
-    arguments = frozen_shapes(experiment, stage, True, config.pairs.start == "data"), prompt_shapes(experiment, b)
+    arguments = frozen_shapes(experiment, stage, True, encodes(config)), prompt_shapes(experiment, b)
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
     useful = partial(_counted, make_pairs.jit_pairs(plain, stage, flow), arguments)
@@ -65,7 +67,7 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """train: one update."""
     config, online = experiment.config, experiment.config.pairs.mode == "online"
     b = config.train.batch
-    frozen = frozen_shapes(experiment, stage, online, online and config.pairs.start == "data")
+    frozen = frozen_shapes(experiment, stage, online, online and encodes(config))
     batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
     key = _key(experiment, partial(run_key, config, 0, 0))
     arguments = state_target(experiment), frozen, batch, key
@@ -123,12 +125,18 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
 
 
 def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of numbered prompts (and images), as `make_pairs.read_rows` makes it."""
+    """A batch of numbered prompts (and images, or a cache by the block `cache`), as `make_pairs.read_rows` makes it."""
+    config, base = experiment.config, experiment.base
     split = partial(_shape, mesh.batch_sharding(experiment.mesh))
     rows = {"index": split((b,), np.int32), "ids": split((b, experiment.base.tokenizer.length), np.int32)}
-    if experiment.config.pairs.start == "data":
-        side = experiment.base.resolution
-        rows["image"] = split((b, side, side, 3), np.uint8)
+    if encodes(config):
+        rows["image"] = split((b, base.resolution, base.resolution, 3), np.uint8)
+    elif config.pairs.start == "data":
+        rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in cached.LATENTS}
+    if config.data.kind == sources.CACHED and config.cache.text:
+        told = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
+        kept = {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
+        rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in kept.items()}
     return rows
 
 

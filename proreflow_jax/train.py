@@ -40,6 +40,7 @@ from proreflow_jax.experiment import (
     teacher_flow,
     whole_weights,
 )
+from proreflow_jax.inputs import encodes
 from proreflow_jax.make_pairs import PLANNED, read_rows
 from proreflow_jax.reflow import loop, pairs
 from proreflow_jax.reflow.stages import DONE, Stage, check_identity, find_stage
@@ -50,6 +51,7 @@ from proreflow_jax.runtime import files, mesh, storage
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import first, first_says, leads, lock
+from proreflow_jax.runtime.trace import Trace
 
 log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
@@ -136,10 +138,14 @@ def _advance(
             "guidance": guidance_contract(config),
         }
 
-    with Metrics(stage.folder, start, config.train.steps) as metrics, _batches(experiment, source, start) as batches:
+    with (
+        Metrics(stage.folder, start, config.train.steps) as metrics,
+        _batches(experiment, source, start) as batches,
+        Trace(stage.folder / "profile", config.profile.steps) as trace,
+    ):
         return loop.run(
             step, state, batches, total=config.train.steps, metrics=metrics, checkpoints=checkpoints,
-            log_every=config.train.log_every, meta=meta,
+            log_every=config.train.log_every, meta=meta, trace=trace,
         )  # fmt: skip
 
 
@@ -150,7 +156,7 @@ def make_step(experiment: Experiment, stage: Stage) -> Any:
     if online:
         by_base = teacher_flow(experiment, stage).windows == 0
         teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage)).params
-    frozen = frozen_arrays(experiment, teacher, stage, with_vae=online and config.pairs.start == "data")
+    frozen = frozen_arrays(experiment, teacher, stage, with_vae=online and encodes(config))
     key = run_key(config, TRAIN_KEY, stage.windows)
     return lambda state, batch: jitted(state, frozen, batch, key)
 

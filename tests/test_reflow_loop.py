@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,32 @@ def test_lines_come_every_so_often_and_at_the_end():
     recorder = Recorder()
     run(recorder, log_every=3)
     assert [row[0] for row in recorder.of("metrics")] == [3, 6, 7]
+
+
+class Late:
+    """A number that the device is slow to give."""
+
+    def __array__(self, *_: object) -> np.ndarray:
+        time.sleep(0.03)
+        return np.float32(1)
+
+
+def test_every_line_says_how_long_the_host_waited_for_what():
+    class Lines(Recorder):
+        def write(self, step, values):
+            self.events.append(("waits", values[loop.WHOLE], values[loop.INPUT], values[loop.DEVICE]))
+
+    def batches():
+        for i in range(8):
+            time.sleep(0.02 if i < 4 else 0)
+            yield i, i
+
+    recorder = Lines(every=4)
+    options = {"metrics": recorder, "checkpoints": recorder, "log_every": 4, "meta": lambda done: {}}
+    loop.run(lambda state, batch: (state, {"loss": Late()}), 0, batches(), total=8, **options)
+    first, second = recorder.of("waits")
+    assert first[1] >= 0.02 and first[2] >= 0.03 and sum(first[1:]) <= first[0]
+    assert second[1] < 0.02 and second[2] >= 0.03  # each line has its own steps alone
 
 
 def test_a_step_is_sent_before_the_numbers_of_the_one_before_are_read():

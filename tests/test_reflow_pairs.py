@@ -125,6 +125,25 @@ def test_encode_scales_the_latents_and_draws_them_from_the_posterior():
     np.testing.assert_allclose(latents.std(0) / TOYS.scaling, std[0], rtol=0.25)
 
 
+def test_latents_and_texts_may_come_with_the_batch():
+    """Rows with the posterior and the states, as a cache has them, give the pairs of images and prompts."""
+    rows = tiny.rows(16)
+    mean, std = quick_jit(partial(pairs.posterior, TOYS))(FROZEN.vae, rows["image"])
+    kept = {"index": rows["index"], "ids": rows["ids"], "mean": mean, "std": std, "text": spoken(rows["ids"]).states}
+    options = {"start": "data", "dropout": 0.5, "guidance": 2.0}
+    wanted, found = make(batch=rows, **options), make(batch=kept, frozen=FROZEN._replace(vae={}), **options)
+    assert wanted.keys() == set(pairs.RECORD)
+    for name in pairs.RECORD:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, atol=1e-6)
+    dropped = (found["ids"] == np.asarray(FROZEN.empty)).all(axis=1)
+    assert 2 < dropped.sum() < 14
+    given = np.where(dropped[:, None, None], spoken(FROZEN.empty[None]).states, kept["text"])
+    np.testing.assert_array_equal(found["text"], given)  # for who trains on these pairs at once
+    other = make(batch=kept | {"text": kept["text"] + 1}, frozen=FROZEN._replace(vae={}), **options)
+    changed = np.abs(other["states"][:, 1] - found["states"][:, 1]).max(axis=(1, 2, 3)) > 1e-4
+    np.testing.assert_array_equal(changed, ~dropped)
+
+
 def test_dropout_gives_teacher_and_student_the_same_empty_prompt():
     batch = tiny.rows(16)
     dropped = make(batch=batch, dropout=0.5)

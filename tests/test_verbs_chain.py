@@ -10,6 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 from safetensors.numpy import load_file
+from test_runtime_trace import traced_steps
 from verb import CONFIG, run, tiny_flags
 
 from proreflow_jax import replay
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 def chain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run; its run folder is folder/runs/tiny. Tests only read it."""
     folder = tmp_path_factory.mktemp("chain")
-    ended = run("distill", *tiny_flags(folder, model))
+    ended = run("distill", *tiny_flags(folder, model, profile__steps="(3, 4)"))
     assert ended.code == 0, ended.err
     return folder
 
@@ -61,6 +62,8 @@ def test_every_stage_names_the_weights_it_started_from(chain):
     assert read_json(run_folder / "config.json")["stages"] == [4, 2]
     lines = [json.loads(line) for line in (run_folder / "stage-2" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6] and all(np.isfinite(line["loss"]) for line in lines)
+    assert all(line["seconds"] >= line["wait_input"] + line["wait_device"] > 0 for line in lines)
+    assert [traced_steps(run_folder / f"stage-{n}" / "profile") for n in (4, 2)] == [[[3, 4]], [[3, 4]]]
 
 
 def test_the_same_command_again_does_nothing(chain, model, copied):

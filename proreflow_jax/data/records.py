@@ -1,4 +1,4 @@
-"""Pair records: what the teacher produced, kept in ArrayRecord shards that a student can trust.
+"""Pair records: what the teacher produced, kept in ArrayRecord shards that a student can trust; a cache (`cached`) likewise.
 
 A folder of pairs is written by any number of processes that come and go, and is read only when it is whole:
 
@@ -30,6 +30,7 @@ from . import files
 from .shards import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
 
 __all__ = [
+    "PLAN",
     "PairRecords",
     "clean",
     "fix_plan",
@@ -54,7 +55,8 @@ DTYPES = {  # safetensors' names; its own reader for numpy (0.8) has no bfloat16
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-REDO = "delete it and run make_pairs again with the same config"
+AGAIN = "run make_pairs (or cache, if that made it) again with the same config"
+REDO = f"delete it and {AGAIN}"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def _write_records(draft: Path, path: Any, examples: Iterable[Mapping[str, Any]]
         raise ValueError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
     files.sync(draft)
     if (held := files.count_records(draft)) != count:
-        raise OSError(f"{path} holds {held} of {count} examples just written: look at the disk, run make_pairs again")
+        raise OSError(f"{path} holds {held} of {count} examples just written: look at the disk, {AGAIN}")
 
 
 @contextmanager
@@ -187,7 +189,7 @@ class PairRecords:
     def __init__(self, folder: str | os.PathLike, verify: bool = True) -> None:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
-            raise FileNotFoundError(f"{self.folder / MANIFEST} is missing, pairs unfinished: run make_pairs to the end")
+            raise FileNotFoundError(f"{self.folder / MANIFEST} is missing, the records are unfinished: {AGAIN}")
         self.plan = read_plan(self.folder)
         rows = _manifest_rows(self.folder, self.plan)
         _refuse_foreign(self.folder, {row["name"] for row in rows})
@@ -223,7 +225,7 @@ def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
     path = folder / MANIFEST
     manifest = files.read_json(path)
     if manifest.get("plan") != files.digest(plan):
-        raise ValueError(f"{path} belongs to another plan than {folder / PLAN}: restore it or make the pairs anew")
+        raise ValueError(f"{path} belongs to another plan than {folder / PLAN}: restore it, or {REDO}")
     rows = manifest.get("shards")
     if not isinstance(rows, list) or len(rows) != shard_count(plan):
         raise ValueError(f"{path} does not list the plan's {shard_count(plan)} shards: {REDO}")
@@ -238,13 +240,13 @@ def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
 def _refuse_foreign(folder: Path, names: set[str]) -> None:
     for path in sorted(folder.glob("*.array_record")):
         if path.name not in names:
-            raise ValueError(f"{path} does not belong to these pairs ({MANIFEST} does not name it): take it out")
+            raise ValueError(f"{path} does not belong to these records ({MANIFEST} does not name it): take it out")
 
 
 def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> None:
     """Compares one shard with its row: size, number of records and, if `hashes` {sha256: name} is given, bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run make_pairs again with the same config")
+        raise FileNotFoundError(f"{path} is missing: {AGAIN}")
     if path.stat().st_size != row["bytes"]:
         raise ValueError(f"{path} is {path.stat().st_size} bytes long and was written with {row['bytes']}: {REDO}")
     if hashes and (found := files.sha256(path)) != row["sha256"]:

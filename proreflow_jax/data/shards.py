@@ -1,4 +1,4 @@
-"""The plan of a folder of pairs: which example lies in which shard, fixed once and for all readers and writers.
+"""The plan of a folder of records: which example lies in which shard, fixed once and for all readers and writers.
 
 Shard s holds the examples [s S, (s + 1) S), whoever makes it and however many processes there are; so a shard's bytes
 depend on the plan alone, and a folder that was begun under one plan refuses another.
@@ -13,11 +13,11 @@ from . import files
 PLAN = "plan.json"
 
 
-def fix_plan(folder: Any, plan: Mapping[str, Any]) -> None:
+def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") -> None:
     """Writes `plan` to folder/plan.json at the first start; later starts must bring the same plan.
 
-    Of the plan's fields this file reads `examples` and `shard_size`; the others (seed, model digest, solver, ...) are
-    opaque.
+    Of the plan's fields this file reads `examples`, `shard_size` and, where they are no pairs, `records` (what they are
+    called); the others (seed, model digest, solver, ...) are opaque. `flag` names another folder.
 
     Raises:
         ValueError: the folder holds another plan (the first differing field is named), or the plan is no plain JSON.
@@ -33,12 +33,12 @@ def fix_plan(folder: Any, plan: Mapping[str, Any]) -> None:
             old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (held, plan))
             raise ValueError(
                 f"{folder / PLAN} was fixed with {name} = {old} and this run says {new}: "
-                "take another folder by --config.name, or give the config its old value back"
+                f"take another folder by {flag}, or give the config its old value back"
             )
 
 
 def read_plan(folder: Any) -> dict[str, Any]:
-    """Returns the plan of a folder of pairs; FileNotFoundError if there is none, ValueError if it is broken."""
+    """Returns the plan of a folder of records; FileNotFoundError if there is none, ValueError if it is broken."""
     plan = files.read_json(files.located(folder) / PLAN)
     shard_count(plan)
     return plan
@@ -65,4 +65,4 @@ def shard_range(plan: Mapping[str, Any], shard: int) -> range:
 
 def shard_name(plan: Mapping[str, Any], shard: int) -> str:
     """Returns a shard's file name, pairs-00003-of-00016.array_record."""
-    return f"pairs-{shard:05d}-of-{shard_count(plan):05d}.array_record"
+    return f"{plan.get('records', 'pairs')}-{shard:05d}-of-{shard_count(plan):05d}.array_record"

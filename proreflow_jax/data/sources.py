@@ -1,7 +1,7 @@
 """The block `data` of a config -> a source of images and captions, or of captions alone, that is read by threads.
 
-Every kind is random access to the same thing, {"caption", "image"}: so the order of examples, resuming, and any number of
-processes are the loader's alone and the same for all kinds.
+Every kind is random access to the same thing, {"caption", "image"}, or what was computed of it: so the order of examples,
+resuming, and any number of processes are the loader's alone and the same for all kinds.
 """
 
 import hashlib
@@ -9,14 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import captions, digits, files
+from . import cached, captions, digits, files
 from .folder import METADATA, open_folder
 from .images import Pictures
 from .parquet import open_parquet
 from .usable import Threaded, Usable, probe
 from .webdataset import find_shards, open_webdataset
 
-KINDS = ("digits", "tfds", "webdataset", "parquet", "folder", "prompts")
+KINDS = ("digits", "tfds", "webdataset", "parquet", "folder", "prompts", "cached")
+CACHED = "cached"  # latents in place of images
 WITHOUT_IMAGES = ("prompts",)
 SHARDED = ("webdataset", "parquet", "folder")  # many files, read where they lie
 UNCOUNTED = ("data.max_bad", "data.threads", "data.cache")  # fields that change no example: a resumed run may change them
@@ -25,6 +26,8 @@ UNCOUNTED = ("data.max_bad", "data.threads", "data.cache")  # fields that change
 def open_source(data: Any) -> Threaded:
     """Opens what the block names: `len`, `[i] -> {"caption": str, "image": uint8 (res, res, 3)}`, `read_many(indices)`.
 
+    Of the kind "cached" the items have no image; see `cached.Cached`.
+
     Args:
         data: has the fields kind, path, split, image_key, caption_key, resolution, max_bad, threads, cache; see configs.
 
@@ -32,6 +35,8 @@ def open_source(data: Any) -> Threaded:
     """
     if data.kind == "prompts":
         return Threaded(captions.Prompts(data.path), data.threads)
+    if data.kind == CACHED:
+        return Threaded(cached.Cached(data.path), data.threads)
     pictures = _pictures(data)
     probe(pictures)
     return Threaded(Usable(pictures, data.max_bad), data.threads)
@@ -56,11 +61,13 @@ def _pictures(data: Any) -> Any:
 def identity(data: Any) -> dict[str, str]:
     """What tells a dataset from another under the same name: {} for tfds and digits, else one hash, by its kind.
 
-    Of a prompts file its bytes; of shards their names and sizes; of a folder its metadata, or the names in it. A stage that is
-    under way refuses another: the numbers of its examples would mean others.
+    Of a prompts file its bytes; of a cache its manifest; of shards their names and sizes; of a folder its metadata, or the
+    names in it. A stage that is under way refuses another: the numbers of its examples would mean others.
     """
     if data.kind == "prompts":
         return {"prompts": files.sha256(Path(data.path))}
+    if data.kind == CACHED:
+        return cached.identity(data.path)
     if data.kind in ("webdataset", "parquet"):
         shards = find_shards(data.path, ".tar" if data.kind == "webdataset" else ".parquet")
         return {"shards": _hash([[shard.name, shard.stat().st_size] for shard in shards])}

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,11 @@ from jaxtyping import PyTree
 
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics, check_finite
+from proreflow_jax.runtime.trace import OFF, Trace
 
 log = logging.getLogger(__name__)
 COUNT = "count"
+WHOLE, INPUT, DEVICE = "seconds", "wait_input", "wait_device"  # of a step, on this host; no two runs agree in them
 
 
 def host_metrics(numbers: PyTree) -> dict[str, float]:
@@ -33,6 +36,42 @@ def host_metrics(numbers: PyTree) -> dict[str, float]:
     return flat
 
 
+class Waits:
+    """How long this host stood still, in seconds a step since it was last asked; what else a step takes is its own work.
+
+    Waiting for the input includes the way of a batch onto the devices.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._began = 0, time.monotonic()
+        self._sums = {INPUT: 0.0, DEVICE: 0.0}
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Around a wait for INPUT or DEVICE."""
+        began = time.monotonic()
+        yield
+        self._sums[what] += time.monotonic() - began
+
+    def over(self, batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """The batches themselves; the time that each is waited for counts."""
+        batches = iter(batches)
+        while True:
+            with self.on(INPUT):
+                found = next(batches, None)
+            if found is None:
+                return
+            self._steps += 1
+            yield found
+
+    def means(self) -> dict[str, float]:
+        """{WHOLE, INPUT, DEVICE: seconds a step}, and begins anew."""
+        now, steps = time.monotonic(), max(self._steps, 1)
+        found = {name: value / steps for name, value in {WHOLE: now - self._began, **self._sums}.items()}
+        self._steps, self._began, self._sums = 0, now, dict.fromkeys(self._sums, 0.0)
+        return found
+
+
 def run(
     step: Callable[[Any, Any], tuple[Any, PyTree]],
     state: Any,
@@ -43,6 +82,7 @@ def run(
     checkpoints: Checkpoints,
     log_every: int,
     meta: Callable[[int], dict[str, Any]],
+    trace: Trace = OFF,
 ) -> Any:
     """Trains until `total` steps are done and saved.
 
@@ -53,24 +93,29 @@ def run(
       total: steps of the whole run.
       log_every: steps between lines of metrics.jsonl; every step is checked for non-finite numbers.
       meta: steps done -> what is stored beside the state of that step.
+      trace: records chosen steps.
 
     Returns the last state. Raises FloatingPointError naming step and window; SystemExit(0) after a SIGTERM, once the step
     is committed.
     """
+    waits = Waits()
 
     def settle(done: int, numbers: PyTree) -> None:
-        values = host_metrics(numbers)
+        with waits.on(DEVICE):
+            values = host_metrics(numbers)
         check_finite(done, values)
         if done % log_every == 0 or done == total:
-            metrics.write(done, values)
+            metrics.write(done, values | waits.means())
 
     pending = None
     with _sigterm() as asked:
-        for position, batch in batches:
-            state, numbers = step(state, batch)
+        for position, batch in waits.over(batches):
+            done = position + 1
+            with trace.step(done):
+                state, numbers = step(state, batch)
+            trace.sent(done, numbers)
             if pending is not None:
                 settle(*pending)
-            done = position + 1
             pending = (done, numbers)
             stopping = asked.is_set() or checkpoints.preempted(done)
             if stopping or checkpoints.due(done) or done == total:

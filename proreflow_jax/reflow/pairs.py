@@ -9,16 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow import windows as windowing
 from proreflow_jax.flow.schedule import Schedule, grid_time, per_example
 from proreflow_jax.models.conditioning import Conditioner
 from proreflow_jax.models.network import Network, Params
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
+from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, row_context, text_context
 
 STARTS = ("noise", "data")
+RECORD = ("states", "first", "ids")  # what is stored of a pair
 
 
 class PairRecipe(NamedTuple):
@@ -62,28 +63,44 @@ def make_pairs(
 
     Args:
       frozen: the teacher, the text encoder, the VAE, the empty prompt, the key of the job.
-      batch: index (b,) example numbers, ids (b, s) prompts, and image (b, h, w, 3) uint8 when recipe.start is "data".
+      batch: index (b,) example numbers, ids (b, s) prompts; when recipe.start is "data" image (b, h, w, 3) uint8, or its
+        latents' mean and std (b, h, w, c); where text states were computed before, text (b, s, d) and SDXL's pooled (b, p).
       recipe, flow, networks: bound by `partial` before jit; flow says how the teacher is read.
 
     Returns:
       states (b, m + 1, h, w, c), first (b,), ids (b, s): records as `data.records` keeps them; m = N from noise, 1 from data.
+      Beside them the text states that the batch brought, for who trains on the pairs at once.
     """
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(frozen.key, i), 4))(batch["index"])
     drop = jax.vmap(lambda k: jax.random.bernoulli(k, recipe.dropout))(keys[:, 0])
-    ids = jnp.where(drop[:, None], frozen.empty, batch["ids"])
+    rows = dropped(frozen, batch, drop, networks)
     noise = jax.vmap(lambda k: jax.random.normal(k, recipe.latent))(keys[:, 1])
 
     predict = make_predict(networks.unet, frozen.teacher, recipe.dtype)
-    states_of = lambda rows: text_context(networks.condition, frozen.text, rows)
-    empty = states_of(frozen.empty[None]) if recipe.guidance != 1 else None
-    guided = solvers.guided(predict, states_of(ids), empty, recipe.guidance)
+    empty = text_context(networks.condition, frozen.text, frozen.empty[None]) if recipe.guidance != 1 else None
+    context = row_context(networks.condition, frozen.text, frozen.empty, rows)
+    guided = solvers.guided(predict, context, empty, recipe.guidance)
     step = make_step(flow, networks.schedule, guided, recipe.solver)
 
     if recipe.start == "noise":
-        return {"states": whole_trajectory(step, noise, recipe), "first": jnp.zeros(len(ids), jnp.int32), "ids": ids}
-    x0 = encode(networks, frozen.vae, batch["image"], keys[:, 2])
+        return {"states": whole_trajectory(step, noise, recipe), "first": jnp.zeros(len(noise), jnp.int32), **rows}
+    if "mean" in batch:
+        x0 = draw_latents(networks, batch["mean"], batch["std"], keys[:, 2])
+    else:
+        x0 = encode(networks, frozen.vae, batch["image"], keys[:, 2])
     k = jax.vmap(lambda w: jax.random.randint(w, (), 0, recipe.windows))(keys[:, 3])
-    return {"states": one_window(step, networks.schedule, x0, noise, k, recipe), "first": k, "ids": ids}
+    return {"states": one_window(step, networks.schedule, x0, noise, k, recipe), "first": k, **rows}
+
+
+def dropped(frozen: Frozen, batch: Mapping[str, Array], drop: Bool[Array, " b"], networks: Networks) -> dict[str, Array]:
+    """ids, and text and pooled where the batch has them, with the empty prompt's in the rows that drop theirs."""
+    rows = {"ids": jnp.where(drop[:, None], frozen.empty, batch["ids"])}
+    if "text" in batch:
+        empty = text_context(networks.condition, frozen.text, frozen.empty[None])
+        rows["text"] = jnp.where(drop[:, None, None], empty.states, batch["text"].astype(empty.states.dtype))
+        if empty.pooled is not None:
+            rows["pooled"] = jnp.where(drop[:, None], empty.pooled, batch["pooled"].astype(empty.pooled.dtype))
+    return rows
 
 
 def whole_trajectory(step: solvers.Step, noise: Float[Array, "b h w c"], recipe: PairRecipe) -> Float[Array, "b bounds h w c"]:
@@ -111,8 +128,20 @@ def one_window(
 
 def encode(networks: Networks, vae: Params, images: Array, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
     """uint8 images -> scaled latents, drawn from the autoencoder's posterior."""
+    return draw_latents(networks, *posterior(networks, vae, images), keys)
+
+
+def posterior(networks: Networks, vae: Params, images: Array) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """uint8 images -> mean and standard deviation of their latents, not scaled."""
     pixels = images.astype(jnp.float32) / 127.5 - 1.0
-    mean, std = networks.vae.apply(vae, pixels, method="encode")
+    return networks.vae.apply(vae, pixels, method="encode")
+
+
+def draw_latents(
+    networks: Networks, mean: Float[Array, "b h w c"], std: Float[Array, "b h w c"], keys: Key[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """Scaled latents from their posterior, computed in float32, whatever it is kept in."""
+    mean, std = mean.astype(jnp.float32), std.astype(jnp.float32)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
     return jax.lax.stop_gradient((mean + std * noise) * networks.scaling)
 

@@ -15,7 +15,7 @@ from proreflow_jax.flow import losses, prediction, windows
 from proreflow_jax.flow.schedule import GRID, Schedule, grid_time
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import Frozen, Networks
-from proreflow_jax.reflow.teacher import Flow, make_predict, text_context
+from proreflow_jax.reflow.teacher import Flow, make_predict, row_context
 
 SPACES = ("velocity", "output")
 BALANCES = ("fixed", "auto")
@@ -55,7 +55,8 @@ def draw_examples(
 ) -> dict[str, Any]:
     """Pair records -> what the loss needs: one window of each record, a time inside it, the state and the chord there.
 
-    pairs: states (b, m + 1, h, w, c), first (b,), ids (b, s). Everything returned has b in front and carries no gradient.
+    pairs: states (b, m + 1, h, w, c), first (b,), ids (b, s); text, pooled as `row_context` takes them. Everything
+    returned has b in front and carries no gradient.
     """
     pick, times = jax.random.split(key)
     b, bounds = pairs["states"].shape[:2]
@@ -68,7 +69,7 @@ def draw_examples(
     z_t = windows.interpolate(flow.path, networks.schedule, z_s, z_e, t_s, t_e, t)
     path = {"z": z_t, "t": t, "t_s": t_s, "t_e": t_e}
     v = target_velocity(flow, networks.schedule, z_s, z_e, path)
-    context = text_context(networks.condition, frozen.text, pairs["ids"])
+    context = row_context(networks.condition, frozen.text, frozen.empty, pairs)
     return jax.lax.stop_gradient({**path, "v": v, "k": k, "context": context})
 
 

@@ -70,3 +70,18 @@ def make_predict(
 def text_context(condition: Conditioner, params: Mapping[str, Params], ids: Int[Array, "b s"]) -> Context:
     """What the UNet is told of prompts; no gradient flows into it. params: of the text encoders, by component."""
     return jax.lax.stop_gradient(condition(params, ids))
+
+
+def row_context(
+    condition: Conditioner, params: Mapping[str, Params], empty: Int[Array, " s"], rows: Mapping[str, Array]
+) -> Context:
+    """What the UNet is told of a batch: the text states that its rows bring, or else those of their ids.
+
+    rows: ids (b, s), or text (b, s, d) and, of SDXL, pooled (b, p) beside them; empty: ids of the empty prompt.
+    """
+    if "text" not in rows:
+        return text_context(condition, params, rows["ids"])
+    one = text_context(condition, params, empty[None])  # brings the sizes, and says what the model takes
+    told = Context(rows["text"], rows.get("pooled"), None).cast(one.states.dtype)
+    sizes = None if one.time_ids is None else jnp.repeat(one.time_ids, len(told.states), axis=0)
+    return jax.lax.stop_gradient(told._replace(time_ids=sizes))

@@ -1,0 +1,63 @@
+"""A dataset whose images went through a model's autoencoder already (and captions, if wished, through its text encoders).
+
+The verb `cache` writes it as records, one for each example of the source, in the source's order. So the numbers of the
+examples, and with them order, noise and pairs, are those of the images themselves.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from . import files, records
+from .images import LINE_LIMIT, check_index
+
+NAME = "cache"  # what the plan calls these records
+LATENTS, TEXTS = ("mean", "std"), ("text", "pooled")
+
+
+def padded(captions: Sequence[str]) -> UInt8[np.ndarray, "b {LINE_LIMIT}"]:
+    """Captions as rows of bytes of one length, so that they travel as an array; zeros, which none holds, fill them up."""
+    return np.stack([np.frombuffer(caption.encode("utf-8").ljust(LINE_LIMIT, b"\0"), np.uint8) for caption in captions])
+
+
+def record(index: int, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The record of example `index`: its number, its caption's bytes, and what was computed of it."""
+    words = np.frombuffer(row["caption"].tobytes().rstrip(b"\0"), np.uint8)
+    return {**row, "index": np.array(index, np.int64), "caption": words}
+
+
+class Cached:
+    """`source[i] -> {"caption": str, "mean", "std": (h, w, c)}`, and if kept "text" (s, d), SDXL's "pooled" (p,).
+
+    Of the records' dtype; `mean` and `std` are the autoencoder's own, not scaled. `plan` says what they were made of.
+
+    Raises: FileNotFoundError or ValueError, one line, if the folder holds no finished cache; where an example is taken,
+    ValueError if it is damaged or another's.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.name, folder = str(folder), Path(folder).expanduser()
+        if not (folder / records.PLAN).is_file():
+            raise FileNotFoundError(f"{folder} holds no cache: --config.data.path must name the --out of the verb cache")
+        self.plan = records.read_plan(folder)
+        if self.plan.get("records") != NAME:
+            raise ValueError(f"{folder} holds other records than a cache: see --config.data.path")
+        self._records = records.PairRecords(folder, verify=False)  # each record says which it is, and its bytes are checked
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        check_index(index, len(self))
+        found = self._records[index]
+        if int(found.pop("index", -1)) != index:
+            raise ValueError(f"{self.name} holds another record where number {index} belongs: {records.REDO}")
+        return {**found, "caption": found["caption"].tobytes().decode("utf-8")}
+
+
+def identity(folder: str | Path) -> dict[str, str]:
+    """What tells a cache from another in the same place: its shards' names and hashes."""
+    return {"cache": files.sha256(Path(folder).expanduser() / records.MANIFEST)}

@@ -1,0 +1,80 @@
+"""What the jobs that write records share: the shards that are missing, made batch by batch, by one process or many.
+
+A shard's records depend on their numbers alone, so a killed job goes on with the same bytes and loses one shard at most.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from proreflow_jax.data import loader, records
+from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.processes import first, host_arrays, leads, told
+from proreflow_jax.runtime.storage import Location
+
+Rows = Mapping[str, np.ndarray]  # of a batch, by field
+
+
+def begin(folder: Location, plan: dict[str, Any], flag: str = "--config.name") -> list[int]:
+    """The shards that are missing, as process 0 sees them; its plan is fixed before the others go on.
+
+    Raises ValueError, one line, if the folder holds another plan; `flag` names another folder.
+    """
+
+    def look() -> list[int]:
+        records.fix_plan(folder, plan, flag)
+        records.clean(folder)
+        return records.missing_shards(folder, plan)
+
+    seen, lacks = first(look), np.zeros(records.shard_count(plan), bool)
+    lacks[seen or []] = True
+    return [int(shard) for shard in np.flatnonzero(told(lacks))]
+
+
+def write(
+    folder: Location, plan: dict[str, Any], missing: list[int], rows: Callable[[range], Iterator[Rows]], unit: str
+) -> None:
+    """Writes the missing shards and publishes the whole; the records of some numbers are `rows(numbers)`, one by one."""
+    with tqdm(total=sum(len(records.shard_range(plan, shard)) for shard in missing), unit=unit, disable=None) as bar:
+
+        def counted(numbers: range) -> Iterator[Rows]:
+            for row in rows(numbers):
+                yield row
+                bar.update()
+
+        for shard in missing:
+            made = counted(records.shard_range(plan, shard))
+            if leads():
+                records.write_shard(folder, plan, shard, made)
+            else:  # the rows are made together, and written once
+                deque(made, maxlen=0)
+    first(lambda: publish(folder, plan))
+
+
+def publish(folder: Location, plan: dict[str, Any]) -> None:
+    """Writes the manifest. Raises RuntimeError if a shard is missing."""
+    if not records.publish(folder, plan):
+        raise RuntimeError(f"{folder}: shards are missing after the last one was made; run the same command again")
+
+
+def batched(
+    machine: Mesh,
+    size: int,
+    read: Callable[[np.ndarray], Rows],
+    compute: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+    numbers: range,
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """(what is computed of a batch, how many of its rows count), in order. Every batch has one shape; the last is filled up.
+
+    read: numbers, which may lie behind the last -> this process's rows of a batch; in a thread. compute: on the devices.
+    """
+    own = mesh.own_rows(machine, size)
+    begins = range(numbers.start, numbers.stop, size)
+    with loader.Ahead(lambda begin: read(begin + np.arange(own.start, own.stop)), begins, depth=2) as batches:
+        for begin, rows in zip(begins, batches, strict=True):
+            yield host_arrays(compute(mesh.put_batch(machine, rows, size))), min(size, numbers.stop - begin)
