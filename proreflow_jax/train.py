@@ -136,7 +136,7 @@ def _advance(
             "guidance": guidance_contract(config),
         }
 
-    with Metrics(stage.folder, start, config.train.steps) as metrics, _batches(experiment, source, start) as batches:
+    with Metrics(stage.folder, start, config.train.steps) as metrics, batches_from(experiment, source, start) as batches:
         return loop.run(
             step, state, batches, total=config.train.steps, metrics=metrics, checkpoints=checkpoints,
             log_every=config.train.log_every, meta=meta,
@@ -192,7 +192,7 @@ def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable
 
 
 @contextmanager
-def _batches(experiment: Experiment, source: loader.Source, start: int) -> Iterator[Iterator[tuple[int, dict[str, jax.Array]]]]:
+def batches_from(experiment: Experiment, source: loader.Source, start: int) -> Iterator[Iterator[tuple[int, dict]]]:
     """(steps done before, global batch on the mesh) from `start` on: records, or numbered prompts for the online mode."""
     config, machine = experiment.config, experiment.mesh
     b = config.train.batch
