@@ -19,7 +19,7 @@ from proreflow_jax.planning import JOBS, jobs, wanted
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.runtime import files
 
-RIVALS = ("", "diffusers")
+RIVALS = ("diffusers",)
 
 
 def bench(
@@ -36,8 +36,8 @@ def bench(
 ) -> None:
     """The verb: prints what it measures as it comes; raises ValueError, one line, for flags that make no sense."""
     _check(steps, warmup, rows, rate, input, json)
-    cli.choose(against, RIVALS, "--against")
     if against:
+        cli.choose(against, RIVALS, "--against")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
     asked = wanted(config, stage, jobs)
     found: dict[str, Any] = {"config": config.name, "machine": _machine()}

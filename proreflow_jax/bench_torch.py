@@ -83,9 +83,8 @@ def _inputs(experiment: Experiment, rows: int) -> Inputs:
     """Noise, a time, and states of the width that the UNet asks for, alike on both sides."""
     draws, config = np.random.default_rng(0), experiment.networks.unet.config
     normal = lambda *shape: draws.standard_normal((rows, *shape), np.float32)
-    length = max(
-        e.config.get("max_position_embeddings", 77) for e in (experiment.base.networks[n] for n in experiment.base.text)
-    )
+    encoders = [experiment.base.networks[name] for name in experiment.base.text]
+    length = max(encoder.config.get("max_position_embeddings", 77) for encoder in encoders)
     found = {"latents": normal(*experiment.base.latent_shape), "timesteps": np.full(rows, 500, np.float32)}
     found["states"] = normal(length, config["cross_attention_dim"])
     if config.get("addition_embed_type") == "text_time":

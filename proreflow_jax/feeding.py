@@ -72,9 +72,8 @@ def _captions(experiment: Experiment) -> tuple[loader.Source, str]:
 def _tokenizing(experiment: Experiment) -> Experiment:
     """The experiment with its model's tokenizer, which an outline leaves closed; without one it warns, and ids are zeros."""
     base = experiment.base
-    folders = [
-        base.source.folder / name.replace("text_encoder", "tokenizer") for name in base.networks if name in TEXT_ENCODERS
-    ]
+    encoders = [name for name in base.networks if name in TEXT_ENCODERS]
+    folders = [base.source.folder / name.replace("text_encoder", "tokenizer") for name in encoders]
     if not all(folder.is_dir() for folder in folders):
         log.warning("%s has no tokenizer: prompts are read, but not tokenized", base.source.folder)
         return experiment
