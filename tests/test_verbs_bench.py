@@ -16,9 +16,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(scope="module")
 def opened(outline_only, tmp_path_factory):
-    """The tiny chain's outline on the eight devices, of which four hold parts of the state."""
-    config = verb.tiny_config(tmp_path_factory.mktemp("runs"), outline_only, mesh__data=2, mesh__fsdp=4)
-    return experiment.open_outline(config, jax.devices())
+    """The tiny chain's outline on the eight devices, a batch split over them."""
+    return experiment.open_outline(verb.tiny_config(tmp_path_factory.mktemp("runs"), outline_only), jax.devices())
 
 
 def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_finite(opened):
@@ -32,8 +31,10 @@ def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_f
     assert state.step == 1 and all(np.isfinite(value).all() for value in jax.tree.leaves(jax.device_get(numbers)))
 
 
-def test_tiny_arrays_have_the_names_of_the_job_and_are_split_where_its_own_are(opened):
-    job = planning.jobs(opened, opened.stages[0])["train"]
+def test_tiny_arrays_have_the_names_of_the_job_and_are_split_where_its_own_are(tmp_path, outline_only):
+    config = verb.tiny_config(tmp_path, outline_only, mesh__data=2, mesh__fsdp=4)
+    sharded = experiment.open_outline(config, jax.devices())
+    job = planning.jobs(sharded, sharded.stages[0])["train"]
     small = stand_ins.tiny(job.arguments)
     assert jax.tree.structure(small) == jax.tree.structure(job.arguments)
     split = lambda tree: [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)]
@@ -79,7 +80,7 @@ def test_utilisation_is_of_the_peak_of_all_devices_and_unknown_where_that_is():
     assert measuring.work(1e9, 1.0, 2, None)["utilisation"] is None
 
 
-def test_the_numbers_of_a_run_fit_each_other(tmp_path, outline_only):
+def test_the_numbers_of_a_run_fit_each_other(tmp_path, outline_only, opened):
     words = verb.tiny_flags(tmp_path, outline_only)
     ended = verb.run("bench", *words, "--stage=4", "--steps=3", "--warmup=0", f"--json={tmp_path / 'bench.json'}")
     assert ended.code == 0, ended.err
@@ -103,14 +104,9 @@ def test_the_numbers_of_a_run_fit_each_other(tmp_path, outline_only):
         memory = job["memory"]
         assert 0 < memory["temporaries"] < memory["compiled"] < memory["process_peak"] and memory["peak"] is None
     train = found["jobs"][1]
-    (held,) = {len(jax.tree.leaves(planning.train_job(*_train(tmp_path, outline_only)).arguments))}
+    held = len(jax.tree.leaves(planning.train_job(opened, opened.stages[0], opened).arguments))
     assert train["arrays"] == held and f"{held:,} such arrays" in ended.out
     assert "stage 4, train: 16 images a call, 2 at once on a device" in ended.out and "peak unknown" in ended.out
-
-
-def _train(tmp_path, model):
-    made = experiment.open_outline(verb.tiny_config(tmp_path, model), jax.devices())
-    return made, made.stages[0], made
 
 
 def test_the_input_is_held_against_a_wanted_rate_and_says_which_input_it_was(tmp_path, model):
