@@ -109,9 +109,10 @@ def _theirs(experiment: Experiment, params: Any, inputs: Inputs, dtype: str, dev
     torch.backends.cudnn.benchmark = True
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(experiment.networks.unet.config)
-    unet.load_state_dict({n: torch.from_numpy(v) for n, v in weights.to_torch(params).items()}, assign=True)
-    kind = getattr(torch, dtype)
-    unet = unet.to(device, kind, memory_format=_format(device)).eval()
+    kind, tensors = getattr(torch, dtype), weights.to_torch(params)
+    own = lambda array: torch.from_numpy(array if array.flags.writeable else array.copy()).to(kind)
+    unet.load_state_dict({name: own(array) for name, array in tensors.items()}, assign=True)
+    unet = unet.to(device, memory_format=_format(device)).eval()
     given = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
     latents = given["latents"].permute(0, 3, 1, 2).to(kind).contiguous(memory_format=_format(device))
     states = given["states"].to(kind)
