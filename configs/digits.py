@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     c.model.prediction_type = ""  # "epsilon" or "v_prediction" where scheduler_config.json says it wrong; "": as it says
     c.model.dtype = "float32"  # of the student's computation: "float32" or "bfloat16"; master weights are float32
     c.model.teacher_dtype = "float32"  # of the teacher's computation
-    c.model.attention = "auto"  # its form: by platform, or "xla", "chunked", "cudnn", "splash"; same numbers
+    c.model.attention = "auto"  # its form: by platform, or "xla", "chunked", "cached", "cudnn", "splash"
 
     c.conditioning = ConfigDict()  # SDXL's micro-conditioning, (height, width) or (top, left); without effect elsewhere
     c.conditioning.original_size = (0, 0)  # pixels of the image before it was resized; 0: the model's own resolution

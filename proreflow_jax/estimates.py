@@ -10,12 +10,13 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from proreflow_jax import base_model, planning
@@ -63,17 +64,21 @@ def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, 
     """The experiment on the slice's devices, and one whose work can be counted; opened when first asked for, since a kept
     result does not need its seconds.
     """
-    opened: list[Experiment] = []
+    opened: list[tuple[Experiment, Experiment]] = []
 
     def both() -> tuple[Experiment, Experiment]:
         if not opened:
-            devices = aot.devices(place.slice)
-            opened.append(open_outline(config, devices))
-            change = {field: value for field, value in PLAIN.items() if has_field(config, field)}
-            opened.append(open_outline(changed(config, change), devices) if change else opened[0])
-        return opened[0], opened[1]
+            opened.append(outlines(config, aot.devices(place.slice)))
+        return opened[0]
 
     return both
+
+
+def outlines(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Experiment, Experiment]:
+    """The experiment on these devices, its model in shapes, and one of which every product can be counted."""
+    change = {field: value for field, value in PLAIN.items() if has_field(config, field)}
+    experiment = open_outline(config, devices)
+    return experiment, open_outline(changed(config, change), devices) if change else experiment
 
 
 def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], windows: int, name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import changes, cli, plan_text
 from proreflow_jax.estimates import Target, estimate, opener, target
-from proreflow_jax.planning import JOBS
+from proreflow_jax.planning import JOBS, wanted
 from proreflow_jax.runtime import aot, files
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, js
     if json and not Path(json).parent.is_dir():
         raise FileNotFoundError(f"--json={json}: there is no folder {Path(json).parent}")
     aot.prepare()
-    wanted = _wanted(config, stage, jobs)
+    asked = wanted(config, stage, jobs)
     opened, found = opener(config, place), []
     print(plan_text.header(config, place))
-    for windows, name in wanted:
+    for windows, name in asked:
         result = estimate(config, place, opened, windows, name)
         print(plan_text.job(result), flush=True)
         if not result["fits"]:
@@ -48,16 +48,6 @@ def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, js
     short = sum(not result["fits"] for result in found)
     if short:
         raise RuntimeError(f"{short} of {len(found)} jobs do not fit {slice}: see the changes above, or take a larger slice")
-
-
-def _wanted(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
-    """(windows, job) of everything that is asked for, in the order in which it would run."""
-    if stage and stage not in config.stages:
-        raise ValueError(f"--stage={stage} is not a stage of this config: --config.stages has {list(config.stages)}")
-    chosen = [cli.choose(name.strip(), JOBS, "--jobs") for name in jobs.split(",")]
-    online = config.pairs.mode == "online"
-    names = [name for name in JOBS if name in chosen and not (online and name == "pairs")]
-    return [(windows, name) for windows in ([stage] if stage else config.stages) for name in names]
 
 
 def _tried(config: ConfigDict, place: Target, result: dict[str, Any], change: changes.Change) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ def job(found: Mapping[str, Any]) -> str:
     """A job's paragraph."""
     lines = [f"\nstage {found['stage']}, {found['job']}: {found['images']} images a call, {found['at_once']} at once on a chip"]
     lines.append(f"  memory   {_memory(found)}")
-    lines.append(f"  work     {_scaled(found['useful_flops'], WORK)} that the method needs{_utilised(found)}")
+    lines.append(f"  work     {scaled(found['useful_flops'], WORK)} that the method needs{_utilised(found)}")
     if "seconds" in found:
         lines += _time(found)
     return "\n".join(lines)
@@ -56,7 +56,7 @@ def _time(found: Mapping[str, Any]) -> list[str]:
         f"  of it    {shares}",
     ]
     if found["sent_bytes"]:
-        sent = f"{_scaled(found['sent_bytes'], UNITS)} a chip, {seconds(found['sent_seconds'])} at the links' full rate"
+        sent = f"{scaled(found['sent_bytes'], UNITS)} a chip, {seconds(found['sent_seconds'])} at the links' full rate"
         lines.append(f"  between  {sent}, mostly behind the work, not in the time above")
     if found["kernels_at_their_floor"]:
         lines.append(f"  floors   {_counted(found['kernels_at_their_floor'])}: counted at the chip's peak, not estimated")
@@ -103,7 +103,7 @@ def totals(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def summary(sums: Mapping[str, float]) -> str:
     """The last paragraph."""
     spent = ", ".join(f"{name} {hours(sums[f'{name}_hours'])}" for name in ("pairs", "train") if f"{name}_hours" in sums)
-    disk = ", ".join(f"{name} {_scaled(sums[f'{name}_bytes'], UNITS)}" for name in ("pairs", "checkpoints"))
+    disk = ", ".join(f"{name} {scaled(sums[f'{name}_bytes'], UNITS)}" for name in ("pairs", "checkpoints"))
     return f"\ntogether: {spent or 'no job of a stage'}; {sums['chip_hours']:.3g} chip hours; on the disk {disk}"
 
 
@@ -121,7 +121,8 @@ def hours(value: float) -> str:
     return f"{value * 60:.3g} min" if value * 60 >= 1 else seconds(value * 3600)
 
 
-def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
+def scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
+    """For people: "803 GFLOP"."""
     for unit, one in units:
         if value >= one:
             return f"{value / one:.3g} {unit}"

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from proreflow_jax import make_pairs, scores, train
+from proreflow_jax import cli, make_pairs, scores, train
 from proreflow_jax.data import cached, sources
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.experiment import Experiment, places, run_key, state_target, student_flow, teacher_flow
@@ -49,6 +50,16 @@ def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) 
     plain = plain or experiment
     made = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
     return made if experiment.config.pairs.mode == "online" else {"pairs": pairs_job(experiment, stage, plain), **made}
+
+
+def wanted(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
+    """(windows, job) of everything that is asked for, in the order in which it would run."""
+    if stage and stage not in config.stages:
+        raise ValueError(f"--stage={stage} is not a stage of this config: --config.stages has {list(config.stages)}")
+    chosen = [cli.choose(name.strip(), JOBS, "--jobs") for name in jobs.split(",")]
+    online = config.pairs.mode == "online"
+    names = [name for name in JOBS if name in chosen and not (online and name == "pairs")]
+    return [(windows, name) for windows in ([stage] if stage else config.stages) for name in names]
 
 
 def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:

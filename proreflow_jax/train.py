@@ -140,7 +140,7 @@ def _advance(
 
     with (
         Metrics(stage.folder, start, config.train.steps) as metrics,
-        _batches(experiment, source, start) as batches,
+        batches_from(experiment, source, start) as batches,
         Trace(stage.folder / "profile", config.profile.steps) as trace,
     ):
         return loop.run(
@@ -198,7 +198,7 @@ def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable
 
 
 @contextmanager
-def _batches(experiment: Experiment, source: loader.Source, start: int) -> Iterator[Iterator[tuple[int, dict[str, jax.Array]]]]:
+def batches_from(experiment: Experiment, source: loader.Source, start: int) -> Iterator[Iterator[tuple[int, dict]]]:
     """(steps done before, global batch on the mesh) from `start` on: records, or numbered prompts for the online mode."""
     config, machine = experiment.config, experiment.mesh
     b = config.train.batch

@@ -5,6 +5,7 @@ queue, so what takes long must not come last. `make test` tells xdist to keep th
 """
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -58,3 +59,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def outline_only(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without weights and without a tokenizer: its JSON configs alone."""
+    folder = tmp_path_factory.mktemp("outline") / "model"
+    kept = lambda folder, names: [name for name in names if "." in name and not name.endswith("config.json")]
+    shutil.copytree(model, folder, ignore=lambda where, names: [n for n in kept(where, names) if n != "model_index.json"])
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    assert not list(folder.rglob("*.safetensors"))
+    return folder

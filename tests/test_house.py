@@ -189,16 +189,16 @@ def test_the_training_install_is_free_of_torch_and_tensorflow():
 
 def test_the_jobs_start_where_torch_and_tensorflow_are_not_installed():
     verbs = ("distill", "make_pairs", "train", "sample", "export", "merge", "upload", "evaluate", "pretrain", "reproduce")
-    verbs += ("plan", "cache")
+    verbs += ("plan", "cache", "bench")
     block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); "  # None there: importing it raises ImportError
     code = block + f"import {', '.join(f'{PACKAGE}.{verb}' for verb in verbs)}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-ALONE = {f"{PACKAGE}/{name}.py": {"torch", "diffusers"} for name in ("replay", "windowed_scheduler")}
+ALONE = {f"{PACKAGE}/{name}.py": {"torch", "diffusers"} for name in ("replay", "bench_torch", "windowed_scheduler")}
 
 
-def test_only_the_export_check_and_the_scheduler_for_diffusers_import_torch():
+def test_only_what_runs_beside_diffusers_imports_torch():
     wanted = {str(path.relative_to(ROOT)): top(imports(path, PACKAGE)) & set(HEAVY) for path in (ROOT / PACKAGE).rglob("*.py")}
     wanted = {name: heavy - {"sklearn"} for name, heavy in wanted.items()}  # sklearn: inside functions, for the digits alone
     assert {name: heavy for name, heavy in wanted.items() if heavy} == ALONE

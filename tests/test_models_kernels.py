@@ -34,12 +34,15 @@ def with_gradients(f: Any) -> Any:
 
 
 @pytest.mark.parametrize(("tokens", "keys"), [(25, 25), (17, 7)])
-def test_chunks_of_queries_are_whole_attention(monkeypatch, tokens, keys):
+def test_blocks_of_queries_are_whole_attention(monkeypatch, tokens, keys):
     """Blocks of 5 queries; in the second case the last is not full."""
+    monkeypatch.setattr(kernels, "CACHED_LEAST", 5)
+    monkeypatch.setattr(kernels, "CACHED_ROWS", 5)
     q, k, v = draw(2, tokens, 3, 4), draw(2, keys, 3, 4, seed=1), draw(2, keys, 3, 4, seed=2)
     monkeypatch.setattr(kernels, "CHUNK_SCORES", 5 * 4 * 2 * 3 * keys)
-    chunked, whole = (quick_jit(with_gradients(partial(kernels.plain, form=form)))(q, k, v) for form in ("chunked", "xla"))
-    near(chunked, whole, 1e-5)
+    forms = [quick_jit(with_gradients(partial(kernels.plain, form=form)))(q, k, v) for form in ("xla", "chunked", "cached")]
+    near(forms[1], forms[0], 1e-5)
+    near(forms[2], forms[0], 1e-5)
 
 
 def test_chunks_bound_the_memory_forward_and_backward(monkeypatch):
@@ -49,9 +52,9 @@ def test_chunks_bound_the_memory_forward_and_backward(monkeypatch):
     for wrap in (lambda f: f, with_gradients):
         taken = [
             quick_jit(wrap(partial(kernels.plain, form=form))).lower(*heads).compile().memory_analysis().temp_size_in_bytes
-            for form in ("xla", "chunked")
+            for form in ("xla", "chunked", "cached")
         ]
-        assert taken[0] > scores and taken[1] < scores / 2
+        assert taken[0] > scores and max(taken[1:]) < scores / 2
 
 
 def block(compute: Compute, width: int = 80, heads: int = 2, context: int | None = None) -> network.Network:
@@ -101,7 +104,8 @@ def test_padded_projections_are_the_plain_ones_before_zeros(bias):
         ("chunked", Compute("auto", platform="gpu"), (4096, 4096, 8, 40, 8, jnp.float32)),
         ("xla", Compute("auto", platform="gpu"), (4096, 77, 8, 40, 8, jnp.bfloat16)),
         ("xla", Compute("auto"), (256, 256, 4, 16, 128)),
-        ("chunked", Compute("auto"), (4096, 4096, 8, 40, 1)),
+        ("cached", Compute("auto"), (4096, 4096, 8, 40, 1)),
+        ("cached", Compute("cached", platform="tpu"), (16, 7, 2, 8, 1)),
         ("chunked", Compute("chunked"), (16, 7, 2, 8, 1)),
         ("xla", Compute("xla", platform="tpu"), (4096, 4096, 8, 40, 8)),
         ("xla", Compute("splash", platform="tpu"), (256, 256, 8, 160, 8)),
@@ -114,8 +118,8 @@ def test_the_form_by_platform_and_shape(form, compute, shape):
 
 def test_scores_are_counted_on_each_device():
     shape = (1024, 1024, 8, 40, 16, jnp.float32)
-    assert kernels.choose(Compute("auto"), *shape) == "chunked"
-    assert kernels.choose(Compute("auto", mesh=make_mesh(2, 2, 2)), *shape) == "xla"
+    assert kernels.choose(Compute("auto", platform="gpu"), *shape) == "chunked"
+    assert kernels.choose(Compute("auto", platform="gpu", mesh=make_mesh(2, 2, 2)), *shape) == "xla"
 
 
 def test_cudnn_is_asked_for(monkeypatch):

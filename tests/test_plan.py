@@ -3,13 +3,10 @@
 Nothing here compiles for a TPU but the slow test at the end; the snippet is cut from a real program for v5e.
 """
 
-import ast
 import importlib.util
 import json
 import math
-import shutil
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +14,6 @@ import numpy as np
 import pytest
 import verb
 from full_size import SD_15, SDXL, VAE
-from ml_collections import ConfigDict
 
 from configs.digits import get_config
 from proreflow_jax import changes, estimates, experiment, make_pairs, planning
@@ -159,27 +155,6 @@ def test_a_compiler_that_finds_a_program_too_large_says_by_how_much():
 # --- jobs of a tiny model, on the eight fake devices --------------------------------------------------------------------
 
 
-def tiny_config(tmp_path: Path, model: Path, **fields: object) -> ConfigDict:
-    """The tiny chain of verb.py as a config."""
-    read = lambda value: ast.literal_eval(value) if isinstance(value, str) and value[0] == "(" else value
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(verb.PROMPTS))
-    paths = {"root": str(tmp_path / "runs"), "model.path": str(model), "data.path": str(prompts)}
-    named = {name.replace("__", "."): value for name, value in fields.items()}
-    return changes.changed(get_config(), {name: read(value) for name, value in verb.TINY.items()} | paths | named)
-
-
-@pytest.fixture(scope="module")
-def outline_only(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model without weights and without a tokenizer: its JSON configs alone."""
-    folder = tmp_path_factory.mktemp("outline") / "model"
-    kept = lambda folder, names: [name for name in names if "." in name and not name.endswith("config.json")]
-    shutil.copytree(model, folder, ignore=lambda where, names: [n for n in kept(where, names) if n != "model_index.json"])
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    assert not list(folder.rglob("*.safetensors"))
-    return folder
-
-
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -193,8 +168,8 @@ def described(tree: object) -> list[tuple]:
 @pytest.mark.parametrize("fields", [{}, {"pairs__mode": "online", "student__lora__rank": 2}])
 def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model, outline_only, fields):
     fields |= {"mesh__data": 2, "mesh__fsdp": 4}
-    real = experiment.open_experiment(tiny_config(tmp_path, model, **fields))
-    shapes = experiment.open_outline(tiny_config(tmp_path, outline_only, **fields), jax.devices())
+    real = experiment.open_experiment(verb.tiny_config(tmp_path, model, **fields))
+    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only, **fields), jax.devices())
     stage, online = real.stages[0], "pairs__mode" in fields
     teacher = real.base.params["unet"] if online else {}
     arrays = experiment.frozen_arrays(real, teacher, stage, online)._replace(key=None)
@@ -206,7 +181,7 @@ def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model
 
 
 def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
-    shapes = experiment.open_outline(tiny_config(tmp_path, outline_only), jax.devices())
+    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     stage = shapes.stages[0]
     job = planning.jobs(shapes, stage)["pairs"]
     made, kept = jax.eval_shape(job.jitted, *job.arguments), planning.record_shapes(shapes, stage)
@@ -216,7 +191,7 @@ def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
 
 def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
     """A training step: the student three times (forward, and a backward of two); a trajectory of 4 windows: 4 forwards."""
-    shapes = experiment.open_outline(tiny_config(tmp_path, outline_only), jax.devices())
+    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     unet, text = shapes.base.networks["unet"], shapes.base.networks["text_encoder"]
     forward = flops.total(flops.count(unet.apply, unet.shapes, shape(16, 4, 4, 4), shape(16), shape(16, 8, 8)))
     told = flops.total(flops.count(text.apply, text.shapes, jax.ShapeDtypeStruct((16, 8), jnp.int32)))
@@ -249,7 +224,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outline_only, compiler):
-    config = tiny_config(tmp_path, outline_only)
+    config = verb.tiny_config(tmp_path, outline_only)
     place = estimates.target("v5e:2x4", str(tmp_path / "cache"))
     ask = lambda config, windows=4: estimates.estimate(config, place, estimates.opener(config, place), windows, "train")
     first = ask(config)
@@ -284,7 +259,7 @@ def test_a_config_that_does_not_fit_says_by_how_much_and_which_change_does(tmp_p
 
 
 def test_fewer_images_at_once_come_first_and_those_without_hope_are_left_out(tmp_path, outline_only):
-    config = tiny_config(tmp_path, outline_only, train__batch=64)
+    config = verb.tiny_config(tmp_path, outline_only, train__batch=64)
     found = {"memory": {"total": 34, "temporaries": 32, "available": 16}}  # 8 images at once
     offered = list(changes.smaller(config, "train", 8, found))
     assert offered[0] == {"train.accumulation": 4}

@@ -1,5 +1,6 @@
 """Runs a verb as `python -m proreflow_jax.<verb>` would, inside the test's process: a start costs seconds of imports."""
 
+import ast
 import io
 import json
 import logging
@@ -15,7 +16,10 @@ from typing import NamedTuple
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 
+from configs.digits import get_config
+from proreflow_jax import changes
 from proreflow_jax.models import pipeline
 from proreflow_jax.models.kernels import Compute
 from proreflow_jax.models.network import Network
@@ -66,6 +70,16 @@ def tiny_flags(folder: Path, model: Path, **fields: object) -> list[str]:
     values = TINY | {"root": folder / "runs", "model.path": model, "data.path": prompts}
     values |= {name.replace("__", "."): value for name, value in fields.items()}
     return [f"--config={CONFIG}", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def tiny_config(tmp_path: Path, model: Path, **fields: object) -> ConfigDict:
+    """The same chain as a config."""
+    read = lambda value: ast.literal_eval(value) if isinstance(value, str) and value[0] == "(" else value
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    paths = {"root": str(tmp_path / "runs"), "model.path": str(model), "data.path": str(prompts)}
+    named = {name.replace("__", "."): value for name, value in fields.items()}
+    return changes.changed(get_config(), {name: read(value) for name, value in TINY.items()} | paths | named)
 
 
 def keep_networks(patch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ each block knows its form without globals, and two networks of one process may d
 kernel is opaque to the partitioner: `jax.shard_map` gives each device its own rows and heads.
 
 Forms, on heads (b, s, h, d): "xla" whole scores in float32; "chunked" exact softmax over blocks of queries, one block's
-scores alive at a time, forward and backward; "cudnn" NVIDIA's fused kernel; "splash" Pallas' fused TPU kernel, whose heads
+scores alive at a time, forward and backward; "cached" the same one head at a time, in blocks whose scores stay in a CPU's
+cache; "cudnn" NVIDIA's fused kernel; "splash" Pallas' fused TPU kernel, whose heads
 come padded to full lanes from the projections themselves (`attention.padded_heads`).
 """
 
@@ -19,8 +20,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-FORMS = ("auto", "xla", "chunked", "cudnn", "splash")
-FUSED = {"tpu": "splash", "gpu": "cudnn"}  # the fused kernel that "auto" takes on a platform
+FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "splash")
+FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # what "auto" takes on a platform
 FUSED_TOKENS = 1024  # self-attention from here on goes to it; below, scores are small
 LANES = 128  # of a TPU's registers: the last axis of a kernel's operands comes in multiples of it
 WIDEST = 256  # padded head width whose blocks fit a TPU's VMEM
@@ -28,6 +29,7 @@ BLOCK = 1024  # queries and keys that splash holds at once; 2,048 exceeds v5e's 
 CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that has them
 SMALL_SCORES = 256 << 20  # bytes of one device's scores up to which "auto" makes them whole
 CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
+CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
 ATTENTION = "attention"  # name of attention's outputs, by which a policy keeps them
 SAVED = jax.checkpoint_policies
 
@@ -80,16 +82,17 @@ gather.defvjp(lambda weight, mesh: (gather(weight, mesh), None), lambda mesh, _,
 def choose(compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any) -> str:
     """The form of one attention of `tokens` queries, with `width` numbers a head and `batch` rows over all devices.
 
-    "auto": the platform's fused kernel for self-attention from FUSED_TOKENS where it takes that width and dtype, else whole
-    scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla"
-    and "chunked" are taken everywhere.
+    "auto": the platform's own form for self-attention from FUSED_TOKENS where it takes that width and dtype, else whole
+    scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla",
+    "chunked" and "cached" are taken everywhere.
     """
     wanted = compute.attention
-    if wanted in ("xla", "chunked"):
+    if wanted in ("xla", "chunked", "cached"):
         return wanted
     if tokens != keys or tokens < FUSED_TOKENS:
         return "xla"
     fits = {
+        "cached": True,
         "splash": lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
         "cudnn": width % 8 == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
     }
@@ -113,9 +116,9 @@ def block(tokens: int) -> int:
 def plain(
     q: Float[Array, "b s h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"], form: str
 ) -> Float[Array, "b s h d"]:
-    """Attention by "xla", "cudnn" or "chunked"."""
-    if form == "chunked":
-        return _chunked(q, k, v)
+    """Attention by "xla", "cudnn", "chunked" or "cached"."""
+    if form in ("chunked", "cached"):
+        return (_chunked if form == "chunked" else _cached)(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if form == "cudnn" else None)
 
 
@@ -128,6 +131,31 @@ def _chunked(q: Array, k: Array, v: Array) -> Array:
     one = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
     out = jax.lax.map(one, jnp.moveaxis(rows, 1, 0))
     return jnp.moveaxis(out, 0, 1).reshape(b, count * size, h, d)[:, :s]
+
+
+def _cached(q: Array, k: Array, v: Array) -> Array:
+    """One head after the other, each in blocks of queries of all images; the quotient of softmax is taken behind the product.
+
+    Whole scores go through memory once for every pass over them: four times the time on a CPU, where no kernel fuses them.
+    """
+    b, s, h, d = q.shape
+    size = min(s, max(CACHED_ROWS // b, CACHED_LEAST))
+    count = -(-s // size)
+    rows = jnp.pad(d**-0.5 * q, ((0, 0), (0, count * size - s), (0, 0), (0, 0))).reshape(b, count, size, h, d)
+
+    @jax.checkpoint
+    def block(q: Array, k: Array, v: Array) -> Array:
+        scores = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        out = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
+
+    def head(qkv: tuple[Array, Array, Array]) -> Array:
+        q, k, v = qkv
+        return jax.lax.map(lambda part: block(part, k, v), q)
+
+    out = jax.lax.map(head, (jnp.transpose(rows, (3, 1, 0, 2, 4)), *(jnp.transpose(x, (2, 0, 1, 3)) for x in (k, v))))
+    return jnp.transpose(out, (2, 1, 3, 0, 4)).reshape(b, count * size, h, d)[:, :s]
 
 
 def splash(

@@ -1,0 +1,117 @@
+"""What a config's jobs take on the machine at hand: the very functions that `plan` compiles, run and timed here.
+
+    python -m proreflow_jax.bench --config=configs/sd15.py --stage=8 --json=bench.json
+
+Needs of the base model only its config.json files: weights and data are made up, in their true shapes and places.
+--input also times reading; --against=diffusers times the UNet's forward beside torch's instead of the jobs.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from proreflow_jax import bench_text, cli, feeding, measuring
+from proreflow_jax.estimates import outlines, ticking
+from proreflow_jax.planning import JOBS, jobs, wanted
+from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.runtime import files
+
+RIVALS = ("diffusers",)
+
+
+def bench(
+    config: ConfigDict,
+    stage: int,
+    jobs: str,
+    steps: int,
+    warmup: int,
+    json: str,
+    input: bool,
+    rate: float,
+    against: str,
+    rows: int,
+) -> None:
+    """The verb: prints what it measures as it comes; raises ValueError, one line, for flags that make no sense."""
+    _check(steps, warmup, rows, rate, input, json)
+    if against:
+        cli.choose(against, RIVALS, "--against")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
+    asked = wanted(config, stage, jobs)
+    found: dict[str, Any] = {"config": config.name, "machine": _machine()}
+    print(bench_text.header(config.name, found["machine"]), flush=True)
+    if against:
+        found["against"] = _compare(config, rows, steps)
+    else:
+        found["jobs"] = _jobs(config, asked, steps, warmup, input, rate)
+    if json:
+        files.write_json(json, found)
+
+
+def _jobs(
+    config: ConfigDict, asked: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
+) -> list[dict[str, Any]]:
+    """Every job's numbers; with a wanted rate only those of its input."""
+    experiment, plain = outlines(config, jax.devices())
+    found = []
+    for windows, name in asked:
+        stage, result = find_stage(experiment.stages, windows), {"stage": windows, "job": name}
+        if not rate:
+            job = jobs(experiment, stage, plain)[name]
+            with ticking(f"stage {windows}, {name}: compiling and running"):
+                result = measuring.measure(experiment, job, steps, warmup)
+            print(bench_text.job(result), flush=True)
+        if input and name in feeding.JOBS:
+            reads = feeding.rate(experiment, stage, name, steps)
+            result["input"] = feeding.against(reads, rate or result["images_per_second_in_a_row"])
+            print(bench_text.fed(result["input"]), flush=True)
+        found.append(result)
+    return found
+
+
+def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
+    """The UNet's forward, ours and that of torch."""
+    from proreflow_jax import bench_torch
+
+    with ticking("UNet forward, ours and diffusers' in turns"):
+        found = bench_torch.compare(config, rows, turns)
+    print(bench_text.compared(found), flush=True)
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "devices": len(devices),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
+
+
+def _check(steps: int, warmup: int, rows: int, rate: float, input: bool, json: str) -> None:
+    for flag, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("rows", rows, 1), ("rate", rate, 0)):
+        if not value >= least:
+            raise ValueError(f"--{flag}={value} must be at least {least}")
+    if rate and not input:
+        raise ValueError(f"--rate={rate} is what the input is held against: add --input")
+    if json and not Path(json).parent.is_dir():
+        raise FileNotFoundError(f"--json={json}: there is no folder {Path(json).parent}")
+
+
+if __name__ == "__main__":
+    options = {
+        "stage": (0, "windows of the one stage to run; 0: all stages"),
+        "jobs": (",".join(JOBS), "which jobs to run, by commas"),
+        "steps": (10, "calls that are timed alone, and again in a row; turns of --against"),
+        "warmup": (1, "calls before them, after a first one that is never counted"),
+        "json": ("", "file to write every number to"),
+        "input": (False, "also how many rows a second the input gives, against the step's images a second"),
+        "rate": (0.0, "images a second to hold the input against instead of running the job; 0: the job's own"),
+        "against": ("", "diffusers: the UNet's forward beside torch's, instead of the jobs"),
+        "rows": (1, "images at once of --against"),
+    }
+    cli.start(bench, __doc__, "configs/digits.py", options)

@@ -1,0 +1,130 @@
+"""The UNet's forward beside torch's diffusers on the machine at hand: one architecture, the same weights and inputs, in turns.
+
+Both are timed in one process, ours, theirs, ours, theirs: what disturbs the machine disturbs both, and each turn has its ratio.
+Ours runs on one device, a CPU with all its cores, as theirs does. Needs torch and diffusers (the extra `export-check`); nothing
+else in the package imports this file.
+"""
+
+import os
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from proreflow_jax import stand_ins
+from proreflow_jax.changes import changed
+from proreflow_jax.experiment import Experiment, open_outline
+from proreflow_jax.measuring import spread, work
+from proreflow_jax.models import weights
+from proreflow_jax.models.network import cast
+from proreflow_jax.runtime import chips, flops, mesh
+
+try:
+    import diffusers
+    import torch
+except ImportError:
+    raise ValueError("--against=diffusers needs torch and diffusers: pip install 'proreflow_jax[export-check]'") from None
+
+ALONE = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
+Inputs = dict[str, np.ndarray]  # latents (b,h,w,c), timesteps (b,), states (b,s,d), and SDXL's pooled and time_ids
+
+
+def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
+    """Seconds of both, the ratio ours / theirs of each turn, and how far the results lie apart.
+
+    Args:
+      rows: images at once.
+      turns: of each, after one that is not counted. On a CPU in float32, elsewhere in --config.model.dtype.
+    """
+    experiment = open_outline(changed(config, ALONE), jax.devices()[:1])
+    on_cpu = mesh.platform(experiment.mesh) == "cpu"
+    dtype = "float32" if on_cpu else config.model.dtype
+    inputs = _inputs(experiment, rows)
+    params = stand_ins.filled(experiment, _placed(experiment))
+    theirs = _theirs(experiment, params, inputs, dtype, "cpu" if on_cpu else "cuda")
+    ours = _ours(experiment, params, inputs, dtype)
+    del params
+    gap = np.abs(ours() - theirs())
+    times = np.array([[_seconds(ours), _seconds(theirs)] for _ in range(turns)])
+    device, net = experiment.mesh.devices.flat[0], experiment.networks.unet
+    useful = flops.total(flops.count(net.apply, net.shapes, *inputs.values()))
+    return {
+        "images": rows,
+        "dtype": dtype,
+        "device": device.device_kind,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "ours": spread(times[:, 0]),
+        "theirs": spread(times[:, 1]),
+        "ratio": spread(times[:, 0] / times[:, 1]),
+        "largest_difference": float(gap.max()),
+        **work(useful, float(np.median(times[:, 0])), 1, chips.chip_of(device.device_kind)),
+    }
+
+
+def _seconds(forward: Callable[[], np.ndarray]) -> float:
+    start = perf_counter()
+    forward()
+    return perf_counter() - start
+
+
+def _placed(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    place = mesh.replicated(experiment.mesh)
+    shapes = experiment.networks.unet.shapes
+    return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for name, s in shapes.items()}
+
+
+def _inputs(experiment: Experiment, rows: int) -> Inputs:
+    """Noise, a time, and states of the width that the UNet asks for, alike on both sides."""
+    draws, config = np.random.default_rng(0), experiment.networks.unet.config
+    normal = lambda *shape: draws.standard_normal((rows, *shape), np.float32)
+    encoders = [experiment.base.networks[name] for name in experiment.base.text]
+    length = max(encoder.config.get("max_position_embeddings", 77) for encoder in encoders)
+    found = {"latents": normal(*experiment.base.latent_shape), "timesteps": np.full(rows, 500, np.float32)}
+    found["states"] = normal(length, config["cross_attention_dim"])
+    if config.get("addition_embed_type") == "text_time":
+        ids = 6 * config["addition_time_embed_dim"]
+        found["pooled"] = normal(config["projection_class_embeddings_input_dim"] - ids)
+        found["time_ids"] = np.tile(np.float32([1024, 1024, 0, 0, 1024, 1024]), (rows, 1))
+    return found
+
+
+def _ours(experiment: Experiment, params: Any, inputs: Inputs, dtype: str) -> Callable[[], np.ndarray]:
+    net, place = experiment.networks.unet, mesh.replicated(experiment.mesh)
+    held = jax.jit(lambda p: cast(p, dtype))(params)
+    exact = ("timesteps", "time_ids")
+    given = [jax.device_put(jnp.asarray(v, None if n in exact else dtype), place) for n, v in inputs.items()]
+    apply = jax.jit(net.apply)
+    return lambda: np.asarray(apply(held, *given), np.float32)
+
+
+def _theirs(experiment: Experiment, params: Any, inputs: Inputs, dtype: str, device: str) -> Callable[[], np.ndarray]:
+    """diffusers' UNet with our weights; on a GPU in channels_last with cuDNN's choice by trial."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.backends.cudnn.benchmark = True
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(experiment.networks.unet.config)
+    kind, tensors = getattr(torch, dtype), weights.to_torch(params)
+    own = lambda array: torch.from_numpy(array if array.flags.writeable else array.copy()).to(kind)
+    unet.load_state_dict({name: own(array) for name, array in tensors.items()}, assign=True)
+    unet = unet.to(device, memory_format=_format(device)).eval()
+    given = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+    latents = given["latents"].permute(0, 3, 1, 2).to(kind).contiguous(memory_format=_format(device))
+    states = given["states"].to(kind)
+    added = {"text_embeds": given["pooled"].to(kind), "time_ids": given["time_ids"]} if "pooled" in given else None
+
+    def forward() -> np.ndarray:
+        with torch.inference_mode():
+            out = unet(latents, given["timesteps"], states, added_cond_kwargs=added, return_dict=False)[0]
+        return out.permute(0, 2, 3, 1).float().cpu().numpy()
+
+    return forward
+
+
+def _format(device: str) -> Any:
+    return torch.contiguous_format if device == "cpu" else torch.channels_last

@@ -1,0 +1,102 @@
+"""How many rows a second a job's input can give on this machine: decoding, tokenizing and the way onto the devices included.
+
+It is read as the job reads it, by the same iterators, while nothing else is computed. Pair records that are not there yet are
+made up in a temporary folder, in their true format and size.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from proreflow_jax import make_pairs, planning, train
+from proreflow_jax.data import loader, records
+from proreflow_jax.experiment import Experiment, open_source
+from proreflow_jax.models import tokenizer
+from proreflow_jax.models.sources import TEXT_ENCODERS
+from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.runtime import mesh, storage
+
+log = logging.getLogger(__name__)
+JOBS = ("pairs", "train")  # that read something
+LEAST = 20  # batches that are timed: a few are there before the clock starts
+MADE = 4  # batches of records that are made up
+
+
+def rate(experiment: Experiment, stage: Stage, job: str, steps: int) -> dict[str, Any]:
+    """{"input", "rows", "rows_per_second"} of a job's input, timed over `steps` batches, at least 20.
+
+    Raises FileNotFoundError or ValueError, one line, where the data or the tokenizer is not there.
+    """
+    steps = max(steps, LEAST)
+    with ExitStack() as stack:
+        made = stack.enter_context(tempfile.TemporaryDirectory())
+        stored = job == "train" and experiment.config.pairs.mode == "stored"
+        source, what = _records(experiment, stage, Path(made)) if stored else _captions(experiment)
+        rows = experiment.config.train.batch if job == "train" else experiment.config.pairs.batch
+        open_ = train.batches_from(experiment, source, 0) if stored else _prompts(_tokenizing(experiment), source, rows)
+        found = loader.rows_per_second(_arrived(stack.enter_context(open_)), steps, rows)
+    return {"input": what, "rows": steps * rows, "rows_per_second": found}
+
+
+def against(found: Mapping[str, Any], wanted: float) -> dict[str, Any]:
+    """The same beside the images a second that a step, or the user, asks for."""
+    return {**found, "wanted_per_second": wanted, "ratio": found["rows_per_second"] / wanted}
+
+
+def _arrived(batches: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+    for _, batch in batches:
+        yield jax.block_until_ready(batch)
+
+
+@contextmanager
+def _prompts(experiment: Experiment, source: loader.Source, b: int) -> Iterator[Iterator[tuple[int, Any]]]:
+    """Numbered prompts (and images) on the mesh, as pairs are made of them."""
+    own = mesh.own_rows(experiment.mesh, b)
+    read = lambda step: make_pairs.read_rows(experiment, source, step * b + np.arange(own.start, own.stop))
+    with loader.Ahead(read, count(), depth=2) as batches:
+        yield ((step, mesh.put_batch(experiment.mesh, rows, b)) for step, rows in enumerate(batches))
+
+
+def _captions(experiment: Experiment) -> tuple[loader.Source, str]:
+    data, images = experiment.config.data, experiment.config.pairs.start == "data"
+    return open_source(experiment), f"captions{' and images' if images else ''}, --config.data.kind={data.kind}"
+
+
+def _tokenizing(experiment: Experiment) -> Experiment:
+    """The experiment with its model's tokenizer, which an outline leaves closed; without one it warns, and ids are zeros."""
+    base = experiment.base
+    encoders = [name for name in base.networks if name in TEXT_ENCODERS]
+    folders = [base.source.folder / name.replace("text_encoder", "tokenizer") for name in encoders]
+    if not all(folder.is_dir() for folder in folders):
+        log.warning("%s has no tokenizer: prompts are read, but not tokenized", base.source.folder)
+        return experiment
+    return experiment._replace(base=base._replace(tokenizer=tokenizer.load(*folders)))
+
+
+def _records(experiment: Experiment, stage: Stage, folder: Path) -> tuple[loader.Source, str]:
+    """The stage's own pairs, or a few batches of such records, written into `folder`."""
+    own = stage.folder / "pairs"
+    if (own / records.MANIFEST).is_file():
+        return records.PairRecords(storage.local_copy(own), verify=False), "the stage's pair records"
+    b = experiment.config.train.batch
+    plan, rows = {"examples": MADE * b, "shard_size": b}, planning.record_shapes(experiment, stage)
+    draws = np.random.default_rng(0)
+    one = lambda: {name: _noise(draws, rows[name]) for name in rows}
+    records.fix_plan(folder, plan)
+    for shard in range(records.shard_count(plan)):
+        records.write_shard(folder, plan, shard, (one() for _ in records.shard_range(plan, shard)))
+    records.publish(folder, plan)
+    return records.PairRecords(folder, verify=False), "pair records of that size, made up"
+
+
+def _noise(draws: np.random.Generator, rows: jax.ShapeDtypeStruct) -> np.ndarray:
+    """One row."""
+    shape = rows.shape[1:]
+    return (draws.standard_normal(shape) if shape and len(shape) > 1 else np.zeros(shape)).astype(rows.dtype)

@@ -1,0 +1,152 @@
+"""What a job takes on the machine at hand, as plain numbers: compiled, run on made-up arrays, timed.
+
+Two ways of calling. Alone: each call is waited for, which is its time. In a row: a call is sent before the one in front of it
+is waited for, as the training loop does, which is the rate. Host time is how long the call itself keeps Python.
+"""
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proreflow_jax import stand_ins
+from proreflow_jax.experiment import Experiment
+from proreflow_jax.planning import STATE, Job
+from proreflow_jax.runtime import chips
+
+HOST_CALLS, HOST_WARMUP = 50, 5  # of the program that computes nothing
+
+
+class Caller:
+    """A compiled job, called over and over: a state that it consumes is taken from the call before."""
+
+    def __init__(self, program: Any, job: Job, arguments: tuple[Any, ...]) -> None:
+        self._program, self._arguments, self._passes = program, arguments, job.classes[0] == STATE
+
+    def __call__(self) -> Any:
+        """Sends one call; returns what to wait for, which no later call consumes."""
+        out = self._program(*self._arguments)
+        if not self._passes:
+            return out
+        state, numbers = out
+        self._arguments = state, *self._arguments[1:]
+        return numbers
+
+
+def measure(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[str, Any]:
+    """The numbers of one job: seconds, images and FLOPs a second, bytes of one device, seconds that a call keeps the host.
+
+    Args:
+      job: of `planning.jobs`, on devices that are here.
+      steps, warmup: calls that are timed, alone and again in a row; calls before, the first of which is never counted.
+
+    Raises jax's RuntimeError where the job does not fit the device.
+    """
+    device, start = experiment.mesh.devices.flat[0], perf_counter()
+    program = job.jitted.lower(*job.arguments).compile()
+    compiled = perf_counter() - start
+    call = Caller(program, job, stand_ins.filled(experiment, job.arguments))
+    for _ in range(warmup + 1):
+        jax.block_until_ready(call())
+    alone, (row, host) = each_alone(call, steps), in_a_row(call, steps)
+    memory = device_memory(program, device)
+    del call
+    median = float(np.median(alone))
+    found = {
+        "stage": job.windows,
+        "job": job.name,
+        "images": job.images,
+        "at_once": job.at_once,
+        "arrays": len(jax.tree.leaves(job.arguments)),
+        "compile_seconds": compiled,
+        "seconds": spread(alone),
+        "seconds_in_a_row": row,
+        "images_per_second": job.images / median,
+        "images_per_second_in_a_row": job.images / row,
+        "memory": memory,
+        "host_seconds": spread(host),
+        "host_seconds_of_arguments": spread(host_times(job)),
+    }
+    return found | work(job.useful(), median, experiment.mesh.size, chips.chip_of(device.device_kind))
+
+
+def each_alone(call: Callable[[], Any], steps: int) -> list[float]:
+    """Seconds of calls that are waited for, one by one."""
+    times = []
+    for _ in range(steps):
+        start = perf_counter()
+        jax.block_until_ready(call())
+        times.append(perf_counter() - start)
+    return times
+
+
+def in_a_row(call: Callable[[], Any], steps: int) -> tuple[float, list[float]]:
+    """(seconds a call where each is sent before the one in front of it is waited for, seconds until each came back sent)."""
+    sent, before, begin = [], None, perf_counter()
+    for _ in range(steps):
+        start = perf_counter()
+        after = call()
+        sent.append(perf_counter() - start)
+        jax.block_until_ready(before)
+        before = after
+    jax.block_until_ready(before)
+    return (perf_counter() - begin) / steps, sent
+
+
+def host_times(job: Job) -> list[float]:
+    """Seconds that a jitted call keeps Python for its arguments' sake: as many arrays, named alike, nothing to compute."""
+    arguments = stand_ins.tiny(job.arguments)
+    passes = job.classes[0] == STATE
+    places = jax.tree.map(lambda array: array.sharding, arguments)
+
+    def nothing(*arrays: Any) -> Any:
+        return (jax.lax.optimization_barrier(arrays[0]), jnp.zeros(())) if passes else jnp.zeros(())
+
+    made = (places[0], None) if passes else None
+    options = {"donate_argnums": 0} if passes else {}
+    jitted = jax.jit(nothing, in_shardings=places, out_shardings=made, keep_unused=True, **options)
+    call, times = Caller(jitted, job, arguments), []
+    for _ in range(HOST_WARMUP + HOST_CALLS):
+        start = perf_counter()
+        waits = call()
+        times.append(perf_counter() - start)
+        jax.block_until_ready(waits)
+    return times[HOST_WARMUP:]
+
+
+def work(useful: float, seconds: float, devices: int, chip: chips.Chip | None) -> dict[str, float | None]:
+    """FLOPs of one call that the method needs, of all devices a second, and as a part of their peak where that is known."""
+    rate = useful / seconds
+    return {"useful_flops": useful, "flops_per_second": rate, "utilisation": rate / devices / chip.peak if chip else None}
+
+
+def device_memory(program: Any, device: jax.Device) -> dict[str, int | None]:
+    """Bytes of one device: the compiler's account of this job; the allocator's highest since the process began, where it keeps
+    one; and the highest of the process on the host.
+    """
+    found, stats = program.memory_analysis(), device.memory_stats() or {}
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "compiled": held + found.temp_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "peak": stats.get("peak_bytes_in_use"),
+        "process_peak": highest * (1 if sys.platform == "darwin" else 1024),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles, least and most of some numbers, and how many they were."""
+    low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
+    return {
+        "median": median,
+        "quartiles": [low, high],
+        "least": float(min(values)),
+        "most": float(max(values)),
+        "count": len(values),
+    }

@@ -1,0 +1,185 @@
+"""bench: arrays in the place of weights, what is timed and how, numbers that fit each other, the input, diffusers beside it."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import verb
+
+import proreflow_jax
+from proreflow_jax import experiment, feeding, measuring, planning, stand_ins
+from proreflow_jax.runtime import chips
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def opened(outline_only, tmp_path_factory):
+    """The tiny chain's outline on the eight devices, a batch split over them."""
+    return experiment.open_outline(verb.tiny_config(tmp_path_factory.mktemp("runs"), outline_only), jax.devices())
+
+
+def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_finite(opened):
+    job = planning.jobs(opened, opened.stages[0])["train"]
+    made = stand_ins.filled(opened, job.arguments)
+    described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
+    assert described(made) == described(job.arguments)
+    weights = {name: np.asarray(value) for name, value in made[0].params.items()}
+    assert all(np.any(value) for name, value in weights.items() if not name.endswith("bias"))
+    state, numbers = job.jitted(*made)
+    assert state.step == 1 and all(np.isfinite(value).all() for value in jax.tree.leaves(jax.device_get(numbers)))
+
+
+def test_tiny_arrays_have_the_names_of_the_job_and_are_split_where_its_own_are(tmp_path, outline_only):
+    config = verb.tiny_config(tmp_path, outline_only, mesh__data=2, mesh__fsdp=4)
+    sharded = experiment.open_outline(config, jax.devices())
+    job = planning.jobs(sharded, sharded.stages[0])["train"]
+    small = stand_ins.tiny(job.arguments)
+    assert jax.tree.structure(small) == jax.tree.structure(job.arguments)
+    split = lambda tree: [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)]
+    assert split(small) == split(job.arguments) and {*split(small)} == {True, False}
+    assert max(leaf.size for leaf in jax.tree.leaves(small)) == 8 * 8
+
+
+class Sent:
+    """A result on its way; what is waited for is written down."""
+
+    def __init__(self, number: int, said: list) -> None:
+        self.number, self.said = number, said
+
+    def block_until_ready(self) -> None:
+        self.said.append(("waited", self.number))
+
+
+def test_in_a_row_a_call_is_sent_before_the_one_in_front_is_waited_for():
+    said = []
+
+    def call() -> Sent:
+        said.append(("sent", len([what for what, _ in said if what == "sent"])))
+        return Sent(said[-1][1], said)
+
+    measuring.in_a_row(call, 3)
+    assert said == [("sent", 0), ("sent", 1), ("waited", 0), ("sent", 2), ("waited", 1), ("waited", 2)]
+    said.clear()
+    measuring.each_alone(call, 2)
+    assert said == [("sent", 0), ("waited", 0), ("sent", 1), ("waited", 1)]
+
+
+def test_a_call_takes_the_state_that_the_call_before_left():
+    program = lambda state, other: (state + other, {"loss": state})
+    call = measuring.Caller(program, SimpleNamespace(classes=("state", "batch")), (1, 10))
+    assert [call()["loss"] for _ in range(3)] == [1, 11, 21]
+    call = measuring.Caller(program, SimpleNamespace(classes=("frozen", "batch")), (1, 10))
+    assert [call() for _ in range(2)] == [(11, {"loss": 1})] * 2
+
+
+def test_utilisation_is_of_the_peak_of_all_devices_and_unknown_where_that_is():
+    found = measuring.work(2 * 197e12, 4.0, 2, chips.CHIPS["v5e"])
+    assert (found["flops_per_second"], found["utilisation"]) == (0.5 * 197e12, 0.25)
+    assert measuring.work(1e9, 1.0, 2, None)["utilisation"] is None
+
+
+def test_the_numbers_of_a_run_fit_each_other(tmp_path, outline_only, opened):
+    words = verb.tiny_flags(tmp_path, outline_only)
+    ended = verb.run(
+        "bench",
+        *words,
+        "--stage=4",
+        "--jobs=train,sample",
+        "--steps=3",
+        "--warmup=0",
+        "--input",
+        f"--json={tmp_path / 'bench.json'}",
+    )
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["machine"] | {"cores": 0} == {
+        "platform": "cpu",
+        "kind": "cpu",
+        "devices": 8,
+        "cores": 0,
+        "jax": jax.__version__,
+    }
+    assert [(job["stage"], job["job"]) for job in found["jobs"]] == [(4, "train"), (4, "sample")]
+    for job in found["jobs"]:
+        times = job["seconds"]
+        assert times["least"] <= times["quartiles"][0] <= times["median"] <= times["quartiles"][1] <= times["most"]
+        assert times["count"] == 3 == job["host_seconds"]["count"]
+        assert job["images_per_second"] == pytest.approx(job["images"] / times["median"])
+        assert job["images_per_second_in_a_row"] == pytest.approx(job["images"] / job["seconds_in_a_row"])
+        assert job["flops_per_second"] == pytest.approx(job["useful_flops"] / times["median"])
+        assert job["host_seconds_of_arguments"]["median"] > 0 and job["compile_seconds"] > 0
+        memory = job["memory"]
+        assert 0 < memory["temporaries"] < memory["compiled"] < memory["process_peak"] and memory["peak"] is None
+    train, sample = found["jobs"]
+    assert train["input"]["wanted_per_second"] == train["images_per_second_in_a_row"] and "input" not in sample
+    held = len(jax.tree.leaves(planning.train_job(opened, opened.stages[0], opened).arguments))
+    assert train["arrays"] == held and f"{held:,} such arrays" in ended.out
+    assert "stage 4, train: 16 images a call, 2 at once on a device" in ended.out and "peak unknown" in ended.out
+
+
+def test_the_input_is_held_against_a_wanted_rate_and_says_which_input_it_was(tmp_path, model):
+    words = [*verb.tiny_flags(tmp_path, model), "--stage=4", "--input", f"--json={tmp_path / 'bench.json'}"]
+    ended = verb.run("bench", *words, "--rate=1e9")
+    assert ended.code == 0, ended.err
+    pairs, train, sample = json.loads((tmp_path / "bench.json").read_text())["jobs"]
+    assert "seconds" not in train and "input" not in sample
+    assert pairs["input"]["input"] == "captions, --config.data.kind=prompts"
+    assert train["input"]["input"] == "pair records of that size, made up"
+    for found in (pairs["input"], train["input"]):
+        assert found["rows"] == 20 * 16 and found["ratio"] == pytest.approx(found["rows_per_second"] / 1e9)
+    assert ended.out.count("STARVES THE STEP") == 2
+    slow = verb.run("bench", *words, "--rate=0.001", "--jobs=train", "--config.pairs.mode=online")
+    assert "captions, --config.data.kind=prompts" in slow.out and "keeps up" in slow.out
+
+
+def test_rows_of_the_input_are_timed_until_they_lie_on_the_devices(opened, monkeypatch):
+    seen = []
+    monkeypatch.setattr(feeding.jax, "block_until_ready", lambda batch: seen.append(batch) or batch)
+    found = feeding.rate(opened, opened.stages[0], "pairs", 1)
+    assert len(seen) == 21 and found["rows"] == 20 * 16
+    assert seen[0]["ids"].sharding.num_devices == 8 and int(seen[1]["index"][0]) == 16
+
+
+def test_wrong_words_end_in_one_line(tmp_path, outline_only):
+    words = verb.tiny_flags(tmp_path, outline_only)
+    for wrong, said in {
+        "--steps=0": "--steps=0 must be at least 1",
+        "--warmup=-1": "--warmup=-1 must be at least 0",
+        "--rows=0": "--rows=0 must be at least 1",
+        "--rate=-2": "--rate=-2.0 must be at least 0",
+        "--rate=nan": "--rate=nan must be at least 0",
+        "--rate=5": "--rate=5.0 is what the input is held against: add --input",
+        "--stage=3": "--stage=3 is not a stage",
+        "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",
+        "--against=torch": "--against='torch' must be one of diffusers",
+        "--json=no/such/bench.json": "--json=no/such/bench.json: there is no folder no/such",
+        "--config.model.path=no/such": "no/such",
+    }.items():
+        ended = verb.run("bench", *words, wrong)
+        assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+def test_ours_and_diffusers_take_turns_on_the_same_weights(tmp_path, outline_only):
+    pytest.importorskip("diffusers")
+    words = [*verb.tiny_flags(tmp_path, outline_only), "--against=diffusers", "--steps=3", "--rows=2"]
+    ended = verb.run("bench", *words, f"--json={tmp_path / 'bench.json'}")
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    against = found["against"]
+    assert "jobs" not in found and against["largest_difference"] < 1e-4
+    assert against["dtype"] == "float32" and against["images"] == 2 and against["ratio"]["count"] == 3
+    low, high = against["ratio"]["least"], against["ratio"]["most"]
+    assert low * against["theirs"]["least"] <= against["ours"]["most"] <= high * against["theirs"]["most"]
+    assert "ours / theirs" in ended.out
+
+
+def test_without_torch_the_comparison_names_the_extra(tmp_path, outline_only, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "proreflow_jax.bench_torch", raising=False)
+    monkeypatch.delattr(proreflow_jax, "bench_torch", raising=False)
+    ended = verb.run("bench", *verb.tiny_flags(tmp_path, outline_only), "--against=diffusers")
+    assert ended.code == 2 and "pip install 'proreflow_jax[export-check]'" in ended.err and ended.err.count("\n") == 1
