@@ -112,7 +112,7 @@ def _rows(
     config, size = experiment.config, experiment.config.pairs.batch
     own = mesh.own_rows(experiment.mesh, size)
     begins = range(ids.start, ids.stop, size)
-    read = lambda begin: read_rows(experiment, source, begin + np.arange(own.start, own.stop))
+    read = lambda begin: read_rows(experiment, source, begin + own)
     with loader.Ahead(read, begins, depth=2) as inputs:
         for begin, rows in zip(begins, inputs, strict=True):
             made = host_arrays(jitted(frozen, mesh.put_batch(experiment.mesh, rows, size)))

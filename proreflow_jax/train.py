@@ -198,7 +198,7 @@ def _batches(experiment: Experiment, source: loader.Source, start: int) -> Itera
     b = config.train.batch
     rows = mesh.own_rows(machine, b)
     if config.pairs.mode == "online":
-        numbers = lambda step: np.arange(step * b + rows.start, step * b + rows.stop)
+        numbers = lambda step: step * b + rows
         with loader.Ahead(lambda step: (step, read_rows(experiment, source, numbers(step))), count(start), depth=2) as batches:
             yield ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)
         return
