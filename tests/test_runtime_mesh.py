@@ -155,7 +155,9 @@ def test_devices_that_know_no_slice_are_cut_into_equal_runs() -> None:
         mesh_lib.make_mesh(1, 8, 1, slices=2)
 
 
-@pytest.mark.parametrize(("slices", "axes"), [(1, (1, -1, 1)), (1, (-1, 1, 1)), (1, (2, 2, 4)), (2, (1, -1, 1)), (2, (2, -1, 2))])
+@pytest.mark.parametrize(
+    ("slices", "axes"), [(1, (1, -1, 1)), (1, (-1, 1, 1)), (1, (2, 2, 4)), (2, (1, -1, 1)), (2, (2, -1, 2))]
+)
 def test_every_row_of_a_batch_is_fed_by_the_hosts_whose_chips_hold_it(slices: int, axes: tuple[int, int, int]) -> None:
     """A mesh follows the wires, so a host's rows are not one range: on v5e:4x4 the first host holds 0, 1, 6 and 15."""
     chips = v5e_chips(slices, 4)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from proreflow_jax.runtime import mesh, processes
+from proreflow_jax.runtime import processes
 
 JOB = """
 import sys

@@ -222,7 +222,6 @@ def _has_tpu_chips(bus: Path) -> bool:
     return any(read(device / "vendor") == GOOGLE and read(device / "device") in TPU_CHIPS for device in devices)
 
 
-
 def _job(named: Mapping[str, str | None]) -> dict[str, str | int]:
     missing = [key for key in JOB if not named[key]]
     if missing:
