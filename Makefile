@@ -5,7 +5,7 @@ RUN := JAX_PLATFORMS=cpu $(BIN)/python
 CONFIG ?= configs/digits.py
 FORM ?= quick
 
-.PHONY: demo test test-slow reproduce check-export base lint clean
+.PHONY: demo test test-slow same-everywhere reproduce check-export base lint clean
 demo: .venv/demo.ok
 	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
 	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
@@ -16,6 +16,11 @@ test: .venv/test.ok
 
 test-slow: .venv/test.ok .venv/plan.ok
 	$(RUN) -m pytest -m slow
+
+# The same numbers on any mesh, and the same bits in one process and several (an hour).
+same-everywhere: .venv/test.ok
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_runtime_mesh.py tests/test_runtime_processes.py tests/test_mesh_equality.py \
+	    tests/test_verbs_pod.py
 
 # The paper's methods at equal compute; FORM=full takes hours.
 reproduce: .venv/demo.ok

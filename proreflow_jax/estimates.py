@@ -50,13 +50,13 @@ class Target(NamedTuple):
 
     slice: str
     chip: chips.Chip
-    count: int  # chips
+    count: int  # chips, of all slices
     cache: Path | None
 
 
-def target(name: str, cache: str) -> Target:
+def target(name: str, cache: str, slices: int = 1) -> Target:
     """Raises ValueError for a slice that is not known; an empty `cache` keeps nothing."""
-    return Target(name, chips.slice_chip(name), chips.chip_count(name), Path(cache).expanduser() if cache else None)
+    return Target(name, chips.slice_chip(name), slices * chips.chip_count(name), Path(cache).expanduser() if cache else None)
 
 
 def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, Experiment]]:
@@ -67,7 +67,7 @@ def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, 
 
     def both() -> tuple[Experiment, Experiment]:
         if not opened:
-            devices = aot.devices(place.slice)
+            devices = aot.devices(place.slice, config.mesh.slices)
             opened.append(open_outline(config, devices))
             change = {field: value for field, value in PLAIN.items() if has_field(config, field)}
             opened.append(open_outline(changed(config, change), devices) if change else opened[0])
