@@ -5,7 +5,7 @@ RUN := JAX_PLATFORMS=cpu $(BIN)/python
 CONFIG ?= configs/digits.py
 FORM ?= quick
 
-.PHONY: demo test test-slow test-aot reproduce check-export base lint clean
+.PHONY: demo test test-slow test-aot same-everywhere reproduce check-export base lint clean
 demo: .venv/demo.ok
 	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
 	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
@@ -20,6 +20,11 @@ test-slow: .venv/test.ok .venv/plan.ok
 # SD 1.5 and SDXL at full size through the TPU compiler; 16 GB, an hour and more on two cores.
 test-aot: .venv/test.ok .venv/plan.ok
 	$(RUN) -m pytest -m aot -s tests/test_full_size_aot.py
+
+# The same numbers on any mesh, and the same bits in one process and several (an hour).
+same-everywhere: .venv/test.ok
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_runtime_mesh.py tests/test_runtime_processes.py tests/test_mesh_equality.py \
+	    tests/test_verbs_pod.py
 
 # The paper's methods at equal compute; FORM=full takes hours.
 reproduce: .venv/demo.ok

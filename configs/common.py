@@ -10,6 +10,16 @@ DECAY_RULES = (
     (r".*", True),
 )
 
+# Where a layer lies: the first regex found in a name decides. Attention's heads and the feed-forward's inner width are cut over
+# tensor, by a layer's outputs ("column") and the next one's inputs ("row"); fsdp takes the largest dimension that is left.
+SHARDING_RULES = (
+    (r"attn\d\.to_(q|k|v)\.", "column"),
+    (r"attn\d\.to_out\.0\.", "row"),
+    (r"ff\.net\.0\.proj\.", "column"),
+    (r"ff\.net\.2\.", "row"),
+    (r".*", "fsdp"),
+)
+
 
 def optimizer(learning_rate: float, warmup_steps: int, schedule: str = "cosine", beta2: float = 0.99) -> ConfigDict:
     """AdamW; the paper states none of these numbers."""
@@ -124,10 +134,11 @@ def _run(c: ConfigDict) -> None:
     c.profile.steps = ()  # (first, last) training step of each stage that is traced into <stage>/profile; (): none
 
     c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices over which only the batch is split
+    c.mesh.slices = 1  # slices, each with the three axes below: only gradients' sums go between them
+    c.mesh.data = 1  # devices of a slice over which only the batch is split
     c.mesh.fsdp = -1  # devices over which the state is split too; -1: all, since a whole state fills a chip
     c.mesh.tensor = 1  # devices over which layers are split
-    c.mesh.rules = ((".*", "fsdp"),)  # ordered (regex, "fsdp" or "replicated") over parameter names
+    c.mesh.rules = SHARDING_RULES  # ordered (regex, "fsdp", "replicated", "column" or "row") over parameter names
 
     c.export = ConfigDict()
     c.export.stages = (4, 2)  # stages whose student distill exports to <run>/export/stage-N [paper: 4 and 2 steps]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs.common import optimizer
+from configs.common import SHARDING_RULES, optimizer
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -105,10 +105,11 @@ def get_config() -> ConfigDict:
     c.profile.steps = ()  # (first, last) training step of each stage that is traced into <stage>/profile; (): none
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices over which only the batch is split; -1: all that are left
+    c.mesh.slices = 1  # slices, each with the three axes below
+    c.mesh.data = -1  # devices of a slice over which only the batch is split; -1: all that are left
     c.mesh.fsdp = 1  # devices over which the state is split too
     c.mesh.tensor = 1  # devices over which layers are split
-    c.mesh.rules = ((".*", "fsdp"),)  # ordered (regex, "fsdp" or "replicated") over parameter names
+    c.mesh.rules = SHARDING_RULES  # ordered (regex, "fsdp", "replicated", "column" or "row") over parameter names
 
     c.export = ConfigDict()
     c.export.stages = (8, 4, 2)  # stages whose student is exported to <run>/export/stage-N

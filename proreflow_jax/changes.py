@@ -29,8 +29,9 @@ def flags(change: Mapping[str, Any]) -> str:
 
 
 def ways(config: ConfigDict, chips: int) -> int:
-    """Devices that a batch is split over, on a slice of so many."""
-    return chips // config.mesh.tensor if -1 in (config.mesh.data, config.mesh.fsdp) else config.mesh.data * config.mesh.fsdp
+    """Devices that a batch is split over, of so many in all slices."""
+    m = config.mesh
+    return chips // m.tensor if -1 in (m.data, m.fsdp) else m.slices * m.data * m.fsdp
 
 
 def smaller(config: ConfigDict, job: str, chips: int, found: Mapping[str, Any]) -> Iterator[Change]:

@@ -17,7 +17,7 @@ from proreflow_jax.runtime import mesh, optimizer, trace
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")
 MODES, TEACHERS = ("stored", "online"), ("previous", "base")
-RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP}
+RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP, "column": mesh.COLUMN, "row": mesh.ROW}
 CHOICES = {
     "model.dtype": DTYPES,
     "model.teacher_dtype": DTYPES,

@@ -51,13 +51,13 @@ class Target(NamedTuple):
 
     slice: str
     chip: chips.Chip
-    count: int  # chips
+    count: int  # chips, of all slices
     cache: Path | None
 
 
-def target(name: str, cache: str) -> Target:
+def target(name: str, cache: str, slices: int = 1) -> Target:
     """Raises ValueError for a slice that is not known; an empty `cache` keeps nothing."""
-    return Target(name, chips.slice_chip(name), chips.chip_count(name), Path(cache).expanduser() if cache else None)
+    return Target(name, chips.slice_chip(name), slices * chips.chip_count(name), Path(cache).expanduser() if cache else None)
 
 
 def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, Experiment]]:
@@ -68,7 +68,7 @@ def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, 
 
     def both() -> tuple[Experiment, Experiment]:
         if not opened:
-            opened.append(outlines(config, aot.devices(place.slice)))
+            opened.append(outlines(config, aot.devices(place.slice, config.mesh.slices)))
         return opened[0]
 
     return both

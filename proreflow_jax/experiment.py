@@ -53,14 +53,14 @@ class Weights(NamedTuple):
 
 def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
-    machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     storage.check(_planned(config, machine)[0])
     return _opened(config, machine, base_model.load(config, machine, partial(places, config, machine)))
 
 
 def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """The same on devices that need not be here, its base model in shapes: for compiling, not for running."""
-    machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices, config.mesh.slices)
     return _opened(config, machine, base_model.outline(config, machine))
 
 

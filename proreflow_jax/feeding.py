@@ -59,7 +59,7 @@ def _arrived(batches: Iterator[tuple[int, Any]]) -> Iterator[Any]:
 def _prompts(experiment: Experiment, source: loader.Source, b: int) -> Iterator[Iterator[tuple[int, Any]]]:
     """Numbered prompts (and images) on the mesh, as pairs are made of them."""
     own = mesh.own_rows(experiment.mesh, b)
-    read = lambda step: make_pairs.read_rows(experiment, source, step * b + np.arange(own.start, own.stop))
+    read = lambda step: make_pairs.read_rows(experiment, source, step * b + own)
     with loader.Ahead(read, count(), depth=2) as batches:
         yield ((step, mesh.put_batch(experiment.mesh, rows, b)) for step, rows in enumerate(batches))
 

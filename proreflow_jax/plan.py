@@ -24,7 +24,7 @@ LARGEST = 4096  # images at once on a chip
 
 def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
     """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
-    place = target(slice, cache)
+    place = target(slice, cache, config.mesh.slices)
     if json and not Path(json).parent.is_dir():
         raise FileNotFoundError(f"--json={json}: there is no folder {Path(json).parent}")
     aot.prepare()

@@ -22,7 +22,8 @@ def header(config: ConfigDict, place: Target) -> str:
     what = (
         f"{place.count} chip{'s' * (place.count > 1)}, of each {chip.memory / GIB:.2f} GiB and {chip.peak / 1e12:.0f} TFLOP/s"
     )
-    return f"{config.name} on {place.slice}: {what}. Memory and time are the TPU compiler's account; nothing ran."
+    several = f"{config.mesh.slices} x " if config.mesh.slices > 1 else ""
+    return f"{config.name} on {several}{place.slice}: {what}. Memory and time are the TPU compiler's account; nothing ran."
 
 
 def job(found: Mapping[str, Any]) -> str:

@@ -75,6 +75,6 @@ def batched(
     """
     own = mesh.own_rows(machine, size)
     begins = range(numbers.start, numbers.stop, size)
-    with loader.Ahead(lambda begin: read(begin + np.arange(own.start, own.stop)), begins, depth=2) as batches:
+    with loader.Ahead(lambda begin: read(begin + own), begins, depth=2) as batches:
         for begin, rows in zip(begins, batches, strict=True):
             yield host_arrays(compute(mesh.put_batch(machine, rows, size))), min(size, numbers.stop - begin)

@@ -217,7 +217,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(estimates, "measured", measured)
     monkeypatch.setattr(aot, "compile_for", lambda *job: NOTHING)
-    monkeypatch.setattr(aot, "devices", lambda name: jax.devices())
+    monkeypatch.setattr(aot, "devices", lambda name, slices: jax.devices())
     monkeypatch.setattr(aot, "prepare", lambda: None)
     monkeypatch.setattr(planning, "_counted", lambda *job: 1e9)
     return asked

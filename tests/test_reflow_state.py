@@ -119,6 +119,22 @@ def test_every_step_has_its_own_randomness_and_the_same_step_the_same():
     assert numbers["x"] == again["x"] != later["x"]
 
 
+def test_gradients_summed_in_the_order_of_the_devices_are_the_same_gradients():
+    machine = mesh.make_mesh(4, devices=jax.devices()[:4])
+    rows, whole = mesh.batch_sharding(machine), mesh.replicated(machine)
+    step = partial(step_of(TOYS, accumulation=2, unroll=True), in_order=machine)
+    step = quick_jit(step, in_shardings=(whole, whole, rows, whole), out_shardings=whole)
+    text = step.lower(init_state(FROZEN.teacher, ADAM, True), FROZEN, tiny.rows(16), KEY).compile().as_text()
+    sums = [line for line in text.splitlines() if " all-reduce(" in line]
+    assert "all-to-all" in text and all("/gather" in line for line in sums)  # picks of rows: one addend is not zero
+    (found, numbers), (wanted, expected) = trained(step, 2), trained(jitted(), 2)
+    same(found, wanted)
+    for ours, theirs in zip(numbers, expected, strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+        ratio = lambda n: n["window"]["loss"] / np.maximum(n["window"]["count"], 1e-9)
+        np.testing.assert_allclose(ratio(ours), ratio(theirs), rtol=1e-4)
+
+
 def on_mesh(networks, frozen, shape, student=None, adam=ADAM, jit=quick_jit):
     """Losses of a few steps with the state and batch spread over a (data, fsdp) mesh; and how often it was compiled."""
     machine = mesh.make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])

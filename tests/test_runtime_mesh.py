@@ -1,12 +1,15 @@
 """The mesh: rules are total and ordered, what does not divide is replicated, rows land where they belong."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from proreflow_jax.runtime import mesh as mesh_lib
-from proreflow_jax.runtime.mesh import FSDP
+from proreflow_jax.runtime.mesh import COLUMN, FSDP, ROW
 
 
 def test_one_axis_takes_the_devices_that_are_left() -> None:
@@ -72,6 +75,103 @@ def test_fsdp_splits_the_largest_dimension_that_divides(shape: tuple[int, ...], 
     assert placed.is_fully_replicated == (spec == PartitionSpec())
 
 
+@pytest.mark.parametrize(
+    ("shape", "column", "row"),
+    [
+        ((16, 64), (None, "tensor"), ("tensor", "fsdp")),
+        ((64, 16), ("fsdp", "tensor"), ("tensor", "fsdp")),
+        ((3, 3, 8, 16), (None, None, "fsdp", "tensor"), (None, None, "tensor", "fsdp")),
+        ((16,), ("tensor",), ("fsdp",)),  # a bias belongs to the outputs
+        ((5, 7), (), ()),
+        ((6, 16), (None, "tensor"), ("tensor", "fsdp")),
+        ((0, 0), (), ()),
+    ],
+)
+def test_layers_split_by_outputs_or_inputs_and_fsdp_takes_the_rest(shape: tuple, column: tuple, row: tuple) -> None:
+    mesh = mesh_lib.make_mesh(data=1, fsdp=4, tensor=2)
+    if shape == (16, 64):
+        column = ("fsdp", "tensor")  # the only other dimension
+    found = mesh_lib.specs([("a", COLUMN), ("b", ROW)], {"a": shape, "b": shape}, mesh)
+    assert found == {"a": PartitionSpec(*column), "b": PartitionSpec(*row)}
+
+
+def test_without_a_tensor_axis_split_layers_lie_as_all_others() -> None:
+    mesh = mesh_lib.make_mesh(data=1, fsdp=8)
+    for shape in ((16, 64), (64, 16), (3, 3, 8, 16), (16,), (7, 7)):
+        found = mesh_lib.specs([("a", COLUMN), ("b", ROW)], {"a": shape, "b": shape}, mesh)
+        assert set(found.values()) == {mesh_lib.fsdp_spec(shape, mesh)}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A TPU chip as far as a mesh asks: v5e hosts have 2x2 chips each, as in the slice v5e:4x4."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+
+def v5e_chips(slices: int, side: int) -> list[Chip]:
+    """The chips of some slices of side x side, host by host, as jax lists them."""
+    per_slice, hosts = side * side, side // 2
+    place = lambda i: (i % 4 % 2 + 2 * (i // 4 % hosts), i % 4 // 2 + 2 * (i // 4 // hosts))
+    return [
+        Chip(s * per_slice + i, s * per_slice // 4 + i // 4, s, (*place(i), 0)) for s in range(slices) for i in range(per_slice)
+    ]
+
+
+def test_slices_lie_along_the_data_axis_and_nothing_else_crosses_them() -> None:
+    chips = v5e_chips(slices=2, side=4)
+    mesh = mesh_lib.make_mesh(1, -1, 1, chips[::-1], slices=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 1}
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    mesh = mesh_lib.make_mesh(-1, 4, 2, chips, slices=2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 2}
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+    within = [{chip.slice_index for chip in part.flat} for part in np.moveaxis(mesh.devices, 0, -1).reshape(8, 4)]
+    assert within == [{0, 1}] * 8
+
+
+@pytest.mark.parametrize(
+    ("slices", "given", "words"),
+    [(1, 2, ("--config.mesh.slices=1", "32 TPU chips lie in 2")), (2, 1, ("--config.mesh.slices=2", "lie in 1"))],
+)
+def test_another_number_of_slices_than_there_are_is_refused(slices: int, given: int, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        mesh_lib.make_mesh(1, -1, 1, v5e_chips(given, 4), slices=slices)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_devices_that_know_no_slice_are_cut_into_equal_runs() -> None:
+    mesh = mesh_lib.make_mesh(1, -1, 2, slices=2)
+    assert [[device.id for device in part.flat] for part in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match=r"--config\.mesh\.slices=3.*8 devices"):
+        mesh_lib.make_mesh(slices=3)
+    with pytest.raises(ValueError, match=r"4 devices of each of --config\.mesh\.slices=2"):
+        mesh_lib.make_mesh(1, 8, 1, slices=2)
+
+
+@pytest.mark.parametrize(
+    ("slices", "axes"), [(1, (1, -1, 1)), (1, (-1, 1, 1)), (1, (2, 2, 4)), (2, (1, -1, 1)), (2, (2, -1, 2))]
+)
+def test_every_row_of_a_batch_is_fed_by_the_hosts_whose_chips_hold_it(slices: int, axes: tuple[int, int, int]) -> None:
+    """A mesh follows the wires, so a host's rows are not one range: on v5e:4x4 the first host holds 0, 1, 6 and 15."""
+    chips = v5e_chips(slices, 4)
+    mesh = mesh_lib.make_mesh(*axes, chips, slices=slices)
+    batch = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+    fed = {host: set(mesh_lib.own_rows(mesh, batch, host).tolist()) for host in range(4 * slices)}
+    for index, chip in np.ndenumerate(mesh.devices):
+        at = index[0] * mesh.shape["fsdp"] + index[1]
+        assert {2 * at, 2 * at + 1} <= fed[chip.process_index]
+    assert set().union(*fed.values()) == set(range(batch))
+    if axes[2] == 1:
+        assert sum(map(len, fed.values())) == batch  # nobody reads another's rows
+
+
 def test_rows_of_a_batch_keep_their_order_over_eight_devices() -> None:
     mesh = mesh_lib.make_mesh(data=2, fsdp=4)
     rows = {"states": np.arange(16 * 6, dtype=np.float32).reshape(16, 2, 3), "first": np.arange(16, dtype=np.int32)}
@@ -97,7 +197,7 @@ def test_check_batch_names_numbers_and_flags() -> None:
             mesh_lib.check_batch(batch, accumulation, mesh)
         text = str(error.value)
         assert "\n" not in text
-        for part in [f"batch {batch}", "4 devices", f"accumulation {accumulation}"]:
+        for part in [f"global batch {batch} ", "per-device batch ", "4 devices", f"accumulation {accumulation} "]:
             assert part in text
         assert "--config.train.batch" in text and "--config.train.accumulation" in text
 
@@ -109,7 +209,8 @@ JOB = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Every call of jax.distributed.initialize, which is not made; a clean environment."""
     calls: list[dict] = []
-    for key in [*JOB, *(f"JAX_{key}" for key in JOB), "TPU_WORKER_HOSTNAMES"]:
+    asked = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_SKIP_MDS_QUERY", "JAX_PLATFORMS")
+    for key in [*JOB, *(f"JAX_{key}" for key in JOB), *asked]:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
@@ -140,6 +241,40 @@ def test_a_pod_is_joined_by_jax_itself(joined: list[dict], monkeypatch: pytest.M
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host-0,host-1")
     assert mesh_lib.initialize_distributed() is True
     assert joined == [{"heartbeat_timeout_seconds": 10}]
+
+
+@pytest.fixture
+def tpu_vm(joined: list[dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A PCI bus with one other device of Google's and one v5e chip, and libtpu."""
+    for name, vendor, device in (("0000:00:03.0", "0x1ae0", "0x0042"), ("0000:00:04.0", "0x1ae0", "0x0063")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "device").write_text(f"{device}\n")
+    monkeypatch.setattr(mesh_lib, "PCI", tmp_path)
+    monkeypatch.setattr(mesh_lib, "find_spec", lambda name: name)
+    return tmp_path
+
+
+def test_a_verb_started_by_hand_on_a_cloud_tpu_vm_joins_its_slice(tpu_vm: Path, joined: list[dict]) -> None:
+    assert mesh_lib.initialize_distributed() is True
+    assert joined == [{"heartbeat_timeout_seconds": 10}]
+
+
+@pytest.mark.parametrize("without", ["chip", "bus", "libtpu", "metadata", "platform", "hosts"])
+def test_no_other_machine_asks_the_network(
+    tpu_vm: Path, joined: list[dict], monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    if without == "chip":
+        (tpu_vm / "0000:00:04.0" / "vendor").write_text("0x10de\n")
+    elif without == "bus":
+        monkeypatch.setattr(mesh_lib, "PCI", tpu_vm / "nowhere")
+    elif without == "libtpu":
+        monkeypatch.setattr(mesh_lib, "find_spec", lambda name: None)
+    else:
+        variables = {"metadata": ("TPU_SKIP_MDS_QUERY", "1"), "platform": ("JAX_PLATFORMS", "cpu")}
+        monkeypatch.setenv(*variables.get(without, ("TPU_WORKER_HOSTNAMES", "localhost")))
+    assert mesh_lib.initialize_distributed() is False
+    assert joined == []
 
 
 @pytest.mark.parametrize("values", [("h:1", "2", ""), ("", "2", "0"), ("h:1", "2", "2"), ("h:1", "two", "0")])

@@ -1,4 +1,7 @@
-"""The verbs as several processes of one job, by launch/local_pod.sh: the same run as one process makes."""
+"""The verbs as several processes of one job, by launch/local_pod.sh: bit for bit the run that one process makes.
+
+Of one process with as many devices: another number of devices adds up gradients in other groups.
+"""
 
 import json
 import os
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from verb import ROOT, environment, tiny_flags
+
+from proreflow_jax.runtime.files import read_json
 
 DIGITS = {"data__kind": "digits", "data__caption_key": "caption", "evaluate__study__examples": 4}
 
@@ -34,12 +39,15 @@ def test_a_pod_makes_the_run_of_one_process(tmp_path: Path, model: Path, process
             assert ended.returncode == 0, ended.stderr
         runs[name] = tmp_path / "runs" / name
     for stage in ("stage-4", "stage-2"):
-        losses = [json.loads((run / stage / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for run in runs.values()]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4), stage
-    tables = [json.loads((run / "table.json").read_text())["rows"] for run in runs.values()]
-    for one, other in zip(*tables, strict=True):
-        assert other["distance"] == pytest.approx(one["distance"], rel=1e-3, abs=1e-6)
-        assert other["frechet"] == pytest.approx(one["frechet"], rel=1e-3)
+        one, pod = (run / stage for run in runs.values())
+        shards = sorted(path.name for path in (one / "pairs").glob("*.array_record"))
+        assert shards and all((one / "pairs" / name).read_bytes() == (pod / "pairs" / name).read_bytes() for name in shards)
+        losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, pod)]
+        assert len(losses[0]) == 3 and losses[0] == losses[1], stage
+        assert read_json(one / "DONE.json") == read_json(pod / "DONE.json")
+    for one, other in zip(*(read_json(run / "table.json")["rows"] for run in runs.values()), strict=True):
+        assert other["distance"] == pytest.approx(one["distance"], rel=1e-5, abs=1e-6)
+        assert other["frechet"] == pytest.approx(one["frechet"], rel=1e-5)
 
 
 def test_what_runs_in_one_process_is_refused_in_a_pod(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ of the whole, and one key per run is enough: it is folded with the step here and
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -55,6 +57,7 @@ def train_step(
     ema_decay: float,
     accumulation: int,
     unroll: bool,
+    in_order: Mesh | None = None,
 ) -> tuple[TrainState, PyTree]:
     """One update on one global batch.
 
@@ -66,30 +69,51 @@ def train_step(
       draw, loss, optimizer, ema_decay, accumulation: bound once by `partial`. `loss` returns (mean, metrics), and metrics
         are sums or means that average over parts of a batch.
       unroll: write the accumulation out instead of scanning (XLA's CPU convolution gradients are slow inside a scan).
+      in_order: a mesh along whose data axis gradients are summed device by device, see `_in_order`; None: as XLA likes.
 
     Returns:
       (state, metrics): metrics plus "loss" and "grad_norm".
     """
     drawn = draw(frozen, batch, jax.random.fold_in(key, state.step))
 
-    parts = jax.tree.map(lambda x: _split(x, accumulation), drawn)
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    one = lambda part: value_and_grad(state.params, part)
-    if accumulation == 1 or unroll:
-        results = [one(jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(accumulation)]
-        stacked = jax.tree.map(lambda *xs: sum(xs) / accumulation, *results)
-    else:
-        first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
-        add = lambda total, part: (jax.tree.map(lambda a, b: a + b / accumulation, total, one(part)), None)
-        stacked, _ = jax.lax.scan(add, zero, parts)
-    (mean, metrics), gradients = stacked
+    means = partial(_means, jax.value_and_grad(loss, has_aux=True), count=accumulation, unroll=unroll)
+    (mean, metrics), gradients = (means if in_order is None else _in_order(means, in_order))(state.params, drawn)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = ema(state.ema, params, ema_decay, state.step) if state.ema else {}
     numbers = {"loss": mean, "grad_norm": optax.global_norm(gradients), **metrics}
     return TrainState(state.step + 1, params, average, opt_state), numbers
+
+
+def _means(value_and_grad: Callable, params: Params, drawn: Mapping[str, PyTree], *, count: int, unroll: bool) -> PyTree:
+    """((loss, metrics), gradients) of a batch, worked out in `count` parts."""
+    parts = jax.tree.map(lambda x: _split(x, count), drawn)
+    one = lambda part: value_and_grad(params, part)
+    if count == 1 or unroll:
+        results = [one(jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(count)]
+        return jax.tree.map(lambda *xs: sum(xs) / count, *results)
+    first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+    add = lambda total, part: (jax.tree.map(lambda a, b: a + b / count, total, one(part)), None)
+    return jax.lax.scan(add, zero, parts)[0]
+
+
+def _in_order(means: Callable[[Params, PyTree], PyTree], mesh: Mesh) -> Callable[[Params, PyTree], PyTree]:
+    """The same of a batch whose rows lie along data: what the devices find is summed in their order, and told to all.
+
+    XLA leaves the order of a sum over devices to whoever carries it out: on CPUs its own threads add from the first device on
+    where one process holds all, gloo in rings where several do. Their last bits differ, and Adam makes them larger.
+    """
+    devices, whole = mesh.shape["data"], PartitionSpec()
+
+    def summed(params: Params, drawn: PyTree) -> PyTree:
+        flat, unflatten = ravel_pytree(means(params, drawn))
+        pieces = jnp.pad(flat, (0, -flat.size % devices)).reshape(devices, -1)  # device i sums the i-th
+        mean = jnp.mean(jax.lax.all_to_all(pieces, "data", 0, 0), axis=0)
+        return unflatten(jax.lax.all_gather(mean, "data", tiled=True)[: flat.size])
+
+    return jax.shard_map(summed, mesh=mesh, in_specs=(whole, PartitionSpec("data")), out_specs=whole, check_vma=False)
 
 
 def _split(x: Array, parts: int) -> Array:

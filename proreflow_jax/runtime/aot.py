@@ -61,10 +61,11 @@ def prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def devices(name: str) -> Sequence[Any]:
-    """The devices of a slice such as "v5e:4x4", for a mesh. Raises ValueError for a slice that is not known."""
+def devices(name: str, slices: int = 1) -> Sequence[Any]:
+    """The devices of so many slices such as "v5e:4x4", for a mesh. Raises ValueError for a slice that is not known."""
     chips.slice_chip(name)
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    several = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
 
 
 def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Compiled:

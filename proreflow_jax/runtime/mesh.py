@@ -1,34 +1,67 @@
 """The mesh and what lies on it: axes (data, fsdp, tensor), (regex -> PartitionSpec) tables, batches, jax.distributed.
 
-A batch is split over data and fsdp; parameters over fsdp, and over tensor where a rule says so. Axes have type
-Auto: the partitioner derives what the rules leave open.
+A batch is split over data and fsdp; parameters over fsdp, and over tensor where a rule says so. Slices, whose network is
+slow, lie along data: between them go the gradients' sums and nothing else. Axes have type Auto: the partitioner derives what
+the rules leave open.
 """
 
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from proreflow_jax.runtime.rules import first_match
 
 AXES = ("data", "fsdp", "tensor")
 FSDP = "largest dimension over fsdp"  # a rule's value: see `fsdp_spec`
+COLUMN = "outputs over tensor"  # a rule's value: see `split_spec`
+ROW = "inputs over tensor"  # likewise
 HEARTBEAT_SECONDS = 10
+JOB = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+PCI = Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"  # vendor on the PCI bus
+TPU_CHIPS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v3, v4, v5p, v5e, v6e, 7x: jax's own list
 
 Spec = PartitionSpec | str
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices, or those given; one axis may be -1 and takes what is left.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, slices: int = 1
+) -> Mesh:
+    """A (slices x data, fsdp, tensor) mesh over all devices, or those given; one axis may be -1 and takes what is left.
 
-    Raises ValueError if the axes do not multiply to the number of devices.
+    data, fsdp and tensor are of one slice. A TPU knows its slice; other devices are cut into `slices` equal runs. Raises
+    ValueError if the axes do not multiply to the devices of a slice, or TPUs lie in another number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = _fill((data, fsdp, tensor), len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    groups = _slices(devices, slices)
+    shape = _fill((data, fsdp, tensor), len(groups[0]), slices)
+    types = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    placed = [mesh_utils.create_device_mesh(shape, devices=group, allow_split_physical_axes=True) for group in groups]
+    return Mesh(np.concatenate(placed), AXES, axis_types=types)
+
+
+def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each slice, equally many, in the order of the slices."""
+    known = {getattr(device, "slice_index", None) or 0 for device in devices if device.platform == "tpu"}
+    if known and len(known) != count:
+        raise ValueError(f"--config.mesh.slices={count}, and the {len(devices)} TPU chips lie in {len(known)}: set it to that")
+    if count < 1 or len(devices) % count:
+        raise ValueError(f"--config.mesh.slices={count} does not divide the {len(devices)} devices into equal slices")
+    size = len(devices) // count
+    if known:
+        devices = sorted(devices, key=lambda device: getattr(device, "slice_index", None) or 0)  # order within one stays
+    return [list(devices[at : at + size]) for at in range(0, len(devices), size)]
 
 
 def platform(mesh: Mesh) -> str:
@@ -36,19 +69,20 @@ def platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def _fill(axes: tuple[int, ...], devices: int) -> tuple[int, ...]:
+def _fill(axes: tuple[int, ...], devices: int, slices: int = 1) -> tuple[int, ...]:
     named = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
     if any(size < 1 and size != -1 for size in axes) or axes.count(-1) > 1:
         raise ValueError(f"{named}: every axis must be positive, and at most one may be -1 (takes what is left)")
     known = math.prod(size for size in axes if size != -1)
     filled = tuple(devices // known if size == -1 else size for size in axes)
     if math.prod(filled) != devices:
-        raise ValueError(f"{named} do not multiply to the {devices} devices of this machine: set one of them to -1")
+        where = "this machine" if slices == 1 else f"each of --config.mesh.slices={slices}"
+        raise ValueError(f"{named} do not multiply to the {devices} devices of {where}: set one of them to -1")
     return filled
 
 
 def specs(rules: Sequence[tuple[str, Spec]], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> dict[str, PartitionSpec]:
-    """{name: PartitionSpec} by the first rule that matches; a value is a PartitionSpec or `FSDP`.
+    """{name: PartitionSpec} by the first rule that matches; a value is a PartitionSpec, `FSDP`, `COLUMN` or `ROW`.
 
     A mesh axis that does not divide its dimension is dropped there: the dimension is replicated. Raises ValueError
     naming every name that no rule matches, or a rule with more dimensions than its array, or an axis the mesh
@@ -60,15 +94,32 @@ def specs(rules: Sequence[tuple[str, Spec]], shapes: Mapping[str, Sequence[int]]
 
 def fsdp_spec(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """The largest dimension that the fsdp axis divides lies over fsdp (the last of equals); nothing else is split."""
+    return _spread({}, shape, mesh)
+
+
+def split_spec(value: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """A layer split over tensor by its outputs (`COLUMN`, the last dimension) or inputs (`ROW`, the last but one, no bias).
+
+    The largest other dimension that fsdp divides lies over fsdp. What tensor does not divide, it does not split. A column
+    layer before a row layer needs one sum over tensor (Shoeybi et al. 2019, sec. 3).
+    """
+    size, d = mesh.shape["tensor"], len(shape) - (1 if value == COLUMN else 2)
+    taken = {d: "tensor"} if size > 1 and d >= 0 and shape[d] and shape[d] % size == 0 else {}
+    return _spread(taken, shape, mesh)
+
+
+def _spread(taken: dict[int, str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The dimensions that are taken, and fsdp over the largest of the others that it divides."""
     size = mesh.shape["fsdp"]
-    fits = [(length, d) for d, length in enumerate(shape) if length and length % size == 0]
-    if size == 1 or not fits:
-        return PartitionSpec()
-    _, chosen = max(fits)
-    return PartitionSpec(*("fsdp" if d == chosen else None for d in range(chosen + 1)))
+    fits = [(length, d) for d, length in enumerate(shape) if d not in taken and length and length % size == 0]
+    if size > 1 and fits:
+        taken = taken | {max(fits)[1]: "fsdp"}
+    return PartitionSpec(*(taken.get(d) for d in range(max(taken, default=-1) + 1)))
 
 
 def _fit(name: str, value: Spec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    if value in (COLUMN, ROW):
+        return split_spec(value, shape, mesh)
     if value == FSDP:
         return fsdp_spec(shape, mesh)
     if len(value) > len(shape):
@@ -99,42 +150,39 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def own_rows(mesh: Mesh, batch: int) -> range:
-    """The rows of a global batch that this process's devices hold; all of them where the batch is split within each process.
+@lru_cache(maxsize=64)
+def own_rows(mesh: Mesh, batch: int, process: int | None = None) -> Int[np.ndarray, " rows"]:
+    """The rows of a global batch that a process's devices hold, ascending; this process by default. It cannot be written to.
 
-    Raises ValueError if they are not one range: the mesh's devices lie in another order than the processes.
+    They need not be one range: a mesh follows the wires of a slice, a host's chips are neighbours in two or three directions.
     """
-    parts = {(part.start or 0, part.stop or batch) for (part,) in _parts(mesh, batch).values()}
-    own = range(min(start for start, _ in parts), max(stop for _, stop in parts))
-    if len(own) != sum(stop - start for start, stop in parts):
-        raise ValueError(
-            f"process {jax.process_index()} holds rows {sorted(parts)}: let --config.mesh.tensor lie within a process"
-        )
-    return own
-
-
-def _parts(mesh: Mesh, batch: int) -> Mapping[jax.Device, tuple[slice, ...]]:
-    return batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    process = jax.process_index() if process is None else process
+    parts = batch_sharding(mesh).devices_indices_map((batch,)).items()
+    starts = {part.start or 0: part.stop or batch for device, (part,) in parts if device.process_index == process}
+    rows = np.concatenate([np.arange(start, starts[start]) for start in sorted(starts)])
+    rows.flags.writeable = False
+    return rows
 
 
 def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray], batch: int) -> dict[str, jax.Array]:
     """This process's rows (`own_rows` of a global batch) of each array -> global arrays (b, ...), split by `batch_sharding`."""
-    sharding, begin = batch_sharding(mesh), own_rows(mesh, batch).start
+    sharding, own = batch_sharding(mesh), own_rows(mesh, batch)
 
     def placed(array: np.ndarray) -> jax.Array:
-        part = lambda index: array[(index[0].start or 0) - begin : (index[0].stop or batch) - begin]
+        part = lambda index: array[slice(*np.searchsorted(own, (index[0].start or 0, index[0].stop or batch)))]
         return jax.make_array_from_callback((batch, *array.shape[1:]), sharding, part)
 
     return {name: placed(array) for name, array in rows.items()}
 
 
 def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises ValueError unless `batch` splits into `accumulation` equal parts that each split over data x fsdp."""
+    """Raises ValueError unless batch = per-device batch x devices (data x fsdp) x accumulation, in whole numbers."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch < 1 or accumulation < 1 or batch % (accumulation * ways):
+        each = batch / (accumulation * ways) if accumulation > 0 else math.nan
         raise ValueError(
-            f"batch {batch} is no positive multiple of {ways} devices (data x fsdp) x accumulation {accumulation}: "
-            f"change --config.train.batch or --config.train.accumulation"
+            f"global batch {batch} = per-device batch {each:g} x {ways} devices (data x fsdp) x accumulation {accumulation} "
+            f"needs positive whole numbers: change --config.train.batch or --config.train.accumulation"
         )
 
 
@@ -142,13 +190,12 @@ def initialize_distributed() -> bool:
     """Join the other processes if the environment names them; True if this process is now part of a job.
 
     Either JAX_COORDINATOR_ADDRESS (or COORDINATOR_ADDRESS), NUM_PROCESSES and PROCESS_ID (both also with the prefix
-    JAX_), or a TPU pod, where jax finds the rest. One process counts too: jax's preemption notice needs it. Call it
-    before jax looks for devices. A lost process ends the job after HEARTBEAT_SECONDS. Raises ValueError if the
+    JAX_), or a TPU slice (`_on_tpu_slice`), where jax finds the rest. One process counts too: jax's preemption notice needs
+    it. Call it before jax looks for devices. A lost process ends the job after HEARTBEAT_SECONDS. Raises ValueError if the
     variables are partial.
     """
     named = {key: os.environ.get(f"JAX_{key}") or os.environ.get(key) for key in JOB}
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if not any(named.values()) and not pod:
+    if not any(named.values()) and not _on_tpu_slice():
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     arguments = _job(named) if any(named.values()) else {}
@@ -156,7 +203,23 @@ def initialize_distributed() -> bool:
     return True
 
 
-JOB = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+def _on_tpu_slice() -> bool:
+    """Whether jax can find this job by itself: GKE's variables name several hosts, or this is a Cloud TPU VM.
+
+    A VM is known by its chips on the PCI bus, with libtpu installed; then jax asks Google's metadata server who the others are.
+    No other machine asks the network. TPU_SKIP_MDS_QUERY or a JAX_PLATFORMS without tpu say no.
+    """
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES") or os.environ.get("TPU_PROCESS_ADDRESSES")
+    if hosts:
+        return "," in hosts
+    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",") and "TPU_SKIP_MDS_QUERY" not in os.environ
+    return wanted and find_spec("libtpu") is not None and _has_tpu_chips(PCI)
+
+
+def _has_tpu_chips(bus: Path) -> bool:
+    read = lambda path: path.read_text().strip() if path.is_file() else ""
+    devices = bus.iterdir() if bus.is_dir() else ()
+    return any(read(device / "vendor") == GOOGLE and read(device / "device") in TPU_CHIPS for device in devices)
 
 
 def _job(named: Mapping[str, str | None]) -> dict[str, str | int]:
