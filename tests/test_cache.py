@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 from made_images import LAYOUTS, encode, originals
-from test_plan import described, tiny_config
+from test_plan import described
 from test_verbs_pod import run_pod
-from verb import run, tiny_flags
+from verb import run, tiny_config, tiny_flags
 
 from proreflow_jax import experiment, make_pairs, planning
 from proreflow_jax.data import records
