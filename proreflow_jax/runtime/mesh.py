@@ -38,7 +38,7 @@ def make_mesh(
 ) -> Mesh:
     """A (slices x data, fsdp, tensor) mesh over all devices, or those given; one axis may be -1 and takes what is left.
 
-    data, fsdp and tensor are of one slice. A TPU knows its slice; other devices are cut into `slices` equal runs, for what a GPU
+    data, fsdp and tensor are of one slice. A TPU knows its slice, others are cut into `slices` equal runs, since what a GPU
     calls its slice is its host (jax.make_mesh refuses several). Raises ValueError if the axes do not multiply to the devices of
     a slice, or TPUs lie in another number of slices.
     """
