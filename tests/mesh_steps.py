@@ -47,7 +47,7 @@ def trained(config: ConfigDict, steps: int = STEPS) -> Trained:
     stage = opened.stages[0]
     state, step = experiment.fresh_state(opened, experiment.base_weights(opened)), train.make_step(opened, stage)
     losses = []
-    with train._batches(opened, experiment.open_source(opened), 0) as batches:
+    with train.batches_from(opened, experiment.open_source(opened), 0) as batches:
         for _, (_, batch) in zip(range(steps), batches, strict=False):
             state, numbers = step(state, batch)
             losses.append(float(numbers["loss"]))

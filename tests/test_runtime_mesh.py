@@ -146,6 +146,13 @@ def test_another_number_of_slices_than_there_are_is_refused(slices: int, given: 
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_hosts_with_gpus_are_no_slices_of_a_tpu() -> None:
+    """The GPUs of each host have a slice_index of their own."""
+    cards = [Chip(i, i // 8, i // 8, (0, 0, 0), "gpu", "NVIDIA H100 80GB HBM3") for i in range(16)]
+    assert mesh_lib.make_mesh(1, -1, 1, cards).devices.flatten().tolist() == cards
+    assert dict(mesh_lib.make_mesh(1, -1, 1, cards, slices=2).shape) == {"data": 2, "fsdp": 8, "tensor": 1}
+
+
 def test_devices_that_know_no_slice_are_cut_into_equal_runs() -> None:
     mesh = mesh_lib.make_mesh(1, -1, 2, slices=2)
     assert [[device.id for device in part.flat] for part in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -38,17 +38,15 @@ def make_mesh(
 ) -> Mesh:
     """A (slices x data, fsdp, tensor) mesh over all devices, or those given; one axis may be -1 and takes what is left.
 
-    data, fsdp and tensor are of one slice. A TPU knows its slice; other devices are cut into `slices` equal runs. Raises
-    ValueError if the axes do not multiply to the devices of a slice, or TPUs lie in another number of slices.
+    data, fsdp and tensor are of one slice. A TPU knows its slice, others are cut into `slices` equal runs, since what a GPU
+    calls its slice is its host (jax.make_mesh refuses several). Raises ValueError if the axes do not multiply to the devices of
+    a slice, or TPUs lie in another number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     groups = _slices(devices, slices)
     shape = _fill((data, fsdp, tensor), len(groups[0]), slices)
-    types = (AxisType.Auto,) * 3
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     placed = [mesh_utils.create_device_mesh(shape, devices=group, allow_split_physical_axes=True) for group in groups]
-    return Mesh(np.concatenate(placed), AXES, axis_types=types)
+    return Mesh(np.concatenate(placed), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
