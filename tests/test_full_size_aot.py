@@ -27,10 +27,10 @@ MODELS = {
     "sd15": dict(unet=SD_15, vae=VAE, text_encoder=CLIP_L),
     "sdxl": dict(unet=SDXL, vae=VAE_XL, text_encoder=CLIP_L, text_encoder_2=BIG_G),
 }
-ONLINE = {  # a step that makes its own pairs from images: K = 4 teacher forwards an image
+ONLINE = {  # a step that makes its own pairs from cached latents: K = 4 teacher forwards an image
     "pairs.mode": "online",
     "pairs.start": "data",
-    "data.kind": "folder",
+    "data.kind": "cached",
     "train.accumulation": 1,
 }
 
