@@ -16,8 +16,8 @@ this size has been trained: reasoned settings, not a result.
 Slices. GB a chip, counted: split over the chips the training state, 16 bytes a weight (float32 weights, two moments, average:
 13.8), float32 gradients (3.4) and the base model in float32 (3.4); whole on each chip working weights and gradients in bfloat16
 (3.4) and the text encoder (0.5); and activations, 6.3 an image before XLA's savings, for batch / chips / accumulation images.
-The 6.3 are counted without what is on by default: fused attention keeps no scores (4.3 of them), and blocks are recomputed in the
-backward pass. So these are upper bounds; `plan` gives the TPU compiler's account, docs/plan.md what it said of a step of this model.
+The 6.3 are counted without what is on by default: fused attention keeps no scores (4.3 of them), and blocks are recomputed in
+the backward pass. So these are upper bounds; `plan` gives the TPU compiler's account, docs/plan.md has what it said.
 
     v5p-8     4 chips   95 GB   9 + 8 x 6.3 = 60: meant for this one, whose chips share a host
     v6e-8     8 chips   32 GB   7 + 2 x 6.3 = 19: --config.train.accumulation=16

@@ -14,8 +14,8 @@ gradients 10.3, text encoders 3.3 whole; activations 31.7 an image, 17.6 of them
     v5p-8     4 chips   95 GB  29 + 1 x 31.7 = 61: meant for this one, whose chips share a host
     v5p-32   16 chips   95 GB  17 + 1 x 31.7 = 49: --config.train.accumulation=8, four hosts, which are untried
 
-Chips of 32 GB or less (v6e, v5e) cannot by this count: what is whole on each chip and one image are 45 already. Whether they can
-with weights gathered layer by layer, fused attention and recomputing, which are on by default, `plan` has not been asked yet.
+Chips of 32 GB or less (v6e, v5e) cannot by this count: what is whole on each chip and one image are 45 already. Whether they
+can with weights gathered layer by layer, fused attention and recomputing, the defaults, `plan` has not been asked yet.
 
 Work: pairs 32,768 x (32 + 32 + 16) forwards x 6.76 TFLOP = 17.7 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
 forwards' worth x 6.76 = 38.9 million. On v5p-8 (4 x 459 TFLOP/s) that is 8.6 hours at full speed; 66 at 13 % of it, 29 at 30 %
