@@ -64,6 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
+@pytest.mark.slow  # test_reflow_pairs has the same law of one batch
 def test_pairs_from_the_cache_are_those_from_the_images(place):
     """Order, noise, dropped prompts and all; and the model's encoders are not asked again."""
     wanted = place.pairs("images", **place.images)
