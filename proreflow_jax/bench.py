@@ -7,7 +7,6 @@ Needs of the base model only its config.json files: weights and data are made up
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -98,8 +97,7 @@ def _check(steps: int, warmup: int, rows: int, rate: float, input: bool, json: s
             raise ValueError(f"--{flag}={value} must be at least {least}")
     if rate and not input:
         raise ValueError(f"--rate={rate} is what the input is held against: add --input")
-    if json and not Path(json).parent.is_dir():
-        raise FileNotFoundError(f"--json={json}: there is no folder {Path(json).parent}")
+    cli.check_place(json, "--json")
 
 
 if __name__ == "__main__":

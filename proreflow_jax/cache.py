@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import cli
+from proreflow_jax.checks import check_resolution
 from proreflow_jax.data import cached, loader, records, sources
 from proreflow_jax.experiment import Experiment, open_experiment, open_source
 from proreflow_jax.inputs import here, made_by
@@ -67,12 +68,8 @@ def _check_free(folder: storage.Location) -> None:
 
 def check(experiment: Experiment) -> None:
     """Raises ValueError, one line, for what cannot be encoded by this model on this mesh."""
-    c, side = experiment.config, experiment.base.resolution
-    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
-    if c.data.resolution != side:
-        raise ValueError(f"--config.data.resolution={c.data.resolution} must be {side}, the pixels a side of {c.model.path}")
-    if c.cache.batch % ways:
-        raise ValueError(f"--config.cache.batch={c.cache.batch} must be a multiple of {ways} devices (data x fsdp)")
+    check_resolution(experiment.config, experiment.base.resolution)
+    mesh.check_split(experiment.config.cache.batch, "--config.cache.batch", experiment.mesh)
 
 
 def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:

@@ -79,6 +79,13 @@ def check_export(config: ConfigDict) -> None:
         )
 
 
+def check_resolution(config: ConfigDict, side: int) -> None:
+    """Raises ValueError, one line, if images would not have the pixels a side that the base model works at."""
+    if config.data.resolution != side:
+        what = f"--config.data.resolution={config.data.resolution}"
+        raise ValueError(f"{what} must be {side}, the pixels a side of {config.model.path}")
+
+
 def check_student(config: ConfigDict, kind: str) -> None:
     """Raises ValueError if the student would be read as another type of diffusion model than its base is (`kind`)."""
     fits = next((reading for reading, trained in JUMPS.items() if trained == kind), "velocity")
@@ -122,7 +129,7 @@ def _check_table(field: str, rows: Any, known: Sequence[Any]) -> None:
 
 
 def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
-    p, ways = config.pairs, machine.shape["data"] * machine.shape["fsdp"]
+    p, ways = config.pairs, mesh.ways(machine)
     shards.shard_count({"examples": p.examples, "shard_size": p.shard_size})
     if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
         raise ValueError(

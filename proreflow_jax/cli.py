@@ -154,3 +154,9 @@ def choose(value: str, known: Sequence[str], flag: str) -> str:
     if value not in known:
         raise ValueError(f"{flag}={value!r} must be one of {', '.join(known)}")
     return value
+
+
+def check_place(file: str, flag: str) -> None:
+    """Raises FileNotFoundError, one line, if the folder of a file that is to be written is not there; "" is no file."""
+    if file and not Path(file).parent.is_dir():
+        raise FileNotFoundError(f"{flag}={file}: there is no folder {Path(file).parent}")

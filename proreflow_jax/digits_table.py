@@ -61,7 +61,7 @@ def check(experiment: Experiment) -> None:
             "take coco2017-5k or coco2014-30k"
         )
     examples, batch = config.evaluate.examples, config.evaluate.batch
-    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    ways = mesh.ways(experiment.mesh)
     if batch < 1 or examples < 1 or examples % batch or batch % ways:
         raise ValueError(
             f"--config.evaluate.batch={batch} must divide --config.evaluate.examples={examples} "

@@ -28,21 +28,17 @@ from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.runtime import aot, chips, files
 
 log = logging.getLogger(__name__)
-FREE = (
-    "name",
-    "root",
-    "seed",
-    "export.",
-    "data.",
-    "evaluate.study.",
-    "train.log_every",
-)  # of the config: they change no program
+FREE = (  # of the config: they change no program
+    *("name", "root", "seed", "compilation_cache", "export.", "profile.", "evaluate.study.", "train.log_every", "model.path"),
+    *(f"data.{name}" for name in ("path", "split", "image_key", "caption_key", "max_bad", "threads", "cache")),
+)
 PLAIN = {"model.attention": "xla", "train.remat": "none"}  # with these every product is in the open and made once
 TICK = 30.0  # seconds between signs of life while something compiles
 PACKAGE = Path(__file__).parent
 PROGRAMS = (  # of this package's files
     *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py"),
-    *("experiment.py", "make_pairs.py", "train.py", "scores.py", "planning.py", "estimates.py"),
+    *("base_model.py", "checks.py", "experiment.py", "inputs.py", "make_pairs.py", "train.py", "scores.py"),
+    *("planning.py", "estimates.py"),
 )
 
 
@@ -183,7 +179,7 @@ def _key(config: ConfigDict, place: Target, windows: int, name: str) -> str:
     """What a result depends on, as a hash."""
     source = base_model.locate(config, configs_only=True)
     fields = json.loads(config.to_json_best_effort())
-    fields = {key: value for key, value in _flat(fields) if not key.startswith(FREE) and key != "model.path"}
+    fields = {key: value for key, value in _flat(fields) if not key.startswith(FREE)}
     about = {
         "config": fields,
         "model": {part: source.config(part) for part in (*source.components, "scheduler")} | {"index": source.index},

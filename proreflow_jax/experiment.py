@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import base_model, inputs
-from proreflow_jax.checks import RULES, check_choice, check_config, check_student
+from proreflow_jax.checks import RULES, check_choice, check_config, check_resolution, check_student
 from proreflow_jax.data import sources
 from proreflow_jax.data.loader import Source
 from proreflow_jax.flow.schedule import from_config
@@ -92,8 +92,8 @@ def _fitting(experiment: Experiment) -> Experiment:
     check_student(c, experiment.flow.prediction)
     for stage in experiment.stages:
         check_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))
-    if c.pairs.start == "data" and c.data.resolution != side:  # images become latents of the shape that the noise has
-        raise ValueError(f"--config.data.resolution={c.data.resolution} must be {side}, the pixels a side of {c.model.path}")
+    if c.pairs.start == "data":  # images become latents of the shape that the noise has
+        check_resolution(c, side)
     trained_shapes(experiment)
     return experiment
 

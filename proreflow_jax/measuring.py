@@ -17,7 +17,7 @@ import numpy as np
 from proreflow_jax import stand_ins
 from proreflow_jax.experiment import Experiment
 from proreflow_jax.planning import STATE, Job
-from proreflow_jax.runtime import chips
+from proreflow_jax.runtime import aot, chips
 
 HOST_CALLS, HOST_WARMUP = 50, 5  # of the program that computes nothing
 
@@ -129,12 +129,11 @@ def device_memory(program: Any, device: jax.Device) -> dict[str, int | None]:
     """Bytes of one device: the compiler's account of this job; the allocator's highest since the process began, where it keeps
     one; and the highest of the process on the host.
     """
-    found, stats = program.memory_analysis(), device.memory_stats() or {}
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    found, stats = aot.memory_of(program), device.memory_stats() or {}
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "compiled": held + found.temp_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
+        "compiled": found.total,
+        "temporaries": found.temporaries,
         "peak": stats.get("peak_bytes_in_use"),
         "process_peak": highest * (1 if sys.platform == "darwin" else 1024),
     }

@@ -7,7 +7,6 @@ Compiling a real model takes minutes a job; results are kept and read again. Exi
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,8 +24,7 @@ LARGEST = 4096  # images at once on a chip
 def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
     """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
     place = target(slice, cache, config.mesh.slices)
-    if json and not Path(json).parent.is_dir():
-        raise FileNotFoundError(f"--json={json}: there is no folder {Path(json).parent}")
+    cli.check_place(json, "--json")
     aot.prepare()
     asked = wanted(config, stage, jobs)
     opened, found = opener(config, place), []

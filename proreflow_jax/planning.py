@@ -71,7 +71,7 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
     useful = partial(_counted, make_pairs.jit_pairs(plain, stage, flow), arguments)
-    return Job("pairs", stage.windows, jitted, arguments, (FROZEN, BATCH), b, b // ways(experiment), calls, useful)
+    return Job("pairs", stage.windows, jitted, arguments, (FROZEN, BATCH), b, b // mesh.ways(experiment.mesh), calls, useful)
 
 
 def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
@@ -82,7 +82,7 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
     key = _key(experiment, partial(run_key, config, 0, 0))
     arguments = state_target(experiment), frozen, batch, key
-    at_once = b // ways(experiment) // config.train.accumulation
+    at_once = b // mesh.ways(experiment.mesh) // config.train.accumulation
     draw, loss = train.step_parts(plain, stage)
 
     def useful() -> float:
@@ -98,7 +98,7 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
 def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """evaluate: one batch of pictures by the stage's student, in as many steps as windows, by the guidance of the protocol."""
     e, base, machine = experiment.config.evaluate, experiment.base, experiment.mesh
-    b = -(-e.batch // ways(experiment)) * ways(experiment)
+    b = -(-e.batch // mesh.ways(experiment.mesh)) * mesh.ways(experiment.mesh)
     named = protocols.PROTOCOLS.get(e.protocol)
     guidance = float(e.guidance or (named.guidance if named else WITHOUT_PROTOCOL))
     options = student_flow(experiment.config, stage), stage.windows, guidance
@@ -110,12 +110,7 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     arguments = frozen.teacher, frozen.text, frozen.vae, empty, rows, seed
     classes = (FROZEN,) * 4 + (BATCH,) * 2
     jitted, useful = scores.jit_draw(experiment, *options), partial(_counted, scores.jit_draw(plain, *options), arguments)
-    return Job("sample", stage.windows, jitted, arguments, classes, b, b // ways(experiment), 0, useful)
-
-
-def ways(experiment: Experiment) -> int:
-    """Devices that a batch is split over."""
-    return experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    return Job("sample", stage.windows, jitted, arguments, classes, b, b // mesh.ways(experiment.mesh), 0, useful)
 
 
 def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae: bool) -> Frozen:

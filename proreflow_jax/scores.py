@@ -139,7 +139,7 @@ def make_plan(config: ConfigDict) -> Plan:
 def run(experiment: Experiment) -> list[dict[str, Any]]:
     """Measures and prints every row; writes scores.json and scores.md into the run's folder, anew after each row."""
     e, plan = experiment.config.evaluate, make_plan(experiment.config)
-    fid.check_batch(e.batch, experiment.mesh)
+    mesh.check_split(e.batch, fid.BATCH, experiment.mesh)
     rows = _rows(experiment)
     split = coco.open_split(e.captions, e.images, plan.protocol.year)
     _check_count(plan, e.examples, split)

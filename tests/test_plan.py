@@ -236,10 +236,15 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outlin
     assert ask(config) == first and len(compiler) == 1
     assert ask(changes.changed(config, {"name": "other", "data.path": "x", "train.log_every": 9})) == first
     assert len(compiler) == 1
-    for changed in ({"train.batch": 32}, {"model.dtype": "bfloat16"}, {"mesh.fsdp": 8, "mesh.data": 1}):
+    for changed in (
+        {"train.batch": 32},
+        {"model.dtype": "bfloat16"},
+        {"mesh.fsdp": 8, "mesh.data": 1},
+        {"data.kind": "cached"},
+    ):
         ask(changes.changed(config, changed))
     ask(config, windows=2)
-    assert len(compiler) == 5
+    assert len(compiler) == 6  # a cache hands over latents in place of images
 
 
 def test_a_config_that_does_not_fit_says_by_how_much_and_which_change_does(tmp_path, outline_only, compiler):

@@ -29,6 +29,7 @@ from proreflow_jax.runtime import mesh as mesh_lib
 
 log = logging.getLogger(__name__)
 DIGEST = 16  # hex digits of a hash in a file's name
+BATCH = "--config.evaluate.batch"
 REAL = "real"  # which rows of a batch are no filling
 Rows = dict[str, Shaped[np.ndarray, "n ..."]]  # what the feature networks are given, by name
 Features = dict[str, Float[np.ndarray, "n d"]]  # of the same images, by name
@@ -60,7 +61,7 @@ def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Par
     Returns a function: iterable of {name: array (n, ...)} -> iterator of `Features`.
     Raises ValueError when the batch does not split over the devices.
     """
-    check_batch(batch, mesh)
+    mesh_lib.check_split(batch, BATCH, mesh)
     alone = jax.process_count() == 1  # it reads the shards itself; several gather them, each host then adds up the same rows
     kept = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
     run = jax.jit(partial(_features, apply), out_shardings=kept)
@@ -70,13 +71,6 @@ def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Par
     return lambda batches: map(_real_rows, ahead(start, batches))
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
-    """Raises ValueError when the batch does not split over the devices."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch < 1 or batch % ways:
-        raise ValueError(f"--config.evaluate.batch={batch} must be a positive multiple of {ways} devices (data x fsdp)")
-
-
 def _features(apply: Callable, params: Params, rows: dict[str, Array]) -> tuple[dict[str, Array], Bool[Array, " b"]]:
     return apply(params, {name: array for name, array in rows.items() if name != REAL}), rows[REAL]
 
@@ -84,7 +78,7 @@ def _features(apply: Callable, params: Params, rows: dict[str, Array]) -> tuple[
 def _filled(rows: Rows, batch: int) -> Rows:
     count = len(next(iter(rows.values())))
     if count > batch:
-        raise ValueError(f"a batch of {count} images is larger than {batch}: raise --config.evaluate.batch")
+        raise ValueError(f"a batch of {count} images is larger than {batch}: raise {BATCH}")
     fill = lambda array: np.pad(array, ((0, batch - count), *((0, 0),) * (array.ndim - 1)))
     return {REAL: np.arange(batch) < count} | {name: fill(array) for name, array in rows.items()}
 

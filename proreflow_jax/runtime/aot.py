@@ -88,14 +88,19 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
             raise
         return Compiled(Memory(0, needs, 0, 0), None, 0.0, time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    found, analysis = program.memory_analysis(), program.cost_analysis()
-    memory = Memory(
+    flops = float(program.cost_analysis().get("flops", 0.0))
+    return Compiled(memory_of(program), hlo.cost(program.as_text(), chip), flops, seconds)
+
+
+def memory_of(program: Any) -> Memory:
+    """The compiler's account of a compiled program, on any platform."""
+    found = program.memory_analysis()
+    return Memory(
         arguments=found.argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
         code=found.generated_code_size_in_bytes,
     )
-    return Compiled(memory, hlo.cost(program.as_text(), chip), float(analysis.get("flops", 0.0)), seconds)
 
 
 def too_large(message: str) -> int | None:

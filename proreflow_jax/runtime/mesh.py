@@ -173,15 +173,24 @@ def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray], batch: int) -> dict[st
     return {name: placed(array) for name, array in rows.items()}
 
 
+def ways(mesh: Mesh) -> int:
+    """Devices that a batch is split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_split(batch: int, flag: str, mesh: Mesh) -> None:
+    """Raises ValueError, one line, unless the batch that `flag` names splits over the devices."""
+    if batch < 1 or batch % ways(mesh):
+        raise ValueError(f"{flag}={batch} must be a positive multiple of {ways(mesh)} devices (data x fsdp)")
+
+
 def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
     """Raises ValueError unless batch = per-device batch x devices (data x fsdp) x accumulation, in whole numbers."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch < 1 or accumulation < 1 or batch % (accumulation * ways):
-        each = batch / (accumulation * ways) if accumulation > 0 else math.nan
-        raise ValueError(
-            f"global batch {batch} = per-device batch {each:g} x {ways} devices (data x fsdp) x accumulation {accumulation} "
-            f"needs positive whole numbers: change --config.train.batch or --config.train.accumulation"
-        )
+    if batch < 1 or accumulation < 1 or batch % (accumulation * ways(mesh)):
+        each = batch / (accumulation * ways(mesh)) if accumulation > 0 else math.nan
+        parts = f"per-device batch {each:g} x {ways(mesh)} devices (data x fsdp) x accumulation {accumulation}"
+        mend = "needs positive whole numbers: change --config.train.batch or --config.train.accumulation"
+        raise ValueError(f"global batch {batch} = {parts} {mend}")
 
 
 def initialize_distributed() -> bool:
