@@ -35,11 +35,6 @@ ONLINE = {  # a step that makes its own pairs from cached latents: K = 4 teacher
 }
 
 
-@pytest.fixture(autouse=True)
-def no_tpu_is_looked_for():
-    aot.prepare()
-
-
 def outline(folder: Path, name: str) -> str:
     """The config.json files of a model, and nothing else."""
     kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -59,6 +54,7 @@ def outline(folder: Path, name: str) -> str:
 def step(config, model: str, slice: str, **fields: object) -> dict:
     """What `plan` says of the first stage's train step."""
     config = changes.changed(config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}})
+    aot.prepare()
     place = estimates.target(slice, "~/.cache/proreflow_jax/plan")
     found = estimates.estimate(config, place, estimates.opener(config, place), 8, "train")
     print(json.dumps(found, indent=1))  # noqa: T201
