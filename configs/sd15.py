@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     c.train.steps = 10_000  # updates per stage (the paper does not say): 2.6 million examples where PeRFlow took 4.1
     c.train.batch = 256  # global batch (the paper does not say); PeRFlow took 1024 for 4,000 steps
     c.train.accumulation = 8  # parts a batch is computed in: 8 images a chip on v5p-8; divides batch / devices
+    c.train.remat = "none"  # all is kept for the backward pass: 8 images a chip fit 16 GB so (docs/plan.md)
 
     c.optimizer = optimizer(learning_rate=4e-5, warmup_steps=500, beta2=0.999)  # PeRFlow's 8e-5 by the root of the batch ratio
     return c

@@ -38,7 +38,7 @@ PACKAGE = Path(__file__).parent
 PROGRAMS = (  # of this package's files
     *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py"),
     *("base_model.py", "checks.py", "experiment.py", "inputs.py", "make_pairs.py", "train.py", "scores.py"),
-    *("planning.py", "estimates.py"),
+    *("holding.py", "planning.py", "estimates.py"),
 )
 
 
@@ -110,7 +110,8 @@ def measured(job: Job, compiled: aot.Compiled, place: Target) -> dict[str, Any]:
         "compiler_flops_per_chip": compiled.flops,
         "compile_seconds": compiled.seconds,
     }
-    found["fits"] = found["memory"]["total"] <= chip.memory and compiled.cost is not None
+    found["saving"] = 2 * held[planning.STATE] + held[planning.FROZEN]  # by torch names, beside the one that is held
+    found["fits"] = max(found["memory"]["total"], found["saving"]) <= chip.memory and compiled.cost is not None
     return found | (times(found, compiled, place) if compiled.cost else {})
 
 

@@ -50,7 +50,7 @@ def measure(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[s
     device, start = experiment.mesh.devices.flat[0], perf_counter()
     program = job.jitted.lower(*job.arguments).compile()
     compiled = perf_counter() - start
-    call = Caller(program, job, stand_ins.filled(experiment, job.arguments))
+    call = Caller(program, job, job.hold(stand_ins.filled(experiment, job.rest or job.arguments)))
     for _ in range(warmup + 1):
         jax.block_until_ready(call())
     alone, (row, host) = each_alone(call, steps), in_a_row(call, steps)

@@ -39,9 +39,11 @@ def job(found: Mapping[str, Any]) -> str:
 def _memory(found: Mapping[str, Any]) -> str:
     memory = found["memory"]
     parts = ", ".join(f"{name} {memory[name] / GIB:.3f}" for name in CLASSES if memory[name] >= SHOWN)
-    free = memory["available"] - memory["total"]
+    most = max(memory["total"], found["saving"])
+    free = memory["available"] - most
     said = f"fits, {free / GIB:.2f} free" if found["fits"] else f"DOES NOT FIT, {-free / GIB:.2f} too many"
-    return f"{memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts}): {said}"
+    saving = f"; {most / GIB:.2f} when it is saved" if most > memory["total"] else ""
+    return f"{memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts}{saving}): {said}"
 
 
 def _utilised(found: Mapping[str, Any]) -> str:

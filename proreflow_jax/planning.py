@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli, make_pairs, scores, train
+from proreflow_jax import cli, holding, make_pairs, scores, train
 from proreflow_jax.data import cached, sources
 from proreflow_jax.evaluation import protocols
-from proreflow_jax.experiment import Experiment, places, run_key, state_target, student_flow, teacher_flow
+from proreflow_jax.experiment import Experiment, places, run_key, state_target, student_flow, teacher_flow, trained_shapes
 from proreflow_jax.inputs import encodes
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
@@ -39,6 +39,8 @@ class Job(NamedTuple):
     at_once: int  # images whose activations lie on one device together
     calls: int  # in a whole stage; 0: as often as somebody wants pictures
     useful: Callable[[], float]  # FLOPs of one call, over all devices: what the method needs, nothing computed twice
+    rest: tuple[Any, ...] = ()  # of a job that holds its arguments in stacks: shapes of them by torch names
+    hold: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda rest: rest  # arrays by torch names -> arrays as it takes them
 
 
 def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) -> dict[str, Job]:
@@ -79,20 +81,23 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config, online = experiment.config, experiment.config.pairs.mode == "online"
     b = config.train.batch
     frozen = frozen_shapes(experiment, stage, online, online and encodes(config))
+    held = holding.held_frozen_shapes(experiment, frozen)
     batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
     key = _key(experiment, partial(run_key, config, 0, 0))
-    arguments = state_target(experiment), frozen, batch, key
+    arguments, rest = (holding.held_shapes(experiment), held, batch, key), (state_target(experiment), frozen, batch, key)
+    hold = lambda made: (holding.hold(experiment, made[0]), holding.hold_frozen(experiment, made[1]), *made[2:])
     at_once = b // mesh.ways(experiment.mesh) // config.train.accumulation
     draw, loss = train.step_parts(plain, stage)
 
     def useful() -> float:
         drawn = jax.eval_shape(draw, frozen, batch, key)
         backward = 1 if config.student.lora.rank else 2  # no gradients of the weights beside the factors
-        return _counted(draw, (frozen, batch, key)) + (1 + backward) * _counted(loss, (arguments[0].params, frozen.base, drawn))
+        student = trained_shapes(experiment), frozen.base, drawn
+        return _counted(draw, (frozen, batch, key)) + (1 + backward) * _counted(loss, student)
 
     classes = (STATE, FROZEN, BATCH, BATCH)
     jitted = train.jit_step(experiment, stage)
-    return Job("train", stage.windows, jitted, arguments, classes, b, at_once, config.train.steps, useful)
+    return Job("train", stage.windows, jitted, arguments, classes, b, at_once, config.train.steps, useful, rest, hold)
 
 
 def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:

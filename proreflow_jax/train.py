@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli
+from proreflow_jax import cli, holding
 from proreflow_jax.card import guidance_contract
 from proreflow_jax.data import loader, records, shards
 from proreflow_jax.experiment import (
@@ -33,7 +33,6 @@ from proreflow_jax.experiment import (
     parent_stage,
     run_key,
     stage_plan,
-    state_places,
     state_target,
     student_flow,
     teacher_flow,
@@ -87,7 +86,7 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
             log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
             state = fresh_state(experiment, parent) if state is None else state
             parent = parent._replace(params={}, factors={})  # the state has its own copy
-            state = _advance(experiment, stage, source, checkpoints, start, state, parent.digest)
+            state = _advance(experiment, stage, source, checkpoints, start, holding.hold(experiment, state), parent.digest)
         weights = fold(digest(averaged(state)))
         del state
         checkpoints.finish(config.train.steps, state_target(experiment))
@@ -124,8 +123,8 @@ def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
 def _advance(
     experiment: Experiment, stage: Stage, source: loader.Source, checkpoints: Checkpoints, start: int, state: Any, parent: str
 ) -> Any:
-    """Runs the loop from `start` to the end of the stage."""
-    config = experiment.config
+    """Runs the loop from `start` to the end of the stage: a held state -> the last one, by torch names."""
+    config, let_go = experiment.config, holding.let_go(experiment)
     step = make_step(experiment, stage)
 
     def meta(done: int) -> dict[str, Any]:
@@ -142,31 +141,32 @@ def _advance(
         batches_from(experiment, source, start) as batches,
         Trace(stage.folder / "profile", config.profile.steps) as trace,
     ):
-        return loop.run(
+        state = loop.run(
             step, state, batches, total=config.train.steps, metrics=metrics, checkpoints=checkpoints,
-            log_every=config.train.log_every, meta=meta, trace=trace,
+            log_every=config.train.log_every, meta=meta, trace=trace, let_go=let_go,
         )  # fmt: skip
+    return let_go(state)
 
 
 def make_step(experiment: Experiment, stage: Stage) -> Any:
-    """(state, batch) -> (state, numbers), jitted with the shardings of the mesh; the state is donated."""
+    """(held state, batch) -> (held state, numbers), jitted with the shardings of the mesh; the state is donated."""
     config, online = experiment.config, experiment.config.pairs.mode == "online"
     jitted, teacher = jit_step(experiment, stage), {}
     if online:
         by_base = teacher_flow(experiment, stage).windows == 0
         teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage)).params
-    frozen = frozen_arrays(experiment, teacher, stage, with_vae=online and encodes(config))
+    frozen = holding.hold_frozen(experiment, frozen_arrays(experiment, teacher, stage, with_vae=online and encodes(config)))
     key = run_key(config, TRAIN_KEY, stage.windows)
     return lambda state, batch: jitted(state, frozen, batch, key)
 
 
 def jit_step(experiment: Experiment, stage: Stage) -> Any:
-    """(state, frozen, batch, key) -> (state, numbers), as `make_step`; reads no weights, so it can be compiled without any."""
-    config = experiment.config
+    """(held state, held frozen arrays, batch, key) -> (held state, numbers), as `make_step`; compiles without any weights."""
+    config, loose = experiment.config, holding.loose_frozen(experiment)
     draw, of_weights = step_parts(experiment, stage)
 
     def step(state: TrainState, frozen: pairs.Frozen, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
-        return update(state, frozen, batch, key, loss=lambda trained, drawn: of_weights(trained, frozen.base, drawn))
+        return update(state, loose(frozen), batch, key, loss=lambda trained, drawn: of_weights(trained, frozen.base, drawn))
 
     update = partial(
         train_step,
@@ -176,8 +176,10 @@ def jit_step(experiment: Experiment, stage: Stage) -> Any:
         accumulation=config.train.accumulation,
         unroll=mesh.platform(experiment.mesh) == "cpu",
         in_order=experiment.mesh if _sums_in_order(experiment) else None,
+        tables=(holding.trained_table(experiment),),
     )
-    places, rows = state_places(experiment), mesh.batch_sharding(experiment.mesh)
+    places = jax.tree.map(lambda shape: shape.sharding, holding.held_shapes(experiment))
+    rows = mesh.batch_sharding(experiment.mesh)
     return jax.jit(step, in_shardings=(places, None, rows, None), out_shardings=(places, None), donate_argnums=0)
 
 

@@ -22,7 +22,8 @@ from proreflow_jax.runtime import aot, chips, hlo
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.aot
 ROWS = 8  # images of a chip
-SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+SCHEDULER = dict(_class_name="DDIMScheduler", **BETAS)
 MODELS = {
     "sd15": dict(unet=SD_15, vae=VAE, text_encoder=CLIP_L),
     "sdxl": dict(unet=SDXL, vae=VAE_XL, text_encoder=CLIP_L, text_encoder_2=BIG_G),

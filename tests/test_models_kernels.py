@@ -188,3 +188,29 @@ def test_a_sharded_weight_is_gathered_and_its_gradient_comes_back_sharded(axes):
     step = jax.jit(jax.grad(loss(build(Compute(mesh=mesh)))), in_shardings=(places, rows), out_shardings=places)
     near(step(params, x), quick_jit(jax.grad(loss(build(Compute()))))(params, x), 1e-5)
     assert "collective-permute" not in step.lower(params, x).compile().as_text()
+
+
+@pytest.mark.parametrize("remat", ["none", "attention"])
+def test_many_equal_blocks_in_a_loop_are_the_blocks_in_turn(remat):
+    """Five transformer blocks between their projections: for a TPU one loop forward, one backward."""
+
+    def made(repeat: Any) -> network.Network:
+        compute = Compute(remat=remat, repeat=repeat)
+        return network.network(lambda rngs: attention.Transformer2D(8, 2, 5, 8, 4, True, rngs, compute), {})
+
+    written, looped = made(kernels.in_turn), made(network.scanned)
+    params, x, context = random_params(written.shapes, 0), draw(2, 3, 3, 8), draw(2, 5, 8, seed=1)
+    assert looped.shapes == written.shapes
+    functions = [quick_jit(with_gradients(net.apply)) for net in (written, looped)]
+    near(*(f(params, x, context) for f in reversed(functions)), 1e-5)
+    assert [f.lower(params, x, context).as_text().count("stablehlo.while") for f in functions] == [0, 3]
+
+
+def test_only_a_tpu_program_has_a_loop_over_blocks():
+    config = base.unet_config(UNET, TEXT, LATENT) | {"transformer_layers_per_block": [1, network.SCANNED]}
+    loops = []
+    for platform in ("cpu", "gpu", "tpu"):
+        net = network.make_unet(config, Compute(platform=platform))
+        inputs = net.shapes, draw(1, *LATENT), draw(1), draw(1, 5, TEXT["hidden_size"])
+        loops.append(str(jax.make_jaxpr(net.apply)(*inputs)).count("scan["))
+    assert loops == [0, 0, 4]  # one down, one in the middle, two up

@@ -87,8 +87,10 @@ def test_splash_attention_has_its_floor_and_any_other_kernel_its_name():
     flop = 2 * 2 * 3 * 2 * 1024 * 1024 * 128  # forward: 2 products, 6 heads, 40 filled up to 128
     assert cost.cycles["kernels"] == pytest.approx(flop / 197e12 * 1.503e9)
     assert cost.kernels == {"splash_mha_fwd_residuals": 1} and cost.unknown == {"my_kernel": 1}
-    both = PROGRAM.replace("fwd_residuals", "dkv_no_residuals").replace('kernel\\": false', 'kernel\\": true')
-    assert hlo.cost(both, CHIP).cycles["kernels"] == pytest.approx(5 / 2 * cost.cycles["kernels"])
+    gradients = lambda count: ", ".join(["f32[3,512,128]{2,1,0}", *["bf16[3,2,1024,40]{3,2,1,0}"] * count])
+    for count, products in ((2, 4), (3, 5)):  # of k and v, and of q too
+        text = PROGRAM.replace("fwd_residuals", "dkv_no_residuals").replace(gradients(1), gradients(count))
+        assert hlo.cost(text, CHIP).cycles["kernels"] == pytest.approx(products / 2 * cost.cycles["kernels"])
 
 
 def test_seconds_are_cycles_by_the_clock_and_only_streaming_is_thought_faster():

@@ -16,7 +16,7 @@ from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.state import averaged, init_state, state_shardings, train_step
 from proreflow_jax.reflow.step import LossRecipe, draw_examples, reflow_loss
 from proreflow_jax.reflow.teacher import Flow
-from proreflow_jax.runtime import mesh, optimizer
+from proreflow_jax.runtime import mesh, optimizer, stacks
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
@@ -133,6 +133,23 @@ def test_gradients_summed_in_the_order_of_the_devices_are_the_same_gradients():
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
         ratio = lambda n: n["window"]["loss"] / np.maximum(n["window"]["count"], 1e-9)
         np.testing.assert_allclose(ratio(ours), ratio(theirs), rtol=1e-4)
+
+
+def test_a_state_in_stacks_goes_the_same_way():
+    weights = {name: jnp.arange(3.0) + i for i, name in enumerate("abc")} | {"d": jnp.ones(2)}
+    table = stacks.table(weights, {"a": 0, "b": 1, "c": 0, "d": 0})
+    draw = lambda frozen, batch, key: {"x": jax.random.normal(key, (4, 3))}
+    loss = lambda p, drawn: (jnp.mean((drawn["x"] @ (p["a"] * p["b"] - p["c"]) + p["d"].sum()) ** 2), {})
+    step = partial(train_step, draw=draw, loss=loss, optimizer=ADAM, ema_decay=0.5, accumulation=1, unroll=True)
+    start, losses = init_state(weights, ADAM, True), []
+    state, held = start, stacks.stack(start, table)
+    for _ in range(3):
+        state, numbers = step(state, None, {}, KEY)
+        held, alike = step(held, None, {}, KEY, tables=(table,))
+        losses.append((numbers["loss"], alike["loss"]))
+    assert set(held.params) == {"a", "b", "d"} and held.params["a"].shape == (2, 3)
+    same(stacks.unstack(held, table), state)
+    same(*zip(*losses, strict=True))
 
 
 def on_mesh(networks, frozen, shape, student=None, adam=ADAM, jit=quick_jit):

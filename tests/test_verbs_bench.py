@@ -24,12 +24,14 @@ def opened(outline_only, tmp_path_factory):
 
 def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_finite(opened):
     job = planning.jobs(opened, opened.stages[0])["train"]
-    made = stand_ins.filled(opened, job.arguments)
+    made = stand_ins.filled(opened, job.rest)
     described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
-    assert described(made) == described(job.arguments)
+    assert described(made) == described(job.rest)
     weights = {name: np.asarray(value) for name, value in made[0].params.items()}
     assert all(np.any(value) for name, value in weights.items() if not name.endswith("bias"))
-    state, numbers = job.jitted(*made)
+    held = job.hold(made)
+    assert described(held) == described(job.arguments)
+    state, numbers = job.jitted(*held)
     assert state.step == 1 and all(np.isfinite(value).all() for value in jax.tree.leaves(jax.device_get(numbers)))
 
 

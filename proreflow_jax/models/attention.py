@@ -27,11 +27,11 @@ def heads_attention(
 def padded_heads(linear: nnx.Linear, x: Float[Array, "b s c"], heads: int, scale: float = 1.0) -> Float[Array, "b h s l"]:
     """What a linear layer projects, times `scale`, as heads of full lanes: its weights get zero columns, not its result."""
     w, bias = layers.weights_of(linear, x)
-    w = _pad_lanes(w.reshape(x.shape[-1], heads, -1))
+    w = _pad_lanes(scale * w.reshape(x.shape[-1], heads, -1))  # scaling the result would be a pass over it
     out = jnp.einsum("bsc,chl->bhsl", x, w, preferred_element_type=jnp.float32)
     if bias is not None:
-        out = out + _pad_lanes(bias.reshape(heads, -1))[:, None]
-    return (scale * out).astype(x.dtype)
+        out = out + scale * _pad_lanes(bias.reshape(heads, -1))[:, None]
+    return out.astype(x.dtype)
 
 
 def _joined_heads(linear: nnx.Linear, x: Float[Array, "b h s l"], width: int) -> Float[Array, "b s c"]:
@@ -139,12 +139,12 @@ class Transformer2D(nnx.Module):
         project = lambda: nnx.Linear(width, width, rngs=rngs) if linear else layers.conv(width, width, 1, rngs)
         self.norm = layers.group_norm(width, groups, 1e-6, rngs)
         self.proj_in, self.proj_out = project(), project()
-        self.remat = compute.remat
+        self.remat, self.repeat = compute.remat, compute.repeat
         self.transformer_blocks = nnx.List([TransformerBlock(width, heads, context, rngs, compute) for _ in range(depth)])
 
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b t d"]) -> Float[Array, "b h w c"]:
         h = self.proj_in(self.norm(x))  # a 1x1 convolution and a linear layer over channels are the same map
         h = h.reshape(x.shape[0], -1, x.shape[-1])
-        for block in self.transformer_blocks:
-            h = kernels.rerun(self.remat, TransformerBlock.__call__, block, h, context)
+        one = lambda block, h: kernels.rerun(self.remat, TransformerBlock.__call__, block, h, context)
+        h = self.repeat(self.transformer_blocks, one, h)
         return x + self.proj_out(h.reshape(x.shape))

@@ -4,7 +4,7 @@ Names are the module's attribute paths, which equal torch's state-dict names; ar
 holds the transposes). Host cost of a flat dict is a tenth of an `nnx.State` (docs of the tensor count of SD 1.5).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from proreflow_jax.models import clip, layers, unet, vae
-from proreflow_jax.models.kernels import PLAIN, Compute
+from proreflow_jax.models.kernels import PLAIN, Compute, in_turn
 
 Params = dict[str, Float[Array, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 TORCH_NAME |= {"mean": "running_mean", "var": "running_var"}  # of a batch norm
+
+SCANNED = 4  # equal blocks in a row from which a TPU program has a loop over them
 
 
 class Network(NamedTuple):
@@ -69,6 +71,18 @@ def network(build: Callable[[nnx.Rngs], nnx.Module], config: dict) -> Network:
     return Network(shapes, init, apply, config)
 
 
+def scanned(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Array], Array], h: Array) -> Array:
+    """`kernels.in_turn` of many blocks as one loop over their stacked weights: XLA compiles one of SDXL's ten, not all.
+
+    Each turn gathers its own weights. A few blocks stay written out, which leaves XLA more to overlap.
+    """
+    if len(blocks) < SCANNED:
+        return in_turn(blocks, call, h)
+    graphs, states = zip(*map(nnx.split, blocks), strict=True)
+    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return jax.lax.scan(lambda h, state: (call(nnx.merge(graphs[0], state), h), None), h, weights)[0]
+
+
 def cast(params: Params, dtype: Any) -> Params:
     """The parameters in a compute dtype."""
     return {name: value.astype(dtype) for name, value in params.items()}
@@ -79,6 +93,7 @@ def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
 
     `compute` says how, not what, is computed: the forms of attention, what a backward pass makes again.
     """
+    compute = compute._replace(repeat=scanned) if compute.platform == "tpu" else compute
     return network(lambda rngs: layers.gathering(unet.UNet(unet.architecture(config), rngs, compute), compute), config)
 
 

@@ -83,6 +83,7 @@ def run(
     log_every: int,
     meta: Callable[[int], dict[str, Any]],
     trace: Trace = OFF,
+    let_go: Callable[[Any], Any] = lambda state: state,
 ) -> Any:
     """Trains until `total` steps are done and saved.
 
@@ -90,10 +91,9 @@ def run(
       step: (state, batch) -> (state, numbers); donates the state.
       state: after the step that the first batch follows.
       batches: yields (position, batch); position counts the steps done before it.
-      total: steps of the whole run.
-      log_every: steps between lines of metrics.jsonl; every step is checked for non-finite numbers.
+      total, log_every: steps of the whole run, between lines of metrics.jsonl; every step is checked for non-finite numbers.
       meta: steps done -> what is stored beside the state of that step.
-      trace: records chosen steps.
+      trace, let_go: records chosen steps; the state -> as it is saved.
 
     Returns the last state. Raises FloatingPointError naming step and window; SystemExit(0) after a SIGTERM, once the step
     is committed.
@@ -122,7 +122,7 @@ def run(
                 settle(*pending)
                 pending = None
                 metrics.publish()  # first: a run that goes on from this step has the lines up to it
-                checkpoints.save(done, state, meta(done))
+                checkpoints.save(done, let_go(state), meta(done))
             checkpoints.check()
             if stopping and done < total:
                 checkpoints.wait()

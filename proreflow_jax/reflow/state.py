@@ -5,7 +5,7 @@ whole global batch, and `loss(params, drawn)` is deterministic. So gradients acc
 of the whole, and one key per run is enough: it is folded with the step here and nowhere else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from proreflow_jax.models.network import Params
 from proreflow_jax.runtime import mesh as meshes
+from proreflow_jax.runtime import stacks
 from proreflow_jax.runtime.optimizer import ema
+from proreflow_jax.runtime.stacks import Table
 
 Batch = Mapping[str, Array]
 Draw = Callable[[PyTree, Batch, Key[Array, ""]], dict[str, PyTree]]
@@ -58,6 +60,7 @@ def train_step(
     accumulation: int,
     unroll: bool,
     in_order: Mesh | None = None,
+    tables: Sequence[Table] = (),
 ) -> tuple[TrainState, PyTree]:
     """One update on one global batch.
 
@@ -70,6 +73,8 @@ def train_step(
         are sums or means that average over parts of a batch.
       unroll: write the accumulation out instead of scanning (XLA's CPU convolution gradients are slow inside a scan).
       in_order: a mesh along whose data axis gradients are summed device by device, see `_in_order`; None: as XLA likes.
+      tables: how the state's parameters lie in stacks (`runtime.stacks`); none: each has its name. `loss` knows names alone.
+      tables: how the state's parameters lie in stacks (`runtime.stacks`); none: each has its name. `loss` knows names alone.
 
     Returns:
       (state, metrics): metrics plus "loss" and "grad_norm".
@@ -77,7 +82,9 @@ def train_step(
     drawn = draw(frozen, batch, jax.random.fold_in(key, state.step))
 
     means = partial(_means, jax.value_and_grad(loss, has_aux=True), count=accumulation, unroll=unroll)
-    (mean, metrics), gradients = (means if in_order is None else _in_order(means, in_order))(state.params, drawn)
+    means = means if in_order is None else _in_order(means, in_order)
+    (mean, metrics), gradients = means(stacks.unstack(state.params, *tables), drawn)
+    gradients = stacks.stack(gradients, *tables)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

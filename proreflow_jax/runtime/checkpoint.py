@@ -11,6 +11,7 @@ import gc
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -33,6 +34,16 @@ __all__ = ["Checkpoints", "Restored", "digest", "fold"]
 
 log = logging.getLogger(__name__)
 PASS_ON = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # say nothing about the bytes: never fall back
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What orbax's threads log of an error, `wait` raises: its line may stay, its traceback may not."""
+    record.exc_info = None
+    return True
+
+
+logging.getLogger("absl").addFilter(_without_traceback)
+warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # of a save that was given up
 
 
 class Restored(NamedTuple):

@@ -52,7 +52,6 @@ _FREE_CALLS = (
     "ConcatBitcast",
 )
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of a splash kernel, by a part of its name
-_FUSED = re.compile(r'use_fused_bwd_kernel\\*": true')  # then the gradient of k and v makes that of q too: one product more
 _BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends inside a kernel's metadata
 
 
@@ -68,7 +67,6 @@ class Op(NamedTuple):
     called: dict[str, tuple[str, ...]]
     target: str  # of a custom call
     channel: str  # of a transfer between chips: its number, which all parts of one that is spread over the program share
-    fused: bool  # of a splash kernel: both gradients in one
 
 
 class Cost(NamedTuple):
@@ -121,7 +119,6 @@ def _op(name: str, rest: str) -> Op:
         called=called,
         target=target[1] if target else "",
         channel=channel[1] if channel else name,
-        fused=bool(_FUSED.search(rest)),
     )
 
 
@@ -241,7 +238,8 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     """Cycles of a splash-attention kernel at its floor; None for any other custom call.
 
     q (.., heads, s, d) and k (.., heads, t, d) are its first two floating-point arrays of three axes or more; the forward has
-    2 matrix products of s x t x d, the gradient of q 3, that of k and v 4; d is filled up to the matrix unit.
+    2 matrix products of s x t x d, the gradient of q 3, that of k and v 4, of all three in one 5; d is filled up to the matrix
+    unit.
     """
     if not op.name.startswith("splash_mha"):
         return None
@@ -250,7 +248,8 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     products = next((count for part, count in _PRODUCTS.items() if f"_{part}" in op.name), None)
     if products is None:
         return None
-    products += op.fused and "_dkv" in op.name
+    made = [shape for _, shape in shapes(op.type) if len(shape) >= len(q)]
+    products += "_dkv" in op.name and len(made) == 3  # the gradient of q too, from the same scores
     filled = -(-q[-1] // chip.lanes) * chip.lanes
     flops = 2 * products * math.prod(q[:-1]) * k[-2] * filled
     return flops / chip.peak * chip.clock

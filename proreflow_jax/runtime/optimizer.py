@@ -3,7 +3,8 @@
 Parameters are flat dicts {torch name: array}, so what decays is an ordered (regex, bool) table over names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def make(cfg: Any) -> optax.GradientTransformation:
     return optax.chain(
         clip,
         optax.scale_by_adam(b1=cfg["beta1"], b2=cfg["beta2"], eps=cfg["epsilon"]),
-        optax.add_decayed_weights(cfg["weight_decay"], mask=_mask(cfg["decay_rules"])),
+        optax.add_decayed_weights(cfg["weight_decay"], mask=partial(decays, cfg)),
         optax.scale_by_learning_rate(learning_rate(cfg)),
     )
 
@@ -75,9 +76,9 @@ def ema(old: PyTree, new: PyTree, decay: float | Array, step: int | Array) -> Py
     return jax.tree.map(average, old, new)
 
 
-def _mask(rules: Any) -> Callable[[Mapping[str, Any]], dict[str, bool]]:
-    table = [(pattern, bool(value)) for pattern, value in rules]
-    return lambda params: first_match(table, params, f"{FLAG}.decay_rules")
+def decays(cfg: Any, names: Iterable[str]) -> dict[str, bool]:
+    """{name: whether it decays} by decay_rules. Raises ValueError naming every name that no rule matches."""
+    return first_match([(pattern, bool(value)) for pattern, value in cfg["decay_rules"]], names, f"{FLAG}.decay_rules")
 
 
 def _checked(cfg: Any) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Arrays of one shape held as one: a call of a jitted function then hands over a few hundred arrays in place of thousands.
+
+A call costs the host microseconds an array, whatever lies in it: SD 1.5's state alone has 2,744 of them, of 49 shapes in each
+of its four trees. So a training loop keeps its state in stacks; at rest, and in a network, every array has its own name.
+
+A table says what lies together in a flat dict {name: array}: {first name: names in the order of the stack's leading axis}.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+Table = Mapping[str, tuple[str, ...]]
+
+
+def table(shapes: Mapping[str, Any], kinds: Mapping[str, Hashable]) -> Table:
+    """What may lie together: arrays of one shape and dtype, and of one kind, such as where they live."""
+    found: dict[Hashable, list[str]] = {}
+    for name, value in shapes.items():
+        found.setdefault((tuple(value.shape), jnp.dtype(value.dtype), kinds[name]), []).append(name)
+    return {names[0]: tuple(names) for names in found.values()}
+
+
+def stack(tree: PyTree, *tables: Table) -> PyTree:
+    """The tree with stacks in place of each flat dict that has a table's names: (n, ...) by the first of n names."""
+    return _each(tree, {frozenset(_names(t)): partial(_joined, table=t) for t in tables})
+
+
+def unstack(tree: PyTree, *tables: Table) -> PyTree:
+    """The inverse of `stack`."""
+    return _each(tree, {frozenset(t): partial(_apart, table=t) for t in tables})
+
+
+def stack_shapes(tree: PyTree, *tables: Table, dtype: Any = None) -> PyTree:
+    """`stack` of `jax.ShapeDtypeStruct` with NamedShardings: the leading axis is whole, the others live as they did."""
+    return _each(tree, {frozenset(_names(t)): partial(_joined_shapes, table=t, dtype=dtype) for t in tables})
+
+
+def stack_arrays(tree: PyTree, *tables: Table, dtype: Any = None, consume: bool = False) -> PyTree:
+    """`stack` of arrays on their devices, one dict after the other.
+
+    dtype: of the stacks; None: the arrays' own.
+    consume: delete the arrays of a dict as soon as it is stacked.
+    """
+
+    def put(params: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in params.items()}
+        stacked = _joined_shapes(shapes, table, dtype)
+        places = {name: shape.sharding for name, shape in stacked.items()}
+        made = jax.jit(partial(_joined, table=table, dtype=dtype), out_shardings=places)(dict(params))
+        if consume:
+            jax.tree.map(lambda x: x.delete(), dict(params))
+        return made
+
+    return _each(tree, {frozenset(_names(t)): partial(put, table=t) for t in tables})
+
+
+def _names(table: Table) -> list[str]:
+    return [name for names in table.values() for name in names]
+
+
+def _joined(params: Mapping[str, jax.Array], table: Table, dtype: Any = None) -> dict[str, jax.Array]:
+    one = lambda name: params[name].astype(dtype or params[name].dtype)
+    return {first: jnp.stack([one(name) for name in names]) for first, names in table.items()}
+
+
+def _apart(stacks: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
+    return {name: stacks[first][i] for first, names in table.items() for i, name in enumerate(names)}
+
+
+def _joined_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct], table: Table, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    def one(member: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(member.sharding.mesh, PartitionSpec(None, *member.sharding.spec))
+        return jax.ShapeDtypeStruct((count, *member.shape), dtype or member.dtype, sharding=place)
+
+    return {first: one(shapes[first], len(names)) for first, names in table.items()}
+
+
+def _each(tree: PyTree, functions: Mapping[frozenset, Callable]) -> PyTree:
+    """The tree, each dict of these names replaced by the function's result."""
+    known = lambda node: isinstance(node, Mapping) and frozenset(node) in functions
+    return jax.tree.map(lambda node: functions[frozenset(node)](node) if known(node) else node, tree, is_leaf=known)
