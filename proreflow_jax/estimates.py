@@ -107,7 +107,6 @@ def measured(job: Job, compiled: aot.Compiled, place: Target) -> dict[str, Any]:
         "calls": job.calls,
         "memory": memory(held, compiled.memory, chip),
         "useful_flops": job.useful(),
-        "compiler_flops_per_chip": compiled.flops,
         "compile_seconds": compiled.seconds,
     }
     found["saving"] = 2 * held[planning.STATE] + held[planning.FROZEN]  # by torch names, beside the one that is held

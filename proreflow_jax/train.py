@@ -179,8 +179,8 @@ def jit_step(experiment: Experiment, stage: Stage) -> Any:
         tables=(holding.trained_table(experiment),),
     )
     places = jax.tree.map(lambda shape: shape.sharding, holding.held_shapes(experiment))
-    rows = mesh.batch_sharding(experiment.mesh)
-    return jax.jit(step, in_shardings=(places, None, rows, None), out_shardings=(places, None), donate_argnums=0)
+    rows, whole = mesh.batch_sharding(experiment.mesh), mesh.replicated(experiment.mesh)
+    return jax.jit(step, in_shardings=(places, None, rows, None), out_shardings=(places, whole), donate_argnums=0)
 
 
 def _sums_in_order(experiment: Experiment) -> bool:

@@ -16,12 +16,12 @@ import verb
 from full_size import SD_15, SDXL, VAE
 
 from configs.digits import get_config
-from proreflow_jax import changes, estimates, experiment, make_pairs, planning
+from proreflow_jax import changes, estimates, experiment, make_pairs, plan_text, planning
 from proreflow_jax.models import network
 from proreflow_jax.runtime import aot, chips, flops, hlo, mesh
 
 CHIP = chips.CHIPS["v5e"]
-NOTHING = aot.Compiled(aot.Memory(0, 0, 0, 0), hlo.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0), 1.0, 1.0)
+NOTHING = aot.Compiled(aot.Memory(0, 0, 0, 0), hlo.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0), 1.0)
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 CONVOLVED, ATTENTION = "jit(f)/conv_general_dilated", "jit(f)/vmap(BTNH,BSNH->BNTS)/dot_general"
 PROGRAM = f"""HloModule jit_f, is_scheduled=true
@@ -154,6 +154,22 @@ def test_a_compiler_that_finds_a_program_too_large_says_by_how_much():
     assert aot.too_large("INTERNAL: something else") is None
 
 
+def test_what_jaxlib_cannot_read_back_is_read_as_the_compiler_wrote_it(tmp_path):
+    class Program:
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="async-update"):
+        aot.text_of(Program(), tmp_path)
+    for name, text in (
+        ("1.f.after_codegen.txt", PROGRAM),
+        ("0.small.after_codegen.txt", ""),
+        ("1.f.after_optimizations.txt", "x"),
+    ):
+        (tmp_path / f"module_{name}").write_text(text)
+    assert aot.text_of(Program(), tmp_path) == PROGRAM
+
+
 # --- jobs of a tiny model, on the eight fake devices --------------------------------------------------------------------
 
 
@@ -201,6 +217,17 @@ def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
     assert jobs["train"].useful() == pytest.approx(3 * forward + told, rel=0.01)
     assert jobs["pairs"].useful() == pytest.approx(4 * forward + told, rel=0.01)
     assert (jobs["pairs"].calls, jobs["train"].calls, jobs["train"].at_once) == (2, 6, 2)
+
+
+def test_a_state_must_fit_twice_since_it_is_saved_by_torch_names_beside_its_stacks(tmp_path, outline_only):
+    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
+    job = planning.jobs(shapes, shapes.stages[0])["train"]._replace(useful=lambda: 1e9)
+    held = planning.held(job)
+    compiled = NOTHING._replace(memory=aot.Memory(sum(held.values()), 0, 0, 0))
+    place, needed = estimates.target("v5e:2x4", ""), 2 * held["state"] + held["frozen"]
+    for room, fits in ((needed, True), (needed - 1, False)):
+        found = estimates.measured(job, compiled, place._replace(chip=place.chip._replace(memory=room)))
+        assert found["fits"] is fits and f"{needed / chips.GIB:.2f} when it is saved" in plan_text.job(found)
 
 
 # --- results, kept ones, and the verb -------------------------------------------------------------------------------------

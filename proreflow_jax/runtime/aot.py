@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import re
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +50,6 @@ class Compiled(NamedTuple):
 
     memory: Memory
     cost: hlo.Cost | None  # None: too large, the compiler gave up
-    flops: float  # by the compiler, of one chip: a loop's body counts once there, a kernel not at all
     seconds: float  # that compiling took
 
 
@@ -80,16 +81,28 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
     """
     start = time.perf_counter()
     lowered = jitted.lower(*arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            needs = too_large(str(error))
+            if needs is None:
+                raise
+            return Compiled(Memory(0, needs, 0, 0), None, time.perf_counter() - start)
+        return Compiled(memory_of(program), hlo.cost(text_of(program, Path(folder)), chip), time.perf_counter() - start)
+
+
+def text_of(program: Any, folder: Path) -> str:
+    """A compiled program's text. jaxlib cannot read back all that a libtpu newer than it says (SDXL's step on v6e): then what
+    libtpu itself wrote into `folder`.
+    """
     try:
-        program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needs = too_large(str(error))
-        if needs is None:
+        return program.as_text()
+    except jax.errors.JaxRuntimeError:
+        written = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        if not written:
             raise
-        return Compiled(Memory(0, needs, 0, 0), None, 0.0, time.perf_counter() - start)
-    seconds = time.perf_counter() - start
-    flops = float(program.cost_analysis().get("flops", 0.0))
-    return Compiled(memory_of(program), hlo.cost(program.as_text(), chip), flops, seconds)
+        return written[-1].read_text()
 
 
 def memory_of(program: Any) -> Memory:

@@ -7,7 +7,6 @@ somebody waits: so `check` looks at every step, and leaving the `with` block rai
 named, passed over, and removed by the next save.
 """
 
-import gc
 import logging
 import signal
 import threading
@@ -43,7 +42,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_without_traceback)
-warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # of a save that was given up
+for name in ("asyncio", "concurrent.futures"):  # a traceback for each leaf of what was given up, read or written
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 class Restored(NamedTuple):
@@ -278,21 +279,11 @@ def _everywhere(read: Callable[[], Any]) -> tuple[Any, str]:
         if is_trouble(error):
             raise ConnectionError(f"a checkpoint could not be read: {_line(error)}; run the same command again") from None
         value, reason = None, _line(error)
-    if reason:
-        _forget_failed_tasks()
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(bool(reason)))
         if failed.any() and not reason:
             reason = f"process {int(np.argmax(failed))} could not read it"
     return (None, reason) if reason else (value, "")
-
-
-def _forget_failed_tasks() -> None:
-    """A damaged step leaves one failed task per leaf; asyncio would print a traceback for each when it is collected."""
-    asyncio_log = logging.getLogger("asyncio")
-    before, asyncio_log.disabled = asyncio_log.disabled, True
-    gc.collect()
-    asyncio_log.disabled = before
 
 
 def _line(error: BaseException) -> str:
