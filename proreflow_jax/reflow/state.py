@@ -74,7 +74,6 @@ def train_step(
       unroll: write the accumulation out instead of scanning (XLA's CPU convolution gradients are slow inside a scan).
       in_order: a mesh along whose data axis gradients are summed device by device, see `_in_order`; None: as XLA likes.
       tables: how the state's parameters lie in stacks (`runtime.stacks`); none: each has its name. `loss` knows names alone.
-      tables: how the state's parameters lie in stacks (`runtime.stacks`); none: each has its name. `loss` knows names alone.
 
     Returns:
       (state, metrics): metrics plus "loss" and "grad_norm".

@@ -9,6 +9,7 @@ named, passed over, and removed by the next save.
 
 import logging
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,15 +36,15 @@ log = logging.getLogger(__name__)
 PASS_ON = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # say nothing about the bytes: never fall back
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """What orbax's threads log of an error, `wait` raises: its line may stay, its traceback may not."""
-    record.exc_info = None
-    return True
+def _unraisable(unraisable: Any, other: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """What comes back to a save that was given up finds its loop closed; anything else goes to whoever was asked before."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        other(unraisable)
 
 
-logging.getLogger("absl").addFilter(_without_traceback)
-for name in ("asyncio", "concurrent.futures"):  # a traceback for each leaf of what was given up, read or written
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+for name in ("absl", "asyncio", "concurrent.futures"):  # tracebacks, one a leaf, of what `wait` and `restore` say in a line
+    logging.getLogger(name).disabled = True
+sys.unraisablehook = _unraisable
 warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
