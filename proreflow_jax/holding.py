@@ -1,7 +1,7 @@
 """What a training loop holds while it runs: its state and its frozen networks in stacks (`runtime.stacks`).
 
-At rest, in checkpoints and in whatever is handed on, every tensor has its torch name; a call of SD 1.5's step is given 212 arrays
-in place of 2,949, which is what it costs the host. Letting go of a state takes its memory once more until it is saved.
+At rest, in checkpoints and in whatever is handed on, every tensor has its torch name; a call of SD 1.5's step is given 212
+arrays in place of 2,949, which is what it costs the host. Letting go of a state takes its memory once more until it is saved.
 """
 
 from collections.abc import Callable, Mapping
