@@ -7,10 +7,9 @@ arrays in place of 2,949, which is what it costs the host. Letting go of a state
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 
-from proreflow_jax.experiment import Experiment, places, state_places, state_target, trained_shapes
+from proreflow_jax.experiment import Experiment, places, state_target, trained_shapes
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.state import TrainState
@@ -30,10 +29,9 @@ def hold(experiment: Experiment, state: TrainState) -> TrainState:
     return stacks.stack_arrays(state, trained_table(experiment), consume=True)
 
 
-def let_go(experiment: Experiment) -> Callable[[TrainState], TrainState]:
-    """state in stacks -> the state by torch names, beside it."""
-    table = trained_table(experiment)
-    return jax.jit(lambda state: stacks.unstack(state, table), out_shardings=state_places(experiment))
+def let_go(experiment: Experiment, state: TrainState) -> TrainState:
+    """The inverse of `hold`; both states are there then."""
+    return stacks.unstack_arrays(state, trained_table(experiment))
 
 
 def held_shapes(experiment: Experiment) -> TrainState:

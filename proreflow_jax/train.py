@@ -124,7 +124,7 @@ def _advance(
     experiment: Experiment, stage: Stage, source: loader.Source, checkpoints: Checkpoints, start: int, state: Any, parent: str
 ) -> Any:
     """Runs the loop from `start` to the end of the stage: a held state -> the last one, by torch names."""
-    config, let_go = experiment.config, holding.let_go(experiment)
+    config, let_go = experiment.config, partial(holding.let_go, experiment)
     step = make_step(experiment, stage)
 
     def meta(done: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def trained(config: ConfigDict, steps: int = STEPS) -> Trained:
         for _, (_, batch) in zip(range(steps), batches, strict=False):
             state, numbers = step(state, batch)
             losses.append(float(numbers["loss"]))
-    return Trained(losses, holding.let_go(opened)(state), opened)
+    return Trained(losses, holding.let_go(opened, state), opened)
 
 
 def main(out: str, model: str, axes: str, accumulation: str) -> None:

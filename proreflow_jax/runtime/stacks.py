@@ -7,7 +7,7 @@ A table says what lies together in a flat dict {name: array}: {first name: names
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -49,15 +49,35 @@ def stack_arrays(tree: PyTree, *tables: Table, dtype: Any = None, consume: bool 
     """
 
     def put(params: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in params.items()}
-        stacked = _joined_shapes(shapes, table, dtype)
-        places = {name: shape.sharding for name, shape in stacked.items()}
-        made = jax.jit(partial(_joined, table=table, dtype=dtype), out_shardings=places)(dict(params))
+        places = tuple((first, _behind_one(params[first].sharding)) for first in table)
+        made = _program(_joined, tuple(table.items()), dtype, places)(dict(params))
         if consume:
             jax.tree.map(lambda x: x.delete(), dict(params))
         return made
 
     return _each(tree, {frozenset(_names(t)): partial(put, table=t) for t in tables})
+
+
+def unstack_arrays(tree: PyTree, *tables: Table) -> PyTree:
+    """The inverse of `stack_arrays`, beside the stacks, which stay."""
+
+    def put(stacks: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
+        where = {first: stacks[first].sharding for first in table}
+        whole = {first: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])) for first, place in where.items()}
+        places = tuple((name, whole[first]) for first, names in table.items() for name in names)
+        return _program(_apart, tuple(table.items()), None, places)(dict(stacks))
+
+    return _each(tree, {frozenset(t): partial(put, table=t) for t in tables})
+
+
+@cache
+def _program(function: Callable, table: tuple, dtype: Any, places: tuple) -> Callable:
+    """One for all dicts that are alike: trees of a state, stages of a chain."""
+    return jax.jit(partial(function, table=dict(table), dtype=dtype), out_shardings=dict(places))
+
+
+def _behind_one(place: NamedSharding) -> NamedSharding:
+    return NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
 
 
 def _names(table: Table) -> list[str]:
@@ -69,14 +89,13 @@ def _joined(params: Mapping[str, jax.Array], table: Table, dtype: Any = None) ->
     return {first: jnp.stack([one(name) for name in names]) for first, names in table.items()}
 
 
-def _apart(stacks: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
+def _apart(stacks: Mapping[str, jax.Array], table: Table, dtype: None = None) -> dict[str, jax.Array]:
     return {name: stacks[first][i] for first, names in table.items() for i, name in enumerate(names)}
 
 
 def _joined_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct], table: Table, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
     def one(member: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(member.sharding.mesh, PartitionSpec(None, *member.sharding.spec))
-        return jax.ShapeDtypeStruct((count, *member.shape), dtype or member.dtype, sharding=place)
+        return jax.ShapeDtypeStruct((count, *member.shape), dtype or member.dtype, sharding=_behind_one(member.sharding))
 
     return {first: one(shapes[first], len(names)) for first, names in table.items()}
 
