@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from proreflow_jax.experiment import Experiment, places, state_target, trained_shapes
 from proreflow_jax.models.network import Params
@@ -29,8 +30,8 @@ def hold(experiment: Experiment, state: TrainState) -> TrainState:
     return stacks.stack_arrays(state, trained_table(experiment), consume=True)
 
 
-def let_go(experiment: Experiment, state: TrainState) -> TrainState:
-    """The inverse of `hold`; both states are there then."""
+def let_go(experiment: Experiment, state: PyTree) -> PyTree:
+    """The inverse of `hold`, of a state or of one of its trees; both are there then."""
     return stacks.unstack_arrays(state, trained_table(experiment))
 
 

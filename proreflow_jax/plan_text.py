@@ -39,11 +39,15 @@ def job(found: Mapping[str, Any]) -> str:
 def _memory(found: Mapping[str, Any]) -> str:
     memory = found["memory"]
     parts = ", ".join(f"{name} {memory[name] / GIB:.3f}" for name in CLASSES if memory[name] >= SHOWN)
-    most = max(memory["total"], found["saving"])
-    free = memory["available"] - most
-    said = f"fits, {free / GIB:.2f} free" if found["fits"] else f"DOES NOT FIT, {-free / GIB:.2f} too many"
+    most, free = max(memory["total"], found["saving"]), _free(found)
+    said = f"fits, {free:.2f} free" if found["fits"] else f"DOES NOT FIT, {-free:.2f} too many"
     saving = f"; {most / GIB:.2f} when it is saved" if most > memory["total"] else ""
     return f"{memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts}{saving}): {said}"
+
+
+def _free(found: Mapping[str, Any]) -> float:
+    """GiB of a chip that are left, while the job runs and while a state is saved."""
+    return (found["memory"]["available"] - max(found["memory"]["total"], found["saving"])) / GIB
 
 
 def _utilised(found: Mapping[str, Any]) -> str:
@@ -76,17 +80,15 @@ def change(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> str:
     """What would make a job fit, in one line."""
     if after is None:
         return "  change   none of the changes tried fits; --search tries more; or take a larger slice"
-    memory, took = after["memory"], "was compiled too"
-    free = (memory["available"] - memory["total"]) / GIB
-    return f"  change   {after['flags']} fits with {free:.2f} GiB free ({took}: {seconds(after['seconds_per_image'])} an image)"
+    took = f"was compiled too: {seconds(after['seconds_per_image'])} an image"
+    return f"  change   {after['flags']} fits with {_free(after):.2f} GiB free ({took})"
 
 
 def largest(found: Mapping[str, Any] | None) -> str:
     """The outcome of a search, in one line."""
     if found is None:
         return "  largest  not even one image at once fits"
-    free = (found["memory"]["available"] - found["memory"]["total"]) / GIB
-    what = f"{found['at_once']} images at once on a chip ({free:.2f} GiB free): {found['flags']}"
+    what = f"{found['at_once']} images at once on a chip ({_free(found):.2f} GiB free): {found['flags']}"
     return f"  largest  {what}: {seconds(found['seconds_per_image'])} an image, {100 * found['utilisation']:.1f} % of the peak"
 
 

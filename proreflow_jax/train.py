@@ -86,9 +86,11 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
             log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
             state = fresh_state(experiment, parent) if state is None else state
             parent = parent._replace(params={}, factors={})  # the state has its own copy
-            state = _advance(experiment, stage, source, checkpoints, start, holding.hold(experiment, state), parent.digest)
-        weights = fold(digest(averaged(state)))
-        del state
+            trained = _advance(experiment, stage, source, checkpoints, start, holding.hold(experiment, state), parent.digest)
+        else:
+            trained = averaged(state)
+        weights = fold(digest(trained))
+        del state, trained
         checkpoints.finish(config.train.steps, state_target(experiment))
     flow = student_flow(config, stage)
     done = {"step": config.train.steps, "digest": weights, "parent": parent.digest, "flow": flow._asdict()}
@@ -123,7 +125,7 @@ def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
 def _advance(
     experiment: Experiment, stage: Stage, source: loader.Source, checkpoints: Checkpoints, start: int, state: Any, parent: str
 ) -> Any:
-    """Runs the loop from `start` to the end of the stage: a held state -> the last one, by torch names."""
+    """Runs the loop from `start` to the end of the stage: a held state -> what it hands on, by torch names."""
     config, let_go = experiment.config, partial(holding.let_go, experiment)
     step = make_step(experiment, stage)
 
@@ -145,7 +147,7 @@ def _advance(
             step, state, batches, total=config.train.steps, metrics=metrics, checkpoints=checkpoints,
             log_every=config.train.log_every, meta=meta, trace=trace, let_go=let_go,
         )  # fmt: skip
-    return let_go(state)
+    return let_go(averaged(state))
 
 
 def make_step(experiment: Experiment, stage: Stage) -> Any:
