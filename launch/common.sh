@@ -156,7 +156,7 @@ await_processes() {
     fi
     ((code)) || code=$status
   done
-  [[ -z $killer ]] || signal_all KILL "$killer"
+  [[ -z $killer ]] || { signal_all KILL "$killer" && wait "$killer"; } 2>/dev/null || true # bash would tell of its end
   wait "$shown" || true
   exit "$code"
 }

@@ -34,11 +34,13 @@ need_words
 whole_number --processes "$PROCESSES" && whole_number --devices "$DEVICES"
 
 run mkdir -p "$LOGS"
+threads=$(nproc) # XLA cuts sums by its threads: as many in each process as one process with all the devices has
+((threads >= PROCESSES * DEVICES)) || threads=$((PROCESSES * DEVICES))
 port=PORT
 [[ -n $DRY_RUN ]] || port=$(free_port)
 for ((i = 0; i < PROCESSES; i++)); do
   in_job=("JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$PROCESSES" "JAX_PROCESS_ID=$i")
-  in_job+=("JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}")
+  in_job+=("JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "NPROC=${NPROC:-$threads}")
   in_job+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES")
   launch_process "$LOGS/process-$i.log" env "${in_job[@]}" "${WORDS[@]}"
 done

@@ -1,5 +1,6 @@
 """The launch scripts that start processes: a pod on this machine, plain hosts, Slurm, and what tells stopped from finished."""
 
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,8 @@ from fake_cloud import ROOT, STOPPED, STOPS, Cloud, build
 
 BEGAN = 'echo began; echo >>"$FAKE/began"'
 TRAPS = f"trap 'echo asked to stop: saved; exit 0' TERM; {BEGAN}; while :; do sleep 0.05; done"
-SHOW = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS $JAX_PLATFORMS $XLA_FLAGS $0"'
+CPUS = len(os.sched_getaffinity(0))
+SHOW = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS $JAX_PLATFORMS $XLA_FLAGS $NPROC $0"'
 
 
 @pytest.fixture
@@ -52,13 +54,13 @@ def logs(cloud: Cloud) -> list[str]:
 
 
 def test_a_local_pod_is_one_job_of_processes_on_loopback(cloud):
-    done = cloud.launch("local_pod.sh", "-n", "2", "-d", "4", "--", "sh", "-c", SHOW, "(4, 2)", XLA_FLAGS="--xla_a=1")
+    done = cloud.launch("local_pod.sh", "-n", "2", "-d", "32", "--", "sh", "-c", SHOW, "(4, 2)", XLA_FLAGS="--xla_a=1")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = logs(cloud)
     assert done.stdout == first  # process 0 is shown
     address = first.split()[4]
     assert address.startswith("127.0.0.1:") and int(address.rpartition(":")[2]) > 1023
-    rest = f"of 2 at {address} cpu --xla_a=1 --xla_force_host_platform_device_count=4 (4, 2)\n"
+    rest = f"of 2 at {address} cpu --xla_a=1 --xla_force_host_platform_device_count=32 {max(64, CPUS)} (4, 2)\n"
     assert (first, second) == (f"0 {rest}", f"1 {rest}")
 
 
@@ -72,6 +74,13 @@ def test_the_first_failure_ends_a_local_pod_with_its_code(cloud):
     done = cloud.launch("local_pod.sh", "-n", "3", "--", "sh", "-c", verb, LAUNCH_GRACE="0.5")
     assert done.returncode == 7 and "exit code 7" in done.stderr  # SIGKILL ended process 0
     assert logs(cloud)[2] == "began\nsaved\n"
+
+
+def test_one_line_tells_of_a_failure_where_the_others_end_in_time(cloud):
+    fails = '[ $JAX_PROCESS_ID = 0 ] || { until [ -s "$FAKE/began" ]; do sleep 0.05; done; exit 7; }'
+    cloud.set(began="")
+    done = cloud.launch("local_pod.sh", "--", "sh", "-c", f"{fails}; trap 'exit 0' TERM; {BEGAN}; while :; do sleep 0.05; done")
+    assert done.returncode == 7 and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_process_that_is_done_does_not_end_the_others(cloud):
