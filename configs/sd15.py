@@ -4,29 +4,30 @@
     python -m proreflow_jax.sample --config=configs/sd15.py --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
     python -m proreflow_jax.export --config=configs/sd15.py --stage=4 --form=single-file --dtype=float16
 
-distill makes the pairs, trains, and leaves diffusers folders in runs/sd15/export; run it again to resume. It needs prompts.txt,
-one prompt a line, and no images. Take the prompts you care about, tens of thousands if you can, or COCO's captions:
+distill makes the pairs, trains, and leaves diffusers folders in runs/sd15/export; run it again to resume. It needs
+prompts.txt, one prompt a line, and no images. Take the prompts you care about, tens of thousands if you can, or COCO's
+captions:
 
     unzip -p annotations_trainval2017.zip annotations/captions_train2017.json |
         python -c "import json, sys; [print(*a['caption'].split()) for a in json.load(sys.stdin)['annotations']]" > prompts.txt
 
-[paper] marks what the paper states; everything else is this project's choice. Nothing of this has run on a TPU, and no chain of
-this size has been trained: reasoned settings, not a result.
+[paper] marks what the paper states; everything else is this project's choice. Nothing of this has run on a TPU, and no chain
+of this size has been trained: reasoned settings, not a result.
 
-Slices. GB a chip, counted: split over the chips the training state, 16 bytes a weight (float32 weights, two moments, average:
-13.8), float32 gradients (3.4) and the base model in float32 (3.4); whole on each chip working weights and gradients in bfloat16
-(3.4) and the text encoder (0.5); and activations, 6.3 an image before XLA's savings, for batch / chips / accumulation images.
-The 6.3 are counted without what is on by default: fused attention keeps no scores (4.3 of them), and blocks are recomputed in
-the backward pass. So these are upper bounds; `plan` gives the TPU compiler's account, docs/plan.md has what it said.
+Slices. Ask `plan` before you rent: it compiles these jobs for a slice (docs/plan.md). A step that makes its own pairs, 8
+images at once on a chip of v5e:4x4, takes 10.3 of 15.75 GiB there. Counted by hand, GB a chip, upper bounds: split over the
+chips the training state, 16 bytes a weight (float32 weights, two moments, average: 13.8), float32 gradients (3.4) and the
+base model in float32 (3.4); whole on each chip working weights and gradients in bfloat16 (3.4) and the text encoder (0.5);
+activations, 6.3 an image (4.3 of them scores, which fused attention does not keep), for batch / chips / accumulation images:
 
     v5p-8     4 chips   95 GB   9 + 8 x 6.3 = 60: meant for this one, whose chips share a host
     v6e-8     8 chips   32 GB   7 + 2 x 6.3 = 19: --config.train.accumulation=16
-    v5e-16   16 chips   16 GB   5 + 1 x 6.3 = 12: --config.train.accumulation=16; four hosts, which are untried
+    v5e-16   16 chips   16 GB   --config.train.accumulation=2 by plan's account; four hosts, which are untried
 
-Work: pairs 131,072 x (32 + 32 + 16) forwards x 0.80 TFLOP = 8.4 million TFLOP; training 3 stages x 10,000 steps x 256 images x
-3 forwards' worth x 0.80 = 18.4 million. On v5p-8 (4 x 459 TFLOP/s) that is 4.1 hours at full speed; 31 if a chip reaches 13 %,
-the compiler's estimate for another code's UNet with plain attention on v5e, 14 at 30 %, its estimate for a train step with
-fused attention on v5p. Neither was measured. Disk: pairs 39 + 21 + 13 GB, two checkpoints of 13.8 GB in each of three stages.
+Work: pairs 131,072 x (32 + 32 + 16) forwards x 0.80 TFLOP = 8.4 million TFLOP; training 3 stages x 10,000 steps x 256 images
+x 3 forwards' worth x 0.80 = 18.4 million. On v5p-8 (4 x 459 TFLOP/s) that is 4.1 hours at full speed, 8.5 at the 47.5 % of
+the peak that the compiler's cycles give that step on v5e. Nothing was measured. Disk: pairs 39 + 21 + 13 GB, two checkpoints
+of 13.8 GB in each of three stages.
 
 Why stored pairs from noise: a record is a whole trajectory, 9 states x 64 x 64 x 4 x 2 bytes = 295 KB, and costs 32 forwards.
 A stage reads it 10,000 x 256 / 131,072 = 20 times, each time another window and time: 1.6 forwards an example beside the 3 of

@@ -8,17 +8,18 @@ Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or imag
 [paper] marks what the paper states (it has no SD 2.1); everything else is this project's choice. Nothing of this has run on a
 TPU, and no chain of this size has been trained: reasoned settings, not a result.
 
-Slices. GB a chip, counted as in configs/sd15.py: state 13.9, gradients 3.5, base model 3.5 split; working weights and
-gradients 3.5, text encoder 1.4 whole; activations 19.0 an image, 14.5 of them attention scores (9,216 tokens at 768 px).
+Slices. GB a chip, upper bounds counted by hand as in configs/sd15.py: state 13.9, gradients 3.5, base model 3.5 split;
+working weights and gradients 3.5, text encoder 1.4 whole; activations 19.0 an image, 14.5 of them attention scores (9,216
+tokens at 768 px).
 
     v5p-8     4 chips   95 GB  10 + 2 x 19.0 = 48: meant for this one, whose chips share a host
     v6e-8     8 chips   32 GB   7 + 1 x 19.0 = 26
 
-Work: pairs 65,536 x (32 + 32 + 16) forwards x 2.14 TFLOP = 11.2 million TFLOP; training 3 stages x 5,000 steps x 256 images x 3
-forwards' worth x 2.14 = 24.7 million. On v5p-8 (4 x 459 TFLOP/s) that is 5.4 hours at full speed; 42 at 13 % of it, 18 at 30 %
-(where these come from: configs/sd15.py; neither was measured). Half of SD 1.5's records and steps, since an image costs 2.7
-times as much; a record, 9 states x 96 x 96 x 4 x 2 bytes = 664 KB, is read 20 times a stage as there.
-Disk: pairs 43 + 24 + 15 GB, and two checkpoints of 13.9 GB in each of three stages.
+Work: pairs 65,536 x (32 + 32 + 16) forwards x 2.14 TFLOP = 11.2 million TFLOP; training 3 stages x 5,000 steps x 256 images x
+3 forwards' worth x 2.14 = 24.7 million. On v5p-8 (4 x 459 TFLOP/s) that is 5.4 hours at full speed; `plan` (docs/plan.md) was
+not asked for this one. Half of SD 1.5's records and steps, since an image costs 2.7 times as much; a record, 9 states x 96 x
+96 x 4 x 2 bytes = 664 KB, is read 20 times a stage as there. Disk: pairs 43 + 24 + 15 GB, and two checkpoints of 13.9 GB in
+each of three stages.
 
 SD 2.1-base (512 px, epsilon) and its fine-tunes: configs/sd15.py with their --config.model.path.
 """
