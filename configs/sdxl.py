@@ -8,18 +8,19 @@ Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or imag
 [paper] marks what the paper states (SDXL reuses SD 1.5's settings); everything else is this project's choice. Nothing of this
 has run on a TPU, and no chain of this size has been trained: reasoned settings, not a result.
 
-Slices. GB a chip, counted as in configs/sd15.py: state 41.1, gradients 10.3, base model 10.3 split; working weights and
-gradients 10.3, text encoders 3.3 whole; activations 31.7 an image, 17.6 of them attention scores.
+Slices. What `plan` said (docs/plan.md) of a step that makes its own pairs: 4 images at once on a chip of v5p:2x2x2 take 16.2 of
+95.7 GiB, 2 on one of v6e:4x4 take 10.3 of 31.2. A step that reads stored pairs holds no teacher; it was not asked for, nor
+were slices of one host: ask before you rent. By hand, without fused attention and recomputing, GB a chip: state 41.1, gradients
+10.3, base model 10.3 split; working weights and gradients 10.3, text encoders 3.3 whole; activations 31.7 an image, 17.6 of
+them attention scores.
 
     v5p-8     4 chips   95 GB  29 + 1 x 31.7 = 61: meant for this one, whose chips share a host
     v5p-32   16 chips   95 GB  17 + 1 x 31.7 = 49: --config.train.accumulation=8, four hosts, which are untried
-
-Chips of 32 GB or less (v6e, v5e) cannot by this count: what is whole on each chip and one image are 45 already. Whether they
-can with weights gathered layer by layer, fused attention and recomputing, the defaults, `plan` has not been asked yet.
+    v6e-16   16 chips   32 GB  2 at once as above: --config.train.accumulation=4, four hosts, which are untried
 
 Work: pairs 32,768 x (32 + 32 + 16) forwards x 6.76 TFLOP = 17.7 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
-forwards' worth x 6.76 = 38.9 million. On v5p-8 (4 x 459 TFLOP/s) that is 8.6 hours at full speed; 66 at 13 % of it, 29 at 30 %
-(where these come from: configs/sd15.py; neither was measured). A quarter of SD 1.5's examples, since an image costs 8.4 times
+forwards' worth x 6.76 = 38.9 million. On v5p-8 (4 x 459 TFLOP/s) that is 8.6 hours at full speed, 22 at the 38.5 % of the peak
+that the compiler's cycles give that step. Nothing was measured. A quarter of SD 1.5's examples, since an image costs 8.4 times
 as much; a record, 9 states x 128 x 128 x 4 x 2 bytes = 1.18 MB, is read 20 times a stage as there.
 Disk: pairs 39 + 21 + 13 GB, and two checkpoints of 41 GB in each of three stages.
 """
