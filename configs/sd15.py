@@ -22,7 +22,7 @@ activations, 6.3 an image (4.3 of them scores, which fused attention does not ke
 
     v5p-8     4 chips   95 GB   9 + 8 x 6.3 = 60: meant for this one, whose chips share a host
     v6e-8     8 chips   32 GB   7 + 2 x 6.3 = 19: --config.train.accumulation=16
-    v5e-16   16 chips   16 GB   --config.train.accumulation=2 by plan's account; four hosts, which are untried
+    v5e-16   16 chips   16 GB   8 at once as above: --config.train.accumulation=2; four hosts, which are untried
 
 Work: pairs 131,072 x (32 + 32 + 16) forwards x 0.80 TFLOP = 8.4 million TFLOP; training 3 stages x 10,000 steps x 256 images
 x 3 forwards' worth x 0.80 = 18.4 million. On v5p-8 (4 x 459 TFLOP/s) that is 4.1 hours at full speed, 8.5 at the 47.5 % of
