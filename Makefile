@@ -17,7 +17,7 @@ test: .venv/test.ok
 test-slow: .venv/test.ok .venv/plan.ok
 	$(RUN) -m pytest -m slow
 
-# SD 1.5 and SDXL at full size through the TPU compiler; 16 GB, an hour and more on two cores.
+# SD 1.5 and SDXL at full size through the TPU compiler; 16 GB, three hours on two cores.
 test-aot: .venv/test.ok .venv/plan.ok
 	$(RUN) -m pytest -m aot -s tests/test_full_size_aot.py
 

@@ -29,8 +29,8 @@ a higher rate, by our guess --config.optimizer.learning_rate=1e-4. Whether rank 
 weights.
 
 Work: pairs 32,768 x (32 + 32 + 16) forwards x 0.80 TFLOP = 2.1 million TFLOP; training 3 stages x 4,000 steps x 128 images x 3
-forwards' worth x 0.80 = 3.7 million. On v6e-8 (8 x 918 TFLOP/s) that is 0.22 hours at full speed; 1.7 at 13 % of it, 0.73 at
-30 % (where these come from: configs/sd15.py; neither was measured).
+forwards' worth x 0.80 = 3.7 million. On v6e-8 (8 x 918 TFLOP/s) that is 0.22 hours at full speed, 0.46 at the 47.5 % of the
+peak that the compiler's cycles give SD 1.5's step on v5e (configs/sd15.py). Nothing was measured.
 Compiling comes on top. Disk: pairs 10 + 5 + 3 GB, and two checkpoints of 13.8 GB in each of three stages.
 """
 

@@ -168,14 +168,14 @@ def test_the_pages_arithmetic_is_that_of_its_fields(name):
     said = [float(n) for n in re.findall(r"= ([\d.]+) million", text)]
     assert said == pytest.approx([pairs, training], rel=0.02)
 
-    chips, rate, hours, slow, fast = (
-        float(n)
-        for n in re.search(
-            r"\((\d+) x (\d+) TFLOP/s\) that is ([\d.]+) hours at full speed; ([\d.]+) .*? ([\d.]+) at (?:the )?30 %", text
-        ).groups()
+    chips, rate, hours = (
+        float(n) for n in re.search(r"\((\d+) x (\d+) TFLOP/s\) that is ([\d.]+) hours at full", text).groups()
     )
     full = (pairs + training) * 1e6 / (chips * rate) / 3600
-    assert [hours, slow, fast] == pytest.approx([full, full / 0.13, full / 0.3], rel=0.04)
+    slower = [(float(n), float(percent)) for n, percent in re.findall(r"([\d.]+) at the ([\d.]+) % of the peak", text)]
+    assert hours == pytest.approx(full, rel=0.04)
+    assert [n for n, _ in slower] == pytest.approx([100 * full / percent for _, percent in slower], rel=0.04)
+    assert slower or name == "sd21"  # which `plan` was not asked for
 
     state = side * side * 4 * 2 / 1e9
     disk = [float(n) for n in re.search(r"pairs (\d+) \+ (\d+) \+ (\d+) GB", text).groups()]
@@ -189,13 +189,17 @@ def test_a_chips_memory_is_added_up_right():
         for kind, chips, words in slices(name):
             c = config(name, *words)
             line = next(rest for found, _, rest in SLICE.findall(page(name)) if found == kind)
+            each_call = c.train.batch / chips / c.train.accumulation
+            if said := re.search(r"(\d+) at once as above", line):  # by plan's account
+                assert float(said[1]) == each_call, (name, kind)
+                continue
             capacity, fixed, images, each, total = (
                 float(n) for n in re.match(r" *(\d+) GB +(\d+) \+ (\d+) x ([\d.]+) = (\d+)", line).groups()
             )
             full = (4 + 1 + 1) * weights / chips + weights + text  # state, gradients, base; in bfloat16 weights, gradients
             if c.student.lora.rank:  # frozen base, its working copy, gradients of the layers with factors
                 full = weights / chips + 0.5 * weights + text + 0.5
-            assert images == c.train.batch / chips / c.train.accumulation, (name, kind)
+            assert images == each_call, (name, kind)
             assert (fixed, each, total) == (pytest.approx(full, abs=1), image, pytest.approx(full + images * image, abs=1))
             assert total < capacity
 

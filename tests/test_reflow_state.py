@@ -210,6 +210,7 @@ def real_model():
     return networks, FROZEN._replace(teacher=teacher), student
 
 
+@pytest.mark.slow
 def test_golden_step_of_a_real_unet_on_a_mesh():
     """The stored numbers are of one device; here the state lies over two."""
     networks, frozen, student = real_model()

@@ -22,6 +22,7 @@ def opened(outline_only, tmp_path_factory):
     return experiment.open_outline(verb.tiny_config(tmp_path_factory.mktemp("runs"), outline_only), jax.devices())
 
 
+@pytest.mark.slow
 def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_finite(opened):
     job = planning.jobs(opened, opened.stages[0])["train"]
     made = stand_ins.filled(opened, job.rest)

@@ -137,14 +137,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SLOW = pytest.mark.slow
 FIRST_ORDER = {"student__path": "first_order", "loss__space": "output"}
 VELOCITY = {"student__prediction": "velocity"}
 VARIANTS = [
-    {"pairs__mode": "online", "pairs__start": "data", "train__accumulation": 2, "train__ema": 0},
-    pytest.param(FIRST_ORDER | {"pairs__guidance": 2.0, "pairs__storage": "float16"}, marks=pytest.mark.slow),
-    pytest.param(VELOCITY | {"pairs__solver": "heun", "model__dtype": "bfloat16", "mesh__fsdp": 2}, marks=pytest.mark.slow),
-    pytest.param({"pairs__mode": "online"}, marks=pytest.mark.slow),
-    pytest.param({"pairs__start": "data", "student__prediction": "diff_eps"}, marks=pytest.mark.slow),
+    pytest.param({"pairs__mode": "online", "pairs__start": "data", "train__accumulation": 2, "train__ema": 0}, marks=SLOW),
+    pytest.param(FIRST_ORDER | {"pairs__guidance": 2.0, "pairs__storage": "float16"}, marks=SLOW),
+    pytest.param(VELOCITY | {"pairs__solver": "heun", "model__dtype": "bfloat16", "mesh__fsdp": 2}, marks=SLOW),
+    pytest.param({"pairs__mode": "online"}, marks=SLOW),
+    pytest.param({"pairs__start": "data", "student__prediction": "diff_eps"}, marks=SLOW),
 ]
 
 

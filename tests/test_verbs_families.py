@@ -160,6 +160,7 @@ def check_forms(exported: Callable, family: str, *wanted: tuple[str, ...]) -> No
         assert card["guidance"] == done[-1]["guidance"]
 
 
+@pytest.mark.slow
 def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_one_file(exported):
     check_forms(exported, "xl", ("diffusers",), ("single-file",))
     ours, folder = exported("xl")

@@ -131,6 +131,7 @@ def test_a_cell_is_the_verbs_algorithm(small, stages):
         np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
     base = open_experiment(small())
     programs = grid.make_programs(base)
@@ -145,6 +146,7 @@ def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
     assert programs.update._cache_size() == 1 and programs.pairs._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
     experiment = open_experiment(small())
     programs = grid.make_programs(experiment)
@@ -166,6 +168,7 @@ def numbers(config):
     return {(c["method"], c["seed"]): (c["steps"], c["bend"], c["forwards"]) for c in results(config)["cells"]}
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_stopped_goes_on_and_its_table_is_the_same(small, capsys):
     config = small()
     reproduce.reproduce(config, 1)
