@@ -9,8 +9,9 @@
 #   --grace           seconds between SIGTERM and SIGKILL for the others when one has failed (10)
 #   --dry-run         print the commands, run none
 #
-# Each flag also from the environment, --some-flag as LAUNCH_SOME_FLAG. JAX_PLATFORMS is cpu unless it is set. Ctrl-C and
-# SIGTERM go to every process. The exit code is that of the first process that failed, and the others end with it.
+# Each flag also from the environment, --some-flag as LAUNCH_SOME_FLAG. JAX_PLATFORMS is cpu, and NPROC (XLA's threads) the larger
+# of cores and all devices, unless they are set. Ctrl-C and SIGTERM go to every process. The exit code is that of the first process
+# that failed, and the others end with it.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -34,7 +35,7 @@ need_words
 whole_number --processes "$PROCESSES" && whole_number --devices "$DEVICES"
 
 run mkdir -p "$LOGS"
-threads=$(nproc) # XLA cuts sums by its threads: as many in each process as one process with all the devices has
+threads=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # XLA cuts sums by threads: as many as one process would have
 ((threads >= PROCESSES * DEVICES)) || threads=$((PROCESSES * DEVICES))
 port=PORT
 [[ -n $DRY_RUN ]] || port=$(free_port)

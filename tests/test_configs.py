@@ -191,7 +191,10 @@ def test_a_chips_memory_is_added_up_right():
             line = next(rest for found, _, rest in SLICE.findall(page(name)) if found == kind)
             each_call = c.train.batch / chips / c.train.accumulation
             if said := re.search(r"(\d+) at once as above", line):  # by plan's account
+                room = float(re.match(r" *(\d+) GB", line)[1])
+                found = re.findall(r"([\d.]+) of (\d+\.\d+)", " ".join(page(name).split()))
                 assert float(said[1]) == each_call, (name, kind)
+                assert any(float(used) < float(has) and 0.95 * room < float(has) < room for used, has in found), (name, kind)
                 continue
             capacity, fixed, images, each, total = (
                 float(n) for n in re.match(r" *(\d+) GB +(\d+) \+ (\d+) x ([\d.]+) = (\d+)", line).groups()
