@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from . import files, records
-from .images import LINE_LIMIT, check_index
+from proreflow_jax.data import files, records
+from proreflow_jax.data.images import LINE_LIMIT, check_index
 
 NAME = "cache"  # what the plan calls these records
 LATENTS, TEXTS = ("mean", "std"), ("text", "pooled")

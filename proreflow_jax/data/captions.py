@@ -16,8 +16,8 @@ from google.protobuf import json_format
 from tensorflow_datasets.core.proto import dataset_info_pb2
 from tensorflow_datasets.proto import tf_example_pb2
 
-from . import files
-from .images import (
+from proreflow_jax.data import files
+from proreflow_jax.data.images import (
     LINE_LIMIT,
     Unusable,
     check_index,

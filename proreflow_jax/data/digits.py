@@ -19,7 +19,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
-from . import files
+from proreflow_jax.data import files
 
 GRID = 8  # pixels a side in the source
 INK = 16  # its brightest value

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import files
-from .images import (
+from proreflow_jax.data import files
+from proreflow_jax.data.images import (
     BYTE_LIMIT,
     CAPTION_FILE_LIMIT,
     EXTENSIONS,

@@ -26,8 +26,8 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from . import files
-from .shards import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
+from proreflow_jax.data import files
+from proreflow_jax.data.shards import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
 
 __all__ = [
     "PLAN",

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from . import files
+from proreflow_jax.data import files
 
 PLAN = "plan.json"
 

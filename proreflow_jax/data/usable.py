@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .images import Unusable
+from proreflow_jax.data.images import Unusable
 
 NAMED = 5  # bad examples that are named in the log and in the error; the others are only counted
 PROBES = 16  # examples looked at when a source is opened

@@ -16,8 +16,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import Int
 
-from . import files
-from .images import BYTE_LIMIT, CAPTION_FILE_LIMIT, EXTENSIONS, Original, Unusable, caption_file, check_index, file_caption
+from proreflow_jax.data import files
+from proreflow_jax.data.images import (
+    BYTE_LIMIT,
+    CAPTION_FILE_LIMIT,
+    EXTENSIONS,
+    Original,
+    Unusable,
+    caption_file,
+    check_index,
+    file_caption,
+)
 
 BLOCK = 512  # bytes; tar's unit
 SHARD_LIMIT = 100_000  # shards that a pattern may name
