@@ -12,7 +12,8 @@ from proreflow_jax.models import pipeline, sources
 from proreflow_jax.models.kernels import Compute
 from proreflow_jax.models.weights import Shapes
 from proreflow_jax.reflow.teacher import DIFFUSION
-from proreflow_jax.runtime import hub, mesh, storage
+from proreflow_jax.runtime import hub, mesh
+from proreflow_jax.storage import local_copy, paths
 
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
     "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -27,12 +28,12 @@ def locate(config: ConfigDict, configs_only: bool = False) -> sources.Source:
     Raises FileNotFoundError or ValueError, one line.
     """
     m = config.model
-    path = storage.local_copy(storage.path(m.path, sources.PATH), sources.PATH)
+    path = local_copy.local_copy(paths.parse_path(m.path, sources.PATH), sources.PATH)
     if path.is_file():
         like = m.like or HOMES[sources.file_family(path)]
         if hub.is_id(like):
             return sources.open_file(path, hub.download(like, "main", configs_only=True, flag=sources.LIKE))
-        return sources.open_file(path, storage.local_copy(storage.path(like, sources.LIKE), sources.LIKE))
+        return sources.open_file(path, local_copy.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE))
     return sources.open_folder(hub.download(m.path, m.revision, configs_only) if hub.is_id(m.path) else path)
 
 

@@ -16,7 +16,7 @@ from proreflow_jax import bench_text, cli, feeding, measuring
 from proreflow_jax.estimates import outlines, ticking
 from proreflow_jax.planning import JOBS, jobs, wanted
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.runtime import files
+from proreflow_jax.storage import atomic
 
 RIVALS = ("diffusers",)
 
@@ -46,7 +46,7 @@ def bench(
     else:
         found["jobs"] = _jobs(config, asked, steps, warmup, input, rate)
     if json:
-        files.write_json(json, found)
+        atomic.write_json(json, found)
 
 
 def _jobs(

@@ -22,9 +22,10 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.record_jobs import batched, begin, publish, write
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.teacher import text_context
-from proreflow_jax.runtime import mesh, storage
-from proreflow_jax.runtime.lease import LOCK
-from proreflow_jax.runtime.processes import first, lock
+from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.processes import first, job_lock
+from proreflow_jax.storage import paths
+from proreflow_jax.storage.lease import LOCK
 
 log = logging.getLogger(__name__)
 OUT = "--out"
@@ -38,7 +39,7 @@ def cache(config: ConfigDict, out: str) -> None:
     source = open_source(experiment)
     plan = cache_plan(experiment, len(source))
     records.shard_count(plan)
-    with lock(folder):
+    with job_lock(folder):
         missing = begin(folder, plan, OUT)
         if missing:
             log.info("%d of %d shards are to be made", len(missing), records.shard_count(plan))
@@ -48,19 +49,19 @@ def cache(config: ConfigDict, out: str) -> None:
     log.info("%d examples: --config.data.kind=%s --config.data.path=%s", len(source), sources.CACHED, folder)
 
 
-def _folder(config: ConfigDict, out: str) -> storage.Location:
+def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
         raise ValueError(f"{OUT} is empty: name the folder of the cache")
     if config.data.kind in (sources.CACHED, *sources.WITHOUT_IMAGES):
         raise ValueError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
-    folder = storage.path(out, OUT)
-    storage.check(folder)
+    folder = paths.parse_path(out, OUT)
+    paths.check_reachable(folder)
     first(partial(_check_free, folder))
     return folder
 
 
-def _check_free(folder: storage.Location) -> None:
+def _check_free(folder: paths.Location) -> None:
     if folder.exists() and not (folder / records.PLAN).exists():
         if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
             raise ValueError(f"{OUT}={folder} holds other files: name a new folder")

@@ -9,7 +9,7 @@ from proreflow_jax import base_model
 from proreflow_jax.checks import field_value
 from proreflow_jax.experiment import Experiment, Weights
 from proreflow_jax.reflow.stages import DONE, Stage
-from proreflow_jax.runtime import files
+from proreflow_jax.storage import atomic
 
 CARD, PAGE = "reflow.json", "README.md"
 OPEN = (  # what the paper does not fix and the config therefore decides
@@ -65,7 +65,7 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Fo
 
 def _lineage(experiment: Experiment, stage: Stage) -> dict[str, str]:
     """Digests of the weights from the base model to the student, by the name of what holds them."""
-    done = [files.read_json(other.folder / DONE) for other in experiment.stages if other.windows >= stage.windows]
+    done = [atomic.read_json(other.folder / DONE) for other in experiment.stages if other.windows >= stage.windows]
     return {"base": done[0]["parent"]} | {f"stage-{one['flow']['windows']}": one["digest"] for one in done}
 
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax.runtime import programs
 from proreflow_jax.runtime.mesh import initialize_distributed
-from proreflow_jax.runtime.objects import is_trouble
 from proreflow_jax.runtime.processes import check_alone, leads
+from proreflow_jax.storage.gcs import is_trouble
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 MOST_HOST_DEVICES = 8

@@ -21,8 +21,9 @@ from proreflow_jax.flow import solvers, windows
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
-from proreflow_jax.runtime import files, mesh
+from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays, leads
+from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 Draw = Callable[..., tuple[jax.Array, jax.Array]]
@@ -92,7 +93,7 @@ def _keep(
 ) -> None:
     """The table as JSON, Markdown, picture and page."""
     config, folder = experiment.config, experiment.run
-    files.write_json(folder / "table.json", {"notes": notes, "rows": results})
+    atomic.write_json(folder / "table.json", {"notes": notes, "rows": results})
     (folder / "table.md").write_text(text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8")
     heads = [str(i % 10) for i in range(config.evaluate.columns)]
     labels = [f"{row.method}, {row.steps} steps" for row in rows]

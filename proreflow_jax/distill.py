@@ -13,8 +13,8 @@ from proreflow_jax import cli, export, make_pairs, train
 from proreflow_jax.checks import check_export
 from proreflow_jax.experiment import check_ready, open_experiment
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.runtime import files
-from proreflow_jax.runtime.processes import first, lock
+from proreflow_jax.runtime.processes import first, job_lock
+from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ def distill(config: ConfigDict) -> None:
         check_export(config)
     check_ready(experiment, experiment.stages[0])
     began = time.monotonic()
-    with lock(experiment.run):
+    with job_lock(experiment.run):
         first(lambda: _keep_config(experiment.run / "config.json", config))
         for stage in experiment.stages:
-            with lock(stage.folder):
+            with job_lock(stage.folder):
                 if config.pairs.mode == "stored":
                     make_pairs.run_stage(experiment, stage)
                 train.run_stage(experiment, stage)
@@ -42,7 +42,7 @@ def distill(config: ConfigDict) -> None:
 def _keep_config(path: Path, config: ConfigDict) -> None:
     """The config of the first start stays."""
     if not path.exists():
-        files.write_json(path, config.to_dict())
+        atomic.write_json(path, config.to_dict())
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import base_model, planning
 from proreflow_jax.changes import changed, has_field
-from proreflow_jax.data.files import digest
 from proreflow_jax.experiment import Experiment, open_outline
 from proreflow_jax.planning import Job
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.runtime import aot, chips, files
+from proreflow_jax.runtime import aot, chips
+from proreflow_jax.storage import atomic
+from proreflow_jax.storage.files import digest
 
 log = logging.getLogger(__name__)
 FREE = (  # of the config: they change no program
@@ -81,7 +82,7 @@ def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], win
     """The numbers of one job (see `measured`), from the cache or by compiling it, which takes minutes for a real model."""
     kept = place.cache / f"{_key(config, place, windows, name)}.json" if place.cache else None
     if kept and kept.is_file():
-        return files.read_json(kept)
+        return atomic.read_json(kept)
     experiment, plain = opened()
     stage = find_stage(experiment.stages, windows)
     job = planning.jobs(experiment, stage, plain)[name]
@@ -91,7 +92,7 @@ def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], win
     found["mesh"] = dict(experiment.mesh.shape)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(kept, found)
+        atomic.write_json(kept, found)
     return found
 
 

@@ -21,8 +21,9 @@ from proreflow_jax.reflow.stages import DONE, Stage
 from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings
 from proreflow_jax.reflow.step import LossRecipe, check_loss
 from proreflow_jax.reflow.teacher import DIFFUSION, Flow
-from proreflow_jax.runtime import files, mesh, optimizer, storage
+from proreflow_jax.runtime import mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
+from proreflow_jax.storage import atomic, paths
 
 FREE = (  # fields that a resumed stage may change
     "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *sources.UNCOUNTED,
@@ -34,7 +35,7 @@ class Experiment(NamedTuple):
     """What every verb works with."""
 
     config: ConfigDict
-    run: storage.Location
+    run: paths.Location
     base: pipeline.Pipeline
     networks: Networks
     flow: Flow  # of the base model
@@ -54,7 +55,7 @@ class Weights(NamedTuple):
 def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
-    storage.check(_planned(config, machine)[0])
+    paths.check_reachable(_planned(config, machine)[0])
     return _opened(config, machine, base_model.load(config, machine, partial(places, config, machine)))
 
 
@@ -78,9 +79,9 @@ def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
     return _fitting(experiment._replace(config=config, run=run, stages=plan))
 
 
-def _planned(config: ConfigDict, machine: Mesh) -> tuple[storage.Location, list[Stage]]:
+def _planned(config: ConfigDict, machine: Mesh) -> tuple[paths.Location, list[Stage]]:
     """The run's folder and its stages, after all checks that need no base model."""
-    run = storage.path(config.root) / files.check_name(config.name)
+    run = paths.parse_path(config.root) / paths.check_name(config.name)
     check_config(config, machine)
     check_loss(loss_recipe(config))
     return run, stages.plan_stages(config.stages, run)
@@ -167,7 +168,7 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
         return base_weights(experiment)
     if not (stage.folder / DONE).is_file():
         raise FileNotFoundError(f"{stage.folder / DONE} is missing: run distill, or train --stage={stage.windows}")
-    done = files.read_json(stage.folder / DONE)
+    done = atomic.read_json(stage.folder / DONE)
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(done["step"], state_target(experiment)).state
     trained = averaged(state)
@@ -255,7 +256,7 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     if before is not None and not (before.folder / DONE).is_file():
         raise FileNotFoundError(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
     if experiment.config.data.kind == "digits":
-        storage.local_only(experiment.config.data.path, inputs.DATA)
+        paths.parse_local(experiment.config.data.path, inputs.DATA)
     else:
         open_source(experiment)
 

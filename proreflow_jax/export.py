@@ -26,8 +26,8 @@ from proreflow_jax.models import adapter, lora, original, weights
 from proreflow_jax.models.sources import INDEX, Source
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.reflow.teacher import Flow
-from proreflow_jax.runtime import files, storage
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
+from proreflow_jax.storage import atomic, local_copy, paths
 
 log = logging.getLogger(__name__)
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -58,7 +58,7 @@ def export(
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
     suffix = "" if form == "diffusers" else f"-{form}"
-    target = storage.path(out, "--out") if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
+    target = paths.parse_path(out, "--out") if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
     if check:  # torch and diffusers are an extra: find out before anything is written
         from proreflow_jax import replay
 
@@ -66,7 +66,7 @@ def export(
     if not check or overwrite or not target.exists():
         run_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
     if check:
-        copy = storage.local_copy(target)
+        copy = local_copy.local_copy(target)
         replay.check(experiment, chosen, copy)
         if copy != target:
             (target / replay.RESULT).upload(copy / replay.RESULT)
@@ -87,7 +87,7 @@ def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
 def run_stage(
     experiment: Experiment,
     stage: Stage,
-    target: storage.Location,
+    target: paths.Location,
     overwrite: bool = False,
     again: bool = True,
     wanted: Format = STOCK,
@@ -115,7 +115,7 @@ def _write(
 ) -> None:
     """The folder, whole or not at all. student: arrays of this host."""
     tensors = weights.to_torch(student.params)
-    with files.atomic_folder(target, overwrite) as draft:
+    with atomic.atomic_folder(target, overwrite) as draft:
         scheduler = scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
         if wanted.form == "diffusers":
             write_folder(draft, experiment.base.source, _as(tensors, wanted.dtype), scheduler)
@@ -124,7 +124,7 @@ def _write(
             made, report = _single_tensors(experiment, student, tensors, wanted)
             weights.save_tensors(draft / FILES[wanted.form], made)
             card |= report
-        files.write_json(draft / CARD, card)
+        atomic.write_json(draft / CARD, card)
         (draft / PAGE).write_text(page(card), encoding="utf-8")
 
 
@@ -132,7 +132,7 @@ def _holds(target: Path, card: Mapping[str, Any]) -> bool:
     """Whether the folder holds this very student in this form."""
     if not (target / CARD).is_file():
         return False
-    found = files.read_json(target / CARD)
+    found = atomic.read_json(target / CARD)
     return all(found.get(name) == value for name, value in card.items() if name != "base")
 
 
@@ -152,7 +152,7 @@ def write_folder(draft: Path, base: Source, unet: Mapping[str, np.ndarray], sche
     write_scheduler(draft, scheduler)
     kind = scheduler["_class_name"]
     entry = ["diffusers", kind] if kind == SCHEDULER["_class_name"] else [WINDOWED.stem, kind]
-    files.write_json(draft / INDEX, {**base.index, "scheduler": entry})
+    atomic.write_json(draft / INDEX, {**base.index, "scheduler": entry})
 
 
 def _copy_component(path: Path, target: Path, base: Source) -> None:
@@ -176,7 +176,7 @@ def _copy_component(path: Path, target: Path, base: Source) -> None:
 def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
     """scheduler/, with the code of our own scheduler beside its config."""
     (draft / "scheduler").mkdir()
-    files.write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
+    atomic.write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
     if scheduler["_class_name"] != SCHEDULER["_class_name"]:
         shutil.copy(WINDOWED, draft / "scheduler")
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from proreflow_jax.evaluation import classifier, figures, report
 from proreflow_jax.experiment import Experiment
-from proreflow_jax.runtime import files
+from proreflow_jax.storage import atomic
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]  # method -> what `reproduce` kept of each seed
 MEASURES = {
@@ -41,7 +41,7 @@ def write(experiment: Experiment, found: Sequence[Mapping[str, Any]], total: int
     parts += [_against(cells, name, config.reproduce.steps) for name in config.reproduce.references if name in cells]
     text = "\n\n".join(parts) + "\n"
     (run / "table.md").write_text(text, encoding="utf-8")
-    files.write_json(run / "table.json", {"notes": notes, "cells": list(found), "rows": rows(cells, config.reproduce.steps)})
+    atomic.write_json(run / "table.json", {"notes": notes, "cells": list(found), "rows": rows(cells, config.reproduce.steps)})
     _alphas(run, cells, config.reproduce.steps)
     _samples(run, cells, config)
     return text

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from proreflow_jax.data import records, sources
 from proreflow_jax.data.loader import Source
 from proreflow_jax.models.pipeline import Pipeline
-from proreflow_jax.runtime import storage
 from proreflow_jax.runtime.checkpoint import digest, fold
 from proreflow_jax.runtime.processes import first
+from proreflow_jax.storage import local_copy, paths
 
 DATA = "--config.data.path"
 PROBES = ("", "a", "Dogs", "ö 12")  # prompts by which tokenizers are told apart; few tokens each
@@ -35,9 +35,9 @@ def here(data: ConfigDict) -> ConfigDict:
     """The block `data` with a path of this machine: what lies on an object store as one file or folder is copied."""
     if "://" not in data.path or data.kind in sources.SHARDED:  # which no copy is made of, and `sources` says so
         return data
-    location = storage.path(data.path, DATA)
+    location = paths.parse_path(data.path, DATA)
     local = data.copy_and_resolve_references().unlock()
-    local.path = str(storage.local_only(data.path, DATA) if data.kind == "digits" else storage.local_copy(location, DATA))
+    local.path = str(paths.parse_local(data.path, DATA) if data.kind == "digits" else local_copy.local_copy(location, DATA))
     return local
 
 

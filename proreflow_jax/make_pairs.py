@@ -33,7 +33,7 @@ from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.processes import first, lock
+from proreflow_jax.runtime.processes import first, job_lock
 
 log = logging.getLogger(__name__)
 PLANNED = ("pairs", "student", "data", "model", "conditioning")
@@ -46,7 +46,7 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
     if config.pairs.mode != "stored":
         raise ValueError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
     check_ready(experiment, chosen)
-    with lock(chosen.folder):
+    with job_lock(chosen.folder):
         run_stage(experiment, chosen)
 
 

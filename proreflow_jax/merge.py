@@ -12,7 +12,7 @@ from proreflow_jax import base_model, cli
 from proreflow_jax.card import CARD, PAGE, page
 from proreflow_jax.export import FILES, write_folder
 from proreflow_jax.models import lora, weights
-from proreflow_jax.runtime import files, storage
+from proreflow_jax.storage import atomic, local_copy, paths
 
 log = logging.getLogger(__name__)
 
@@ -21,17 +21,17 @@ def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: boo
     """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network."""
     if not delta or not out:
         raise ValueError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
-    target, source = storage.path(out, "--out"), storage.local_copy(storage.path(delta, "--delta"), "--delta")
+    target, source = paths.parse_path(out, "--out"), local_copy.local_copy(paths.parse_path(delta, "--delta"), "--delta")
     if not (source / FILES["delta"]).is_file():
         raise FileNotFoundError(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
     base = base_model.locate(config)
-    card, scheduler = files.read_json(source / CARD), files.read_json(source / "scheduler" / "scheduler_config.json")
+    card, scheduler = atomic.read_json(source / CARD), atomic.read_json(source / "scheduler" / "scheduler_config.json")
     merged = lora.merge(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)
-    with files.atomic_folder(target, overwrite) as draft:
+    with atomic.atomic_folder(target, overwrite) as draft:
         write_folder(draft, base, merged, scheduler)
         dtype = str(next(iter(merged.values())).dtype)
         card |= {"base": base_model.title(config, base), "format": {**card["format"], "form": "diffusers", "dtype": dtype}}
-        files.write_json(draft / CARD, {**card, "merged": {"delta": card["digest"], "scale": scale}})
+        atomic.write_json(draft / CARD, {**card, "merged": {"delta": card["digest"], "scale": scale}})
         (draft / PAGE).write_text(page(card), encoding="utf-8")
     log.info("%s: %s + %g x the %d-window delta of %s", out, base.origin, scale, card["windows"], delta)
 

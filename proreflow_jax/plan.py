@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from proreflow_jax import changes, cli, plan_text
 from proreflow_jax.estimates import Target, estimate, opener, target
 from proreflow_jax.planning import JOBS, wanted
-from proreflow_jax.runtime import aot, files
+from proreflow_jax.runtime import aot
+from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 TRIES, SEARCHED = 2, 8  # changes that are compiled, by itself and with --search
@@ -42,7 +43,7 @@ def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, js
     totals = plan_text.totals(found)
     print(plan_text.summary(totals))
     if json:
-        files.write_json(json, {"slice": slice, "chips": place.count, "config": config.name, "jobs": found, "totals": totals})
+        atomic.write_json(json, {"slice": slice, "chips": place.count, "config": config.name, "jobs": found, "totals": totals})
     short = sum(not result["fits"] for result in found)
     if short:
         raise RuntimeError(f"{short} of {len(found)} jobs do not fit {slice}: see the changes above, or take a larger slice")

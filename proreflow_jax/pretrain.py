@@ -22,10 +22,11 @@ from proreflow_jax.models import base, tokenizer
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings, train_step
-from proreflow_jax.runtime import files, mesh, optimizer, storage
+from proreflow_jax.runtime import mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
-from proreflow_jax.runtime.processes import lock
+from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
 REPLICATED = [(".*", jax.sharding.PartitionSpec())]
@@ -48,10 +49,10 @@ def pretrain(config: ConfigDict, out: str) -> None:
     """Trains both parts and writes the diffusers folder `out`. Raises ValueError if `out` exists."""
     if not out:
         raise ValueError("--out is empty: name the diffusers folder to write")
-    if storage.local_only(out, "--out").exists():
+    if paths.parse_local(out, "--out").exists():
         raise ValueError(f"{out} exists already: choose another --out, or remove it")
-    run = storage.local_only(config.root, "--config.root") / files.check_name(config.name)
-    with lock(run):
+    run = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
+    with job_lock(run):
         images, texts = _images(config)
         vae = make_vae(base.vae_config(config.vae, config.data.resolution))
         vae_params = _train_vae(config, vae, images, run / "vae")
@@ -69,7 +70,7 @@ def pretrain(config: ConfigDict, out: str) -> None:
         trained = {"vae": vae_params, "unet": params[0], "text_encoder": params[1]}
         configs = {"vae": {**vae.config, "scaling_factor": scaling}, "unet": unet.config, "text_encoder": sizes}
         scheduler = base.scheduler_config(config.schedule)
-        with files.atomic_folder(out) as draft:
+        with atomic.atomic_folder(out) as draft:
             base.write_pipeline(draft, configs, trained, scheduler)
             shutil.copytree(folder, draft / "tokenizer")
     log.info("wrote %s", out)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from proreflow_jax.data import loader, records
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays, leads, told
-from proreflow_jax.runtime.storage import Location
+from proreflow_jax.storage.paths import Location
 
 Rows = Mapping[str, np.ndarray]  # of a batch, by field
 

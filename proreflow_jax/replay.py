@@ -21,7 +21,7 @@ from proreflow_jax.models.sources import Source
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.reflow.teacher import text_context
-from proreflow_jax.runtime import files
+from proreflow_jax.storage import atomic
 
 try:
     import diffusers
@@ -42,7 +42,7 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
     base and LoRA, and its distance to the student, for what it cannot carry, is told. Half precision is told only.
     Raises RuntimeError if the difference exceeds 1e-3.
     """
-    format_ = files.read_json(folder / CARD)["format"]
+    format_ = atomic.read_json(folder / CARD)["format"]
     steps = stage.windows * (2 if format_["scheduler"] == "windowed" else 1)
     prompts, student = _prompts(experiment), load_weights(experiment, stage)
     shape = (COUNT, *experiment.base.latent_shape)
@@ -57,7 +57,7 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
         gap = float(np.abs(our_latents(experiment, carried, prompts, noise, steps) - theirs).max())
     result = {"steps": steps, "images": COUNT, "largest_difference": gap, "largest_value": float(np.abs(theirs).max())}
     result |= {"to_student": to_student, "diffusers": diffusers.__version__, "torch": torch.__version__}
-    files.write_json(folder / RESULT, result)
+    atomic.write_json(folder / RESULT, result)
     log.info(
         "%s: %d steps in diffusers, largest difference of the latents %.1e (values to %.1f)%s",
         folder,
@@ -110,7 +110,7 @@ def their_latents(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, 
 
 
 def _open_folder(folder: Path, base: Source) -> Any:
-    index = files.read_json(folder / "model_index.json")
+    index = atomic.read_json(folder / "model_index.json")
     ours = index["scheduler"][0] != "diffusers"  # then the folder carries the scheduler's code, which is this package's
     return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=ours, dtype=torch.float32)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from proreflow_jax import checks, cli, digits_table, grid, grid_report
 from proreflow_jax.experiment import Experiment, base_weights, open_experiment, open_source, reopen
 from proreflow_jax.flow import windows
-from proreflow_jax.runtime import files
+from proreflow_jax.storage import atomic, lease, lock, paths
 
 log = logging.getLogger(__name__)
 TRAINING = (  # what a method's numbers depend on beside the base model; blocks, or single fields of them
@@ -67,7 +67,7 @@ def reproduce(config: ConfigDict, workers: int) -> None:
         _spawn(min(workers, len(missing)))
     elif missing:
         _work(experiment, missing)
-    done = [(cell, files.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
+    done = [(cell, atomic.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
     if not done:
         raise RuntimeError("no cell is done: another process makes them; run the same command again when it has ended")
     text = grid_report.write(experiment, [found for _, found in done], len(cells))
@@ -104,7 +104,7 @@ def make_cells(experiment: Experiment) -> list[Cell]:
             opened = reopen(experiment, changed(config, {**fields, "seed": seed}))
             for stage in opened.stages if fields else ():
                 grid.budget(opened, stage)
-            cells.append(Cell(group, files.check_name(name), seed, opened, _key(opened.config, bool(fields), base)))
+            cells.append(Cell(group, paths.check_name(name), seed, opened, _key(opened.config, bool(fields), base)))
     return cells
 
 
@@ -141,7 +141,7 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
     store: dict[Any, Any] = {}
     for number, cell in enumerate(cells, 1):
         try:
-            with files.lock(_folder(experiment) / ".locks" / f"{cell.method}-{cell.seed}"):
+            with lock.lock_folder(_folder(experiment) / ".locks" / f"{cell.method}-{cell.seed}"):
                 if cell.path(".json").is_file():
                     continue
                 if cell.seed not in measured_by:
@@ -149,7 +149,7 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
                     measured_by = {cell.seed: grid.given(cell.experiment, cell.seed, programs, judge)}
                 _make(cell, programs, measured_by[cell.seed], store)
                 log.info("%s, seed %d: done (%d of %d)", cell.method, cell.seed, number, len(cells))
-        except files.Locked:
+        except lease.Locked:
             continue
 
 
@@ -171,7 +171,7 @@ def _make(cell: Cell, programs: grid.Programs, given: grid.Given, store: dict[An
         "forwards": sum(cost.forwards for cost in spent), "seconds": {"training": trained, "all": time.monotonic() - began},
         "strip": cell.path(".png").name, "alpha": experiment.config.loss.alpha, "balance": experiment.config.loss.balance,
     }  # fmt: skip
-    files.write_json(cell.path(".json"), about | numbers)
+    atomic.write_json(cell.path(".json"), about | numbers)
 
 
 def _spawn(workers: int) -> None:

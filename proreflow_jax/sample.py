@@ -16,7 +16,7 @@ from proreflow_jax.experiment import load_weights, open_experiment, student_flow
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import text_context
-from proreflow_jax.runtime import storage
+from proreflow_jax.storage import local_copy, paths
 
 log = logging.getLogger(__name__)
 BASE_STEPS = 50
@@ -39,13 +39,13 @@ def sample(
     chosen = find_stage(experiment.stages, stage) if stage else None
     listed = [{"caption": prompt}]
     if prompts:
-        listed = Prompts(storage.local_copy(storage.path(prompts, "--prompts"), "--prompts"), "--prompts")
+        listed = Prompts(local_copy.local_copy(paths.parse_path(prompts, "--prompts"), "--prompts"), "--prompts")
     texts = [listed[i]["caption"] for i in range(len(listed))]
     if not texts[0]:
         raise ValueError("--prompt is empty: say what to draw, or name a text file by --prompts")
     if count < 1 or seed < 0:
         raise ValueError(f"--count={count} must be at least 1 and --seed={seed} at least 0")
-    path = storage.path(out, "--out")
+    path = paths.parse_path(out, "--out")
     if path.suffix.lower() != ".png" or isinstance(path, Path) and not path.parent.is_dir():
         raise ValueError(f"--out={out} must be a .png file in a folder that exists")
     steps = steps or (stage if stage else BASE_STEPS)

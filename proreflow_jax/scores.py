@@ -17,7 +17,6 @@ from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
 from proreflow_jax.data import coco
-from proreflow_jax.data.files import digest as json_digest
 from proreflow_jax.evaluation import clip_score, fid, protocols, report
 from proreflow_jax.evaluation.judges import CLIP, FID, Judge, make_judge
 from proreflow_jax.evaluation.moments import Moments
@@ -28,9 +27,11 @@ from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.reflow.stages import DONE, find_stage
 from proreflow_jax.reflow.teacher import Flow, text_context
-from proreflow_jax.runtime import files, mesh, storage
+from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import check_alone
+from proreflow_jax.storage import atomic, local_copy, lock, paths
+from proreflow_jax.storage.files import digest as json_digest
 
 log = logging.getLogger(__name__)
 INCEPTION = "--config.evaluate.inception"
@@ -94,7 +95,7 @@ def check(config: ConfigDict) -> None:
     check_alone(f"evaluate with --config.evaluate.protocol={plan.protocol.name}")
     _check_file(e.inception)
     for name in ("images", "captions"):
-        storage.local_only(e[name], f"--config.evaluate.{name}")
+        paths.parse_local(e[name], f"--config.evaluate.{name}")
     if e.clip and not _local(e.clip, clip_score.FLAG).is_dir():
         raise FileNotFoundError(f"{e.clip} is not a folder: {clip_score.FLAG} must name that of a CLIPModel")
     if coco.is_tfds(e.images):
@@ -104,7 +105,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _local(path: str, flag: str) -> Path:
-    return storage.local_copy(storage.path(path, flag), flag).expanduser()
+    return local_copy.local_copy(paths.parse_path(path, flag), flag).expanduser()
 
 
 def _check_file(path: str) -> None:
@@ -148,7 +149,7 @@ def run(experiment: Experiment) -> list[dict[str, Any]]:
     reference = _reference(experiment, plan, split, judge)
     drawn = _drawn(experiment, coco.CHOICES[plan.protocol.choice](split, plan.count))
     results, held, weights = [], None, None
-    with files.lock(experiment.run / "scores"):
+    with lock.lock_folder(experiment.run / "scores"):
         for row in rows:
             if row.windows != held:  # rows of one student stand together
                 stage = find_stage(experiment.stages, row.windows) if row.windows else None
@@ -176,7 +177,7 @@ def _rows(experiment: Experiment) -> list[Row]:
 
 def _reference(experiment: Experiment, plan: Plan, split: coco.Split, judge: Judge) -> Moments:
     """Of the real images, computed once for all runs below the same root."""
-    e, folder = experiment.config.evaluate, storage.path(experiment.config.root) / "reference"
+    e, folder = experiment.config.evaluate, paths.parse_path(experiment.config.root) / "reference"
     numbers = range(len(split.images))
     log.info("reference: %d images of %s", len(numbers), e.images)
     alike = fid.images_hash(map(split.read, numbers))
@@ -187,7 +188,7 @@ def _reference(experiment: Experiment, plan: Plan, split: coco.Split, judge: Jud
             pictures = [coco.decode(split.read(i), f"image {split.images[i]}") for i in numbers[start : start + e.batch]]
             yield judge.rows(np.stack([fid.prepare(picture, plan.protocol) for picture in pictures]))
 
-    with files.lock(folder):
+    with lock.lock_folder(folder):
         return fid.measure(folder, about, {FID: judge.widths[FID]}, rows_from, judge.features, SAVE_EVERY)[FID]
 
 
@@ -283,7 +284,7 @@ def _generated(
 def _write(experiment: Experiment, plan: Plan, judge: Judge, reference: Moments, results: list[dict[str, Any]]) -> None:
     """scores.json with every number, scores.md with the table and the statements."""
     kept = plan._asdict() | {"protocol": plan.protocol._asdict(), "real": reference.count, "clip": judge.clip}
-    files.write_json(experiment.run / "scores.json", kept | {"networks": judge.digests, "rows": results})
+    atomic.write_json(experiment.run / "scores.json", kept | {"networks": judge.digests, "rows": results})
     lines = [f"- {row['method']}: {row['statement']}" for row in results]
     text = report.table([_cells(row) for row in results], COLUMNS)
     (experiment.run / "scores.md").write_text("\n".join([text, "", *lines]) + "\n", encoding="utf-8")

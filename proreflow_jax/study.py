@@ -18,8 +18,8 @@ from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_w
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import make_predict, make_step, text_context
-from proreflow_jax.runtime import files
 from proreflow_jax.runtime.processes import check_alone
+from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 NUMBERS = "study.json"
@@ -64,7 +64,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
         "discrepancy": _discrepancy(walks[0], given.nodes),
         "perturbation": _perturbation(experiment, base, given),
     }
-    files.write_json(experiment.run / NUMBERS, numbers)
+    atomic.write_json(experiment.run / NUMBERS, numbers)
     _draw(experiment, numbers)
     return numbers
 

@@ -45,11 +45,12 @@ from proreflow_jax.reflow.stages import DONE, Stage, check_identity, find_stage
 from proreflow_jax.reflow.state import TrainState, averaged, train_step
 from proreflow_jax.reflow.step import draw_examples, reflow_loss
 from proreflow_jax.reflow.teacher import text_context
-from proreflow_jax.runtime import files, mesh, storage
+from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.metrics import Metrics
-from proreflow_jax.runtime.processes import first, first_says, leads, lock
+from proreflow_jax.runtime.processes import first, first_says, job_lock, leads
 from proreflow_jax.runtime.trace import Trace
+from proreflow_jax.storage import atomic, local_copy
 
 log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
@@ -62,7 +63,7 @@ def train(config: ConfigDict, stage: int) -> None:
     check_ready(experiment, chosen)
     if config.pairs.mode == "stored" and not (chosen.folder / "pairs" / records.MANIFEST).is_file():
         raise FileNotFoundError(f"{chosen.folder / 'pairs'} holds no finished pairs: run make_pairs --stage={stage} first")
-    with lock(chosen.folder):
+    with job_lock(chosen.folder):
         run_stage(experiment, chosen)
 
 
@@ -95,14 +96,14 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     flow = student_flow(config, stage)
     done = {"step": config.train.steps, "digest": weights, "parent": parent.digest, "flow": flow._asdict()}
     done |= {"guidance": guidance_contract(config)}
-    first(lambda: files.write_json(stage.folder / DONE, done))
+    first(lambda: atomic.write_json(stage.folder / DONE, done))
 
 
 def _source(experiment: Experiment, stage: Stage) -> loader.Source:
     """Pair records, or captions (and images) for the online mode."""
     if experiment.config.pairs.mode == "online":
         return open_source(experiment)
-    return records.PairRecords(storage.local_copy(stage.folder / "pairs"), verify=leads())
+    return records.PairRecords(local_copy.local_copy(stage.folder / "pairs"), verify=leads())
 
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:

@@ -15,7 +15,7 @@ from verb import run, tiny_config, tiny_flags
 from proreflow_jax import experiment, make_pairs, planning
 from proreflow_jax.data import records
 from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 pytestmark = pytest.mark.usefixtures("quick")
 SHORT = {"stages": "(2,)", "export__stages": "()", "train__steps": 2, "optimizer__warmup_steps": 0, "pairs__examples": 16}

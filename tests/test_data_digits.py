@@ -95,8 +95,9 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 KILLED = """
 import os, signal
-from proreflow_jax.data import digits, files
-files.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from proreflow_jax.data import digits
+from proreflow_jax.storage import atomic
+atomic.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 digits.write_dataset({folder!r}, 8)
 """
 

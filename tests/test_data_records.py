@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from proreflow_jax.data import files, records
+from proreflow_jax.data import records
+from proreflow_jax.storage import atomic
 
 PLAN = {"examples": 10, "shard_size": 4, "seed": 7, "solver": {"name": "ddim", "steps": [1, 2]}}
 NAMES = [f"pairs-{s:05d}-of-00003.array_record" for s in range(3)]
@@ -129,7 +130,7 @@ def test_after_a_kill_only_the_unmarked_is_redone_and_nothing_differs(tmp_path):
     (torn / NAMES[1].replace("array_record", "done.json")).unlink()  # killed between the rename and the marker
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    remains = [files.temporary(torn / NAMES[2]).name.replace(f".{os.getpid()}.", f".{dead.pid}.")]
+    remains = [atomic.temporary(torn / NAMES[2]).name.replace(f".{os.getpid()}.", f".{dead.pid}.")]
     remains.append(f".tmp.1.another-machine.{NAMES[2]}")
     for name in remains:
         (torn / name).write_bytes(b"half")
@@ -146,7 +147,7 @@ def test_after_a_kill_only_the_unmarked_is_redone_and_nothing_differs(tmp_path):
 
 def test_the_temporary_of_a_living_writer_stays(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    living = files.temporary(tmp_path / NAMES[0]).name.replace(f".{os.getpid()}.", f".{other.pid}.")
+    living = atomic.temporary(tmp_path / NAMES[0]).name.replace(f".{os.getpid()}.", f".{other.pid}.")
     for name in (living, f".tmp.1.another-machine.{NAMES[0]}"):
         (tmp_path / name).write_bytes(b"")
     assert records.clean(tmp_path) == []

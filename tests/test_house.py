@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "proreflow_jax"
-GROUND = {"flow", "models", "storage"}  # these import nothing of ours
+GROUND = ("flow", "models", "storage")  # these import nothing of ours
 LIBRARY = {*GROUND, "data", "runtime", "pretrained", "reflow", "evaluation"}
 RUN = {*LIBRARY, "run"}
 MAY = {  # room -> rooms of ours that it may import beside itself
@@ -149,7 +149,7 @@ def write(root: Path, name: str, text: str) -> None:
     (root / name).write_text(text, encoding="utf-8")
 
 
-NOT_YET = {"storage", "pretrained", "run", "jobs", "exports", "perf", "reproduction"}  # rooms that are to be built
+NOT_YET = {"pretrained", "run", "jobs", "exports", "perf", "reproduction"}  # rooms that are to be built
 
 
 @pytest.mark.parametrize("room", [pytest.param(r, marks=[pytest.mark.xfail(strict=True)] * (r in NOT_YET)) for r in MAY])

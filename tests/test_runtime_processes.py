@@ -18,8 +18,8 @@ from proreflow_jax.runtime import mesh, processes
 mesh.initialize_distributed()
 import jax, numpy as np
 from pathlib import Path
-from proreflow_jax.runtime.processes import lock
-from proreflow_jax.runtime.files import Locked
+from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.storage.lease import Locked
 
 folder, k = Path(sys.argv[1]), jax.process_index()
 saw = []
@@ -52,7 +52,7 @@ for shape, devices in (((4, 1, 1), None), ((1, 4, 1), None), ((2, 1, 2), None), 
     saw.append(np.array_equal(processes.host_arrays(placed), whole))
     saw.append(len(own) == 4)
 
-with lock(folder / "run"):
+with job_lock(folder / "run"):
     saw.append((folder / "run" / ".lock").exists())
 np.save(folder / f"{k}.npy", np.array(saw))
 """

@@ -13,8 +13,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from verb import ROOT, tiny_flags
 
-from proreflow_jax.runtime import objects, programs
+from proreflow_jax.runtime import programs
 from proreflow_jax.runtime.trace import STEP, Trace, check_steps
+from proreflow_jax.storage import gcs, paths
 
 HIT = "/jax/compilation_cache/cache_hits"
 WORK = jax.jit(lambda x: x + 1)
@@ -117,8 +118,8 @@ def test_in_a_bucket_both_are_found_too(tmp_path, monkeypatch, watched):
     with fake_gcs.serve("bucket") as store:
         for name, value in store.environment().items():
             monkeypatch.setenv(name, value)
-        objects.client.cache_clear()
-        run(objects.path("gs://bucket/run/profile"), (1, 1), 1)
+        gcs.client.cache_clear()
+        run(paths.parse_path("gs://bucket/run/profile"), (1, 1), 1)
         (name,) = [n for n in store.names("gs://bucket/run/profile/plugins/profile/") if n.endswith(".xplane.pb")]
         (tmp_path / "a.xplane.pb").write_bytes(store.data(f"gs://bucket/{name}"))
         assert step_numbers(tmp_path / "a.xplane.pb") == [1]
@@ -127,7 +128,7 @@ def test_in_a_bucket_both_are_found_too(tmp_path, monkeypatch, watched):
         kept = store.names("gs://bucket/programs/")
         assert compiled("gs://bucket/programs") == 10 and watched.count(HIT) >= 1
         assert store.names("gs://bucket/programs/") == kept != []
-    objects.client.cache_clear()
+    gcs.client.cache_clear()
 
 
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from configs import digits
 from proreflow_jax import study
 from proreflow_jax.evaluation import trajectory
 from proreflow_jax.experiment import open_experiment
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 
 def small(**fields):

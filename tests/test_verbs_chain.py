@@ -16,7 +16,7 @@ from verb import CONFIG, run, tiny_flags
 from proreflow_jax import replay
 from proreflow_jax.data import digits
 from proreflow_jax.export import UNET_FILE
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 pytestmark = pytest.mark.usefixtures("quick")
 

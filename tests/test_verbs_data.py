@@ -4,7 +4,7 @@ import pytest
 from made_images import LAYOUTS, encode, members, originals, write_tar
 from verb import run, tiny_flags
 
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 SHORT = {"stages": "(2,)", "export__stages": "()", "train__steps": 2, "optimizer__warmup_steps": 0, "pairs__examples": 16}

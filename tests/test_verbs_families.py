@@ -36,7 +36,7 @@ from proreflow_jax.models import original, sources  # noqa: E402
 from proreflow_jax.reflow import sampler  # noqa: E402
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context  # noqa: E402
 from proreflow_jax.runtime import mesh  # noqa: E402
-from proreflow_jax.runtime.files import read_json  # noqa: E402
+from proreflow_jax.storage.atomic import read_json  # noqa: E402
 
 SHORT = {  # one stage of a few large steps: the student is far enough from its base to tell them apart
     "stages": "(2,)",

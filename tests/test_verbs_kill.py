@@ -12,7 +12,7 @@ import pytest
 import tiny
 from verb import ROOT, environment, tiny_flags
 
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 STEPS = {"train__steps": 24, "checkpoint__every": 8, "train__log_every": 8}
 PATIENCE = 900  # seconds, for machines that do other things too

@@ -9,7 +9,7 @@ from verb import run, tiny_flags
 
 from proreflow_jax import replay
 from proreflow_jax.models import lora, weights
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 LAYERS = r"attn\d\.to_(q|k|v)\.weight$|conv1\.weight$"
 RANK = 2

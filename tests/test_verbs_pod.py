@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from verb import ROOT, environment, tiny_flags
 
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 DIGITS = {"data__kind": "digits", "data__caption_key": "caption", "evaluate__study__examples": 4}
 

@@ -15,7 +15,8 @@ from proreflow_jax import checks, digits_table, distill, grid, grid_report, repr
 from proreflow_jax.experiment import load_weights, open_experiment, reopen
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reflow.teacher import Flow
-from proreflow_jax.runtime import files, mesh
+from proreflow_jax.runtime import mesh
+from proreflow_jax.storage import lock
 
 pytestmark = pytest.mark.usefixtures("quick")
 SMALL = {
@@ -190,7 +191,7 @@ def test_a_grid_that_was_stopped_goes_on_and_its_table_is_the_same(small, capsys
 @pytest.mark.slow
 def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
     config = small(methods=TWO[:2], reproduce__effects=(("a stage more", "two", "four"),))
-    with files.lock(Path(config.root) / config.name / "cells" / ".locks" / "four-1"):
+    with lock.lock_folder(Path(config.root) / config.name / "cells" / ".locks" / "four-1"):
         reproduce.reproduce(config, 1)
     assert "Unfinished: 5 of 6 cells" in (said := capsys.readouterr().out)
     named = said.rstrip().rpartition(": ")[2].split(", ")

@@ -30,7 +30,7 @@ from proreflow_jax.models import inception, weights
 from proreflow_jax.reflow.stages import DONE, Stage, plan_stages
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step
 from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.files import read_json
+from proreflow_jax.storage.atomic import read_json
 
 FEATURE_NETWORK = judges.feature_network
 COUNT, BATCH, SEEDS, GUIDANCE = 20, 8, (0, 1), 4.0

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from verb import ROOT, environment, tiny_flags
 
-from proreflow_jax.runtime import lease
+from proreflow_jax.storage import lease
 
 PATIENCE = 900  # seconds, for machines that do other things too
 RUN, MODEL = "gs://bucket/runs/tiny", "gs://bucket/models/sd"

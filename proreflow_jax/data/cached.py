@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from proreflow_jax.data import files, records
+from proreflow_jax.data import records
 from proreflow_jax.data.images import LINE_LIMIT, check_index
+from proreflow_jax.storage import files
 
 NAME = "cache"  # what the plan calls these records
 LATENTS, TEXTS = ("mean", "std"), ("text", "pooled")

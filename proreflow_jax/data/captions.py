@@ -16,7 +16,7 @@ from google.protobuf import json_format
 from tensorflow_datasets.core.proto import dataset_info_pb2
 from tensorflow_datasets.proto import tf_example_pb2
 
-from proreflow_jax.data import files
+from proreflow_jax.data import array_record
 from proreflow_jax.data.images import (
     LINE_LIMIT,
     Unusable,
@@ -26,6 +26,7 @@ from proreflow_jax.data.images import (
     decode_image,
     first_caption,
 )
+from proreflow_jax.storage import atomic, files
 
 _FEATURES = "tensorflow_datasets.core.features."
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -116,10 +117,10 @@ def check_metadata(folder: str | os.PathLike) -> None:
     for name in ("dataset_info.json", "features.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: --config.data.path must name a folder tfds prepared")
-    _check_features(folder / "features.json", files.read_json(folder / "features.json"))
+    _check_features(folder / "features.json", atomic.read_json(folder / "features.json"))
     path = folder / "dataset_info.json"
     try:
-        info = json_format.ParseDict(files.read_json(path), dataset_info_pb2.DatasetInfo())
+        info = json_format.ParseDict(atomic.read_json(path), dataset_info_pb2.DatasetInfo())
     except json_format.ParseError as error:
         raise ValueError(f"{path} is not tfds metadata ({files.one_line(error)}): see --config.data.path") from error
     names = [info.name, info.file_format, *info.alternative_file_formats, *(split.name for split in info.splits)]
@@ -183,7 +184,7 @@ def _kind(feature: Any) -> str:
 def _check_shard(path: Path, count: int) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing although dataset_info.json counts it: see --config.data.path")
-    if (held := files.count_records(path)) != count:
+    if (held := array_record.count_records(path)) != count:
         raise ValueError(f"{path} holds {held} examples where dataset_info.json says {count}: see --config.data.path")
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from proreflow_jax.data import captions as datasets
-from proreflow_jax.data import files
 from proreflow_jax.data import images as pictures
+from proreflow_jax.storage import files
 
 TFDS_YEAR, TFDS_SPLIT = 2014, "restval+test+val"
 CAPTIONS, IMAGES = "--config.evaluate.captions", "--config.evaluate.images"

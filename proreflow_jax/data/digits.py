@@ -19,7 +19,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
-from proreflow_jax.data import files
+from proreflow_jax.storage import atomic, files
 
 GRID = 8  # pixels a side in the source
 INK = 16  # its brightest value
@@ -94,8 +94,8 @@ def write_dataset(folder: str | os.PathLike, size: int = 32, seed: int = 0) -> P
         {"image": _png(image), "caption": caption(label, wording), "label": label}
         for image, label, wording in zip(images[order], labels[order].tolist(), wordings.tolist(), strict=True)
     ]
-    draft = files.temporary(folder)
-    for old in files.stale_temporaries(folder.parent, folder.name):
+    draft = atomic.temporary(folder)
+    for old in atomic.stale_temporaries(folder.parent, folder.name):
         shutil.rmtree(old, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
@@ -156,8 +156,8 @@ def _write_tfds(folder: Path, examples: list[dict], size: int, seed: int) -> Non
     info.set_splits(SplitDict([split]))
     info.write_to_directory(folder)
     for path in folder.iterdir():
-        files.sync(path)
-    files.write_json(folder / STAMP, {"size": size, "seed": seed, "shard": shard.name, "sha256": files.sha256(shard)})
+        atomic.sync(path)
+    atomic.write_json(folder / STAMP, {"size": size, "seed": seed, "shard": shard.name, "sha256": files.sha256(shard)})
 
 
 def _is_good(folder: Path, size: int, seed: int) -> bool:
@@ -166,7 +166,7 @@ def _is_good(folder: Path, size: int, seed: int) -> bool:
         return False
     if not (folder / STAMP).is_file():
         raise ValueError(f"{folder} is taken by something else than the digits: set --config.data.path to a new folder")
-    stamp = files.read_json(folder / STAMP)
+    stamp = atomic.read_json(folder / STAMP)
     for name, asked in (("size", size), ("seed", seed)):
         if stamp.get(name) != asked:
             raise ValueError(f"{folder} holds digits of {name} {stamp.get(name)}, not {asked}: set another --config.data.path")
@@ -183,4 +183,4 @@ def _place(draft: Path, folder: Path, size: int, seed: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _is_good(folder, size, seed):
             raise
-    files.sync(folder.parent)
+    atomic.sync(folder.parent)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proreflow_jax.data import files
 from proreflow_jax.data.images import (
     BYTE_LIMIT,
     CAPTION_FILE_LIMIT,
@@ -24,6 +23,7 @@ from proreflow_jax.data.images import (
     file_caption,
     first_caption,
 )
+from proreflow_jax.storage import files
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 ROW_LIMIT = 1 << 20  # bytes of a row of metadata

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from proreflow_jax.data import files
+from proreflow_jax.storage import files
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel; others have no one meaning

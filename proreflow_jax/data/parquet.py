@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from proreflow_jax.data import files
 from proreflow_jax.data.images import Original, Unusable, check_index, first_caption
 from proreflow_jax.data.webdataset import find_shards
+from proreflow_jax.storage import files
 
 KEPT_BYTES = 1 << 30  # of row groups kept in memory, of a process
 GROUP_LIMIT = 1 << 30  # bytes of a row group, both columns

@@ -26,8 +26,9 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from proreflow_jax.data import files
+from proreflow_jax.data import array_record
 from proreflow_jax.data.shards import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
+from proreflow_jax.storage import atomic, files, paths
 
 __all__ = [
     "PLAN",
@@ -65,7 +66,7 @@ REDO = f"delete it and {AGAIN}"
 def missing_shards(folder: Any, plan: Mapping[str, Any]) -> list[int]:
     """Returns the shards without a valid marker, ascending: the work that is left."""
     plan = files.plain(plan)
-    return [shard for shard, row in enumerate(_markers(files.located(folder), plan)) if row is None]
+    return [shard for shard, row in enumerate(_markers(paths.parse_path(folder), plan)) if row is None]
 
 
 def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iterable[Mapping[str, np.ndarray]]) -> Any:
@@ -83,12 +84,12 @@ def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iter
         ValueError: too few or too many examples, or one that is not a dict of arrays of DTYPES.
         OSError: the shard could not be written (a full disk, say); nothing is marked, no temporary is left.
     """
-    folder, plan, ids = files.located(folder), files.plain(plan), shard_range(plan, shard)
+    folder, plan, ids = paths.parse_path(folder), files.plain(plan), shard_range(plan, shard)
     path = folder / shard_name(plan, shard)
-    with files.drafted(path) as draft:
+    with atomic.drafted(path) as draft:
         _write_records(draft, path, examples, len(ids))
         row = {"name": path.name, "count": len(ids), "bytes": draft.stat().st_size, "sha256": files.sha256(draft)}
-    files.write_json(_marker_path(folder, plan, shard), {**row, "plan": files.digest(plan)})
+    atomic.write_json(_marker_path(folder, plan, shard), {**row, "plan": files.digest(plan)})
     return path
 
 
@@ -97,27 +98,27 @@ def publish(folder: Any, plan: Mapping[str, Any]) -> bool:
 
     A manifest that says the same already stays as it is.
     """
-    folder, plan = files.located(folder), files.plain(plan)
+    folder, plan = paths.parse_path(folder), files.plain(plan)
     rows = _markers(folder, plan)
     if None in rows:
         return False
     manifest = {"plan": files.digest(plan), "examples": plan["examples"], "shards": rows}
     if not _says(folder / MANIFEST, manifest):
-        files.write_json(folder / MANIFEST, manifest)
+        atomic.write_json(folder / MANIFEST, manifest)
     return True
 
 
 def _says(path: Any, value: dict[str, Any]) -> bool:
     try:
-        return files.read_json(path) == value
+        return atomic.read_json(path) == value
     except (FileNotFoundError, ValueError):
         return False
 
 
 def clean(folder: Any) -> list[str]:
     """Removes the temporaries that dead writers left and returns their names. Call it before this process writes."""
-    folder = files.located(folder)
-    stale = files.stale_temporaries(folder) if isinstance(folder, Path) else []
+    folder = paths.parse_path(folder)
+    stale = atomic.stale_temporaries(folder) if isinstance(folder, Path) else []
     for path in stale:
         path.unlink(missing_ok=True)
     return [path.name for path in stale]
@@ -139,8 +140,8 @@ def _write_records(draft: Path, path: Any, examples: Iterable[Mapping[str, Any]]
         writer.close()
     if written != count:
         raise ValueError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
-    files.sync(draft)
-    if (held := files.count_records(draft)) != count:
+    atomic.sync(draft)
+    if (held := array_record.count_records(draft)) != count:
         raise OSError(f"{path} holds {held} of {count} examples just written: look at the disk, {AGAIN}")
 
 
@@ -216,14 +217,16 @@ class PairRecords:
         """One open file per shard, opened when first read."""
         with self._lock:
             if shard not in self._readers:
-                self._readers[shard] = ArrayRecordReader(str(self.folder / shard_name(self.plan, shard)), files.RANDOM_ACCESS)
+                self._readers[shard] = ArrayRecordReader(
+                    str(self.folder / shard_name(self.plan, shard)), array_record.RANDOM_ACCESS
+                )
             return self._readers[shard]
 
 
 def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The manifest's rows, in shard order, after every field was compared with what the plan asks for."""
     path = folder / MANIFEST
-    manifest = files.read_json(path)
+    manifest = atomic.read_json(path)
     if manifest.get("plan") != files.digest(plan):
         raise ValueError(f"{path} belongs to another plan than {folder / PLAN}: restore it, or {REDO}")
     rows = manifest.get("shards")
@@ -252,7 +255,7 @@ def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> Non
     if hashes and (found := files.sha256(path)) != row["sha256"]:
         why = f"holds the bytes of {hashes[found]}" if found in hashes else "is damaged or foreign (its hash differs)"
         raise ValueError(f"{path} {why}: {REDO}")
-    if (held := files.count_records(path)) != row["count"]:
+    if (held := array_record.count_records(path)) != row["count"]:
         raise ValueError(f"{path} holds {held} examples and was written with {row['count']}: {REDO}")
 
 
@@ -272,7 +275,7 @@ def _marker_path(folder: Any, plan: Mapping[str, Any], shard: int) -> Path:
 def _marker(folder: Any, plan: dict[str, Any], shard: int) -> dict[str, Any] | None:
     """A shard's row {name, count, bytes, sha256} if its marker is whole, of this plan, and the file has that size."""
     try:
-        row = files.read_json(_marker_path(folder, plan, shard))
+        row = atomic.read_json(_marker_path(folder, plan, shard))
     except (FileNotFoundError, ValueError):
         return None
     if row.pop("plan", None) != files.digest(plan) or not _is_row(row, plan, shard):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from proreflow_jax.data import files
+from proreflow_jax.storage import atomic, files, paths
 
 PLAN = "plan.json"
 
@@ -23,10 +23,10 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
         ValueError: the folder holds another plan (the first differing field is named), or the plan is no plain JSON.
     """
     shard_count(plan)
-    folder, plan = files.located(folder), files.plain(plan)
+    folder, plan = paths.parse_path(folder), files.plain(plan)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
-        files.write_json(folder / PLAN, plan, replace=False)
+        atomic.write_json(folder / PLAN, plan, replace=False)
     held = read_plan(folder)
     for name in [*plan, *(name for name in held if name not in plan)]:
         if name not in held or name not in plan or held[name] != plan[name]:
@@ -39,7 +39,7 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
 
 def read_plan(folder: Any) -> dict[str, Any]:
     """Returns the plan of a folder of records; FileNotFoundError if there is none, ValueError if it is broken."""
-    plan = files.read_json(files.located(folder) / PLAN)
+    plan = atomic.read_json(paths.parse_path(folder) / PLAN)
     shard_count(plan)
     return plan
 

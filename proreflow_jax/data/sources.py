@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from proreflow_jax.data import cached, captions, digits, files
+from proreflow_jax.data import cached, captions, digits
 from proreflow_jax.data.folder import METADATA, open_folder
 from proreflow_jax.data.images import Pictures
 from proreflow_jax.data.parquet import open_parquet
 from proreflow_jax.data.usable import Threaded, Usable, probe
 from proreflow_jax.data.webdataset import find_shards, open_webdataset
+from proreflow_jax.storage import files
 
 KINDS = ("digits", "tfds", "webdataset", "parquet", "folder", "prompts", "cached")
 CACHED = "cached"  # latents in place of images

@@ -11,12 +11,12 @@ import json
 import os
 import re
 import tarfile
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import Int
 
-from proreflow_jax.data import files
 from proreflow_jax.data.images import (
     BYTE_LIMIT,
     CAPTION_FILE_LIMIT,
@@ -27,6 +27,7 @@ from proreflow_jax.data.images import (
     check_index,
     file_caption,
 )
+from proreflow_jax.storage import atomic, files
 
 BLOCK = 512  # bytes; tar's unit
 SHARD_LIMIT = 100_000  # shards that a pattern may name
@@ -171,13 +172,11 @@ def _read_index(path: Path) -> Int[np.ndarray, "n 4"] | None:
 
 def _write_index(path: Path, table: Int[np.ndarray, "n 4"]) -> None:
     """SHA-256 of the numbers, then the numbers: little-endian, 8 bytes each."""
-    numbers, draft = table.astype("<i8").tobytes(), files.temporary(path)
-    try:
+    numbers = table.astype("<i8").tobytes()
+    with suppress(OSError):  # an index is a convenience
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(hashlib.sha256(numbers).digest() + numbers)
-        os.replace(draft, path)
-    except OSError:
-        draft.unlink(missing_ok=True)
+        with atomic.drafted(path) as draft:
+            draft.write_bytes(hashlib.sha256(numbers).digest() + numbers)
 
 
 def build_index(shard: Path, extension: str) -> Int[np.ndarray, "n 4"]:

@@ -24,8 +24,8 @@ from proreflow_jax.evaluation.frechet import frechet_distance
 from proreflow_jax.evaluation.moments import Moments
 from proreflow_jax.evaluation.protocols import Protocol
 from proreflow_jax.models.network import Params
-from proreflow_jax.runtime import files
 from proreflow_jax.runtime import mesh as mesh_lib
+from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 DIGEST = 16  # hex digits of a hash in a file's name
@@ -158,7 +158,7 @@ def measure(
         return seen
     if writes := jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / f"{stem}.json", dict(about))
+        atomic.write_json(folder / f"{stem}.json", dict(about))
     for done, found in enumerate(features(rows_from(position)), 1):
         seen = {name: moments.merge(seen[name], _measured(name, found[name], position, count)) for name in seen}
         position = _position(seen)

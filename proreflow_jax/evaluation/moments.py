@@ -4,8 +4,6 @@ What is kept is the sum of outer products of deviations from the mean, not of th
 where the mean is large against the spread (Chan, Golub and LeVeque 1983, eq. 2.1).
 """
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from proreflow_jax.models import weights
-from proreflow_jax.runtime import storage
-from proreflow_jax.runtime.objects import ObjectPath
+from proreflow_jax.storage import local_copy
+from proreflow_jax.storage.atomic import drafted
 
 
 class Moments(NamedTuple):
@@ -60,20 +58,14 @@ def gaussian(moments: Moments) -> tuple[Float[np.ndarray, " d"], Float[np.ndarra
 def save(path: Path, parts: Mapping[str, Moments]) -> None:
     """Writes moments by name into one .safetensors file; a reader, or a kill, sees the old one or the new one whole."""
     tensors = {f"{name}.{field}": np.asarray(value) for name, part in parts.items() for field, value in part._asdict().items()}
-    if isinstance(path, ObjectPath):
-        with tempfile.TemporaryDirectory() as folder:
-            weights.save_tensors(Path(folder) / path.name, tensors)
-            path.upload(Path(folder) / path.name)
-        return
-    writing = path.with_name(f".{path.name}.writing")
-    weights.save_tensors(writing, tensors)
-    os.replace(writing, path)
+    with drafted(path) as draft:
+        weights.save_tensors(draft, tensors)
 
 
 def load(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
     """What `save` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
     try:
-        found = dict(weights.Tensors([storage.local_copy(path)]))
+        found = dict(weights.Tensors([local_copy.local_copy(path)]))
     except ValueError:
         raise ValueError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
     wanted = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}

@@ -13,7 +13,7 @@ from proreflow_jax.flow.schedule import Schedule, grid_time, timestep
 from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow.teacher import Flow, make_predict
-from proreflow_jax.runtime.storage import Location
+from proreflow_jax.storage.paths import Location
 
 DONE = "DONE.json"
 TOLERANCE = 1e-5

@@ -27,8 +27,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from proreflow_jax.runtime.digest import digest, fold, leaf_path, named_leaves
 from proreflow_jax.runtime.inventory import check_seal, check_target, inventory, wrong_values
-from proreflow_jax.runtime.objects import SCHEME, client, is_trouble
-from proreflow_jax.runtime.storage import Location
+from proreflow_jax.storage.gcs import SCHEME, client, is_trouble
+from proreflow_jax.storage.paths import Location
 
 __all__ = ["Checkpoints", "Restored", "digest", "fold"]
 
@@ -60,7 +60,7 @@ class Checkpoints:
     """The checkpoints in one folder, newest `keep` kept, saved in the background. Use it as a context manager.
 
     `every`: steps between saves, for `due` (None: never by count). `read_only`: look without touching, for jobs
-    that read the folder of a training run that may be alive. Hold `processes.lock` on the run's folder while writing.
+    that read the folder of a training run that may be alive. Hold `processes.job_lock` on the run's folder while writing.
     """
 
     def __init__(self, folder: str | Location, keep: int = 2, every: int | None = None, read_only: bool = False) -> None:

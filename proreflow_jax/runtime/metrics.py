@@ -11,7 +11,6 @@ checkpoint and at the end. A kill loses the lines past the last checkpoint, whic
 import json
 import logging
 import math
-import os
 import re
 import sys
 import tempfile
@@ -24,8 +23,9 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from proreflow_jax.runtime.objects import ObjectPath
-from proreflow_jax.runtime.objects import path as located
+from proreflow_jax.storage.atomic import drafted
+from proreflow_jax.storage.gcs import ObjectPath
+from proreflow_jax.storage.paths import parse_path as located
 
 log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0  # between plain log lines where there is no terminal
@@ -151,9 +151,8 @@ def keep_until(path: str | Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with drafted(path) as draft:
+        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from proreflow_jax.runtime import files
-from proreflow_jax.runtime.storage import Location
+from proreflow_jax.storage.lock import lock_folder
+from proreflow_jax.storage.paths import Location
 
 T = TypeVar("T")
 FINE, REFUSED, FAILED = range(3)
@@ -61,13 +61,13 @@ def first_says(question: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def lock(folder: str | Location) -> Iterator[None]:
+def job_lock(folder: str | Location) -> Iterator[None]:
     """This job alone writes to `folder`; process 0 holds it for all. Two writers would lose each other's saves in silence.
 
     Raises ValueError naming folder and holder.
     """
     with ExitStack() as held:
-        first(lambda: held.enter_context(files.lock(folder)))
+        first(lambda: held.enter_context(lock_folder(folder)))
         yield
 
 

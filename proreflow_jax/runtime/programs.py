@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from proreflow_jax.runtime import objects, storage
+from proreflow_jax.storage import gcs, paths
 
 FIELD = "--config.compilation_cache"
 
@@ -22,12 +22,12 @@ def keep(folder: str) -> None:
     """
     if not folder:
         return
-    location = storage.path(folder, FIELD)
+    location = paths.parse_path(folder, FIELD)
     if isinstance(location, Path):
         location = _made(location.expanduser().absolute())
     else:
-        storage.check(location)
-        objects.prepare()
+        paths.check_reachable(location)
+        gcs.prepare()
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own part of it writes to disks alone
     jax.config.update("jax_compilation_cache_dir", str(location))
     compilation_cache.reset_cache()  # jax opens the folder once

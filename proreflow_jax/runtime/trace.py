@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from proreflow_jax.runtime.objects import ObjectPath
-from proreflow_jax.runtime.objects import path as located
+from proreflow_jax.storage.gcs import ObjectPath
+from proreflow_jax.storage.paths import parse_path as located
 
 log = logging.getLogger(__name__)
 FIELD = "--config.profile.steps"

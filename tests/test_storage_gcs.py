@@ -19,10 +19,11 @@ import pytest
 from test_data_records import NAMES, PLAN, contents, finished, write
 
 from proreflow_jax.data import records
-from proreflow_jax.runtime import files, lease, objects, storage
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
-from proreflow_jax.runtime.processes import lock
+from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.storage import atomic, gcs, lease, local_copy, paths
+from proreflow_jax.storage.lock import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,15 +34,15 @@ def server() -> Iterator[fake_gcs.Store]:
     with pytest.MonkeyPatch.context() as patch, fake_gcs.serve("bucket") as store:
         for name, value in store.environment().items():
             patch.setenv(name, value)
-        objects.client.cache_clear()
+        gcs.client.cache_clear()
         yield store
-        objects.client.cache_clear()
+        gcs.client.cache_clear()
 
 
 @pytest.fixture
 def store(server: fake_gcs.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_gcs.Store]:
     """An empty bucket, and a cache of the test's own."""
-    monkeypatch.setenv(storage.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(local_copy.CACHE, str(tmp_path / "cache"))
     server.buckets["bucket"].objects.clear()
     server.log.clear()
     yield server
@@ -64,9 +65,9 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 def test_a_local_path_stays_what_it_was():
-    assert storage.path("runs") == Path("runs") and storage.path("/a/../b") == Path("/a/../b")
-    assert storage.local_copy(Path("nowhere")) == Path("nowhere")
-    assert storage.check(Path("nowhere")) is None
+    assert paths.parse_path("runs") == Path("runs") and paths.parse_path("/a/../b") == Path("/a/../b")
+    assert local_copy.local_copy(Path("nowhere")) == Path("nowhere")
+    assert paths.check_reachable(Path("nowhere")) is None
 
 
 @pytest.mark.parametrize(
@@ -74,12 +75,12 @@ def test_a_local_path_stays_what_it_was():
 )
 def test_another_url_is_refused_by_its_flag(text):
     with pytest.raises(ValueError, match="--config.root=") as error:
-        storage.path(text)
+        paths.parse_path(text)
     assert text in one_line(error) and "gs://bucket/folder" in one_line(error)
 
 
 def test_an_object_path_has_the_words_of_a_path(store):
-    root = storage.path("gs://bucket/runs/")
+    root = paths.parse_path("gs://bucket/runs/")
     path = root / "a" / "x.json"
     assert (str(path), path.name, path.suffix, path.parent.name) == ("gs://bucket/runs/a/x.json", "x.json", ".json", "a")
     assert path == root / "a/x.json" and path.with_name("y") == root / "a" / "y"
@@ -88,7 +89,7 @@ def test_an_object_path_has_the_words_of_a_path(store):
     (root / "a.json").write_bytes(b"1")
     assert path.read_text() == "ä\r\n" and path.stat().st_size == 4 and path.is_file() and not path.is_dir()
     assert root.is_dir() and not root.is_file() and (root / "a").exists()
-    assert not storage.path("gs://bucket/run").exists()  # a prefix of letters is no folder
+    assert not paths.parse_path("gs://bucket/run").exists()  # a prefix of letters is no folder
     assert list(root.iterdir()) == [root / "a", root / "a.json"] and list(root.glob("*.json")) == [root / "a.json"]
     with pytest.raises(FileNotFoundError, match="gs://bucket/runs/b does not exist"):
         (root / "b").read_text()
@@ -100,7 +101,7 @@ def test_an_object_path_has_the_words_of_a_path(store):
 
 
 def test_a_buffer_is_put_only_if_its_block_ends_well(store):
-    path = storage.path("gs://bucket/table.png")
+    path = paths.parse_path("gs://bucket/table.png")
     with pytest.raises(RuntimeError), path.open("wb") as file:
         file.write(b"half")
         raise RuntimeError("stop")
@@ -113,13 +114,13 @@ def test_a_buffer_is_put_only_if_its_block_ends_well(store):
 def test_a_large_file_arrives_byte_for_byte(store, tmp_path):
     data = np.random.default_rng(0).bytes((9 << 20) + 3)  # past what is sent in one request
     (tmp_path / "big").write_bytes(data)
-    storage.path("gs://bucket/big").upload(tmp_path / "big")
+    paths.parse_path("gs://bucket/big").upload(tmp_path / "big")
     assert store.data("gs://bucket/big") == data
-    assert storage.local_copy(storage.path("gs://bucket/big")).read_bytes() == data
+    assert local_copy.local_copy(paths.parse_path("gs://bucket/big")).read_bytes() == data
 
 
 def test_of_many_that_create_one_wins(store):
-    path, won = storage.path("gs://bucket/plan.json"), []
+    path, won = paths.parse_path("gs://bucket/plan.json"), []
 
     def create(i: int) -> None:
         try:
@@ -138,46 +139,46 @@ def test_of_many_that_create_one_wins(store):
 
 @pytest.mark.parametrize(("bucket", "kind"), [("nothing", FileNotFoundError), (fake_gcs.FORBIDDEN, ValueError)])
 def test_a_bucket_that_cannot_be_used_is_named_in_one_line(store, bucket, kind):
-    where = storage.path(f"gs://{bucket}/runs")
-    for ask in (storage.check, storage.local_copy):
+    where = paths.parse_path(f"gs://{bucket}/runs")
+    for ask in (paths.check_reachable, local_copy.local_copy):
         with pytest.raises(kind) as error:
             ask(where)
         assert f"gs://{bucket}" in one_line(error)
     with pytest.raises(OSError, match=f"gs://{bucket}/runs/x"):
-        files.write_json(where / "x", 1)
+        atomic.write_json(where / "x", 1)
 
 
 def test_without_a_network_one_line_says_so_soon(store, monkeypatch):
-    monkeypatch.setattr(objects, "QUICK_S", 0.5)
+    monkeypatch.setattr(gcs, "QUICK_S", 0.5)
     store.broken = 503
     with pytest.raises(ValueError, match="gs://bucket cannot be reached") as error:
-        storage.check(storage.path("gs://bucket/runs"))
+        paths.check_reachable(paths.parse_path("gs://bucket/runs"))
     one_line(error)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    objects.client.cache_clear()
+    gcs.client.cache_clear()
     with pytest.raises(ValueError, match="gs://bucket cannot be reached") as error:
-        storage.check(storage.path("gs://bucket/runs"))
+        paths.check_reachable(paths.parse_path("gs://bucket/runs"))
     one_line(error)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.url)
-    objects.client.cache_clear()
+    gcs.client.cache_clear()
 
 
 def test_a_missing_package_is_named(store, monkeypatch):
-    objects.client.cache_clear()
+    gcs.client.cache_clear()
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"gcsfs, which is not installed: pip install 'proreflow_jax\[gcs\]'"):
-        storage.check(storage.path("gs://bucket/runs"))
+        paths.check_reachable(paths.parse_path("gs://bucket/runs"))
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_is_made_once_and_follows_the_store(store):
-    folder = storage.path("gs://bucket/models/sd")
+    folder = paths.parse_path("gs://bucket/models/sd")
     for name in ("model_index.json", "unet/config.json", "unet/weights"):
         (folder / name).write_text(name)
     (folder / ".lock").write_text("")
-    first = storage.local_copy(folder)
+    first = local_copy.local_copy(folder)
     assert first.name == "sd" and sorted(p.name for p in first.rglob("*")) == [
         "config.json",
         "model_index.json",
@@ -186,46 +187,46 @@ def test_a_copy_is_made_once_and_follows_the_store(store):
     ]
     fetched = lambda: sum(path.startswith("/download") for _, path in store.log)
     before = fetched()
-    assert storage.local_copy(folder) == first and fetched() == before == 3
+    assert local_copy.local_copy(folder) == first and fetched() == before == 3
 
     (folder / "unet/weights").write_text("new")
     (folder / "model_index.json").unlink()
-    second = storage.local_copy(folder)
+    second = local_copy.local_copy(folder)
     assert (second / "unet/weights").read_text() == "new" and not (second / "model_index.json").exists()
     assert (first / "unet/weights").read_text() == "unet/weights" and fetched() == before + 1  # readers keep what they have
 
 
 def test_a_copy_that_lost_a_file_is_made_again(store):
-    storage.path("gs://bucket/data/x").write_text("12")
-    copy = storage.local_copy(storage.path("gs://bucket/data"))
+    paths.parse_path("gs://bucket/data/x").write_text("12")
+    copy = local_copy.local_copy(paths.parse_path("gs://bucket/data"))
     (copy / "x").unlink()
-    assert (storage.local_copy(storage.path("gs://bucket/data")) / "x").read_text() == "12"
+    assert (local_copy.local_copy(paths.parse_path("gs://bucket/data")) / "x").read_text() == "12"
 
 
 def test_an_object_that_changes_while_it_is_copied_is_no_mixture(store, monkeypatch):
-    folder = storage.path("gs://bucket/data")
+    folder = paths.parse_path("gs://bucket/data")
     for i in range(3):
         (folder / str(i)).write_text("old")
     listed = folder.objects()
     (folder / "1").write_text("new")
-    monkeypatch.setattr(storage, "_listed", lambda *_: listed)
+    monkeypatch.setattr(local_copy, "_listed", lambda *_: listed)
     with pytest.raises(OSError, match="was changed while it was copied"):
-        storage.local_copy(folder)
+        local_copy.local_copy(folder)
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a/../../b", "a//b", "..\\b"])
 def test_a_name_that_leaves_the_folder_is_refused(store, name):
     store.buckets["bucket"].put(f"data/{name}", b"", {})
     with pytest.raises(ValueError, match="no plain path"):
-        storage.local_copy(storage.path("gs://bucket/data"))
+        local_copy.local_copy(paths.parse_path("gs://bucket/data"))
 
 
 # --- whole folders ----------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_whole_or_marked_unfinished(store, monkeypatch):
-    folder = storage.path("gs://bucket/export/stage-4")
-    with pytest.raises(RuntimeError), files.atomic_folder(folder):
+    folder = paths.parse_path("gs://bucket/export/stage-4")
+    with pytest.raises(RuntimeError), atomic.atomic_folder(folder):
         raise RuntimeError("stop")
     assert store.names("gs://bucket/") == []  # nothing was begun
 
@@ -234,27 +235,27 @@ def test_a_folder_is_whole_or_marked_unfinished(store, monkeypatch):
         for name in ("card.json", "unet/weights"):
             (draft / name).write_text(text)
 
-    real, sent = objects.ObjectPath.upload, []
+    real, sent = gcs.ObjectPath.upload, []
     fail_second = lambda path, file: (sent.append(path), real(path, file) if len(sent) < 2 else path.read())
-    monkeypatch.setattr(objects.ObjectPath, "upload", fail_second)
-    with pytest.raises(FileNotFoundError), files.atomic_folder(folder) as draft:
+    monkeypatch.setattr(gcs.ObjectPath, "upload", fail_second)
+    with pytest.raises(FileNotFoundError), atomic.atomic_folder(folder) as draft:
         fill(draft, "half")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="unfinished"):
-        storage.local_copy(folder)
+        local_copy.local_copy(folder)
 
-    with files.atomic_folder(folder) as draft:  # its own remains are no obstacle
+    with atomic.atomic_folder(folder) as draft:  # its own remains are no obstacle
         fill(draft, "first")
     assert store.names("gs://bucket/") == ["export/stage-4/card.json", "export/stage-4/unet/weights"]
     with pytest.raises(ValueError, match="exists already"):
-        files.atomic_folder(folder)
-    with files.atomic_folder(folder, overwrite=True) as draft:
+        atomic.atomic_folder(folder)
+    with atomic.atomic_folder(folder, overwrite=True) as draft:
         (draft / "card.json").write_text("second")
     assert store.names("gs://bucket/") == ["export/stage-4/card.json"] and (folder / "card.json").read_text() == "second"
 
 
 def test_shards_in_a_store_equal_those_on_a_disk(store, tmp_path):
-    folder = storage.path("gs://bucket/run/pairs")
+    folder = paths.parse_path("gs://bucket/run/pairs")
     local = finished(tmp_path / "local")
     records.fix_plan(folder, PLAN)
     assert records.clean(folder) == [] and records.missing_shards(folder, PLAN) == [0, 1, 2]
@@ -266,7 +267,7 @@ def test_shards_in_a_store_equal_those_on_a_disk(store, tmp_path):
     write(folder, PLAN, 0)
     write(folder, PLAN, 2)
     assert records.publish(folder, PLAN)
-    copy = storage.local_copy(folder)
+    copy = local_copy.local_copy(folder)
     assert contents(copy) == contents(local)
     assert len(records.PairRecords(copy)) == 10
     with pytest.raises(ValueError, match="fixed with seed = 7"):
@@ -278,17 +279,17 @@ def test_shards_in_a_store_equal_those_on_a_disk(store, tmp_path):
 # --- lock -------------------------------------------------------------------------------------------------------------
 
 
-def left_behind(folder: objects.ObjectPath, **facts: object) -> None:
+def left_behind(folder: gcs.ObjectPath, **facts: object) -> None:
     """A lock whose holder is no more."""
     (folder / lease.LOCK).write_text(json.dumps(lease._record() | {"token": "other"} | facts))
 
 
 def test_a_lock_has_one_holder_and_leaves_nothing(store, fast):
-    folder = storage.path("gs://bucket/run")
-    with files.lock(folder):
+    folder = paths.parse_path("gs://bucket/run")
+    with lock_folder(folder):
         first = (folder / lease.LOCK).stat().generation
-        with pytest.raises(files.Locked, match=f"gs://bucket/run is in use by process {os.getpid()} on ") as error:
-            with files.lock(folder):
+        with pytest.raises(lease.Locked, match=f"gs://bucket/run is in use by process {os.getpid()} on ") as error:
+            with lock_folder(folder):
                 pass
         one_line(error)
         time.sleep(0.5)
@@ -298,11 +299,11 @@ def test_a_lock_has_one_holder_and_leaves_nothing(store, fast):
 
 def test_a_url_in_a_str_is_never_a_local_path(store, fast, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with lock("gs://bucket/run"), Metrics("gs://bucket/run", 0, 1, progress=False) as log:
+    with job_lock("gs://bucket/run"), Metrics("gs://bucket/run", 0, 1, progress=False) as log:
         assert store.names("gs://bucket/") == ["run/.lock"]
-        files.write_json("gs://bucket/run/x.json", 1)
+        atomic.write_json("gs://bucket/run/x.json", {"is": 1})
         log.write(1, {"loss": 1.0})
-    assert files.read_json("gs://bucket/run/x.json") == 1 and "run/metrics.jsonl" in store.names("gs://bucket/")
+    assert atomic.read_json("gs://bucket/run/x.json") == {"is": 1} and "run/metrics.jsonl" in store.names("gs://bucket/")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -312,34 +313,34 @@ def test_a_killed_run_of_this_machine_is_taken_over_at_once(store):
     gone.kill()
     while lease._started(gone.pid):  # dead, not yet buried: that is enough
         time.sleep(0.01)
-    left_behind(storage.path("gs://bucket/run"), **facts)
+    left_behind(paths.parse_path("gs://bucket/run"), **facts)
     began = time.monotonic()
-    with files.lock(storage.path("gs://bucket/run")):
+    with lock_folder(paths.parse_path("gs://bucket/run")):
         assert time.monotonic() - began < lease.EXPIRY_S / 10
     gone.wait()
-    left_behind(storage.path("gs://bucket/run"), started="0")  # this process's number, given to another before
-    with files.lock(storage.path("gs://bucket/run")):
+    left_behind(paths.parse_path("gs://bucket/run"), started="0")  # this process's number, given to another before
+    with lock_folder(paths.parse_path("gs://bucket/run")):
         pass
 
 
 def test_another_machine_is_believed_as_long_as_it_renews(store, fast, monkeypatch):
-    folder = storage.path("gs://bucket/run")
+    folder = paths.parse_path("gs://bucket/run")
     machine = lease._machine()
     monkeypatch.setattr(lease, "_machine", lambda: "another")
-    with files.lock(folder):
+    with lock_folder(folder):
         monkeypatch.setattr(lease, "_machine", lambda: machine)
-        with pytest.raises(files.Locked):
-            with files.lock(folder):
+        with pytest.raises(lease.Locked):
+            with lock_folder(folder):
                 pass
     left_behind(folder, machine="another")
     began, entered = time.monotonic(), []
 
     def contend(_: int) -> None:
         try:
-            with files.lock(folder):
+            with lock_folder(folder):
                 entered.append(time.monotonic() - began)
                 time.sleep(0.3)
-        except files.Locked:
+        except lease.Locked:
             pass
 
     with ThreadPoolExecutor(4) as pool:
@@ -350,16 +351,17 @@ def test_another_machine_is_believed_as_long_as_it_renews(store, fast, monkeypat
 def test_a_holder_that_was_frozen_ends_before_it_writes(store):
     code = """
 import sys, time
-from proreflow_jax.runtime import files, lease, storage
+from proreflow_jax.storage import lease, paths
+from proreflow_jax.storage.lock import lock_folder
 lease.BEAT_S = 0.2
-with files.lock(storage.path("gs://bucket/run")):
+with lock_folder(paths.parse_path("gs://bucket/run")):
     print("held", flush=True)
     time.sleep(60)
 """
     held = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert held.stdout.readline() == "held\n"
     held.send_signal(signal.SIGSTOP)
-    left_behind(storage.path("gs://bucket/run"))
+    left_behind(paths.parse_path("gs://bucket/run"))
     held.send_signal(signal.SIGCONT)
     _, said = held.communicate(timeout=60)
     assert held.returncode == lease.LOST and "was taken over" in said
@@ -381,7 +383,7 @@ def log_steps(folder: object, first: int, last: int, killed: bool = False) -> No
 
 
 def test_metrics_of_a_killed_run_have_no_gap(store, tmp_path):
-    folder = storage.path("gs://bucket/run")
+    folder = paths.parse_path("gs://bucket/run")
     log_steps(tmp_path / "whole", 0, 12)
     log_steps(folder, 0, 9, killed=True)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
@@ -394,14 +396,14 @@ STATE = {"a": jnp.arange(5000.0), "b": jnp.ones((3, 4), jnp.bfloat16)}
 TARGET = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
 
 
-def saved(folder: objects.ObjectPath, *steps: int) -> None:
+def saved(folder: gcs.ObjectPath, *steps: int) -> None:
     with Checkpoints(folder, keep=2) as checkpoints:
         for step in steps:
             checkpoints.save(step, {name: value + step for name, value in STATE.items()}, {"position": step})
         checkpoints.finish(steps[-1])
 
 
-def restored(folder: objects.ObjectPath) -> int:
+def restored(folder: gcs.ObjectPath) -> int:
     """The step that is taken; its values are right."""
     with Checkpoints(folder, read_only=True) as checkpoints:
         found = checkpoints.restore(None, TARGET)
@@ -411,7 +413,7 @@ def restored(folder: objects.ObjectPath) -> int:
 
 
 def test_checkpoints_in_a_store_are_never_wrong(store):
-    folder = storage.path("gs://bucket/run/checkpoints")
+    folder = paths.parse_path("gs://bucket/run/checkpoints")
     saved(folder, 1, 2, 3)
     assert {name.split("/")[2] for name in store.names("gs://bucket/run/checkpoints/")} == {"2", "3"}
     assert restored(folder) == 3
@@ -424,7 +426,7 @@ def test_checkpoints_in_a_store_are_never_wrong(store):
 
 
 def test_a_save_that_was_not_committed_is_not_taken_and_can_be_made_again(store):
-    folder = storage.path("gs://bucket/run/checkpoints")
+    folder = paths.parse_path("gs://bucket/run/checkpoints")
     saved(folder, 1, 2)
     store.buckets["bucket"].delete("run/checkpoints/2/commit_success.txt", {})  # as a kill before the commit leaves it
     assert restored(folder) == 1
@@ -433,7 +435,7 @@ def test_a_save_that_was_not_committed_is_not_taken_and_can_be_made_again(store)
 
 
 def test_a_store_that_refuses_says_nothing_about_the_bytes(store):
-    folder = storage.path("gs://bucket/run/checkpoints")
+    folder = paths.parse_path("gs://bucket/run/checkpoints")
     saved(folder, 1, 2)
     with Checkpoints(folder) as checkpoints:
         store.broken = 403
@@ -458,10 +460,10 @@ def test_a_store_that_refuses_says_nothing_about_the_bytes(store):
     ],
 )
 def test_trouble_is_told_from_damage(error, trouble):
-    assert objects.is_trouble(error) is trouble
+    assert gcs.is_trouble(error) is trouble
 
 
 def test_threads_of_a_lease_end_with_it(store, fast):
-    with files.lock(storage.path("gs://bucket/run")):
+    with lock_folder(paths.parse_path("gs://bucket/run")):
         assert any(thread.name == "lease" for thread in threading.enumerate())
     assert not any(thread.name == "lease" for thread in threading.enumerate())

@@ -9,7 +9,6 @@ import fnmatch
 import functools
 import io
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 SCHEME = "gs://"
-URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 EXTRA = "pip install 'proreflow_jax[gcs]'"
 RIGHTS = "roles/storage.objectUser and storage.buckets.get"
 QUICK_S = 20.0  # a first look at a bucket gives up after so long; work under way is tried again for two minutes
@@ -169,20 +166,6 @@ class ObjectPath:
 
     def _prefix(self) -> str:
         return f"{self.key}/" if self.key else ""
-
-
-def path(text: str | os.PathLike | ObjectPath, flag: str = "--config.root") -> Path | ObjectPath:
-    """A path as a Path, or gs://bucket/name as an ObjectPath. Raises ValueError for any other url or a malformed name."""
-    found = URL.match(str(text))
-    if not found:
-        return Path(text)
-    if found[1] != SCHEME[:-3]:
-        raise ValueError(f"{flag}={text} must be a local or mounted path or {SCHEME}bucket/folder: {found[1]}:// is not known")
-    bucket, _, key = found[2].partition("/")
-    key = key.strip("/")
-    if not BUCKET.fullmatch(bucket) or not key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise ValueError(f"{flag}={text} must be {SCHEME}bucket/folder: a bucket's name and plain names below it")
-    return ObjectPath(bucket, key)
 
 
 def check_bucket(path: ObjectPath, write: bool) -> None:

@@ -14,35 +14,14 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from proreflow_jax.runtime.files import WRITING
-from proreflow_jax.runtime.lease import LOCK
-from proreflow_jax.runtime.objects import Listed, ObjectPath, check_bucket, path
-
-__all__ = ["Location", "check", "local_copy", "local_only", "path"]
+from proreflow_jax.storage.atomic import WRITING
+from proreflow_jax.storage.gcs import Listed, ObjectPath
+from proreflow_jax.storage.lease import LOCK
+from proreflow_jax.storage.paths import Location, check_reachable
 
 log = logging.getLogger(__name__)
-Location = Path | ObjectPath
 CACHE = "PROREFLOW_CACHE"  # environment variable: the folder for copies
 STREAMS = 8  # objects read at once
-
-
-def local_only(text: str | os.PathLike, flag: str) -> Path:
-    """The path of what is written or read on this machine alone. Raises ValueError for a url."""
-    if isinstance(found := path(text, flag), Path):
-        return found
-    raise ValueError(f"{flag}={text} must be a folder of this machine: this job works on local and mounted folders only")
-
-
-def check(location: Location, write: bool = True) -> None:
-    """Looks at the bucket of a path. Raises ValueError or FileNotFoundError, one line, if it cannot be used; local: nothing."""
-    if isinstance(location, Path):
-        return
-    try:
-        check_bucket(location, write)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(str(error)) from None
 
 
 def local_copy(location: Location, flag: str = "") -> Path:
@@ -53,7 +32,7 @@ def local_copy(location: Location, flag: str = "") -> Path:
     """
     if isinstance(location, Path):
         return location
-    check(location, write=False)
+    check_reachable(location, write=False)
     listed = _listed(location, flag)
     facts = [[item.name, item.size, item.generation] for item in listed]
     digest = hashlib.sha256(json.dumps([str(location), facts]).encode()).hexdigest()[:32]

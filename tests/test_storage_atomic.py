@@ -9,31 +9,31 @@ from pathlib import Path
 
 import pytest
 
-from proreflow_jax.runtime import files
-from proreflow_jax.runtime.processes import lock
+from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.storage import atomic, paths
 
 
 def test_json_round_trip_is_sorted_and_leaves_nothing_beside(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    files.write_json(path, {"b": 1, "a": [1.5, None, "ü"]})
-    assert files.read_json(path) == {"a": [1.5, None, "ü"], "b": 1}
+    atomic.write_json(path, {"b": 1, "a": [1.5, None, "ü"]})
+    assert atomic.read_json(path) == {"a": [1.5, None, "ü"], "b": 1}
     assert path.read_text().index('"a"') < path.read_text().index('"b"')
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
-    files.write_json(path, 1)
+    atomic.write_json(path, {"is": 1})
     with pytest.raises(TypeError):
-        files.write_json(path, {"not json": object()})
+        atomic.write_json(path, {"not json": object()})
 
     def fail(handle: int) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        files.write_json(path, 2)
-    assert files.read_json(path) == 1
+        atomic.write_json(path, {"is": 2})
+    assert atomic.read_json(path) == {"is": 1}
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
@@ -42,26 +42,26 @@ def test_garbage_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"plan\.json is no valid JSON") as error:
-        files.read_json(path)
+        atomic.read_json(path)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
-        files.read_json(tmp_path / "nowhere.json")
+        atomic.read_json(tmp_path / "nowhere.json")
 
 
 def test_names() -> None:
     for name in ["a", "run-8.2_x", ".hidden", "a..b"]:
-        assert files.check_name(name) == name
+        assert paths.check_name(name) == name
     for name in ["", ".", "..", "a/b", "../a", "a b", "a\n", "ä", "a\0"]:
         with pytest.raises(ValueError, match="rename it"):
-            files.check_name(name)
+            paths.check_name(name)
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "export"
-    with files.atomic_folder(target) as folder:
+    with atomic.atomic_folder(target) as folder:
         (folder / "unet").mkdir()
         assert not target.exists()
     assert (target / "unet").is_dir()
@@ -74,7 +74,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, overwrite: bool) -> 
     if overwrite:
         target.mkdir()
         (target / "old").touch()
-    with pytest.raises(RuntimeError), files.atomic_folder(target, overwrite=overwrite) as folder:
+    with pytest.raises(RuntimeError), atomic.atomic_folder(target, overwrite=overwrite) as folder:
         (folder / "half").touch()
         raise RuntimeError("stop")
     assert os.listdir(tmp_path) == (["export"] if overwrite else [])
@@ -85,9 +85,9 @@ def test_an_existing_folder_is_replaced_only_if_asked(tmp_path: Path) -> None:
     target = tmp_path / "export"
     target.mkdir()
     (target / "old").touch()
-    with pytest.raises(ValueError, match="exists already.*--overwrite"), files.atomic_folder(target):
+    with pytest.raises(ValueError, match="exists already.*--overwrite"), atomic.atomic_folder(target):
         raise AssertionError("the block must not run")
-    with files.atomic_folder(target, overwrite=True) as folder:
+    with atomic.atomic_folder(target, overwrite=True) as folder:
         (folder / "new").touch()
     assert os.listdir(target) == ["new"]
     assert os.listdir(tmp_path) == ["export"]
@@ -95,8 +95,8 @@ def test_an_existing_folder_is_replaced_only_if_asked(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
-from proreflow_jax.runtime.files import lock
-with lock(sys.argv[1]):
+from proreflow_jax.storage.lock import lock_folder
+with lock_folder(sys.argv[1]):
     print("held", flush=True)
     input()
 """
@@ -107,19 +107,19 @@ def test_the_second_writer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError) as error, lock(tmp_path / "run"):
+        with pytest.raises(ValueError) as error, job_lock(tmp_path / "run"):
             raise AssertionError("the block must not run")
         assert str(tmp_path / "run") in str(error.value) and f"process {holder.pid}:" in str(error.value)
         holder.kill()
-    with lock(tmp_path / "run"):  # the kernel freed it
+    with job_lock(tmp_path / "run"):  # the kernel freed it
         assert int((tmp_path / "run" / ".lock").read_text()) == os.getpid()
-    with lock(tmp_path / "run"):
+    with job_lock(tmp_path / "run"):
         pass
 
 
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    files.write_json(path, ["x" * 1] * 10)
+    atomic.write_json(path, ["x" * 1] * 10)
     context = multiprocessing.get_context("spawn")
     writer = context.Process(target=_write_many, args=(str(path),))
     writer.start()
@@ -132,22 +132,82 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 
 def _write_many(path: str) -> None:
     for count in [10, 10_000] * 20:
-        files.write_json(path, ["x"] * count)
+        atomic.write_json(path, ["x"] * count)
 
 
-def test_what_a_killed_writer_left_is_swept_and_a_living_writers_folder_is_not(tmp_path: Path) -> None:
-    code = f"""
-import os, signal
-from proreflow_jax.runtime.files import atomic_folder
-with atomic_folder({str(tmp_path / "out")!r}) as draft:
+DRAFTING = """
+import os, signal, sys
+from pathlib import Path
+from proreflow_jax.storage.atomic import atomic_folder
+with atomic_folder(sys.argv[1]) as draft:
     (draft / "half").write_text("x")
-    os.kill(os.getpid(), signal.SIGKILL)
+    print("drafting", flush=True)
+    input()
 """
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
-    assert len(list(tmp_path.iterdir())) == 1
-    with files.atomic_folder(tmp_path / "out") as first:
-        assert list(tmp_path.iterdir()) == [first]
-        with files.atomic_folder(tmp_path / "out"):
-            assert first.is_dir()
-        (tmp_path / "out").rmdir()
+
+
+def start(code: str, folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+
+
+def test_a_dead_writers_draft_is_cleared_and_a_living_writers_is_not(tmp_path: Path) -> None:
+    with start(DRAFTING, tmp_path / "out") as writer:
+        assert writer.stdout.readline() == b"drafting\n"
+        (draft,) = tmp_path.iterdir()
+        with atomic.atomic_folder(tmp_path / "out"):
+            assert (draft / "half").is_file()
+        writer.kill()
+    assert draft.is_dir()
+    with atomic.atomic_folder(tmp_path / "out", overwrite=True):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from proreflow_jax.storage.atomic import atomic_folder
+rename, count = os.rename, int(sys.argv[1].rpartition("-")[2])
+def counted(old, new):
+    global count
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count -= 1
+    rename(old, new)
+os.rename = counted
+with atomic_folder(sys.argv[1], overwrite=True) as draft:
+    (draft / "new").touch()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("renames", "left"), [(0, "old"), (1, "old"), (2, "new")])
+def test_a_kill_between_the_renames_loses_neither_folder_for_good(tmp_path: Path, renames: int, left: str) -> None:
+    target = tmp_path / f"export-{renames}"
+    target.mkdir()
+    (target / "old").touch()
+    with start(KILLED, target) as writer:
+        writer.wait(60)
+    atomic.recover(target)
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert os.listdir(target) == [left]
+
+
+def test_a_folder_that_can_not_be_put_back_stays_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = tmp_path / "export", os.rename
+    target.mkdir()
+    (target / "old").touch()
+
+    def once(old: str, new: str) -> None:
+        if Path(old) != target:
+            raise OSError("the disk is gone")
+        rename(old, new)
+
+    with pytest.raises(OSError), atomic.atomic_folder(target, overwrite=True):
+        monkeypatch.setattr(os, "rename", once)
+    monkeypatch.undo()
+    atomic.recover(target)
+    assert os.listdir(target) == ["old"] and os.listdir(tmp_path) == ["export"]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from proreflow_jax.runtime.objects import ObjectPath
+from proreflow_jax.storage.gcs import ObjectPath
 
 log = logging.getLogger(__name__)
 BEAT_S, EXPIRY_S, LOOK_S = 10.0, 30.0, 1.0

@@ -1,0 +1,216 @@
+"""Files and folders that are whole or absent: the one writer of the package.
+
+A draft lies beside its destination under a name that tells its writer, `.tmp.<process>.<machine>.<name>`. The draft is synced
+and renamed: a rename within one file system is the only write that a kill cannot cut in half. A later start
+can tell a dead writer's remains from the work of a process that runs beside it.
+
+In an object store a put is whole by itself; a folder there carries the mark WRITING while it is filled.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from proreflow_jax.storage import lease, paths
+from proreflow_jax.storage.files import one_line
+from proreflow_jax.storage.gcs import ObjectPath
+from proreflow_jax.storage.paths import Location
+
+WRITING = ".writing"  # in an object store's folder that is not finished
+STALE_S = 3600.0  # seconds without a write after which another machine's draft is nobody's
+JSON_LIMIT = 16 << 20  # bytes; no metadata file of ours or of tfds comes near the limit
+DRAFT, ASIDE = "tmp", "old"  # kinds of names beside a destination: what will replace it, what is being replaced
+
+
+def read_json(path: str | Location) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileNotFoundError, or ValueError in one line if the file holds anything else."""
+    path = paths.parse_path(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(JSON_LIMIT + 1)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: run the job that writes it first") from None
+    if len(text) > JSON_LIMIT:
+        raise ValueError(f"{path} is longer than {JSON_LIMIT} bytes, too long for metadata")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} is no valid JSON ({one_line(error)}): delete it and run the job that writes it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object belongs: delete it and run its job")
+    return value
+
+
+def write_json(path: str | Location, value: Any, replace: bool = True) -> None:
+    """Writes a value as JSON with sorted keys; readers see the old file or the new one, also after a power cut.
+
+    With replace=False a file that is there already stays as it is.
+    """
+    path, text = paths.parse_path(path), json.dumps(value, indent=2, sort_keys=True) + "\n"
+    if isinstance(path, ObjectPath):
+        with suppress(FileExistsError):
+            path.put(text.encode(), replace)
+        return
+    with drafted(path, replace) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
+    """A local file's name to write to, which becomes `path` when the block ends well; else nothing is left of it.
+
+    With replace=False a file that is there already stays as it is.
+    """
+    path = paths.parse_path(path)
+    if isinstance(path, ObjectPath):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            path.upload(Path(folder) / path.name)
+        return
+    draft = temporary(path)
+    try:
+        yield draft
+        sync(draft)
+        os.replace(draft, path) if replace else _place_first(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def atomic_folder(path: str | Location, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """An empty local folder that becomes `path` when the block ends well, and vanishes when the block fails.
+
+    With `overwrite` an existing `path` is moved aside, and removed after the new one stands in its place. Remains of a killed
+    process are cleared first; a folder that the process had moved aside and not replaced is put back. Raises ValueError if
+    `path` exists and `overwrite` is not set. In an object store the folder is uploaded at the end (the old one is gone before
+    the new one is whole).
+    """
+    path = paths.parse_path(path)
+    if isinstance(path, ObjectPath):
+        _check_free(path, overwrite or (path / WRITING).is_file())
+        return _uploaded_folder(path)
+    recover(path)
+    _check_free(path, overwrite)
+    return _renamed_folder(path)
+
+
+def _check_free(path: Location, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already: choose another folder, remove it, or pass --overwrite")
+
+
+@contextmanager
+def _uploaded_folder(path: ObjectPath) -> Iterator[Path]:
+    """The folder's objects are those of the block, or it carries the mark WRITING, or nothing was changed."""
+    with lease.hold(path), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        (path / WRITING).write_text("")
+        for old in path.objects():
+            if old.name not in (WRITING, lease.LOCK):
+                (path / old.name).unlink(missing_ok=True)
+        for file in sorted(file for file in Path(folder).rglob("*") if file.is_file()):
+            (path / file.relative_to(folder).as_posix()).upload(file)
+        (path / WRITING).unlink()
+
+
+@contextmanager
+def _renamed_folder(path: Path) -> Iterator[Path]:
+    draft = temporary(path)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for file in draft.rglob("*"):
+            sync(file)
+        _swap(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sync(path.parent)
+
+
+def _swap(draft: Path, path: Path) -> None:
+    """Puts the draft in the place of `path`. The old folder is deleted only once the new one stands; see `recover`."""
+    old = temporary(path, ASIDE)
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(draft, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Clears what killed writers of a folder left beside it; one that was moved aside and not replaced is put back."""
+    for old in stale_temporaries(path.parent, path.name, ASIDE):
+        shutil.rmtree(old) if path.exists() else os.rename(old, path)
+    for draft in stale_temporaries(path.parent, path.name):
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary(path: Path, kind: str = DRAFT) -> Path:
+    """The name under which this process drafts `path` (DRAFT), or moves it aside (ASIDE)."""
+    return path.with_name(f".{kind}.{os.getpid()}.{_machine()}.{path.name}")
+
+
+def stale_temporaries(folder: Path, name: str = "*", kind: str = DRAFT) -> list[Path]:
+    """The temporaries in a folder, of files or folders called `name` ("*": all), whose writers are gone; sorted.
+
+    Of this machine: those of processes that no longer run, and of this one's own id (so ask before writing). Of other
+    machines: those without a write for STALE_S seconds.
+    """
+    form = re.compile(rf"\.{kind}\.(\d+)\.([A-Za-z0-9-]+)\.({'.+' if name == '*' else re.escape(name)})")
+    matches = [(path, form.fullmatch(path.name)) for path in sorted(folder.glob(f".{kind}.*"))]
+    return [path for path, match in matches if match and _is_stale(path, int(match[1]), match[2])]
+
+
+def _place_first(draft: Path, path: Path) -> None:
+    """Gives the draft its name unless another process came first. Without hard links it renames: the last one wins."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        os.replace(draft, path)
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname()) or "machine"
+
+
+def _is_stale(path: Path, process: int, machine: str) -> bool:
+    if machine == _machine():
+        return process == os.getpid() or not _runs(process)
+    try:
+        newest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
+    except FileNotFoundError:  # its writer has just renamed it
+        return False
+    return time.time() - newest > STALE_S
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
