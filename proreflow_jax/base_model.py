@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax.checks import check_choice
-from proreflow_jax.models import pipeline, sources
-from proreflow_jax.models.kernels import Compute
-from proreflow_jax.models.weights import Shapes
+from proreflow_jax.models.compute import Compute
+from proreflow_jax.pretrained import hub, pipeline, sources
+from proreflow_jax.pretrained.weights import Shapes
 from proreflow_jax.reflow.teacher import DIFFUSION
-from proreflow_jax.runtime import hub, mesh
+from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import local_copy, paths
 
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
@@ -50,8 +50,8 @@ def compute(config: ConfigDict, machine: Mesh) -> Compute:
 def load(
     config: ConfigDict, machine: Mesh, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]
 ) -> pipeline.Pipeline:
-    """Reads it, with the config's words on how it is read; `place`, and what is raised, as in `locate` and `pipeline.load`."""
-    return pipeline.load(locate(config), place, **_reading(config, machine))
+    """Reads the base model as the config says; `place`, and what is raised, as in `locate` and `load_pipeline`."""
+    return pipeline.load_pipeline(locate(config), place, **_reading(config, machine))
 
 
 def outline(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:

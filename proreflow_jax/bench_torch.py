@@ -19,8 +19,8 @@ from proreflow_jax import stand_ins
 from proreflow_jax.changes import changed
 from proreflow_jax.experiment import Experiment, open_outline
 from proreflow_jax.measuring import spread, work
-from proreflow_jax.models import weights
 from proreflow_jax.models.network import cast
+from proreflow_jax.pretrained import weights
 from proreflow_jax.runtime import chips, flops, mesh
 
 try:

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from proreflow_jax.data import shards, sources
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow.prediction import JUMPS, check_reading
-from proreflow_jax.models.kernels import FORMS, POLICIES
+from proreflow_jax.models.attention_kernels import FORMS
+from proreflow_jax.models.compute import POLICIES
 from proreflow_jax.reflow.pairs import STARTS
 from proreflow_jax.runtime import mesh, optimizer, trace
 

@@ -13,8 +13,8 @@ from proreflow_jax.checks import RULES, check_choice, check_config, check_resolu
 from proreflow_jax.data import sources
 from proreflow_jax.data.loader import Source
 from proreflow_jax.flow.schedule import from_config
-from proreflow_jax.models import adapter, pipeline
 from proreflow_jax.models.network import Params
+from proreflow_jax.pretrained import lora_factors, pipeline
 from proreflow_jax.reflow import stages
 from proreflow_jax.reflow.pairs import Frozen, Networks, PairRecipe, check_steps
 from proreflow_jax.reflow.stages import DONE, Stage
@@ -185,17 +185,17 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
 def trained_shapes(experiment: Experiment) -> Mapping[str, jax.ShapeDtypeStruct]:
     """What a stage trains: all weights of the UNet, or low-rank factors. Raises ValueError for a regex without a layer."""
     l, shapes = experiment.config.student.lora, experiment.networks.unet.shapes
-    return adapter.shapes(shapes, l.layers, l.rank) if l.rank else shapes
+    return lora_factors.shapes(shapes, l.layers, l.rank) if l.rank else shapes
 
 
 def lora_scale(config: ConfigDict) -> float:
     """What the factors' product counts."""
-    return adapter.scale_of(config.student.lora.rank, config.student.lora.alpha)
+    return lora_factors.scale_of(config.student.lora.rank, config.student.lora.alpha)
 
 
 def whole_weights(trained: Params, base: Params, *, config: ConfigDict) -> Params:
     """What is trained -> the UNet's weights: the one function in front of `apply` that makes a student a LoRA."""
-    return adapter.add(base, trained, lora_scale(config)) if config.student.lora.rank else trained
+    return lora_factors.add(base, trained, lora_scale(config)) if config.student.lora.rank else trained
 
 
 def parent_stage(experiment: Experiment, stage: Stage) -> Stage | None:
@@ -224,7 +224,7 @@ def fresh_state(experiment: Experiment, parent: Weights) -> TrainState:
     l, start = experiment.config.student.lora, parent.params
     if l.rank:
         key = jax.random.key(experiment.config.seed)
-        start = parent.factors or adapter.init(experiment.networks.unet.shapes, l.layers, l.rank, key)
+        start = parent.factors or lora_factors.init(experiment.networks.unet.shapes, l.layers, l.rank, key)
     init = lambda p: init_state(p, make_optimizer(experiment.config), experiment.config.train.ema > 0)
     return jax.jit(init, out_shardings=state_places(experiment))(start)
 

@@ -22,8 +22,9 @@ from proreflow_jax.card import CARD, PAGE, Format, make_card, page
 from proreflow_jax.checks import STORAGE, check_export
 from proreflow_jax.experiment import Experiment, Weights, load_weights, lora_scale, open_experiment
 from proreflow_jax.flow.prediction import JUMPS
-from proreflow_jax.models import adapter, lora, original, weights
-from proreflow_jax.models.sources import INDEX, Source
+from proreflow_jax.pretrained import lora_factors, lora_file, weights
+from proreflow_jax.pretrained.single_file import to_original
+from proreflow_jax.pretrained.sources import INDEX, Source
 from proreflow_jax.reflow.stages import Stage, find_stage
 from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
@@ -202,17 +203,17 @@ def _single_tensors(
     if wanted.form == "single-file":
         return _as(single_file(experiment, student), wanted.dtype), {}
     if wanted.form == "lora" and trained.factors:  # it is one already
-        factors = adapter.to_lora(trained.factors, lora_scale(experiment.config))
-        return lora.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
-    change = lora.delta(student, base.source.tensors("unet"))
+        factors = lora_factors.to_lora(trained.factors, lora_scale(experiment.config))
+        return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
+    change = lora_file.delta(student, base.source.tensors("unet"))
     if wanted.form == "delta":
         return _as(change, wanted.dtype), {}
-    factors, report = lora.decompose(change, wanted.rank, sorted({*RANKS, wanted.rank}))
+    factors, report = lora_file.decompose(change, wanted.rank, sorted({*RANKS, wanted.rank}))
     for rank, energy, error in report["energies"]:
         mark = " <- written" if rank == wanted.rank else ""
         log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)
     log.info("biases and norms, which no LoRA carries, hold %.4f of the whole change's energy", report["left_out"]["energy"])
-    return lora.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": report}
+    return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": report}
 
 
 def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -227,7 +228,7 @@ def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[
     return marks | {
         name: tensor
         for part, tensors in parts.items()
-        for name, tensor in original.to_original(part, tensors, base.networks[part].config, base.source.family).items()
+        for name, tensor in to_original(part, tensors, base.networks[part].config, base.source.family).items()
     }
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from proreflow_jax import make_pairs, planning, train
 from proreflow_jax.data import loader, records
 from proreflow_jax.experiment import Experiment, open_source
-from proreflow_jax.models import tokenizer
-from proreflow_jax.models.sources import TEXT_ENCODERS
+from proreflow_jax.pretrained import tokenizer
+from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import local_copy
@@ -78,7 +78,7 @@ def _tokenizing(experiment: Experiment) -> Experiment:
     if not all(folder.is_dir() for folder in folders):
         log.warning("%s has no tokenizer: prompts are read, but not tokenized", base.source.folder)
         return experiment
-    return experiment._replace(base=base._replace(tokenizer=tokenizer.load(*folders)))
+    return experiment._replace(base=base._replace(tokenizer=tokenizer.load_tokenizer(*folders)))
 
 
 def _records(experiment: Experiment, stage: Stage, folder: Path) -> tuple[loader.Source, str]:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.data import records, sources
 from proreflow_jax.data.loader import Source
-from proreflow_jax.models.pipeline import Pipeline
+from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.runtime.checkpoint import digest, fold
 from proreflow_jax.runtime.processes import first
 from proreflow_jax.storage import local_copy, paths

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import base_model, cli
 from proreflow_jax.card import CARD, PAGE, page
 from proreflow_jax.export import FILES, write_folder
-from proreflow_jax.models import lora, weights
+from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.storage import atomic, local_copy, paths
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: boo
         raise FileNotFoundError(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
     base = base_model.locate(config)
     card, scheduler = atomic.read_json(source / CARD), atomic.read_json(source / "scheduler" / "scheduler_config.json")
-    merged = lora.merge(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)
+    merged = lora_file.merge(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)
     with atomic.atomic_folder(target, overwrite) as draft:
         write_folder(draft, base, merged, scheduler)
         dtype = str(next(iter(merged.values())).dtype)

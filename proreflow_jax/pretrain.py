@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from proreflow_jax import cli
 from proreflow_jax.data import captions, digits, loader
 from proreflow_jax.flow.schedule import make_schedule
-from proreflow_jax.models import base, tokenizer
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
+from proreflow_jax.pretrained import tokenizer, write_pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings, train_step
 from proreflow_jax.runtime import mesh, optimizer
@@ -54,7 +54,7 @@ def pretrain(config: ConfigDict, out: str) -> None:
     run = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
     with job_lock(run):
         images, texts = _images(config)
-        vae = make_vae(base.vae_config(config.vae, config.data.resolution))
+        vae = make_vae(write_pipeline.vae_config(config.vae, config.data.resolution))
         vae_params = _train_vae(config, vae, images, run / "vae")
         mean, std = _latents(vae, vae_params, images)
         scaling = float(1.0 / np.sqrt(mean.var() + (std**2).mean()))
@@ -62,16 +62,19 @@ def pretrain(config: ConfigDict, out: str) -> None:
 
         folder = run / "tokenizer"
         tokenizer.write(folder, *tokenizer.learn(sorted(set(texts)), config.text.merges), config.text.length)
-        prompts = tokenizer.load(folder)
-        sizes = base.text_config(config.text, tokenizer.size(folder))
-        text_encoder, unet = make_text_encoder(sizes), make_unet(base.unet_config(config.unet, config.text, mean.shape[1:]))
+        prompts = tokenizer.load_tokenizer(folder)
+        sizes = write_pipeline.text_config(config.text, tokenizer.size(folder))
+        text_encoder, unet = (
+            make_text_encoder(sizes),
+            make_unet(write_pipeline.unet_config(config.unet, config.text, mean.shape[1:])),
+        )
         rows = Rows({"mean": mean * scaling, "std": std * scaling, "ids": prompts.encode(texts)})
         params = _train_diffusion(config, unet, text_encoder, rows, prompts.encode([""])[0], run / "diffusion")
         trained = {"vae": vae_params, "unet": params[0], "text_encoder": params[1]}
         configs = {"vae": {**vae.config, "scaling_factor": scaling}, "unet": unet.config, "text_encoder": sizes}
-        scheduler = base.scheduler_config(config.schedule)
+        scheduler = write_pipeline.scheduler_config(config.schedule)
         with atomic.atomic_folder(out) as draft:
-            base.write_pipeline(draft, configs, trained, scheduler)
+            write_pipeline.write_pipeline(draft, configs, trained, scheduler)
             shutil.copytree(folder, draft / "tokenizer")
     log.info("wrote %s", out)
 

@@ -15,9 +15,9 @@ import numpy as np
 from proreflow_jax.card import CARD
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key
 from proreflow_jax.export import FILES
-from proreflow_jax.models import lora, weights
 from proreflow_jax.models.network import Params
-from proreflow_jax.models.sources import Source
+from proreflow_jax.pretrained import lora_file, weights
+from proreflow_jax.pretrained.sources import Source
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.reflow.teacher import text_context
@@ -74,8 +74,8 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
 def _with_lora(experiment: Experiment, folder: Path) -> Params:
     """The base model's UNet with the LoRA of a folder, in our layout."""
     base = experiment.base.source.tensors("unet")
-    factors = lora.from_kohya(weights.Tensors([folder / FILES["lora"]]), base)
-    return weights.from_torch(lora.apply_factors(base, factors), experiment.networks.unet.shapes, str(folder))
+    factors = lora_file.from_kohya(weights.Tensors([folder / FILES["lora"]]), base)
+    return weights.from_torch(lora_file.apply_factors(base, factors), experiment.networks.unet.shapes, str(folder))
 
 
 def _prompts(experiment: Experiment) -> list[str]:

@@ -30,7 +30,7 @@ from transformers import (
 )
 from verb import PROMPTS
 
-from proreflow_jax.models import tokenizer
+from proreflow_jax.pretrained import tokenizer
 
 SIDE, LATENT, LENGTH = 8, (4, 4, 4), 8
 FAMILIES = ("v1", "v2", "xl")

@@ -248,7 +248,7 @@ def run_ours(case: Case, folder: Path) -> dict[str, Any]:
     """Compares ours in float32 with the reference, then ours in bfloat16 with ours in float32; weights lie once in memory."""
     import jax.numpy as jnp
 
-    from proreflow_jax.models import weights
+    from proreflow_jax.pretrained import weights
 
     start = time.perf_counter()
     ours, outputs = our_network(case)
@@ -282,7 +282,8 @@ def run_write(case: Case, folder: Path) -> dict[str, Any]:
 
 def run_load(case: Case, folder: Path) -> dict[str, Any]:
     """Reads them as the verbs do; memory is the peak above what the process held before."""
-    from proreflow_jax.models import network, weights
+    from proreflow_jax.models import network
+    from proreflow_jax.pretrained import weights
 
     ours = network.make_unet(weights.read_config(folder))
     before, start = memory("VmRSS"), time.perf_counter()

@@ -9,8 +9,9 @@ from PIL import Image
 from tiny import CAPTIONS, random_params
 
 from proreflow_jax.evaluation import clip_score
-from proreflow_jax.models import clip_image, tokenizer, weights
+from proreflow_jax.models import clip_image
 from proreflow_jax.models.network import Network, make_text_encoder
+from proreflow_jax.pretrained import tokenizer, weights
 
 COUNT, SIDE, WIDTH, LENGTH = 24, 8, 12, 40
 SIZES = [(20, 33), (31, 17), (24, 24)]  # of the real pictures, (h, w)

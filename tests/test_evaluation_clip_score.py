@@ -13,7 +13,8 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from proreflow_jax.evaluation import clip_score, moments
-from proreflow_jax.models import clip_image, network, weights
+from proreflow_jax.models import clip_image, network
+from proreflow_jax.pretrained import weights
 
 TEXT = dict(
     vocab_size=60,

@@ -16,7 +16,7 @@ from configs.sd15 import get_config as sd15
 from configs.sdxl import get_config as sdxl
 from proreflow_jax import changes, estimates
 from proreflow_jax.models import network
-from proreflow_jax.models.kernels import Compute
+from proreflow_jax.models.compute import Compute
 from proreflow_jax.runtime import aot, chips, hlo
 
 pytest.importorskip("libtpu")

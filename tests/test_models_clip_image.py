@@ -11,8 +11,9 @@ from full_size import QUICK, Drawn, errors, fill, normal, timed
 from torch_reference import draw, quick_jit, randomise, same, tensors, to_jax
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from proreflow_jax.models import network, weights
+from proreflow_jax.models import network
 from proreflow_jax.models.clip_image import make_image_encoder
+from proreflow_jax.pretrained import weights
 
 SMALL = dict(
     hidden_size=12,

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch_reference import quick_jit, same, tensors
 
-from proreflow_jax.models import inception, weights
+from proreflow_jax.evaluation import judges
+from proreflow_jax.models import inception
+from proreflow_jax.pretrained import weights
 
 PICTURES = [(40, 33), (310, 412)]  # below and above 299
 
@@ -83,7 +85,7 @@ def params(reference, tmp_path_factory):
     """The same weights, through a file as it is published (with torch's counters) and our reader."""
     path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
     weights.save_tensors(path, {name: np.ascontiguousarray(value) for name, value in tensors(reference).items()})
-    return inception.read(path)
+    return judges.read(path)
 
 
 def ours(params, images, resize, methods=("__call__",)):
@@ -179,7 +181,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(params, tmp_path):
     weights.save_tensors(path, torch_named)
     for expected in ([lost, short, odd, inception.NAME], ["not a readable safetensors file"]):
         with pytest.raises(ValueError, match=r"or name another --config\.evaluate\.inception$") as error:
-            inception.read(path)
+            judges.read(path)
         text = str(error.value)
         assert all(part in text for part in [str(path), *expected])
         assert "\n" not in text and "config.json" not in text and "--config.model" not in text

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch_reference import draw, error, quick_jit, randomise, same, tensors, to_jax
 
-from proreflow_jax.models import network, unet, weights
+from proreflow_jax.models import network, unet
+from proreflow_jax.pretrained import weights
 
 BLOCKS = dict(
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 from torch_reference import draw, quick_jit, randomise, same, tensors, to_jax
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from proreflow_jax.models import network, weights
+from proreflow_jax.models import network
+from proreflow_jax.pretrained import weights
 
 VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 2,

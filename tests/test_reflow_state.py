@@ -10,8 +10,8 @@ import tiny
 from jax.sharding import PartitionSpec
 from tiny import quick_jit
 
-from proreflow_jax.models import base
 from proreflow_jax.models.network import make_unet
+from proreflow_jax.pretrained import write_pipeline
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.state import averaged, init_state, state_shardings, train_step
 from proreflow_jax.reflow.step import LossRecipe, draw_examples, reflow_loss
@@ -205,7 +205,7 @@ def real_model():
         "down_block_types": ("CrossAttnDownBlock2D",),
         "up_block_types": ("CrossAttnUpBlock2D",),
     }
-    networks = TOYS._replace(unet=make_unet(base.unet_config(tiny.UNET | blocks, tiny.TEXT, tiny.LATENT)))
+    networks = TOYS._replace(unet=make_unet(write_pipeline.unet_config(tiny.UNET | blocks, tiny.TEXT, tiny.LATENT)))
     teacher, student = (jax.tree.map(jnp.asarray, tiny.random_params(networks.unet.shapes, seed)) for seed in (0, 1))
     return networks, FROZEN._replace(teacher=teacher), student
 

@@ -27,12 +27,11 @@ diffusers = pytest.importorskip("diffusers")
 import families  # noqa: E402
 
 from configs import digits  # noqa: E402
-from proreflow_jax import replay  # noqa: E402
+from proreflow_jax import export, replay  # noqa: E402
 from proreflow_jax.checks import field_value  # noqa: E402
 from proreflow_jax.experiment import Experiment, load_weights, open_experiment  # noqa: E402
-from proreflow_jax.export import UNET_FILE, single_file  # noqa: E402
 from proreflow_jax.flow import solvers, windows  # noqa: E402
-from proreflow_jax.models import original, sources  # noqa: E402
+from proreflow_jax.pretrained import single_file, sources  # noqa: E402
 from proreflow_jax.reflow import sampler  # noqa: E402
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context  # noqa: E402
 from proreflow_jax.runtime import mesh  # noqa: E402
@@ -165,7 +164,7 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
     check_forms(exported, "xl", ("diffusers",), ("single-file",))
     ours, folder = exported("xl")
     assert contents(folder) == contents(ours.model)
-    assert distance(ours.model / UNET_FILE, folder / UNET_FILE) > 0.01
+    assert distance(ours.model / export.UNET_FILE, folder / export.UNET_FILE) > 0.01
     index = read_json(folder / "model_index.json")
     assert index == read_json(ours.model / "model_index.json") | {"scheduler": ["diffusers", "DDIMScheduler"]}
 
@@ -175,7 +174,7 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
 )
 def test_only_an_sdxl_that_predicts_v_carries_the_mark_that_uis_know_it_by(family, kind, marks):
     base = SimpleNamespace(source=SimpleNamespace(family=family), params={}, networks={})
-    assert set(single_file(SimpleNamespace(base=base, flow=Flow(kind)), {})) == marks
+    assert set(export.single_file(SimpleNamespace(base=base, flow=Flow(kind)), {})) == marks
 
 
 @pytest.mark.slow
@@ -197,7 +196,7 @@ def test_a_delta_on_its_own_base_is_the_student(exported, tmp_path, family):
     words = [f"--config={CONFIG}", f"--config.model.path={ours.model}", f"--delta={delta}", f"--out={merged}"]
     ended = run("merge", *words)
     assert ended.code == 0, ended.err
-    assert distance(folder / UNET_FILE, merged / UNET_FILE) <= 1e-6
+    assert distance(folder / export.UNET_FILE, merged / export.UNET_FILE) <= 1e-6
     assert contents(merged) == contents(ours.model)
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert read_json(merged / name) == read_json(folder / name)
@@ -234,7 +233,7 @@ def test_the_guidance_contract_travels_with_every_export(exported):
 def one_file(ours: Run, path: Path) -> Path:
     """The base model as UIs have it: one file of the original layout."""
     source = sources.open_folder(ours.model)
-    parts = [original.to_original(c, source.tensors(c), source.config(c), ours.family) for c in source.components]
+    parts = [single_file.to_original(c, source.tensors(c), source.config(c), ours.family) for c in source.components]
     save_file({name: tensor for part in parts for name, tensor in part.items()}, path)
     return path
 

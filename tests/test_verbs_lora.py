@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from verb import run, tiny_flags
 
 from proreflow_jax import replay
-from proreflow_jax.models import lora, weights
+from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.storage.atomic import read_json
 
 LAYERS = r"attn\d\.to_(q|k|v)\.weight$|conv1\.weight$"
@@ -40,10 +40,10 @@ def test_the_lora_is_what_was_trained_and_gives_the_whole_student(chain, model, 
     folder = written(chain, model, "diffusers", tmp_path / "folder")
     alone = written(chain, model, "lora", tmp_path / "lora")
     base, student = weights.read_tensors(model / "unet"), weights.read_tensors(folder / "unet")
-    factors = lora.from_kohya(load_file(alone / replay.FILES["lora"]), base)
+    factors = lora_file.from_kohya(load_file(alone / replay.FILES["lora"]), base)
     changed = {name for name in base if not np.array_equal(base[name], student[name])}
     assert changed == set(factors) and all(f.down.shape[0] == RANK for f in factors.values())
-    for name, value in lora.apply_factors(base, factors).items():
+    for name, value in lora_file.apply_factors(base, factors).items():
         np.testing.assert_allclose(value, student[name], rtol=1e-5, atol=1e-6)
     card = read_json(alone / "reflow.json")
     assert card["format"]["rank"] == RANK == card["settings"]["student.lora.rank"] and card["lora"]["layers"] == len(factors)

@@ -26,7 +26,8 @@ from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, fid, frechet, judges, moments, protocols
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights
 from proreflow_jax.flow import solvers, windows
-from proreflow_jax.models import inception, weights
+from proreflow_jax.models import inception
+from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow.stages import DONE, Stage, plan_stages
 from proreflow_jax.reflow.teacher import Flow, make_predict, make_step
 from proreflow_jax.runtime import mesh
@@ -288,7 +289,7 @@ def test_the_printed_command_makes_of_a_pth_what_our_reader_reads(tmp_path):
         scores._check_file("pt_inception.pth")
     command = str(caught.value).split("python -c ", 1)[1].rsplit(", and name", 1)[0]
     subprocess.run([sys.executable, "-c", command.strip('"')], cwd=tmp_path, check=True)
-    found = inception.read(tmp_path / "inception.safetensors")
+    found = judges.read(tmp_path / "inception.safetensors")
     assert found.keys() == shapes.keys()
     name = "Mixed_7c.branch1x1.conv.weight"
     np.testing.assert_array_equal(found[name].transpose(3, 2, 0, 1), tensors[name].numpy())

@@ -8,7 +8,7 @@ import pytest
 from fake_hub import TOKEN, FakeHub, connect
 from verb import run
 
-from proreflow_jax.runtime import hub
+from proreflow_jax.pretrained import hub
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 from verb import PROMPTS, keep_networks, run, tiny_flags
 
-from proreflow_jax.models import original, sources
+from proreflow_jax.pretrained import single_file, sources
 
 UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
 PATH, LIKE = "--config.model.path", "--config.model.like"
@@ -30,7 +30,7 @@ class Models(NamedTuple):
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tiny.write_model(tmp_path_factory.mktemp("whole") / "model")
     source, file = sources.open_folder(folder), folder.with_name("model.safetensors")
-    parts = [original.to_original(n, source.tensors(n), source.config(n), source.family) for n in source.components]
+    parts = [single_file.to_original(n, source.tensors(n), source.config(n), source.family) for n in source.components]
     save_file({name: value for part in parts for name, value in part.items()}, file)
     return Models(folder, file)
 
@@ -155,23 +155,23 @@ FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("one.safetensors", "not a readable", "download it again"),
     ),
     "a VAE": (
-        lambda p: change(p.parent, p.name, lambda t: [t.pop(n) for n in list(t) if not n.startswith(original.VAE)]),
+        lambda p: change(p.parent, p.name, lambda t: [t.pop(n) for n in list(t) if not n.startswith(single_file.VAE)]),
         (f"{PATH}=", "not a single file of SD 1.x", "UNet, VAE and text encoders"),
     ),
     "no VAE in it": (
-        lambda p: change(p.parent, p.name, lambda t: [t.pop(n) for n in list(t) if n.startswith(original.VAE)]),
+        lambda p: change(p.parent, p.name, lambda t: [t.pop(n) for n in list(t) if n.startswith(single_file.VAE)]),
         ("one.safetensors", "vae", "first_stage_model.", PATH),
     ),
     "missing tensor": (
-        lambda p: change(p.parent, p.name, lambda t: t.pop(f"{original.UNET}input_blocks.0.0.bias")),
+        lambda p: change(p.parent, p.name, lambda t: t.pop(f"{single_file.UNET}input_blocks.0.0.bias")),
         ("one.safetensors", "unet", "1 missing: conv_in.bias", PATH),
     ),
     "wrong shape": (
-        lambda p: change(p.parent, p.name, lambda t: t.update({f"{original.UNET}out.2.bias": np.zeros(9, np.float32)})),
+        lambda p: change(p.parent, p.name, lambda t: t.update({f"{single_file.UNET}out.2.bias": np.zeros(9, np.float32)})),
         ("one.safetensors", "unet", "conv_out.bias (9,) instead of (4,)", PATH),
     ),
     "a stray tensor": (
-        lambda p: change(p.parent, p.name, lambda t: t.update({f"{original.UNET}lora.up": np.zeros(9, np.float32)})),
+        lambda p: change(p.parent, p.name, lambda t: t.update({f"{single_file.UNET}lora.up": np.zeros(9, np.float32)})),
         ("one.safetensors", "left over", "lora.up", PATH),
     ),
 }

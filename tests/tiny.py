@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax.flow.schedule import from_config, make_schedule
-from proreflow_jax.models import base, pipeline, tokenizer
 from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
+from proreflow_jax.pretrained import pipeline, tokenizer, write_pipeline
 from proreflow_jax.reflow.pairs import Frozen, Networks
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -61,19 +61,19 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.write(folder / "tokenizer", *tokenizer.learn(CAPTIONS, 20), LENGTH)
     made = {
-        "unet": make_unet(base.unet_config(UNET, TEXT, LATENT)),
-        "vae": make_vae({**base.vae_config(VAE, RESOLUTION), "scaling_factor": 0.5}),
-        "text_encoder": make_text_encoder(base.text_config(TEXT, tokenizer.size(folder / "tokenizer"))),
+        "unet": make_unet(write_pipeline.unet_config(UNET, TEXT, LATENT)),
+        "vae": make_vae({**write_pipeline.vae_config(VAE, RESOLUTION), "scaling_factor": 0.5}),
+        "text_encoder": make_text_encoder(write_pipeline.text_config(TEXT, tokenizer.size(folder / "tokenizer"))),
     }
     params = {name: random_params(network.shapes, seed + i) for i, (name, network) in enumerate(made.items())}
     configs = {name: network.config for name, network in made.items()}
-    base.write_pipeline(folder, configs, params, base.scheduler_config(BETAS))
+    write_pipeline.write_pipeline(folder, configs, params, write_pipeline.scheduler_config(BETAS))
     return folder
 
 
 def load(folder: Path) -> tuple[pipeline.Pipeline, Networks]:
     """The folder as the verbs see it."""
-    model = pipeline.load(folder)
+    model = pipeline.load_pipeline(folder)
     return model, Networks(model.unet, model.condition, model.vae, from_config(model.scheduler), model.scaling)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from proreflow_jax.models import network, weights
+from proreflow_jax.models import network
+from proreflow_jax.pretrained import weights
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-4  # of ||ours - torch|| / ||torch|| in float32

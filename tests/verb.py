@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from configs.digits import get_config
 from proreflow_jax import changes
-from proreflow_jax.models import pipeline
-from proreflow_jax.models.kernels import Compute
+from proreflow_jax.models.compute import Compute
 from proreflow_jax.models.network import Network
+from proreflow_jax.pretrained import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "digits.py"

@@ -20,8 +20,9 @@ from PIL import Image
 
 from proreflow_jax.evaluation.moments import Moments, gaussian
 from proreflow_jax.flow import losses
-from proreflow_jax.models import clip_image, network, tokenizer, weights
+from proreflow_jax.models import clip_image, network
 from proreflow_jax.models.network import Network, Params
+from proreflow_jax.pretrained import tokenizer, weights
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images, red green blue; OpenCLIP took them over
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -122,7 +123,7 @@ def load(folder: Path) -> Clip:
 def read_tokenizer(folder: Path) -> tokenizer.PromptTokenizer:
     """The tokenizer beside the towers. Raises FileNotFoundError or ValueError, one line, where there is none."""
     with _of_clip():
-        return tokenizer.load(folder)
+        return tokenizer.load_tokenizer(folder)
 
 
 @contextmanager
@@ -175,7 +176,7 @@ def make_scores(
     """scores(params, images, ids): the CLIP score of every pair, (b,) in [0, 100], float32; pure, to be jitted.
 
     params: of both towers (`Clip.params`), in the dtype to compute in. images: from `prepare`. ids: of the network's own
-    tokenizer (`models.tokenizer`).
+    tokenizer (`pretrained.tokenizer`).
     """
 
     def scores(params: Params, images: Float[Array, "b h w 3"], ids: Int[Array, "b s"]) -> Float[Array, "b"]:

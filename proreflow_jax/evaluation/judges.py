@@ -14,8 +14,10 @@ from jaxtyping import Array, UInt8
 
 from proreflow_jax.evaluation import clip_score, fid
 from proreflow_jax.evaluation.protocols import Protocol
-from proreflow_jax.models import inception
+from proreflow_jax.models import inception, network
+from proreflow_jax.models.inception import MEND, NAME, UNUSED, make_inception
 from proreflow_jax.models.network import Network, Params
+from proreflow_jax.pretrained import weights
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.runtime.digest import digest, fold
 
@@ -42,7 +44,7 @@ class Judge(NamedTuple):
 
 def feature_network(path: Path, resize: str) -> tuple[Network, Params]:
     """FID's network and its weights. Raises ValueError, one line, for a file that is not it."""
-    return inception.make_inception(resize), inception.read(path)
+    return inception.make_inception(resize), read(path)
 
 
 def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, batch: int) -> Judge:
@@ -78,3 +80,17 @@ def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, ba
     digests = {name: fold(digest(part)) for name, part in params.items()}
     features = fid.make_features(apply, params, mesh, batch)
     return Judge(features, rows, widths, digests, loaded.name if loaded else "")
+
+
+def read(path: Path) -> network.Params:
+    """The network's parameters from a .safetensors file of the published weights, float32 on the host.
+
+    Raises ValueError, one line, when the file is unreadable or names, shapes or numbers do not fit.
+    """
+    try:
+        tensors = weights.Tensors([path])
+        kept = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
+        return weights.from_torch(kept, make_inception().shapes, str(path))
+    except ValueError as error:
+        text = str(error).removesuffix(weights.REPLACE).replace("its config.json", NAME)
+        raise ValueError(f"{text.removesuffix(': ')}: {MEND}") from None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from proreflow_jax.models import weights
+from proreflow_jax.pretrained import weights
 from proreflow_jax.storage import local_copy
 from proreflow_jax.storage.atomic import drafted
 

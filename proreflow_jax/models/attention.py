@@ -6,8 +6,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from proreflow_jax.models import kernels, layers
-from proreflow_jax.models.kernels import PLAIN, Compute
+from proreflow_jax.models import attention_kernels, layers
+from proreflow_jax.models.compute import ATTENTION, PLAIN, Compute, rerun
 
 
 def heads_attention(
@@ -20,8 +20,8 @@ def heads_attention(
 ) -> Float[Array, "b s c"]:
     """Softmax attention of already projected tensors; scores in float32, width c / heads per head. A mask needs "xla"."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    out = kernels.plain(q, k, v, form) if mask is None else jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return checkpoint_name(out.reshape(*q.shape[:2], -1), kernels.ATTENTION)
+    out = attention_kernels.plain(q, k, v, form) if mask is None else jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return checkpoint_name(out.reshape(*q.shape[:2], -1), ATTENTION)
 
 
 def padded_heads(linear: nnx.Linear, x: Float[Array, "b s c"], heads: int, scale: float = 1.0) -> Float[Array, "b h s l"]:
@@ -43,7 +43,7 @@ def _joined_heads(linear: nnx.Linear, x: Float[Array, "b h s l"], width: int) ->
 
 def _pad_lanes(x: Array) -> Array:
     width = x.shape[-1]
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, kernels.lanes(width) - width),))
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, attention_kernels.lanes(width) - width),))
 
 
 class Attention(nnx.Module):
@@ -73,11 +73,11 @@ class Attention(nnx.Module):
         source = h if context is None else context
         b, s, c = h.shape
         width = c // self.heads
-        form = kernels.choose(self.compute, s, source.shape[1], self.heads, width, b, h.dtype)
+        form = attention_kernels.choose(self.compute, s, source.shape[1], self.heads, width, b, h.dtype)
         if form == "splash":
             q = padded_heads(self.to_q, h, self.heads, width**-0.5)
             k, v = (padded_heads(linear, source, self.heads) for linear in (self.to_k, self.to_v))
-            return _joined_heads(self.to_out[0], kernels.splash(q, k, v, self.compute), width)
+            return _joined_heads(self.to_out[0], attention_kernels.splash(q, k, v, self.compute), width)
         return self.to_out[0](heads_attention(self.to_q(h), self.to_k(source), self.to_v(source), self.heads, form=form))
 
 
@@ -145,6 +145,6 @@ class Transformer2D(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b t d"]) -> Float[Array, "b h w c"]:
         h = self.proj_in(self.norm(x))  # a 1x1 convolution and a linear layer over channels are the same map
         h = h.reshape(x.shape[0], -1, x.shape[-1])
-        one = lambda block, h: kernels.rerun(self.remat, TransformerBlock.__call__, block, h, context)
+        one = lambda block, h: rerun(self.remat, TransformerBlock.__call__, block, h, context)
         h = self.repeat(self.transformer_blocks, one, h)
         return x + self.proj_out(h.reshape(x.shape))

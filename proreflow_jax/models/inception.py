@@ -7,7 +7,6 @@ takes an average. Everything is float32 at the highest precision: at a TPU's def
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from proreflow_jax.models import network, weights
+from proreflow_jax.models import network
 
 NAME = "inception-2015-12-05"  # named beside every number that rests on it
 SIZE = 299  # pixels, height and width, that the network sees
@@ -240,17 +239,3 @@ def make_inception(resize: str = "tf1") -> network.Network:
     if resize not in RESIZES:
         raise ValueError(f"resize {resize!r} is none of {', '.join(RESIZES)}: change --config.evaluate.protocol")
     return network.network(lambda rngs: Inception(resize, rngs), {"name": NAME, "resize": resize})
-
-
-def read(path: Path) -> network.Params:
-    """The network's parameters from a .safetensors file of the published weights, float32 on the host.
-
-    Raises ValueError, one line, when the file is unreadable or names, shapes or numbers do not fit.
-    """
-    try:
-        tensors = weights.Tensors([path])
-        kept = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
-        return weights.from_torch(kept, make_inception().shapes, str(path))
-    except ValueError as error:
-        text = str(error).removesuffix(weights.REPLACE).replace("its config.json", NAME)
-        raise ValueError(f"{text.removesuffix(': ')}: {MEND}") from None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from proreflow_jax.models.kernels import Compute, gather
+from proreflow_jax.models.compute import Compute, gather
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1, padding: int | str = -1) -> nnx.Conv:

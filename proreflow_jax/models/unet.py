@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from proreflow_jax.models.attention import Transformer2D
-from proreflow_jax.models.kernels import PLAIN, Compute, rerun
+from proreflow_jax.models.compute import PLAIN, Compute, rerun
 from proreflow_jax.models.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, conv, group_norm, sinusoid
 
 KNOWN = {  # field -> the values this architecture has, diffusers' default first; anything else is another network

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from proreflow_jax.models import conditioning, placing, sources, weights
-from proreflow_jax.models import tokenizer as tokenizers
-from proreflow_jax.models.kernels import PLAIN, Compute
+from proreflow_jax.models import conditioning
+from proreflow_jax.models.compute import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
-from proreflow_jax.models.weights import Shapes
+from proreflow_jax.pretrained import sharded_load, sources, weights
+from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
+from proreflow_jax.pretrained.weights import Shapes
 
 MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
 OWN = (0, 0)  # a size that means the model's own resolution
@@ -23,7 +24,7 @@ class Pipeline(NamedTuple):
     source: sources.Source
     networks: dict[str, Network]  # by component: unet, vae, text_encoder, and SDXL's text_encoder_2
     params: dict[str, dict[str, Any]]  # component -> {torch name: numpy array}; the UNet's on its devices where they were named
-    tokenizer: tokenizers.PromptTokenizer
+    tokenizer: PromptTokenizer
     condition: conditioning.Conditioner
     scheduler: dict  # scheduler_config.json: betas and what the network predicts
 
@@ -63,7 +64,7 @@ def _pixels(networks: dict[str, Network]) -> int:
     return networks["unet"].config["sample_size"] * 2 ** (len(networks["vae"].config["block_out_channels"]) - 1)
 
 
-def load(
+def load_pipeline(
     source: sources.Source | str | Path,
     place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]] | None = None,
     prediction_type: str = "",
@@ -90,13 +91,13 @@ def load(
         source = sources.open_folder(source)
     networks = _networks(source, compute)
     folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
-    tokenizer = tokenizers.load(*folders)
+    tokenizer = load_tokenizer(*folders)
     scheduler = source.config("scheduler")
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
     params = {name: read(name) for name in networks if name != "unet" or place is None}
     if place is not None:
         shapes = networks["unet"].shapes
-        params["unet"] = placing.place(source.tensors("unet"), shapes, place(shapes), f"{source.origin / 'unet'}")
+        params["unet"] = sharded_load.place(source.tensors("unet"), shapes, place(shapes), f"{source.origin / 'unet'}")
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
@@ -112,11 +113,11 @@ def outline(
 ) -> Pipeline:
     """A model of which only the config.json files are there: `params` are shapes, every prompt is a row of zeros.
 
-    Arguments and what is raised are those of `load`.
+    Arguments and what is raised are those of `load_pipeline`.
     """
     networks = _networks(source, compute)
     length = sum(encoder.config.get("max_position_embeddings", 77) for encoder in _encoders(networks).values())
-    tokenizer = tokenizers.PromptTokenizer(length, lambda prompts: np.zeros((len(prompts), length), np.int32))
+    tokenizer = PromptTokenizer(length, lambda prompts: np.zeros((len(prompts), length), np.int32))
     params = {name: network.shapes for name, network in networks.items()}
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     scheduler = source.config("scheduler") | ({"prediction_type": prediction_type} if prediction_type else {})
@@ -139,7 +140,7 @@ def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
 def _conditioner(
     source: sources.Source,
     networks: dict[str, Network],
-    tokenizer: tokenizers.PromptTokenizer,
+    tokenizer: PromptTokenizer,
     original_size: tuple[int, int],
     crop: tuple[int, int],
     target_size: tuple[int, int],

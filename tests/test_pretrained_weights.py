@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from proreflow_jax.models import network, weights
+from proreflow_jax.models import network
+from proreflow_jax.pretrained import weights
 
 UNET = dict(
     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],

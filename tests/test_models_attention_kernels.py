@@ -11,8 +11,9 @@ from flax import nnx
 from tiny import LATENT, TEXT, UNET, random_params
 from torch_reference import quick_jit
 
-from proreflow_jax.models import attention, base, kernels, layers, network, unet
-from proreflow_jax.models.kernels import Compute
+from proreflow_jax.models import attention, attention_kernels, layers, network, unet
+from proreflow_jax.models.compute import POLICIES, Compute, in_turn
+from proreflow_jax.pretrained import write_pipeline
 from proreflow_jax.runtime.mesh import batch_sharding, fsdp_spec, make_mesh, shardings
 
 
@@ -36,11 +37,13 @@ def with_gradients(f: Any) -> Any:
 @pytest.mark.parametrize(("tokens", "keys"), [(25, 25), (17, 7)])
 def test_blocks_of_queries_are_whole_attention(monkeypatch, tokens, keys):
     """Blocks of 5 queries; in the second case the last is not full."""
-    monkeypatch.setattr(kernels, "CACHED_LEAST", 5)
-    monkeypatch.setattr(kernels, "CACHED_ROWS", 5)
+    monkeypatch.setattr(attention_kernels, "CACHED_LEAST", 5)
+    monkeypatch.setattr(attention_kernels, "CACHED_ROWS", 5)
     q, k, v = draw(2, tokens, 3, 4), draw(2, keys, 3, 4, seed=1), draw(2, keys, 3, 4, seed=2)
-    monkeypatch.setattr(kernels, "CHUNK_SCORES", 5 * 4 * 2 * 3 * keys)
-    forms = [quick_jit(with_gradients(partial(kernels.plain, form=form)))(q, k, v) for form in ("xla", "chunked", "cached")]
+    monkeypatch.setattr(attention_kernels, "CHUNK_SCORES", 5 * 4 * 2 * 3 * keys)
+    forms = [
+        quick_jit(with_gradients(partial(attention_kernels.plain, form=form)))(q, k, v) for form in ("xla", "chunked", "cached")
+    ]
     near(forms[1], forms[0], 1e-5)
     near(forms[2], forms[0], 1e-5)
 
@@ -48,10 +51,14 @@ def test_blocks_of_queries_are_whole_attention(monkeypatch, tokens, keys):
 def test_chunks_bound_the_memory_forward_and_backward(monkeypatch):
     heads = [jax.ShapeDtypeStruct((1, 1024, 2, 8), jnp.float32)] * 3
     scores = 4 * 2 * 1024 * 1024
-    monkeypatch.setattr(kernels, "CHUNK_SCORES", scores // 16)
+    monkeypatch.setattr(attention_kernels, "CHUNK_SCORES", scores // 16)
     for wrap in (lambda f: f, with_gradients):
         taken = [
-            quick_jit(wrap(partial(kernels.plain, form=form))).lower(*heads).compile().memory_analysis().temp_size_in_bytes
+            quick_jit(wrap(partial(attention_kernels.plain, form=form)))
+            .lower(*heads)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
             for form in ("xla", "chunked", "cached")
         ]
         assert taken[0] > scores and max(taken[1:]) < scores / 2
@@ -71,7 +78,7 @@ def forms(x: jax.Array, **computes: Compute) -> dict[str, Any]:
 @pytest.mark.parametrize("axes", [None, (2, 2, 2)])
 def test_splash_with_padded_heads_is_plain_attention_forward_and_backward(monkeypatch, axes):
     """Heads of 40 in 128 lanes, the kernel interpreted; over a mesh, each device its rows and its head."""
-    monkeypatch.setattr(kernels, "FUSED_TOKENS", 256)
+    monkeypatch.setattr(attention_kernels, "FUSED_TOKENS", 256)
     x, mesh = draw(4 if axes else 1, 256, 80), axes and make_mesh(*axes)
     found = forms(x, xla=Compute(), splash=Compute("splash", mesh=mesh))
     near(found["splash"], found["xla"], 1e-5)
@@ -113,13 +120,13 @@ def test_padded_projections_are_the_plain_ones_before_zeros(bias):
 )
 def test_the_form_by_platform_and_shape(form, compute, shape):
     shape = shape if len(shape) == 6 else (*shape, jnp.float32)
-    assert kernels.choose(compute, *shape) == form
+    assert attention_kernels.choose(compute, *shape) == form
 
 
 def test_scores_are_counted_on_each_device():
     shape = (1024, 1024, 8, 40, 16, jnp.float32)
-    assert kernels.choose(Compute("auto", platform="gpu"), *shape) == "chunked"
-    assert kernels.choose(Compute("auto", platform="gpu", mesh=make_mesh(2, 2, 2)), *shape) == "xla"
+    assert attention_kernels.choose(Compute("auto", platform="gpu"), *shape) == "chunked"
+    assert attention_kernels.choose(Compute("auto", platform="gpu", mesh=make_mesh(2, 2, 2)), *shape) == "xla"
 
 
 def test_cudnn_is_asked_for(monkeypatch):
@@ -136,7 +143,7 @@ def test_cudnn_is_asked_for(monkeypatch):
 @pytest.fixture(scope="module")
 def losses() -> dict[str, Any]:
     """{policy: loss(params)} of a ResNet block over a skip and a transformer, and under "params" their parameters."""
-    a = unet.architecture(base.unet_config(UNET, TEXT, LATENT))
+    a = unet.architecture(write_pipeline.unet_config(UNET, TEXT, LATENT))
     level = a.levels[1]._replace(resnets=0)
     inputs = draw(2, 8, 8, 8), draw(2, 8, 8, 16, seed=1), draw(2, 32, seed=2), draw(2, 8, TEXT["hidden_size"], seed=3)
 
@@ -146,17 +153,17 @@ def losses() -> dict[str, Any]:
         x, skip, *rest = inputs
         return net.shapes, lambda params: jnp.mean(net.apply(params, x, [skip], *rest) ** 2)
 
-    made = {policy: loss(policy) for policy in kernels.POLICIES}
+    made = {policy: loss(policy) for policy in POLICIES}
     return {policy: function for policy, (_, function) in made.items()} | {"params": random_params(made["none"][0], 0)}
 
 
 @pytest.fixture(scope="module")
 def gradients(losses) -> dict[str, Any]:
     """{policy: (loss, gradients)}."""
-    return {policy: quick_jit(jax.value_and_grad(losses[policy]))(losses["params"]) for policy in kernels.POLICIES}
+    return {policy: quick_jit(jax.value_and_grad(losses[policy]))(losses["params"]) for policy in POLICIES}
 
 
-@pytest.mark.parametrize("policy", [policy for policy in kernels.POLICIES if policy != "none"])
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "none"])
 def test_what_is_recomputed_changes_no_number(gradients, policy):
     near(gradients[policy], gradients["none"], 1e-5)
 
@@ -171,7 +178,7 @@ def test_each_policy_keeps_less_than_the_one_before(losses):
 
 
 def test_without_gradients_no_policy_costs_anything(losses):
-    lowered = [jax.jit(losses[policy]).lower(losses["params"]) for policy in kernels.POLICIES]
+    lowered = [jax.jit(losses[policy]).lower(losses["params"]) for policy in POLICIES]
     assert len({program.cost_analysis()["flops"] for program in lowered}) == 1
     assert not any("optimization_barrier" in program.as_text() for program in lowered)
 
@@ -198,7 +205,7 @@ def test_many_equal_blocks_in_a_loop_are_the_blocks_in_turn(remat):
         compute = Compute(remat=remat, repeat=repeat)
         return network.network(lambda rngs: attention.Transformer2D(8, 2, 5, 8, 4, True, rngs, compute), {})
 
-    written, looped = made(kernels.in_turn), made(network.scanned)
+    written, looped = made(in_turn), made(network.scanned)
     params, x, context = random_params(written.shapes, 0), draw(2, 3, 3, 8), draw(2, 5, 8, seed=1)
     assert looped.shapes == written.shapes
     functions = [quick_jit(with_gradients(net.apply)) for net in (written, looped)]
@@ -207,7 +214,7 @@ def test_many_equal_blocks_in_a_loop_are_the_blocks_in_turn(remat):
 
 
 def test_only_a_tpu_program_has_a_loop_over_blocks():
-    config = base.unet_config(UNET, TEXT, LATENT) | {"transformer_layers_per_block": [1, network.SCANNED]}
+    config = write_pipeline.unet_config(UNET, TEXT, LATENT) | {"transformer_layers_per_block": [1, network.SCANNED]}
     loops = []
     for platform in ("cpu", "gpu", "tpu"):
         net = network.make_unet(config, Compute(platform=platform))

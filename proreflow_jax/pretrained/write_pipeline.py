@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proreflow_jax.models import weights
+from proreflow_jax.pretrained import weights
 
 VERSION = "0.30.0"  # the folder layout's; diffusers only reports it
 CLASSES = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from proreflow_jax.models import original, weights
+from proreflow_jax.pretrained import single_file, weights
 
 INDEX = "model_index.json"
 PATH, LIKE = "--config.model.path", "--config.model.like"
@@ -81,7 +81,7 @@ class Source(NamedTuple):
         if self.stored is None:
             return weights.read_tensors(self.folder / component)
         try:
-            return original.from_original(component, self.stored, self.config(component), self.family)
+            return single_file.from_original(component, self.stored, self.config(component), self.family)
         except ValueError as error:
             raise ValueError(f"{self.file}: {error}: {weights.REPLACE}") from None
 
@@ -144,7 +144,7 @@ def file_family(path: Path) -> str:
         raise ValueError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
     stored = weights.Tensors([path])
     try:
-        return original.family(stored)
+        return single_file.family(stored)
     except ValueError as error:
         raise ValueError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import write_model
 
-from proreflow_jax.models import lora, weights
+from proreflow_jax.pretrained import lora_file, weights
 
 SHAPES = {
     "conv_in.weight": (8, 4, 3, 3),
@@ -40,8 +40,8 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray], names: li
     return float(np.linalg.norm(part(one) - part(other)) / np.linalg.norm(part(one)))
 
 
-def products(factors: dict[str, lora.Factors]) -> dict[str, np.ndarray]:
-    return {name: lora.product(layer) for name, layer in factors.items()}
+def products(factors: dict[str, lora_file.Factors]) -> dict[str, np.ndarray]:
+    return {name: lora_file.product(layer) for name, layer in factors.items()}
 
 
 def file(path: Path, tensors: dict[str, np.ndarray]) -> Path:
@@ -51,15 +51,17 @@ def file(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 def test_base_and_delta_make_the_student_again():
     base, student = draw(SHAPES, 0), draw(SHAPES, 1)
-    change = lora.delta(student, base)
-    assert distance(student, lora.merge(base, change), list(SHAPES)) < 1e-6
+    change = lora_file.delta(student, base)
+    assert distance(student, lora_file.merge(base, change), list(SHAPES)) < 1e-6
     halfway = {name: (base[name] + student[name]) / 2 for name in base}
-    assert distance(halfway, lora.merge(base, change, 0.5), list(SHAPES)) < 1e-6
+    assert distance(halfway, lora_file.merge(base, change, 0.5), list(SHAPES)) < 1e-6
     half = {name: value.astype(np.float16) for name, value in base.items()}
-    merged = lora.merge(half, lora.delta(student, half))
+    merged = lora_file.merge(half, lora_file.delta(student, half))
     assert {value.dtype for value in merged.values()} == {np.dtype(np.float16)}
     assert distance(student, merged, list(SHAPES)) < 1e-3
-    assert {lora.delta(*two)["conv_in.weight"].dtype for two in ((student, half), (half, student))} == {np.dtype(np.float32)}
+    assert {lora_file.delta(*two)["conv_in.weight"].dtype for two in ((student, half), (half, student))} == {
+        np.dtype(np.float32)
+    }
 
 
 def test_files_are_read_once(tmp_path, monkeypatch):
@@ -67,10 +69,10 @@ def test_files_are_read_once(tmp_path, monkeypatch):
     read, get = [], weights.Tensors.__getitem__
     monkeypatch.setattr(weights.Tensors, "__getitem__", lambda self, name: read.append(name) or get(self, name))
     base, change = (weights.Tensors([file(tmp_path / str(seed), draw(SHAPES, seed))]) for seed in (0, 1))
-    lora.merge(base, change)
+    lora_file.merge(base, change)
     assert sorted(read) == sorted([*SHAPES] * 2)
     read.clear()
-    lora.apply_factors(base, lora.decompose(draw(SHAPES), 2)[0])
+    lora_file.apply_factors(base, lora_file.decompose(draw(SHAPES), 2)[0])
     assert sorted(read) == sorted(SHAPES)
 
 
@@ -79,20 +81,20 @@ def test_strided_arrays_survive_the_file(tmp_path):
     base, student = draw({"a.weight": (3, 5)}, 0), draw({"a.weight": (5, 3)}, 1)
     student = {"a.weight": student["a.weight"].T}
     base = {"a.weight": np.asfortranarray(base["a.weight"])}
-    change = lora.delta(student, base)
+    change = lora_file.delta(student, base)
     np.testing.assert_array_equal(load_file(file(tmp_path / "d", change))["a.weight"], change["a.weight"])
-    merged = lora.merge(base, change)
+    merged = lora_file.merge(base, change)
     np.testing.assert_array_equal(load_file(file(tmp_path / "m", merged))["a.weight"], merged["a.weight"])
-    factors = lora.decompose(change, 2)[0]
-    strided = {n: lora.Factors(np.asfortranarray(f.up), np.asfortranarray(f.down), f.alpha) for n, f in factors.items()}
-    for form in (lora.to_kohya, lora.to_diffusers):
+    factors = lora_file.decompose(change, 2)[0]
+    strided = {n: lora_file.Factors(np.asfortranarray(f.up), np.asfortranarray(f.down), f.alpha) for n, f in factors.items()}
+    for form in (lora_file.to_kohya, lora_file.to_diffusers):
         read = load_file(file(tmp_path / "f", form(strided)))
         assert all(np.array_equal(read[name], value) for name, value in form(factors).items())
 
 
 def test_full_rank_is_the_delta_itself():
     change = draw(SHAPES)
-    factors, report = lora.decompose(change, 1000)
+    factors, report = lora_file.decompose(change, 1000)
     assert sorted(factors) == sorted(MATRICES)
     assert distance(change, products(factors), MATRICES) < 1e-5
     assert report["energy"] == pytest.approx(1, abs=1e-9)
@@ -104,7 +106,7 @@ def test_full_rank_is_the_delta_itself():
 
 
 def test_factors_are_balanced():
-    for layer in lora.decompose(draw(SHAPES), 3)[0].values():
+    for layer in lora_file.decompose(draw(SHAPES), 3)[0].values():
         up, down = layer.up.reshape(-1, 3), layer.down.reshape(3, -1)
         np.testing.assert_allclose(up.T @ up, down @ down.T, atol=1e-5)  # and both are diagonal: the singular values
         np.testing.assert_allclose(up.T @ up, np.diag(np.diag(up.T @ up)), atol=1e-5)
@@ -116,7 +118,7 @@ def test_the_error_is_the_root_of_the_discarded_energy(rank):
     change = draw(SHAPES)
     spectra = [np.linalg.svd(change[n].reshape(len(change[n]), -1).astype(np.float64))[1] ** 2 for n in MATRICES]
     discarded = sum(s[rank:].sum() for s in spectra) / sum(s.sum() for s in spectra)
-    factors, report = lora.decompose(change, rank)
+    factors, report = lora_file.decompose(change, rank)
     assert distance(change, products(factors), MATRICES) == pytest.approx(np.sqrt(discarded), rel=1e-5)
     assert report["error"] == pytest.approx(np.sqrt(discarded), rel=1e-6)
     assert report["energy"] == pytest.approx(1 - discarded, rel=1e-6)
@@ -125,9 +127,9 @@ def test_the_error_is_the_root_of_the_discarded_energy(rank):
 def test_no_other_factors_come_closer():
     """Neither random directions, each with the best second factor, nor the LoRA's own ones a little turned."""
     rng, rank = np.random.default_rng(3), 3
-    for name, layer in lora.decompose(draw(SHAPES), rank)[0].items():
+    for name, layer in lora_file.decompose(draw(SHAPES), rank)[0].items():
         matrix = draw(SHAPES)[name].reshape(SHAPES[name][0], -1)
-        best = np.linalg.norm(matrix - lora.product(layer).reshape(matrix.shape))
+        best = np.linalg.norm(matrix - lora_file.product(layer).reshape(matrix.shape))
         own = layer.up.reshape(-1, rank)
         for turned in (0.01, 0.1, 1e6):
             for _ in range(20):
@@ -137,12 +139,12 @@ def test_no_other_factors_come_closer():
 
 def test_energy_grows_with_rank_to_one_and_agrees_with_decompose():
     change, ranks = draw(SHAPES), [1, 2, 3, 5, 7, 1000]
-    table = lora.decompose(change, 4, ranks)[1]["energies"]
+    table = lora_file.decompose(change, 4, ranks)[1]["energies"]
     assert [row[0] for row in table] == ranks
     assert np.all(np.diff([row[1] for row in table]) > 0)
     assert table[-1][1] == pytest.approx(1, abs=1e-12)
     for rank, energy, error in table:
-        report = lora.decompose(change, rank)[1]
+        report = lora_file.decompose(change, rank)[1]
         assert (report["energy"], report["error"]) == pytest.approx((energy, error), abs=1e-6)
 
 
@@ -151,7 +153,7 @@ def test_the_report_tells_what_is_lost():
     change["conv_in.weight"] *= 0  # a layer that did not change gets no factors
     outer = np.outer(np.arange(1, 13), np.arange(1, 9)).astype(np.float32)
     change["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"] = outer
-    factors, report = lora.decompose(change, 1)
+    factors, report = lora_file.decompose(change, 1)
     assert "conv_in.weight" not in factors
     assert (report["rank"], report["layers"]) == (1, 4)
     assert report["parameters"] == (8 + 6) + (12 + 8) + (6 + 16) + (4 + 108)
@@ -172,58 +174,58 @@ def test_what_does_not_fit_is_refused_in_one_line():
         "and 2 more; 1 only in the base: conv_in.weight; 1 of another shape: conv_in.bias (9,) against (8,)"
     )
     with pytest.raises(ValueError) as caught:
-        lora.delta(other, base)
+        lora_file.delta(other, base)
     assert str(caught.value) == line
     with pytest.raises(ValueError, match="base and delta are not of the same network: 1 only in the base: conv_in.weight; "):
-        lora.merge(base, other)
-    factors = lora.decompose(base, 2)[0]
+        lora_file.merge(base, other)
+    factors = lora_file.decompose(base, 2)[0]
     with pytest.raises(ValueError, match="^base and LoRA are not of the same network: 1 only in the LoRA: conv_in.weight$"):
-        lora.apply_factors({n: v for n, v in base.items() if n != "conv_in.weight"}, factors)
+        lora_file.apply_factors({n: v for n, v in base.items() if n != "conv_in.weight"}, factors)
     with pytest.raises(ValueError, match=r"1 of another shape: conv_in.weight \(8, 5, 3, 3\) against \(8, 4, 3, 3\)"):
-        lora.apply_factors({**base, "conv_in.weight": np.zeros((8, 5, 3, 3), np.float32)}, factors)
+        lora_file.apply_factors({**base, "conv_in.weight": np.zeros((8, 5, 3, 3), np.float32)}, factors)
     with pytest.raises(ValueError, match="rank 0: .*--rank"):
-        lora.decompose(base, 0)
+        lora_file.decompose(base, 0)
     with pytest.raises(ValueError, match="rank 0: .*--rank"):
-        lora.decompose(base, 4, [0])
+        lora_file.decompose(base, 4, [0])
     with pytest.raises(ValueError, match="no LoRA between them"):
-        lora.decompose(lora.delta(base, base), 2)
+        lora_file.decompose(lora_file.delta(base, base), 2)
     with pytest.raises(ValueError, match="1 not finite: conv_in.bias"):
-        lora.decompose({**base, "conv_in.bias": np.full(8, np.nan, np.float32)}, 2)
+        lora_file.decompose({**base, "conv_in.bias": np.full(8, np.nan, np.float32)}, 2)
 
 
 def test_names_are_kohyas():
-    assert {name: lora.kohya_name(f"{name}.weight") for name in NAMES} == {
+    assert {name: lora_file.kohya_name(f"{name}.weight") for name in NAMES} == {
         n: f"lora_unet_{kohyas}" for n, kohyas in NAMES.items()
     }
-    tensors = lora.to_kohya(lora.decompose(draw(SHAPES), 3)[0])
-    stems = [lora.kohya_name(name) for name in MATRICES]
+    tensors = lora_file.to_kohya(lora_file.decompose(draw(SHAPES), 3)[0])
+    stems = [lora_file.kohya_name(name) for name in MATRICES]
     assert sorted(tensors) == sorted(f"{s}.{part}" for s in stems for part in ("lora_down.weight", "lora_up.weight", "alpha"))
     assert tensors["lora_unet_conv_in.lora_down.weight"].shape == (3, 4, 3, 3)
     assert tensors["lora_unet_conv_in.lora_up.weight"].shape == (8, 3, 1, 1)
 
 
 def test_a_kohya_layer_means_alpha_over_rank_times_up_down_with_one_alpha_for_all():
-    factors = lora.decompose(draw(SHAPES), 8)[0]
+    factors = lora_file.decompose(draw(SHAPES), 8)[0]
     assert len({layer.alpha for layer in factors.values()}) > 1
-    tensors = lora.to_kohya(factors)
+    tensors = lora_file.to_kohya(factors)
     assert {float(value) for name, value in tensors.items() if name.endswith("alpha")} == {8.0}
     for name, layer in factors.items():
-        up, down = (tensors[f"{lora.kohya_name(name)}.lora_{part}.weight"] for part in ("up", "down"))
+        up, down = (tensors[f"{lora_file.kohya_name(name)}.lora_{part}.weight"] for part in ("up", "down"))
         r = len(down)
         meant = 8 / r * (up.reshape(-1, r) @ down.reshape(r, -1))
-        np.testing.assert_allclose(meant.reshape(SHAPES[name]), lora.product(layer), atol=1e-5)
+        np.testing.assert_allclose(meant.reshape(SHAPES[name]), lora_file.product(layer), atol=1e-5)
 
 
 def test_diffusers_names_and_back():
-    factors = {name: layer._replace(alpha=2 * layer.alpha) for name, layer in lora.decompose(draw(SHAPES), 3)[0].items()}
-    tensors = lora.to_diffusers(factors)
+    factors = {name: layer._replace(alpha=2 * layer.alpha) for name, layer in lora_file.decompose(draw(SHAPES), 3)[0].items()}
+    tensors = lora_file.to_diffusers(factors)
     assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight" in tensors
-    again = lora.from_diffusers(tensors)
+    again = lora_file.from_diffusers(tensors)
     assert sorted(again) == sorted(factors)
     assert distance(products(factors), products(again), MATRICES) < 1e-6
     del tensors["unet.conv_in.lora_B.weight"]
     with pytest.raises(ValueError, match="1 missing: unet.conv_in.lora_B.weight; 1 unexpected: te.a$"):
-        lora.from_diffusers({**tensors, "te.a": np.zeros(1)})
+        lora_file.from_diffusers({**tensors, "te.a": np.zeros(1)})
 
 
 def changed(base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -251,15 +253,15 @@ def gap(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-@pytest.mark.parametrize("form", [lora.to_kohya, lora.to_diffusers])
+@pytest.mark.parametrize("form", [lora_file.to_kohya, lora_file.to_diffusers])
 @pytest.mark.parametrize("rank", [1000, 12])
 def test_diffusers_reads_the_file_as_the_student(stock, tmp_path, form, rank):
     torch = pytest.importorskip("torch")
     pipe, base, answer = stock
     put = lambda tensors: pipe.unet.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     put(base)
-    change = lora.delta(changed(base), base)
-    factors = lora.decompose(change, rank)[0]
+    change = lora_file.delta(changed(base), base)
+    factors = lora_file.decompose(change, rank)[0]
     assert len({layer.alpha for name, layer in factors.items() if "attn" in name}) > 1  # capped ones among the others
     file(tmp_path / "lora.safetensors", form(factors))
     before = answer()
@@ -267,7 +269,7 @@ def test_diffusers_reads_the_file_as_the_student(stock, tmp_path, form, rank):
     loaded = answer()
     pipe.unload_lora_weights()
     assert gap(answer(), before) == 0
-    put(lora.merge(base, change) if rank == 1000 else lora.apply_factors(base, factors))
+    put(lora_file.merge(base, change) if rank == 1000 else lora_file.apply_factors(base, factors))
     assert gap(answer(), before) > 0.1  # the delta matters
     assert gap(loaded, answer()) < 1e-3
 
@@ -287,7 +289,7 @@ def test_sdxls_own_embedding_is_read_too(tmp_path):
     answer = lambda: unet(*inputs, added_cond_kwargs=added).sample.detach().numpy()
     base = {name: value.numpy().copy() for name, value in unet.state_dict().items()}
     student = changed(base)
-    file(tmp_path / "lora.safetensors", lora.to_kohya(lora.decompose(lora.delta(student, base), 1000)[0]))
+    file(tmp_path / "lora.safetensors", lora_file.to_kohya(lora_file.decompose(lora_file.delta(student, base), 1000)[0]))
     stock = diffusers.StableDiffusionXLPipeline
     tensors, alphas = stock.lora_state_dict(tmp_path, weight_name="lora.safetensors", unet_config=unet.config)
     stock.load_lora_into_unet(tensors, alphas, unet)

@@ -11,7 +11,7 @@ from diffusers.loaders import single_file_utils as oracle
 from torch_reference import randomise, tensors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from proreflow_jax.models import original
+from proreflow_jax.pretrained import single_file
 
 ATTENTION, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
@@ -120,7 +120,7 @@ def converted(component: str, family: str, config: dict, file: Mapping[str, np.n
         found = oracle.convert_ldm_unet_checkpoint(file, config)
     elif component == "vae":
         found = oracle.convert_ldm_vae_checkpoint(file, config)
-    elif (prefix := original.PREFIXES[family][component]).endswith("transformer."):
+    elif (prefix := single_file.PREFIXES[family][component]).endswith("transformer."):
         found = oracle.convert_ldm_clip_checkpoint(file)
     else:
         found = oracle.convert_open_clip_checkpoint(CLIPTextModel(CLIPTextConfig(**config)), file, prefix)
@@ -155,8 +155,8 @@ class Lazy(Mapping):
 
 def test_diffusers_reads_back_what_we_wrote(case):
     component, family, config, source = case
-    file = original.to_original(component, source, config, family)
-    assert all(name.startswith(original.PREFIXES[family][component]) for name in file)
+    file = single_file.to_original(component, source, config, family)
+    assert all(name.startswith(single_file.PREFIXES[family][component]) for name in file)
     assert all(value.flags.c_contiguous for value in file.values())
     same({n: np.ascontiguousarray(v) for n, v in converted(component, family, config, file).items()}, source)
 
@@ -165,15 +165,18 @@ def test_the_round_trip_keeps_every_bit(case):
     component, family, config, source = case
     half = {name: value.astype(ml_dtypes.bfloat16) for name, value in source.items()}
     for start in (source, half):
-        same(original.from_original(component, original.to_original(component, start, config, family), config, family), start)
+        same(
+            single_file.from_original(component, single_file.to_original(component, start, config, family), config, family),
+            start,
+        )
 
 
 def test_one_component_is_taken_tensor_by_tensor_from_a_whole_file(case):
     component, family, config, source = case
-    mine = original.to_original(component, source, config, family)
+    mine = single_file.to_original(component, source, config, family)
     others = ("model_ema.diffusion_modelconv_inweight", "alphas_cumprod", "betas", "cond_stage_model.logit_scale")
     file = Lazy(mine | dict.fromkeys(others))
-    same(original.from_original(component, file, config, family), source)
+    same(single_file.from_original(component, file, config, family), source)
     assert set(file.taken) == set(mine)
 
 
@@ -181,11 +184,11 @@ def test_a_name_without_a_place_is_refused_in_one_line(case):
     component, family, config, source = case
     for stray in ("lora_up.weight", f"{next(iter(source))}.alpha", "up_blocks.0.attentions.7.proj_in.weight"):
         with pytest.raises(ValueError, match=f"^{component} .{family}.: 1 names left over.* {stray}$"):
-            original.to_original(component, source | {stray: np.zeros(1)}, config, family)
-        file = original.to_original(component, source, config, family)
-        file[original.PREFIXES[family][component] + stray] = np.zeros(1)
+            single_file.to_original(component, source | {stray: np.zeros(1)}, config, family)
+        file = single_file.to_original(component, source, config, family)
+        file[single_file.PREFIXES[family][component] + stray] = np.zeros(1)
         with pytest.raises(ValueError, match=f"^{component} .{family}.: 1 names left over.* {stray}$"):
-            original.from_original(component, file, config, family)
+            single_file.from_original(component, file, config, family)
 
 
 @pytest.mark.parametrize(("family", "count"), [("v1", 686), ("xl", 1680)])
@@ -194,17 +197,17 @@ def test_the_published_unets_have_these_names_and_shapes(family, count):
         shapes = {n: tuple(v.shape) for n, v in UNet2DConditionModel(**BIG[family]).state_dict().items()}
     room = np.empty(max(np.prod(shape) for shape in shapes.values()), np.int8)  # one memory for all, never touched
     source = {n: room[: np.prod(shape)].reshape(shape) for n, shape in shapes.items()}
-    file = original.to_original("unet", source, BIG[family], family)
+    file = single_file.to_original("unet", source, BIG[family], family)
     found = {name.removeprefix("model.diffusion_model."): value.shape for name, value in file.items()}
     assert len(found) == count
     assert {name: found.get(name) for name in KNOWN[family]} == KNOWN[family]
-    back = original.from_original("unet", file, BIG[family], family)
+    back = single_file.from_original("unet", file, BIG[family], family)
     assert {n: value.shape for n, value in back.items()} == shapes
 
 
 def test_the_vae_attention_is_a_convolution_and_its_levels_turn_round():
     source = tensors(randomise(AutoencoderKL(**VAE)))
-    file = original.to_original("vae", source, VAE, "xl")
+    file = single_file.to_original("vae", source, VAE, "xl")
     assert file["first_stage_model.decoder.mid.attn_1.proj_out.weight"].shape == (8, 8, 1, 1)
     assert file["first_stage_model.encoder.mid.attn_1.q.bias"].shape == (8,)
     finest = source["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"]
@@ -213,22 +216,22 @@ def test_the_vae_attention_is_a_convolution_and_its_levels_turn_round():
     for new, name in OLD_VAE.items():
         for key in [k for k in source if f".attentions.0.{new}." in k]:
             old[key.replace(new, name)] = old.pop(key)
-    same(original.to_original("vae", old, VAE, "xl"), file)
+    same(single_file.to_original("vae", old, VAE, "xl"), file)
     with pytest.raises(ValueError, match=r"^vae: .*attentions\.0.* is there twice, under its old name and that of today$"):
-        original.to_original("vae", source | old, VAE, "xl")
+        single_file.to_original("vae", source | old, VAE, "xl")
 
 
 def test_sd_2_drops_the_last_text_layer_and_diffusers_takes_a_file_without_it(tmp_path):
     deep, config = CLIP | PROJECTED | dict(num_hidden_layers=24), CLIP | dict(num_hidden_layers=23)
-    file = original.to_original("text_encoder", clip(deep), deep, "v2")
+    file = single_file.to_original("text_encoder", clip(deep), deep, "v2")
     file |= {"cond_stage_model.model.logit_scale": np.float32(4.6), "cond_stage_model.model.position_ids": np.arange(7)}
-    ours = original.from_original("text_encoder", file, config, "v2")
+    ours = single_file.from_original("text_encoder", file, config, "v2")
     known = {name: file[name] for name in file if not name.endswith(("logit_scale", "position_ids"))}
     same(ours, {n: v for n, v in converted("text_encoder", "v2", config, known).items() if n in ours})
     assert "text_projection.weight" not in ours and len(ours) == 4 + 23 * 16
     with pytest.raises(ValueError, match="12 names left over"):  # two layers too many are no SD 2.x
-        original.from_original("text_encoder", file, config | dict(num_hidden_layers=22), "v2")
-    written = original.to_original("text_encoder", ours, config, "v2")
+        single_file.from_original("text_encoder", file, config | dict(num_hidden_layers=22), "v2")
+    written = single_file.to_original("text_encoder", ours, config, "v2")
     assert not [name for name in written if ".resblocks.23." in name or "projection" in name]
     CLIPTextConfig(**config).save_pretrained(tmp_path)
     checkpoint = {name: torch.from_numpy(value) for name, value in written.items()}
@@ -239,35 +242,35 @@ def test_sd_2_drops_the_last_text_layer_and_diffusers_takes_a_file_without_it(tm
 def test_open_clip_stacks_q_k_v_and_turns_the_projection():
     config = CLIP | PROJECTED
     source = clip(config)
-    file = original.to_original("text_encoder_2", source, config, "xl")
+    file = single_file.to_original("text_encoder_2", source, config, "xl")
     prefix, layer = "conditioner.embedders.1.model.", "text_model.encoder.layers.1.self_attn"
     rows = np.concatenate([source[f"{layer}.{x}_proj.bias"] for x in "qkv"])
     np.testing.assert_array_equal(file[f"{prefix}transformer.resblocks.1.attn.in_proj_bias"], rows)
     np.testing.assert_array_equal(file[f"{prefix}text_projection"], source["text_projection.weight"].T)
     with pytest.raises(ValueError, match="12 names left over"):  # only SD 2.x has a layer too many
-        original.from_original("text_encoder_2", file, config | dict(num_hidden_layers=1), "xl")
+        single_file.from_original("text_encoder_2", file, config | dict(num_hidden_layers=1), "xl")
     del source[f"{layer}.k_proj.weight"]
     with pytest.raises(ValueError, match=r"2 names left over.*q_proj\.weight.*v_proj\.weight$"):
-        original.to_original("text_encoder_2", source, config, "xl")
+        single_file.to_original("text_encoder_2", source, config, "xl")
 
 
 def test_names_without_text_model_mean_the_same():
     source = clip(CLIP)
     bare = {name.removeprefix("text_model."): value for name, value in source.items()}
-    file = original.to_original("text_encoder", bare | {"embeddings.position_ids": np.arange(7)}, CLIP, "v1")
-    same(file, original.to_original("text_encoder", source, CLIP, "v1"))
-    prefix = original.PREFIXES["v1"]["text_encoder"]
+    file = single_file.to_original("text_encoder", bare | {"embeddings.position_ids": np.arange(7)}, CLIP, "v1")
+    same(file, single_file.to_original("text_encoder", source, CLIP, "v1"))
+    prefix = single_file.PREFIXES["v1"]["text_encoder"]
     old = {name.replace("text_model.", ""): value for name, value in file.items()}
     old |= {f"{prefix}embeddings.position_ids": np.arange(7), f"{prefix}text_projection.weight": np.eye(6)}
-    assert original.family(old) == "v1"
-    same(original.from_original("text_encoder", old, CLIP, "v1"), source)
+    assert single_file.family(old) == "v1"
+    same(single_file.from_original("text_encoder", old, CLIP, "v1"), source)
 
 
 @pytest.mark.parametrize("family", ["v1", "v2", "xl"])
 def test_the_family_is_told_by_the_text_encoder(family):
     component, config = ("text_encoder_2", CLIP | PROJECTED) if family == "xl" else ("text_encoder", CLIP)
-    file = original.to_original(component, clip(config), config, family)
-    assert original.family(iter(["alphas_cumprod", *file])) == family
+    file = single_file.to_original(component, clip(config), config, family)
+    assert single_file.family(iter(["alphas_cumprod", *file])) == family
 
 
 @pytest.mark.parametrize(
@@ -282,19 +285,19 @@ def test_the_family_is_told_by_the_text_encoder(family):
 )
 def test_another_kind_of_file_is_refused_in_one_line(names):
     with pytest.raises(ValueError, match=r"^[^\n]*cond_stage_model\.transformer\.\*token_embedding\.weight \(v1\)$"):
-        original.family(names)
+        single_file.family(names)
 
 
 def test_what_does_not_exist_is_refused_in_one_line():
     with pytest.raises(ValueError, match="^family 'v3' is unknown, known: v1, v2, xl$"):
-        original.to_original("unet", {}, UNETS["v1"], "v3")
+        single_file.to_original("unet", {}, UNETS["v1"], "v3")
     with pytest.raises(
         ValueError, match="^component 'text_encoder_2' is not part of family v1, known: unet, vae, text_encoder$"
     ):
-        original.from_original("text_encoder_2", {}, CLIP, "v1")
+        single_file.from_original("text_encoder_2", {}, CLIP, "v1")
     with pytest.raises(ValueError, match=r"^vae \(v1\): the file has no names that begin with first_stage_model\.$"):
-        original.from_original("vae", {"betas": np.zeros(1)}, VAE, "v1")
+        single_file.from_original("vae", {"betas": np.zeros(1)}, VAE, "v1")
     with pytest.raises(
         ValueError, match="^unet config: down_block_types has 'AttnDownBlock2D'; .* CrossAttnDownBlock2D, DownB"
     ):
-        original.to_original("unet", {}, UNETS["v1"] | dict(down_block_types=["AttnDownBlock2D"]), "v1")
+        single_file.to_original("unet", {}, UNETS["v1"] | dict(down_block_types=["AttnDownBlock2D"]), "v1")

@@ -10,15 +10,16 @@ cache; "cudnn" NVIDIA's fused kernel; "splash" Pallas' fused TPU kernel, whose h
 come padded to full lanes from the projections themselves (`attention.padded_heads`).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+
+from proreflow_jax.models.compute import ATTENTION, Compute
 
 FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "splash")
 FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # what "auto" takes on a platform
@@ -30,62 +31,6 @@ CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that ha
 SMALL_SCORES = 256 << 20  # bytes of one device's scores up to which "auto" makes them whole
 CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
 CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
-ATTENTION = "attention"  # name of attention's outputs, by which a policy keeps them
-SAVED = jax.checkpoint_policies
-
-
-def in_turn(blocks: Sequence[Any], call: Callable[[Any, Array], Array], h: Array) -> Array:
-    """call(block, h) for one block after the other."""
-    for block in blocks:
-        h = call(block, h)
-    return h
-
-
-class Compute(NamedTuple):
-    """What a network is told of the machine it runs on; statics, from the config and the mesh."""
-
-    attention: str = "xla"  # one of FORMS; "auto": by platform and shape, see `choose`
-    remat: str = "none"  # one of POLICIES: what the backward pass makes again
-    platform: str = "cpu"  # of the devices that will run it: "cpu", "gpu", "tpu"
-    mesh: Mesh | None = None  # axes data, fsdp (rows) and tensor (heads); None: one device
-    repeat: Callable[..., Array] = in_turn  # how a row of equal blocks is run
-
-
-PLAIN = Compute()
-
-
-def _products(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
-    """Convolutions and products with weights are kept; scores are not, as their products have batch axes."""
-    kept = SAVED.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or kept(primitive, *arguments, **parameters)
-
-
-POLICIES: dict[str, Any] = {  # what the forward pass keeps of each ResNet and transformer block, beside its inputs
-    "none": None,  # all that the backward pass reads
-    "products": SAVED.save_from_both_policies(_products, SAVED.save_only_these_names(ATTENTION)),
-    "attention": SAVED.save_only_these_names(ATTENTION),
-    "inputs": SAVED.nothing_saveable,
-}
-
-
-def rerun(remat: str, function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs); its backward pass makes again what POLICIES[remat] does not keep. Without one it costs nothing."""
-    if remat == "none":
-        return function(*inputs)
-    return jax.checkpoint(function, policy=POLICIES[remat])(*inputs)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(weight: Float[Array, "..."], mesh: Mesh) -> Float[Array, "..."]:
-    """A weight whole on every device, where it is used; its gradient is whole too before it goes to wherever the state lies.
-
-    Without it XLA multiplies by the pieces of a sharded weight in turn, which costs a transformer block 3.7 times the cycles;
-    and works out its gradient in as many pieces as there are devices, narrower than the matrix unit: 1.7 to 1.8 times.
-    """
-    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec()))
-
-
-gather.defvjp(lambda weight, mesh: (gather(weight, mesh), None), lambda mesh, _, gradient: (gather(gradient, mesh),))
 
 
 def choose(compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any) -> str:

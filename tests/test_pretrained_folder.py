@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers, trainers
 from torch_reference import draw, quick_jit, randomise, same, tensors, to_jax
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from proreflow_jax.models import pipeline, tokenizer, weights
+from proreflow_jax.pretrained import pipeline, tokenizer, weights
 
 START, END = tokenizer.START, tokenizer.END
 CORPUS = [
@@ -85,7 +85,7 @@ def old_folder(source, target, **config):
 
 def check(folder, theirs):
     """Equal ids for every strange prompt, one by one so that a failure names it."""
-    ours = tokenizer.load(folder)
+    ours = tokenizer.load_tokenizer(folder)
     ids = ours.encode(PROMPTS)
     assert ours.length == 20 and ids.shape == (len(PROMPTS), 20) and ids.dtype == np.int32
     for prompt, row, expected in zip(PROMPTS, ids, stock_ids(theirs), strict=True):
@@ -123,7 +123,7 @@ def test_padding_token_of_the_special_tokens_map(vocabulary, tmp_path):
 
 
 def test_long_prompt_keeps_its_end_token_and_warns_once(vocabulary, tmp_path, caplog):
-    ours = tokenizer.load(old_folder(vocabulary, tmp_path))
+    ours = tokenizer.load_tokenizer(old_folder(vocabulary, tmp_path))
     with caplog.at_level(logging.WARNING):
         short = ours.encode(["cat"])
         assert not caplog.records
@@ -137,14 +137,14 @@ def test_long_prompt_keeps_its_end_token_and_warns_once(vocabulary, tmp_path, ca
 
 def test_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="--config.model.path") as caught:
-        tokenizer.load(tmp_path)
+        tokenizer.load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unknown_padding_token_is_refused(vocabulary, tmp_path):
     old_folder(vocabulary, tmp_path, pad_token="<pad>")
     with pytest.raises(ValueError, match="<pad>") as caught:
-        tokenizer.load(tmp_path)
+        tokenizer.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -185,7 +185,7 @@ def tiny(vocabulary, tmp_path_factory):
 
 def test_pipeline_holds_what_diffusers_saved(tiny):
     folder, theirs = tiny
-    ours = pipeline.load(str(folder))
+    ours = pipeline.load_pipeline(str(folder))
     assert ours.latent_shape == (6, 6, 4) and ours.scaling == 0.5
     assert ours.scheduler["beta_schedule"] == "scaled_linear" and ours.scheduler["prediction_type"] == "epsilon"
     for name in ("unet", "vae"):
@@ -197,7 +197,7 @@ def test_pipeline_holds_what_diffusers_saved(tiny):
 def test_prompt_to_noise_prediction_to_image_as_in_diffusers(tiny):
     """The three networks in a row, each on the other's output."""
     folder, theirs = tiny
-    ours = pipeline.load(folder)
+    ours = pipeline.load_pipeline(folder)
     prompts, latents = ["a photo of a cat", "hello world"], draw(2, 4, 6, 6)
     with torch.no_grad():
         context = theirs.encode_prompt(prompts, "cpu", 1, False)[0]
@@ -217,7 +217,7 @@ def test_prompt_to_noise_prediction_to_image_as_in_diffusers(tiny):
 
 def test_missing_folder_names_the_flag(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*--config\.model\.path") as caught:
-        pipeline.load(tmp_path / "nowhere")
+        pipeline.load_pipeline(tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
 
 
@@ -226,7 +226,7 @@ def test_missing_part_is_named_with_the_flag(tiny, tmp_path, part):
     shutil.copytree(tiny[0], tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / part)
     with pytest.raises(FileNotFoundError, match=rf"broken/{part}.*--config\.model\.path") as caught:
-        pipeline.load(tmp_path / "broken")
+        pipeline.load_pipeline(tmp_path / "broken")
     assert "\n" not in str(caught.value)
 
 
@@ -235,4 +235,4 @@ def test_config_of_another_size_than_the_weights_is_refused(tiny, tmp_path):
     path = tmp_path / "mixed" / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [4, 12]}))
     with pytest.raises(ValueError, match=r"mixed/unet: weights do not fit its config\.json"):
-        pipeline.load(tmp_path / "mixed")
+        pipeline.load_pipeline(tmp_path / "mixed")

@@ -184,7 +184,7 @@ def from_torch(
         elif not finite(tensor):
             broken.append(name)
         params[name] = np.ascontiguousarray(tensor, dtype)
-    check_fit(origin, shapes, named, wrong, broken)
+    check_tensors(origin, shapes, named, wrong, broken)
     return params
 
 
@@ -196,7 +196,7 @@ def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
     return named
 
 
-def check_fit(
+def check_tensors(
     origin: str, shapes: Shapes, named: Iterable[str], wrong: Mapping[str, tuple[int, ...]], broken: Iterable[str]
 ) -> None:
     """Raises ValueError, one line with every kind of mismatch.

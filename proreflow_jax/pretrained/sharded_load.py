@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from proreflow_jax.models.weights import Shapes, Tensors, check_fit, finite, names_today, order
+from proreflow_jax.pretrained.weights import Shapes, Tensors, check_tensors, finite, names_today, order
 
 Index = tuple[slice, ...]
 Part = Callable[[Index], np.ndarray]  # a slice of one tensor, both in torch's layout
@@ -42,7 +42,7 @@ def place(
     named = names_today(tensors, shapes)
     told = [name for name in shapes if name in named] if isinstance(tensors, Tensors) else []
     found = {name: _ours(name, tensors.shape(named[name])) for name in told}
-    check_fit(origin, shapes, named, {name: shape for name, shape in found.items() if shape != shapes[name].shape}, ())
+    check_tensors(origin, shapes, named, {name: shape for name, shape in found.items() if shape != shapes[name].shape}, ())
     placed, wrong, broken = {}, {}, []
     for name, expected in shapes.items():
         shape, part = _source(tensors, named[name])
@@ -51,7 +51,7 @@ def place(
             continue
         read = _reader(name, part, dtype, broken)
         placed[name] = jax.make_array_from_callback(expected.shape, shardings[name], read, dtype=dtype)
-    check_fit(origin, shapes, named, wrong, broken)
+    check_tensors(origin, shapes, named, wrong, broken)
     return placed
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from fake_hub import TOKEN, FakeHub, connect, environment
 
-from proreflow_jax.models import weights
-from proreflow_jax.runtime import hub
+from proreflow_jax.pretrained import hub, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "artist/fine-tune"
@@ -241,7 +240,7 @@ def test_offline_mode_asks_nobody(server, monkeypatch):
 
 
 def test_the_environment_of_a_process_is_obeyed(server, tmp_path):
-    code = f"from proreflow_jax.runtime import hub; print(hub.download({REPO!r}, 'main'))"
+    code = f"from proreflow_jax.pretrained import hub; print(hub.download({REPO!r}, 'main'))"
     settings = {**os.environ, **environment(server.url, tmp_path / "another home")}
     run = lambda **more: subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=settings | more, capture_output=True, text=True, timeout=60, check=True

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from proreflow_jax.models import lora
 from proreflow_jax.models.network import Params
-from proreflow_jax.models.weights import TABLE, Shapes, listing, to_torch
+from proreflow_jax.pretrained import lora_file
+from proreflow_jax.pretrained.weights import TABLE, Shapes, listing, to_torch
 
-A, B = f".{lora.A}", f".{lora.B}"
+A, B = f".{lora_file.A}", f".{lora_file.B}"
 
 
 def _factorable(name: str, shape: tuple[int, ...]) -> bool:
@@ -130,10 +130,10 @@ def add(base: Params, factors: Params, scale: float) -> Params:
     return {name: weight(value, *pairs[name]) if name in pairs else value for name, value in fixed.items()}
 
 
-def to_lora(factors: Mapping[str, Any], scale: float) -> dict[str, lora.Factors]:
+def to_lora(factors: Mapping[str, Any], scale: float) -> dict[str, lora_file.Factors]:
     """Exactly these factors in torch's layout, for `lora.to_kohya` and `lora.to_diffusers`: the adapter as a file.
 
     A file counts alpha / r by each layer's own r, so a layer gets alpha = scale * r, capped or not: what `add` computes
     with this scale. Raises ValueError as `add` does for names that are no pairs.
     """
-    return {name: lora.Factors(up, down, scale * down.shape[0]) for name, (down, up) in _pairs(to_torch(factors)).items()}
+    return {name: lora_file.Factors(up, down, scale * down.shape[0]) for name, (down, up) in _pairs(to_torch(factors)).items()}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from proreflow_jax.models.weights import listing
+from proreflow_jax.pretrained.weights import listing
 
 Tensors = Mapping[str, np.ndarray]
 DOWN, UP = "lora_down.weight", "lora_up.weight"  # kohya's names

@@ -20,8 +20,8 @@ pytest.importorskip("diffusers")
 import families  # noqa: E402
 
 from proreflow_jax.flow.schedule import from_config  # noqa: E402
-from proreflow_jax.models import original, pipeline, sources, tokenizer, weights  # noqa: E402
 from proreflow_jax.models.conditioning import Context  # noqa: E402
+from proreflow_jax.pretrained import pipeline, single_file, sources, tokenizer, weights  # noqa: E402
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 each_family = pytest.mark.parametrize("family", families.FAMILIES)
@@ -59,7 +59,7 @@ def stored(source: sources.Source, dtype: Any = None) -> dict[str, dict[str, np.
 
 def single(source: sources.Source, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The model as one file, each component under its prefix."""
-    parts = (original.to_original(n, t, source.config(n), source.family) for n, t in tensors.items())
+    parts = (single_file.to_original(n, t, source.config(n), source.family) for n, t in tensors.items())
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -118,7 +118,7 @@ def test_folder_to_ours_to_folder_keeps_every_bit(models, tmp_path, family, dtyp
     before = stored(sources.open_folder(models[family]), dtype)
     for name, tensors in before.items():
         save_file(tensors, folder / name / weights.file_name(name))
-    ours = pipeline.load(folder)
+    ours = pipeline.load_pipeline(folder)
     assert {value.dtype for params in ours.params.values() for value in params.values()} == {np.dtype(np.float32)}
     for name, params in ours.params.items():
         weights.save_tensors(folder / name / weights.file_name(name), weights.to_torch(params, dtype))
@@ -133,7 +133,7 @@ def test_single_file_to_ours_to_single_file_keeps_every_bit(models, tmp_path, fa
     path = write_single(tmp_path / "model.safetensors", models[family], dtype)
     before = {name: value for name, value in load_file(path).items() if name not in STRANGERS}
     source = sources.open_file(path, models[family])
-    ours = pipeline.load(source)
+    ours = pipeline.load_pipeline(source)
     assert (source.family, source.origin) == (family, path)
     same(single(source, {name: weights.to_torch(params, dtype) for name, params in ours.params.items()}), before)
 
@@ -141,8 +141,10 @@ def test_single_file_to_ours_to_single_file_keeps_every_bit(models, tmp_path, fa
 @each_family
 def test_a_single_file_is_the_same_model_as_the_folder(models, tmp_path, family):
     """What else lies in it, NaN in its averaged weights even, is neither read nor missed."""
-    folder = pipeline.load(models[family])
-    file = pipeline.load(sources.open_file(write_single(tmp_path / "model.safetensors", models[family]), models[family]))
+    folder = pipeline.load_pipeline(models[family])
+    file = pipeline.load_pipeline(
+        sources.open_file(write_single(tmp_path / "model.safetensors", models[family]), models[family])
+    )
     assert file.params.keys() == folder.params.keys() and file.scheduler == folder.scheduler
     for name in folder.params:
         same(file.params[name], folder.params[name])
@@ -173,8 +175,8 @@ def test_marks_in_a_file_say_how_it_is_read(models, tmp_path):
 
 
 def test_a_word_of_the_config_goes_before_that_of_the_model(models):
-    assert pipeline.load(models["v2"]).scheduler["prediction_type"] == "v_prediction"
-    assert pipeline.load(models["v2"], prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
+    assert pipeline.load_pipeline(models["v2"]).scheduler["prediction_type"] == "v_prediction"
+    assert pipeline.load_pipeline(models["v2"], prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
 
 
 def test_a_single_file_brings_no_safety_checker(tmp_path):
@@ -186,7 +188,7 @@ def test_a_single_file_brings_no_safety_checker(tmp_path):
     shutil.rmtree(folder / "safety_checker")
     for weight in folder.rglob("*.safetensors"):
         weight.unlink()
-    assert sorted(pipeline.load(source).params) == ["text_encoder", "unet", "vae"]
+    assert sorted(pipeline.load_pipeline(source).params) == ["text_encoder", "unet", "vae"]
 
 
 # Conditioning
@@ -194,25 +196,25 @@ def test_a_single_file_brings_no_safety_checker(tmp_path):
 
 def test_two_tokenizers_stand_side_by_side(models):
     """Each with its own padding; the sum of lengths; one row of ids for both."""
-    one, two = (tokenizer.load(models["xl"] / name) for name in ("tokenizer", "tokenizer_2"))
-    both = pipeline.load(models["xl"]).tokenizer
+    one, two = (tokenizer.load_tokenizer(models["xl"] / name) for name in ("tokenizer", "tokenizer_2"))
+    both = pipeline.load_pipeline(models["xl"]).tokenizer
     prompts = ["", "a handwritten zero", "five " * 30]
     ids = both.encode(prompts)
     assert both.length == one.length + two.length and ids.shape == (3, both.length) and ids.dtype == np.int32
     assert np.array_equal(ids, np.concatenate([one.encode(prompts), two.encode(prompts)], axis=1))
     assert not np.array_equal(ids[:, : one.length], ids[:, one.length :])  # "!" and the end token
-    assert pipeline.load(models["v1"]).tokenizer.length == one.length
+    assert pipeline.load_pipeline(models["v1"]).tokenizer.length == one.length
 
 
 def test_tokenizers_of_two_lengths_are_refused(models, tmp_path):
     folder = edited(models["xl"], tmp_path / "long", "tokenizer_2/tokenizer_config.json", model_max_length=9)
-    has(line(pipeline.load, folder), "8 and 9 tokens")
+    has(line(pipeline.load_pipeline, folder), "8 and 9 tokens")
 
 
 @pytest.mark.parametrize("forced", [True, False])
 def test_only_the_empty_prompt_is_told_as_zeros_and_only_where_the_model_says_so(models, tmp_path, forced):
     folder = edited(models["xl"], tmp_path / "model", "model_index.json", force_zeros_for_empty_prompt=forced)
-    states, pooled, sizes = told(pipeline.load(folder), "a three", "", "!", "five")
+    states, pooled, sizes = told(pipeline.load_pipeline(folder), "a three", "", "!", "five")
     empty = lambda values: [not np.any(row) for row in np.asarray(values)]
     assert empty(states) == empty(pooled) == [False, forced, False, False]
     assert np.array_equal(sizes, np.tile([8, 8, 0, 0, 8, 8], (4, 1)))  # the model's own resolution
@@ -221,7 +223,7 @@ def test_only_the_empty_prompt_is_told_as_zeros_and_only_where_the_model_says_so
 def test_micro_conditioning_is_in_the_order_of_diffusers(models):
     sizes = {"original_size": (64, 48), "crop": (3, 5), "target_size": (16, 24)}
     theirs = families.make("xl")._get_add_time_ids(*sizes.values(), torch.float32, families.POOLED)
-    assert np.array_equal(told(pipeline.load(models["xl"], **sizes), "five").time_ids, theirs.numpy())
+    assert np.array_equal(told(pipeline.load_pipeline(models["xl"], **sizes), "five").time_ids, theirs.numpy())
 
 
 # Strangers
@@ -248,13 +250,13 @@ def test_a_refiner_is_refused(models, tmp_path):
         "--config.model.path",
     )
     folder = edited(models["xl"], tmp_path / "five", "unet/config.json", projection_class_embeddings_input_dim=12 + 5 * 8)
-    has(line(pipeline.load, folder), "refiner", "52", "60")
+    has(line(pipeline.load_pipeline, folder), "refiner", "52", "60")
 
 
 def test_a_model_with_further_channels_is_refused(models, tmp_path):
     """Inpainting has nine."""
     folder = edited(models["v1"], tmp_path / "inpainting", "unet/config.json", in_channels=9)
-    has(line(pipeline.load, folder), "9 channels", "inpainting", "--config.model.path")
+    has(line(pipeline.load_pipeline, folder), "9 channels", "inpainting", "--config.model.path")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_a_model_with_further_channels_is_refused(models, tmp_path):
 )
 def test_another_architecture_is_refused(models, tmp_path, name, fields, needles):
     folder = edited(models["v1"], tmp_path / "strange", name, **fields)
-    said = line(pipeline.load, folder)
+    said = line(pipeline.load_pipeline, folder)
     has(said, *needles)
     if "class_embed_type" not in fields:  # models/unet.py sees a config only, not where it lies
         has(said, str(folder), "--config.model.path")
@@ -289,7 +291,7 @@ def test_weights_in_eight_bits_are_refused(models, tmp_path):
     save = pytest.importorskip("safetensors.torch").save_file
     path = folder / "unet" / weights.file_name("unet")
     save({n: torch.from_numpy(v).to(torch.float8_e4m3fn) for n, v in load_file(path).items()}, path)
-    has(line(pipeline.load, folder), str(path), "F8_E4M3", "float16")
+    has(line(pipeline.load_pipeline, folder), str(path), "F8_E4M3", "float16")
 
 
 # Reading
@@ -304,7 +306,7 @@ def test_each_tensor_is_read_when_it_is_asked_for_and_once(models, tmp_path, mon
     source = sources.open_file(path, models["v1"]) if form == "file" else sources.open_folder(models["v1"])
     names = {name: sorted(source.tensors(name)) for name in source.components}
     assert "conv_in.weight" in source.tensors("unet") and not taken
-    pipeline.load(source)
+    pipeline.load_pipeline(source)
     assert set(taken.values()) == {1}
     if form == "file":
         assert set(taken) == load_file(path).keys() - STRANGERS.keys()

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from proreflow_jax.models.weights import IGNORED, OLD, OLD_NAME, listing
+from proreflow_jax.pretrained.weights import IGNORED, OLD, OLD_NAME, listing
 
 UNET, VAE, XL = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders"
 PREFIXES = {  # family -> component -> what its names begin with

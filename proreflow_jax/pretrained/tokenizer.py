@@ -65,7 +65,7 @@ def _text(value: str | dict | None, default: str) -> str:
     return default if value is None else value["content"] if isinstance(value, dict) else value
 
 
-def load(*folders: Path) -> PromptTokenizer:
+def load_tokenizer(*folders: Path) -> PromptTokenizer:
     """Reads the tokenizer of a diffusers folder, or SDXL's two.
 
     Returns a PromptTokenizer whose `encode` gives ids (b, length) int32, padded as the folder says, cut to length with the
