@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import cli
 from proreflow_jax.checks import check_resolution
-from proreflow_jax.data import cached, loader, records, sources
+from proreflow_jax.data import cached, kinds, loader, records
 from proreflow_jax.experiment import Experiment, open_experiment, open_source
 from proreflow_jax.inputs import here, made_by
 from proreflow_jax.models.network import Params
@@ -46,14 +46,14 @@ def cache(config: ConfigDict, out: str) -> None:
             write(folder, plan, missing, partial(_rows, experiment, source, make_encode(experiment)), unit="image")
         else:
             first(lambda: publish(folder, plan))
-    log.info("%d examples: --config.data.kind=%s --config.data.path=%s", len(source), sources.CACHED, folder)
+    log.info("%d examples: --config.data.kind=%s --config.data.path=%s", len(source), kinds.CACHED, folder)
 
 
 def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
         raise ValueError(f"{OUT} is empty: name the folder of the cache")
-    if config.data.kind in (sources.CACHED, *sources.WITHOUT_IMAGES):
+    if config.data.kind in (kinds.CACHED, *kinds.WITHOUT_IMAGES):
         raise ValueError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
     folder = paths.parse_path(out, OUT)
     paths.check_reachable(folder)
@@ -76,10 +76,10 @@ def check(experiment: Experiment) -> None:
 def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
     """What may not change while a cache is under way, and what its readers compare: the data, the model, the records."""
     c = experiment.config
-    data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in sources.UNCOUNTED}
+    data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in kinds.UNCOUNTED}
     kept = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": made_by(experiment.base, c.cache.text)}
     shards = {"records": cached.NAME, "examples": examples, "shard_size": c.cache.shard_size}
-    return shards | kept | data | sources.identity(here(c.data))
+    return shards | kept | data | kinds.identity(here(c.data))
 
 
 def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:

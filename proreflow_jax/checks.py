@@ -7,13 +7,13 @@ from typing import Any
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from proreflow_jax.data import shards, sources
+from proreflow_jax.data import kinds, record_plan
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow.prediction import JUMPS, check_reading
 from proreflow_jax.models.attention_kernels import FORMS
 from proreflow_jax.models.compute import POLICIES
 from proreflow_jax.reflow.pairs import STARTS
-from proreflow_jax.runtime import mesh, optimizer, trace
+from proreflow_jax.runtime import mesh, optimizer, profiler
 
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")
@@ -30,7 +30,7 @@ CHOICES = {
     "pairs.solver": tuple(solvers.SOLVERS),
     "pairs.storage": STORAGE,
     "cache.storage": STORAGE,
-    "data.kind": sources.KINDS,
+    "data.kind": kinds.KINDS,
 }
 RANGES = {  # field: (lowest, highest); both ends are allowed
     "seed": (0, 2**63 - 1),
@@ -63,7 +63,7 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
     if not 0 <= config.train.ema < 1:
         raise ValueError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_reading(config.student.prediction, config.student.path)
-    trace.check_steps(config.profile.steps)
+    profiler.check_steps(config.profile.steps)
     _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
     _check_table("optimizer.decay_rules", config.optimizer.decay_rules, (True, False))
     optimizer.make({**config.optimizer, "steps": config.train.steps})
@@ -131,11 +131,11 @@ def _check_table(field: str, rows: Any, known: Sequence[Any]) -> None:
 
 def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
     p, ways = config.pairs, mesh.ways(machine)
-    shards.shard_count({"examples": p.examples, "shard_size": p.shard_size})
+    record_plan.shard_count({"examples": p.examples, "shard_size": p.shard_size})
     if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
         raise ValueError(
             f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple "
             f"of {ways} devices (data x fsdp)"
         )
-    if p.start == "data" and config.data.kind in sources.WITHOUT_IMAGES:
+    if p.start == "data" and config.data.kind in kinds.WITHOUT_IMAGES:
         raise ValueError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")

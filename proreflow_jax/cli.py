@@ -10,7 +10,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from proreflow_jax.runtime import programs
+from proreflow_jax.runtime import compilation_cache
 from proreflow_jax.runtime.mesh import initialize_distributed
 from proreflow_jax.runtime.processes import check_alone, leads
 from proreflow_jax.storage.gcs import is_trouble
@@ -42,7 +42,7 @@ def start(
     try:
         experiment = _read(values, name, about, config, options)
         _prepare(name, pod)
-        programs.keep(experiment.get("compilation_cache", ""))
+        compilation_cache.keep_programs(experiment.get("compilation_cache", ""))
         verb(experiment, **{option: getattr(values, option) for option in options})
     except KeyboardInterrupt:
         _leave(INTERRUPTED, f"{name}: interrupted; run the same command again to go on")

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import base_model, inputs
 from proreflow_jax.checks import RULES, check_choice, check_config, check_resolution, check_student
-from proreflow_jax.data import sources
+from proreflow_jax.data import kinds
 from proreflow_jax.data.loader import Source
 from proreflow_jax.flow.schedule import from_config
 from proreflow_jax.models.network import Params
@@ -26,7 +26,7 @@ from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.storage import atomic, paths
 
 FREE = (  # fields that a resumed stage may change
-    "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *sources.UNCOUNTED,
+    "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *kinds.UNCOUNTED,
 )  # fmt: skip
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
 
@@ -275,7 +275,7 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
-    plan |= sources.identity(inputs.here(config.data))
+    plan |= kinds.identity(inputs.here(config.data))
     return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.data import records, sources
+from proreflow_jax.data import kinds, records
 from proreflow_jax.data.loader import Source
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.runtime.checkpoint import digest, fold
@@ -24,16 +24,16 @@ def open_source(config: ConfigDict, base: Pipeline) -> Source:
     """
     data = here(config.data)
     if data.kind == "digits":  # it writes them
-        first(partial(sources.open_source, data))
-    source = sources.open_source(data)
-    if data.kind == sources.CACHED:
+        first(partial(kinds.open_source, data))
+    source = kinds.open_source(data)
+    if data.kind == kinds.CACHED:
         check_cache(records.read_plan(data.path), base, data.path)
     return source
 
 
 def here(data: ConfigDict) -> ConfigDict:
     """The block `data` with a path of this machine: what lies on an object store as one file or folder is copied."""
-    if "://" not in data.path or data.kind in sources.SHARDED:  # which no copy is made of, and `sources` says so
+    if "://" not in data.path or data.kind in kinds.SHARDED:  # which no copy is made of, and `sources` says so
         return data
     location = paths.parse_path(data.path, DATA)
     local = data.copy_and_resolve_references().unlock()
@@ -43,7 +43,7 @@ def here(data: ConfigDict) -> ConfigDict:
 
 def encodes(config: ConfigDict) -> bool:
     """Whether pairs are made from images, which the autoencoder has to encode."""
-    return config.pairs.start == "data" and config.data.kind != sources.CACHED
+    return config.pairs.start == "data" and config.data.kind != kinds.CACHED
 
 
 def made_by(base: Pipeline, text: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import cli, holding
 from proreflow_jax.card import guidance_contract
-from proreflow_jax.data import loader, records, shards
+from proreflow_jax.data import loader, record_plan, records
 from proreflow_jax.experiment import (
     TRAIN_KEY,
     Experiment,
@@ -49,7 +49,7 @@ from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import first, first_says, job_lock, leads
-from proreflow_jax.runtime.trace import Trace
+from proreflow_jax.runtime.profiler import Trace
 from proreflow_jax.storage import atomic, local_copy
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     config = experiment.config
     parent = load_weights(experiment, parent_stage(experiment, stage))
     plan = stage_plan(experiment, stage, parent.digest, (*PLANNED, "loss", "train", "optimizer"))
-    first(lambda: shards.fix_plan(stage.folder, plan))
+    first(lambda: record_plan.fix_plan(stage.folder, plan))
     if first_says((stage.folder / DONE).is_file):
         log.info("stage %d: done", stage.windows)
         return

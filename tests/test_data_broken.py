@@ -11,13 +11,13 @@ import pytest
 from made_images import LAYOUTS, block, encode, jsonl, members, originals, parquet, webdataset, write_tar
 from test_data_captions import png_header, refused
 
-from proreflow_jax.data import images, sources
+from proreflow_jax.data import images, kinds
 
 ERRORS = (ValueError, FileNotFoundError)
 
 
 def opened(folder, fields, **more):
-    return sources.open_source(block(folder, **(fields | more)))
+    return kinds.open_source(block(folder, **(fields | more)))
 
 
 def tar_source(folder, held, key="txt", **more):

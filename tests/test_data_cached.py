@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from made_images import block
 
-from proreflow_jax.data import cached, records, sources
+from proreflow_jax.data import cached, kinds, records
 
 PLAN = {"records": "cache", "examples": 5, "shard_size": 2, "model": {}}
 WORDS = ("a dog", "größe 日本", 'two, "quoted" words', "four", "x" * 4096)
@@ -26,7 +26,7 @@ def finished(folder, plan=PLAN):
 
 
 def opened(folder):
-    return sources.open_source(block(folder, kind="cached", path=str(folder)))
+    return kinds.open_source(block(folder, kind="cached", path=str(folder)))
 
 
 def refused(folder, kind, *words):
@@ -68,7 +68,7 @@ def test_shards_that_have_changed_places_are_found_out(tmp_path):
 
 def test_another_cache_in_the_same_place_is_another_dataset(tmp_path):
     data = block(tmp_path, kind="cached", path=str(finished(tmp_path / "a")))
-    before = sources.identity(data)
-    assert before == sources.identity(data) and before.keys() == {"cache"}
+    before = kinds.identity(data)
+    assert before == kinds.identity(data) and before.keys() == {"cache"}
     other = finished(tmp_path / "b", PLAN | {"model": {"vae": "another"}})
-    assert sources.identity(block(tmp_path, kind="cached", path=str(other))) != before
+    assert kinds.identity(block(tmp_path, kind="cached", path=str(other))) != before

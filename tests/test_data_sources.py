@@ -11,7 +11,7 @@ import pytest
 from made_images import CAPTIONS, LAYOUTS, SIDE, block, encode, members, originals, write_tar
 from test_data_captions import coco_like
 
-from proreflow_jax.data import images, loader, sources, usable, webdataset
+from proreflow_jax.data import images, kinds, loader, skip_bad, webdataset
 
 WRITTEN = {}  # folder -> fields of the block `data`
 
@@ -21,7 +21,7 @@ def opened(folder, layout, rows, **fields):
     if not (folder / layout).exists():
         (folder / layout).mkdir(parents=True)
         WRITTEN[folder / layout] = LAYOUTS[layout](folder / layout, rows)
-    return sources.open_source(block(folder, **(WRITTEN[folder / layout] | fields)))
+    return kinds.open_source(block(folder, **(WRITTEN[folder / layout] | fields)))
 
 
 def equal(one, other):
@@ -43,7 +43,7 @@ def test_every_layout_gives_the_originals_in_order(tmp_path, layout):
 def test_tfds_gives_the_same(tmp_path):
     rows = originals()[:5]
     folder = coco_like(tmp_path / "coco", [image for image, _ in rows], [[caption] for _, caption in rows])
-    source = sources.open_source(block(tmp_path, kind="tfds", path=folder, caption_key="captions/text"))
+    source = kinds.open_source(block(tmp_path, kind="tfds", path=folder, caption_key="captions/text"))
     for i, (image, caption) in enumerate(rows):
         equal(source[i], {"image": images.decode_image(image, SIDE), "caption": caption})
 
@@ -112,7 +112,7 @@ def test_what_is_no_examples_fault_is_not_replaced():
             raise OSError(5, "input/output error") if index == 1 else images.Unusable("bad")
 
     with pytest.raises(OSError, match="input/output"):
-        usable.Usable(Faulty(), 0.9)[0]
+        skip_bad.Usable(Faulty(), 0.9)[0]
 
 
 def test_an_error_in_a_thread_comes_up_where_the_batch_is_taken(tmp_path):
@@ -134,7 +134,7 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(tmp_path, monkey
     opened(tmp_path, "webdataset", rows)
     assert built == ["a-000.tar", "a-001.tar"]
     fields = {"kind": "webdataset", "path": str(tmp_path / "webdataset"), "caption_key": "txt"}
-    again = lambda **other: sources.open_source(block(tmp_path, **(fields | other)))
+    again = lambda **other: kinds.open_source(block(tmp_path, **(fields | other)))
     assert again()[6]["caption"] == CAPTIONS[6] and len(built) == 2
     write_tar(tmp_path / "webdataset" / "a-001.tar", members(rows[5:], 5))  # other size
     assert [len(again()), built[2:]] == [5, ["a-001.tar"]]
@@ -179,11 +179,11 @@ def test_another_dataset_in_the_same_place_is_another_identity(tmp_path):
     for layout in ("webdataset", "parquet", "beside", "jsonl"):
         (tmp_path / layout).mkdir()
         data = block(tmp_path, **LAYOUTS[layout](tmp_path / layout, originals()))
-        before = sources.identity(data)
-        assert before == sources.identity(data) and len(before) == 1
+        before = kinds.identity(data)
+        assert before == kinds.identity(data) and len(before) == 1
         path = min(tmp_path.glob(f"{layout}/*.[tpj]*"))
         path.rename(path.with_name(f"z-{path.name}")) if layout == "beside" else path.write_bytes(path.read_bytes() + b"\n")
-        assert sources.identity(data) != before
+        assert kinds.identity(data) != before
 
 
 def test_results_made_ahead_come_in_order_and_end():
@@ -220,4 +220,4 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r"pip install 'proreflow_jax\[parquet\]'"):
-        sources.open_source(block(tmp_path, **fields))
+        kinds.open_source(block(tmp_path, **fields))

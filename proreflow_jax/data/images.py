@@ -2,7 +2,7 @@
 
 An image may be a bomb, a caption may be anything. An image is opened with a list of formats and a limit on its pixels before
 any of it is decoded. What is wrong with one example alone is raised as `Unusable`: the example may then be replaced by
-another (data/usable.py); every other error ends the run.
+another (data/skip_bad.py); every other error ends the run.
 """
 
 import io

@@ -27,7 +27,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from proreflow_jax.data import array_record
-from proreflow_jax.data.shards import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
+from proreflow_jax.data.record_plan import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
 from proreflow_jax.storage import atomic, files, paths
 
 __all__ = [

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics, check_finite
-from proreflow_jax.runtime.trace import OFF, Trace
+from proreflow_jax.runtime.profiler import OFF, Trace
 
 log = logging.getLogger(__name__)
 COUNT = "count"

@@ -25,8 +25,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from proreflow_jax.runtime.checkpoint_record import check_seal, check_target, inventory, wrong_values
 from proreflow_jax.runtime.digest import digest, fold, leaf_path, named_leaves
-from proreflow_jax.runtime.inventory import check_seal, check_target, inventory, wrong_values
 from proreflow_jax.storage.gcs import SCHEME, client, is_trouble
 from proreflow_jax.storage.paths import Location
 

@@ -15,7 +15,7 @@ from proreflow_jax.storage import gcs, paths
 FIELD = "--config.compilation_cache"
 
 
-def keep(folder: str) -> None:
+def keep_programs(folder: str) -> None:
     """Programs compiled from here on are kept in `folder`, and taken from there; "" leaves all as the environment says.
 
     Raises ValueError or FileNotFoundError, one line, for a folder that cannot be used.

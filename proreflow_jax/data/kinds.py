@@ -13,7 +13,7 @@ from proreflow_jax.data import cached, captions, digits
 from proreflow_jax.data.folder import METADATA, open_folder
 from proreflow_jax.data.images import Pictures
 from proreflow_jax.data.parquet import open_parquet
-from proreflow_jax.data.usable import Threaded, Usable, probe
+from proreflow_jax.data.skip_bad import Threaded, Usable, probe
 from proreflow_jax.data.webdataset import find_shards, open_webdataset
 from proreflow_jax.storage import files
 

@@ -13,8 +13,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from verb import ROOT, tiny_flags
 
-from proreflow_jax.runtime import programs
-from proreflow_jax.runtime.trace import STEP, Trace, check_steps
+from proreflow_jax.runtime.compilation_cache import keep_programs
+from proreflow_jax.runtime.profiler import STEP, Trace, check_steps
 from proreflow_jax.storage import gcs, paths
 
 HIT = "/jax/compilation_cache/cache_hits"
@@ -88,7 +88,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def compiled(folder: str) -> float:
     """Compiles a program anew, as far as this process knows."""
-    programs.keep(folder)
+    keep_programs(folder)
     return float(jax.jit(lambda x: x * 2.5)(jnp.float32(4)))
 
 
@@ -134,10 +134,10 @@ def test_in_a_bucket_both_are_found_too(tmp_path, monkeypatch, watched):
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--config.compilation_cache=") as caught:
-        programs.keep(str(tmp_path / "file" / "below"))
+        keep_programs(str(tmp_path / "file" / "below"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="s3://"):
-        programs.keep("s3://bucket/programs")
+        keep_programs("s3://bucket/programs")
     before = jax.config.jax_compilation_cache_dir
-    programs.keep("")
+    keep_programs("")
     assert jax.config.jax_compilation_cache_dir == before
