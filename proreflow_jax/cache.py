@@ -21,7 +21,7 @@ from proreflow_jax.inputs import here, made_by
 from proreflow_jax.models.network import Params
 from proreflow_jax.record_jobs import batched, begin, publish, write
 from proreflow_jax.reflow import pairs
-from proreflow_jax.reflow.teacher import text_context
+from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.storage import paths

@@ -18,9 +18,10 @@ from proreflow_jax.data import digits
 from proreflow_jax.evaluation import classifier, frechet, report
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.reflow import sampler
+from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays, leads
 from proreflow_jax.storage import atomic
@@ -201,12 +202,12 @@ def make_draw(experiment: Experiment) -> Draw:
     decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling))
 
     @partial(jax.jit, static_argnames="flow")
-    def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Flow) -> jax.Array:
+    def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Parameterization) -> jax.Array:
         predict = solvers.guided(make_predict(n.unet, params), states, None, 1.0)
         each = lambda time: jnp.full(z.shape[0], time)
         return make_step(flow, n.schedule, predict)(z, each(t), each(u), None)[0]
 
-    def draw(params: Any, flow: Flow, noise: jax.Array, ids: np.ndarray, steps: int) -> tuple[jax.Array, jax.Array]:
+    def draw(params: Any, flow: Parameterization, noise: jax.Array, ids: np.ndarray, steps: int) -> tuple[jax.Array, jax.Array]:
         nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
         z, states = jax.device_put(noise, split), context(text, jax.device_put(ids, split))
         for t, u in zip(nodes[:-1], nodes[1:], strict=True):
@@ -217,7 +218,7 @@ def make_draw(experiment: Experiment) -> Draw:
 
 
 def sample(
-    draw: Draw, params: Any, flow: Flow, noise: jax.Array, ids: np.ndarray, steps: int, batch: int
+    draw: Draw, params: Any, flow: Parameterization, noise: jax.Array, ids: np.ndarray, steps: int, batch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(latents, images) of every row of `noise` and `ids`, `batch` at once, on the host."""
     rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]

@@ -12,15 +12,15 @@ from proreflow_jax import base_model, inputs
 from proreflow_jax.checks import RULES, check_choice, check_config, check_resolution, check_student
 from proreflow_jax.data import kinds
 from proreflow_jax.data.loader import Source
+from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization
 from proreflow_jax.flow.schedule import from_config
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_factors, pipeline
 from proreflow_jax.reflow import stages
+from proreflow_jax.reflow.loss import LossRecipe, check_loss
 from proreflow_jax.reflow.pairs import Frozen, Networks, PairRecipe, check_steps
 from proreflow_jax.reflow.stages import DONE, Stage
-from proreflow_jax.reflow.state import TrainState, averaged, init_state, state_shardings
-from proreflow_jax.reflow.step import LossRecipe, check_loss
-from proreflow_jax.reflow.teacher import DIFFUSION, Flow
+from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, state_shardings
 from proreflow_jax.runtime import mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.storage import atomic, paths
@@ -38,7 +38,7 @@ class Experiment(NamedTuple):
     run: paths.Location
     base: pipeline.Pipeline
     networks: Networks
-    flow: Flow  # of the base model
+    flow: Parameterization  # of the base model
     stages: list[Stage]
     mesh: Mesh
 
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
     """A network somebody hands on: how it is read, and the digest that lineage is made of."""
 
     params: Params
-    flow: Flow
+    flow: Parameterization
     digest: str  # of what was trained: the weights, or their factors
     factors: Params = {}  # low-rank, relative to the base model, where only these were trained
 
@@ -68,7 +68,7 @@ def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experimen
 def _opened(config: ConfigDict, machine: Mesh, base: pipeline.Pipeline) -> Experiment:
     run, plan = _planned(config, machine)
     networks = Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling)
-    flow = Flow(base.scheduler.get("prediction_type", "epsilon"))
+    flow = Parameterization(base.scheduler.get("prediction_type", "epsilon"))
     check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
     return _fitting(Experiment(config, run, base, networks, flow, plan, machine))
 
@@ -104,16 +104,16 @@ def loss_recipe(config: ConfigDict) -> LossRecipe:
     return LossRecipe(**config.loss, dtype=config.model.dtype)
 
 
-def student_flow(config: ConfigDict, stage: Stage) -> Flow:
+def student_flow(config: ConfigDict, stage: Stage) -> Parameterization:
     """How the student of a stage is read."""
-    return Flow(config.student.prediction, stage.windows, config.student.path)
+    return Parameterization(config.student.prediction, stage.windows, config.student.path)
 
 
 def _made_by_base(config: ConfigDict, stage: Stage) -> bool:
     return stage.parent is None or config.pairs.teacher == "base"
 
 
-def teacher_flow(experiment: Experiment, stage: Stage) -> Flow:
+def teacher_flow(experiment: Experiment, stage: Stage) -> Parameterization:
     """How the network that makes a stage's pairs is read."""
     if _made_by_base(experiment.config, stage):
         return experiment.flow
@@ -176,10 +176,10 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     if found != done["digest"]:
         raise ValueError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
     if not experiment.config.student.lora.rank:
-        return Weights(trained, Flow(**done["flow"]), found)
+        return Weights(trained, Parameterization(**done["flow"]), found)
     add = partial(whole_weights, config=experiment.config)
     params = jax.jit(add)(trained, experiment.base.params["unet"])
-    return Weights(params, Flow(**done["flow"]), found, trained)
+    return Weights(params, Parameterization(**done["flow"]), found, trained)
 
 
 def trained_shapes(experiment: Experiment) -> Mapping[str, jax.ShapeDtypeStruct]:

@@ -21,12 +21,12 @@ from proreflow_jax import cli
 from proreflow_jax.card import CARD, PAGE, Format, make_card, page
 from proreflow_jax.checks import STORAGE, check_export
 from proreflow_jax.experiment import Experiment, Weights, load_weights, lora_scale, open_experiment
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.prediction import JUMPS
 from proreflow_jax.pretrained import lora_factors, lora_file, weights
 from proreflow_jax.pretrained.single_file import to_original
 from proreflow_jax.pretrained.sources import INDEX, Source
 from proreflow_jax.reflow.stages import Stage, find_stage
-from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
 from proreflow_jax.storage import atomic, local_copy, paths
 
@@ -182,7 +182,7 @@ def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
         shutil.copy(WINDOWED, draft / "scheduler")
 
 
-def scheduler_config(base: Mapping[str, Any], flow: Flow, kind: str = "stock") -> dict[str, Any]:
+def scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
     """scheduler_config.json on the base model's betas, for a student of this reading: stock DDIM, or ours for any steps."""
     betas = {name: base[name] for name in BETAS if name in base}
     if kind == "stock":

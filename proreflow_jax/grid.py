@@ -31,12 +31,14 @@ from proreflow_jax.experiment import (
     teacher_flow,
 )
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.inputs import encodes
 from proreflow_jax.make_pairs import read_rows
 from proreflow_jax.models.network import Params
-from proreflow_jax.reflow import pairs, state, step
+from proreflow_jax.reflow import pairs, train_step
+from proreflow_jax.reflow.loss import draw_examples, reflow_loss
+from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.reflow.teacher import Flow, make_predict, text_context
 from proreflow_jax.runtime import mesh, optimizer
 from proreflow_jax.runtime.metrics import check_finite
 
@@ -65,7 +67,7 @@ class Programs(NamedTuple):
     """Compiled once per shape, reused by every cell."""
 
     pairs: Callable[..., dict[str, jax.Array]]  # (frozen, batch, recipe=, flow=)
-    update: Callable[..., tuple[state.TrainState, Any]]  # (state, frozen, batch, key, numbers, flow=, loss=)
+    update: Callable[..., tuple[train_step.TrainState, Any]]  # (state, frozen, batch, key, numbers, flow=, loss=)
     draw: digits_table.Draw
     walk: Callable[..., tuple[jax.Array, jax.Array]]  # (params, z, context, flow=, nodes=)
     context: Callable[..., Any]
@@ -109,24 +111,32 @@ def make_programs(experiment: Experiment) -> Programs:
     networks, config = experiment.networks, experiment.config
 
     def update(
-        before: state.TrainState, frozen: pairs.Frozen, batch: Any, key: jax.Array, numbers: Numbers, flow: Flow, loss: Any
-    ) -> tuple[state.TrainState, Any]:
+        before: train_step.TrainState,
+        frozen: pairs.Frozen,
+        batch: Any,
+        key: jax.Array,
+        numbers: Numbers,
+        flow: Parameterization,
+        loss: Any,
+    ) -> tuple[train_step.TrainState, Any]:
         recipe = loss._replace(alpha=numbers.alpha, window_start_prob=numbers.window_start_prob)
         bound = {"flow": flow, "networks": networks, "loss": recipe}
-        return state.train_step(
+        return train_step.train_step(
             before,
             frozen,
             batch,
             key,
-            draw=partial(step.draw_examples, **bound),
-            loss=partial(step.reflow_loss, **bound),
+            draw=partial(draw_examples, **bound),
+            loss=partial(reflow_loss, **bound),
             optimizer=optimizer.make({**config.optimizer, "steps": numbers.steps}),
             ema_decay=config.train.ema,
             accumulation=1,
             unroll=True,
         )
 
-    def walk(params: Params, z: jax.Array, context: Any, flow: Flow, nodes: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
+    def walk(
+        params: Params, z: jax.Array, context: Any, flow: Parameterization, nodes: tuple[float, ...]
+    ) -> tuple[jax.Array, jax.Array]:
         predict = solvers.guided(make_predict(networks.unet, params), context, None, 1)
         return trajectory.trajectory(networks.schedule, predict, z, np.asarray(nodes), *flow)
 
@@ -160,14 +170,14 @@ def train(experiment: Experiment, programs: Programs, store: dict[Any, Any]) -> 
         loss = loss._replace(alpha=0.0, window_start_prob=0.0)  # what the compiled program depends on
         frozen = frozen_arrays(experiment, {}, stage, with_vae=False)
         rule = optimizer.make({**config.optimizer, "steps": cost.updates})
-        fresh = state.init_state({name: jnp.array(value) for name, value in params.items()}, rule, config.train.ema > 0)
+        fresh = train_step.init_state({name: jnp.array(value) for name, value in params.items()}, rule, config.train.ema > 0)
         now = jax.device_put(fresh, mesh.replicated(experiment.mesh))
         key, order = run_key(config, TRAIN_KEY, stage.windows), _order(config.seed, cost, config.train.batch)
         for rows in order:
             batch = mesh.put_batch(experiment.mesh, {name: values[rows] for name, values in made.items()}, len(rows))
             now, found = programs.update(now, frozen, batch, key, numbers, flow=flow, loss=loss)
         check_finite(cost.updates, {"loss": float(found["loss"])})
-        params = state.averaged(now)
+        params = train_step.averaged(now)
         spent.append(cost)
     return params, spent
 
@@ -210,7 +220,7 @@ def _moments(judge: digits_table.Judge, images: np.ndarray) -> tuple[np.ndarray,
     return frechet.moments(classifier.features(judge.judges, digits.to_pixels8(images)))
 
 
-def read_as(flow: Flow, steps: int) -> Flow:
+def read_as(flow: Parameterization, steps: int) -> Parameterization:
     """How a flow is read in so many steps: in fewer than its windows, as a student of that many windows.
 
     Of a ddim_eps student that is what the stock DDIM scheduler does.
@@ -219,7 +229,7 @@ def read_as(flow: Flow, steps: int) -> Flow:
 
 
 def measure(
-    experiment: Experiment, params: Params, flow: Flow, programs: Programs, given: Given
+    experiment: Experiment, params: Params, flow: Parameterization, programs: Programs, given: Given
 ) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """(numbers, first images by steps) of a network: at each of config.reproduce.steps, and how its flow bends."""
     e, found, images = experiment.config.evaluate, {}, {}

@@ -27,11 +27,11 @@ from proreflow_jax.experiment import (
     stage_plan,
     teacher_flow,
 )
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.inputs import encodes
 from proreflow_jax.record_jobs import batched, begin, write
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.stages import Stage, find_stage
-from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
 
@@ -72,7 +72,7 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
     write(folder, plan, missing, rows, unit="pair")
 
 
-def jit_pairs(experiment: Experiment, stage: Stage, flow: Flow) -> Any:
+def jit_pairs(experiment: Experiment, stage: Stage, flow: Parameterization) -> Any:
     """(frozen, batch) -> the batch's pairs, jitted with the shardings of the mesh; `flow` is how the teacher is read."""
     recipe, networks = pair_recipe(experiment, stage), experiment.networks
 

@@ -19,8 +19,8 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.pretrained.sources import Source
 from proreflow_jax.reflow import sampler
+from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.reflow.teacher import text_context
 from proreflow_jax.storage import atomic
 
 try:

@@ -22,11 +22,12 @@ from proreflow_jax.evaluation.judges import CLIP, FID, Judge, make_judge
 from proreflow_jax.evaluation.moments import Moments
 from proreflow_jax.evaluation.protocols import Conditions, Protocol
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, student_flow
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks
+from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import DONE, find_stage
-from proreflow_jax.reflow.teacher import Flow, text_context
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import check_alone
@@ -66,7 +67,7 @@ class Row(NamedTuple):
 
     method: str
     windows: int
-    flow: Flow
+    flow: Parameterization
     steps: int
 
 
@@ -213,7 +214,7 @@ def draw_images(
     *,
     networks: Networks,
     latent: tuple[int, int, int],
-    flow: Flow,
+    flow: Parameterization,
     steps: int,
     guidance: float,
 ) -> UInt8[Array, "b height width 3"]:
@@ -234,7 +235,7 @@ def draw_images(
     return sampler.decode(networks.vae, vae, latents, networks.scaling)
 
 
-def jit_draw(experiment: Experiment, flow: Flow, steps: int, guidance: float) -> Callable:
+def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidance: float) -> Callable:
     """`draw_images` of a model, jitted with the shardings of the mesh."""
     options = dict(flow=flow, steps=steps, guidance=guidance)
     draw = partial(draw_images, networks=experiment.networks, latent=experiment.base.latent_shape, **options)

@@ -41,10 +41,11 @@ from proreflow_jax.experiment import (
 from proreflow_jax.inputs import encodes
 from proreflow_jax.make_pairs import PLANNED, read_rows
 from proreflow_jax.reflow import loop, pairs
-from proreflow_jax.reflow.stages import DONE, Stage, check_identity, find_stage
-from proreflow_jax.reflow.state import TrainState, averaged, train_step
-from proreflow_jax.reflow.step import draw_examples, reflow_loss
-from proreflow_jax.reflow.teacher import text_context
+from proreflow_jax.reflow.identity import check_identity
+from proreflow_jax.reflow.loss import draw_examples, reflow_loss
+from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.reflow.stages import DONE, Stage, find_stage
+from proreflow_jax.reflow.train_step import TrainState, averaged, train_step
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.metrics import Metrics

@@ -263,7 +263,7 @@ def run_ours(case: Case, folder: Path) -> dict[str, Any]:
         parameters=count, build_s=built_s, draw_s=drawn, compile_s=compile_s, run_s=run_s, float32_gb=memory("VmHWM") / GB
     )
 
-    for name in ours.shapes:  # as reflow/teacher.py's make_predict: times and sizes stay float32
+    for name in ours.shapes:  # as reflow/predict.py's make_predict: times and sizes stay float32
         params[name] = params[name].astype(jnp.bfloat16)
     exact = (1, 4) if case.kind == "unet" else ()
     halved = [x if i in exact or x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for i, x in enumerate(given)]

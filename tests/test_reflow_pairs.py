@@ -10,17 +10,18 @@ import tiny
 from tiny import quick_jit
 
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.flow.prediction import convert
 from proreflow_jax.flow.schedule import grid_time
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.pairs import PairRecipe
+from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.sampler import sample_latents
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
 RECIPE = PairRecipe(4, "noise", 2, "ddim", 1.0, 0.0, tiny.LATENT, "float32")
-TEACHER = Flow("epsilon")
+TEACHER = Parameterization("epsilon")
 
 
 @cache
@@ -176,7 +177,7 @@ def test_guidance_changes_the_pairs_by_its_formula_and_one_does_not():
 
 @pytest.mark.parametrize("reading, path", [("velocity", "linear"), ("ddim_eps", "linear"), ("ddim_eps", "first_order")])
 def test_a_student_of_twice_the_windows_makes_pairs_by_its_own_sampler(reading, path):
-    student = Flow(reading, 8, path)
+    student = Parameterization(reading, 8, path)
     made = make(flow=student, steps=4)
     want = sampled(student, 16, made["ids"], made["states"][:, 0])
     np.testing.assert_allclose(made["states"][:, -1], want, rtol=1e-4, atol=1e-4)
@@ -190,7 +191,7 @@ def test_a_teacher_of_any_prediction_type_gives_the_same_pairs(kind):
         return convert("epsilon", kind, TOYS.schedule, z, tiny.toy_unet(params, z, timestep, context), (timestep + 1) / 1000)
 
     networks = TOYS._replace(unet=TOYS.unet._replace(apply=speak))
-    jitted = quick_jit(partial(pairs.make_pairs, recipe=RECIPE, flow=Flow(kind), networks=networks))
+    jitted = quick_jit(partial(pairs.make_pairs, recipe=RECIPE, flow=Parameterization(kind), networks=networks))
     np.testing.assert_allclose(jitted(FROZEN, tiny.rows(16))["states"], make()["states"], rtol=1e-3, atol=1e-3)
 
 
@@ -209,7 +210,7 @@ def test_the_teacher_can_compute_in_bfloat16():
         ({"steps": 251}, TEACHER, "1 to 250"),
         ({"start": "middle"}, TEACHER, "--config.pairs.start='middle' must be one of noise, data"),
         ({"solver": "magic"}, TEACHER, "--config.pairs.solver='magic' must be one of ddim"),
-        ({}, Flow("velocity", 10), "a stage of 4 windows cannot learn from 10"),
+        ({}, Parameterization("velocity", 10), "a stage of 4 windows cannot learn from 10"),
     ],
 )
 def test_a_recipe_that_cannot_be_carried_out_is_refused(changes, flow, words):
@@ -220,4 +221,4 @@ def test_a_recipe_that_cannot_be_carried_out_is_refused(changes, flow, words):
 
 def test_recipes_that_can_be_carried_out_pass():
     pairs.check_steps(RECIPE, TEACHER)
-    pairs.check_steps(RECIPE, Flow("velocity", 8))
+    pairs.check_steps(RECIPE, Parameterization("velocity", 8))

@@ -11,15 +11,17 @@ import tiny
 from tiny import quick_jit
 
 from proreflow_jax.flow import prediction, windows
+from proreflow_jax.flow.parameterization import Parameterization, as_epsilon, make_step
 from proreflow_jax.flow.schedule import Schedule, grid_time, make_schedule, timestep
 from proreflow_jax.reflow import stages
+from proreflow_jax.reflow.identity import check_identity, identity_gap
+from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.sampler import check_sampling, decode, sample_latents
-from proreflow_jax.reflow.teacher import Flow, as_epsilon, make_predict, make_step, text_context
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
 SCHEDULE = TOYS.schedule
-EPSILON, STUDENT = Flow("epsilon"), Flow("ddim_eps", 8)
+EPSILON, STUDENT = Parameterization("epsilon"), Parameterization("ddim_eps", 8)
 
 
 def contexts(count=4):
@@ -62,7 +64,7 @@ def test_an_unknown_stage_is_named_with_those_there_are():
 
 
 def gap(n, path="linear", schedule=SCHEDULE, unet=TOYS.unet, reading="ddim_eps"):
-    measure = quick_jit(partial(stages.identity_gap, unet=unet, schedule=schedule, student=Flow(reading, n, path)))
+    measure = quick_jit(partial(identity_gap, unet=unet, schedule=schedule, student=Parameterization(reading, n, path)))
     return float(measure(FROZEN.teacher, NOISE, contexts()[0]))
 
 
@@ -95,7 +97,7 @@ class Cosine(Schedule):
 
 def identity(schedule=SCHEDULE, base=EPSILON, student=STUDENT, params=FROZEN.teacher):
     arrays = (contexts()[0], tiny.LATENT, jax.random.key(1))
-    return stages.check_identity(params, *arrays, unet=TOYS.unet, schedule=schedule, base=base, student=student)
+    return check_identity(params, *arrays, unet=TOYS.unet, schedule=schedule, base=base, student=student)
 
 
 @pytest.mark.parametrize("wrong", [Late, Cosine])
@@ -112,9 +114,9 @@ def test_weights_that_are_no_numbers_are_refused_before_training():
 
 def test_the_identity_is_checked_only_where_it_holds_by_design():
     assert identity() <= 1e-5
-    assert identity(student=Flow("velocity", 8)) is None
-    assert identity(base=Flow("v_prediction")) is None
-    assert identity(base=Flow("v_prediction"), student=Flow("ddim_v", 8)) <= 1e-5
+    assert identity(student=Parameterization("velocity", 8)) is None
+    assert identity(base=Parameterization("v_prediction")) is None
+    assert identity(base=Parameterization("v_prediction"), student=Parameterization("ddim_v", 8)) <= 1e-5
     assert gap(8, reading="velocity") > 0.01
 
 
@@ -141,7 +143,7 @@ def student_predict(z, t):
 @pytest.mark.parametrize("reading, path", [("velocity", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")])
 @pytest.mark.parametrize("steps", [4, 6])
 def test_a_student_crosses_its_windows_one_after_another(reading, path, steps):
-    flow = Flow(reading, 4, path)
+    flow = Parameterization(reading, 4, path)
     times = windows.bounds(4) if steps == 4 else np.array([1000, 875, 750, 625, 500, 250, 0]) / 1000
     want = jax.jit(lambda: by_hand(flow, times, student_predict))()
     np.testing.assert_allclose(sampled(flow, steps), want, rtol=1e-4, atol=1e-4)
@@ -149,14 +151,16 @@ def test_a_student_crosses_its_windows_one_after_another(reading, path, steps):
 
 @pytest.mark.parametrize("reading, kind", prediction.JUMPS.items())
 def test_an_untrained_ddim_student_samples_as_its_teacher_does(reading, kind):
-    np.testing.assert_allclose(sampled(Flow(reading, 8), 8), sampled(Flow(kind), 8), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        sampled(Parameterization(reading, 8), 8), sampled(Parameterization(kind), 8), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_guidance_pushes_away_from_the_negative_prompts():
     context, negative = contexts()
     unet = lambda z, t, c: tiny.toy_unet(FROZEN.teacher, z, timestep(t), jnp.broadcast_to(c.states, context.states.shape))
     guided = lambda z, t: unet(z, t, negative) + 4.0 * (unet(z, t, context) - unet(z, t, negative))
-    flow = Flow("ddim_eps", 4)
+    flow = Parameterization("ddim_eps", 4)
     want = jax.jit(lambda: by_hand(flow, windows.bounds(4), guided))()
     ours = sampled(flow, 4, guidance=4.0)
     np.testing.assert_allclose(ours, want, rtol=1e-3, atol=1e-3)
@@ -165,8 +169,8 @@ def test_guidance_pushes_away_from_the_negative_prompts():
 
 def test_fewer_steps_than_windows_are_refused():
     with pytest.raises(ValueError, match="3 sampling steps, must be at least the number of windows, 4"):
-        check_sampling(3, Flow("velocity", 4))
-    check_sampling(4, Flow("velocity", 4))
+        check_sampling(3, Parameterization("velocity", 4))
+    check_sampling(4, Parameterization("velocity", 4))
     check_sampling(1, EPSILON)
     with pytest.raises(ValueError, match="0 sampling steps"):
         check_sampling(0, EPSILON)
@@ -189,7 +193,7 @@ def test_a_prediction_type_nobody_knows_is_refused():
 
 def test_a_student_step_stays_in_the_window_its_time_lies_in():
     """On a bound it takes the window that begins there."""
-    flow = Flow("diff_eps", 4)
+    flow = Parameterization("diff_eps", 4)
     step = make_step(flow, SCHEDULE, student_predict)
     t, u = jnp.full(4, grid_time(750)), jnp.full(4, grid_time(600))
     ends = jnp.full(4, 0.75), jnp.full(4, 0.5)

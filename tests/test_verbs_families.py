@@ -31,9 +31,10 @@ from proreflow_jax import export, replay  # noqa: E402
 from proreflow_jax.checks import field_value  # noqa: E402
 from proreflow_jax.experiment import Experiment, load_weights, open_experiment  # noqa: E402
 from proreflow_jax.flow import solvers, windows  # noqa: E402
+from proreflow_jax.flow.parameterization import Parameterization, make_step  # noqa: E402
 from proreflow_jax.pretrained import single_file, sources  # noqa: E402
 from proreflow_jax.reflow import sampler  # noqa: E402
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, text_context  # noqa: E402
+from proreflow_jax.reflow.predict import make_predict, text_context  # noqa: E402
 from proreflow_jax.runtime import mesh  # noqa: E402
 from proreflow_jax.storage.atomic import read_json  # noqa: E402
 
@@ -174,7 +175,7 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
 )
 def test_only_an_sdxl_that_predicts_v_carries_the_mark_that_uis_know_it_by(family, kind, marks):
     base = SimpleNamespace(source=SimpleNamespace(family=family), params={}, networks={})
-    assert set(export.single_file(SimpleNamespace(base=base, flow=Flow(kind)), {})) == marks
+    assert set(export.single_file(SimpleNamespace(base=base, flow=Parameterization(kind)), {})) == marks
 
 
 @pytest.mark.slow

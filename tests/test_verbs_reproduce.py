@@ -13,8 +13,8 @@ from verb import ROOT, run
 from configs.reproduce import get_config as reproduce_config
 from proreflow_jax import checks, digits_table, distill, grid, grid_report, reproduce
 from proreflow_jax.experiment import load_weights, open_experiment, reopen
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.reflow.teacher import Flow
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import lock
 
@@ -153,7 +153,7 @@ def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
     programs = grid.make_programs(experiment)
     given = grid.given(experiment, 0, programs, digits_table.make_judge(8))
     base = experiment.base.params["unet"]
-    student, _ = grid.measure(experiment, base, Flow("ddim_eps", 4), programs, given)
+    student, _ = grid.measure(experiment, base, Parameterization("ddim_eps", 4), programs, given)
     teacher, _ = grid.measure(experiment, base, experiment.flow, programs, given)
     for steps in ("1", "2", "4"):
         assert student["steps"][steps]["distance"] == pytest.approx(teacher["steps"][steps]["distance"], rel=1e-4)

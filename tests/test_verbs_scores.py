@@ -26,10 +26,11 @@ from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, fid, frechet, judges, moments, protocols
 from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights
+from proreflow_jax.reflow.predict import make_predict
 from proreflow_jax.reflow.stages import DONE, Stage, plan_stages
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
 
@@ -62,7 +63,7 @@ def load_weights(real: Callable, experiment: Experiment, stage: Stage | None) ->
     if not isinstance(experiment.base, SimpleNamespace):
         return real(experiment, stage)
     params = {name: value * (1.1 if stage else 1.0) for name, value in experiment.base.params["unet"].items()}
-    return Weights(params, Flow("ddim_eps", 2) if stage else experiment.flow, "student" if stage else "teacher")
+    return Weights(params, Parameterization("ddim_eps", 2) if stage else experiment.flow, "student" if stage else "teacher")
 
 
 class Made(SimpleNamespace):
@@ -103,7 +104,7 @@ def toy(made: Made, name: str, devices: int = 2, fsdp: int = 1, **fields: object
     for stage in plan_stages(c.stages, run):
         stage.folder.mkdir(parents=True, exist_ok=True)
         (stage.folder / DONE).touch()
-    return Experiment(c, run, base, networks, Flow("epsilon"), plan_stages(c.stages, run), machine)
+    return Experiment(c, run, base, networks, Parameterization("epsilon"), plan_stages(c.stages, run), machine)
 
 
 def kept(made: Made, name: str) -> dict[str, bytes]:
@@ -148,7 +149,7 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
     def draw(i, ids):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), EVALUATION_KEY), i)
         guided = solvers.guided(predict, n.condition(base.text, ids), against, GUIDANCE)
-        step = make_step(Flow("ddim_eps", 2), n.schedule, guided)
+        step = make_step(Parameterization("ddim_eps", 2), n.schedule, guided)
         return n.vae.apply(
             base.params["vae"], solvers.solve(step, jax.random.normal(key, (1, 4, 4, 4)), nodes) / n.scaling, "decode"
         )

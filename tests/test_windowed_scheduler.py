@@ -17,7 +17,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from proreflow_jax import windowed_scheduler  # noqa: E402
 from proreflow_jax.flow import schedule, solvers, windows  # noqa: E402
-from proreflow_jax.reflow.teacher import Flow, make_step  # noqa: E402
+from proreflow_jax.flow.parameterization import Parameterization, make_step  # noqa: E402
 from proreflow_jax.windowed_scheduler import WindowedFlowScheduler  # noqa: E402
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -68,7 +68,7 @@ def test_a_walk_is_our_samplers(prediction, path, n):
     z = draw(2, 4, 2, 2)
     for steps in (n, 2 * n, 3 * n):
         nodes = windows.sampling_nodes(steps, n).astype(np.float32)
-        expected = solvers.solve(make_step(Flow(prediction, n, path), NOISE, toy_jax), jnp.asarray(nhwc(z)), nodes)
+        expected = solvers.solve(make_step(Parameterization(prediction, n, path), NOISE, toy_jax), jnp.asarray(nhwc(z)), nodes)
         found = run(WindowedFlowScheduler(**BETAS, windows=n, prediction=prediction, path=path), z, steps)
         np.testing.assert_allclose(nhwc(found), expected, atol=1e-4, rtol=1e-5)
 
@@ -261,7 +261,7 @@ def test_image_to_image_is_noise_and_then_our_steps(pipe, strength, prediction, 
         with torch.no_grad():
             nchw = torch.from_numpy(np.moveaxis(z, -1, 1).copy())
             out = pipe.unet(nchw, round(1000 * float(t)) - 1, context).sample.numpy()
-        step = make_step(Flow(prediction, n, path), NOISE, lambda z, t, out=out: jnp.asarray(nhwc(out)))
+        step = make_step(Parameterization(prediction, n, path), NOISE, lambda z, t, out=out: jnp.asarray(nhwc(out)))
         z = np.asarray(step(jnp.asarray(z), jnp.array([t]), jnp.array([u]), None)[0])
     np.testing.assert_allclose(nhwc(found), z, atol=1e-4, rtol=1e-4)
 

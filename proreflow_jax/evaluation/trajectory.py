@@ -64,7 +64,7 @@ def as_velocity(
 def make_velocity(
     schedule: Schedule, predict: solvers.Predict, reading: str, n: int = 0, path: str = "linear"
 ) -> solvers.Predict:
-    """velocity(z, t) of a network behind `predict(z, t)`; the last three arguments are the fields of a `reflow.teacher.Flow`.
+    """velocity(z, t) of a network behind `predict(z, t)`; the last three arguments are the fields of a `reflow.predict.Flow`.
 
     reading: a diffusion model's prediction_type where n is 0, else a student's reading.
     n: the student's number of windows; 0 for a diffusion model.

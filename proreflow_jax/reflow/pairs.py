@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow import windows as windowing
+from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.flow.schedule import Schedule, grid_time, per_example
 from proreflow_jax.models.conditioning import Conditioner
 from proreflow_jax.models.network import Network, Params
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step, row_context, text_context
+from proreflow_jax.reflow.predict import make_predict, row_context, text_context
 
 STARTS = ("noise", "data")
 RECORD = ("states", "first", "ids")  # what is stored of a pair
@@ -57,7 +58,7 @@ class Frozen(NamedTuple):
 
 
 def make_pairs(
-    frozen: Frozen, batch: Mapping[str, Array], *, recipe: PairRecipe, flow: Flow, networks: Networks
+    frozen: Frozen, batch: Mapping[str, Array], *, recipe: PairRecipe, flow: Parameterization, networks: Networks
 ) -> dict[str, Array]:
     """Pairs of one batch.
 
@@ -146,7 +147,7 @@ def draw_latents(
     return jax.lax.stop_gradient((mean + std * noise) * networks.scaling)
 
 
-def check_steps(recipe: PairRecipe, flow: Flow) -> None:
+def check_steps(recipe: PairRecipe, flow: Parameterization) -> None:
     """Raises ValueError, one line, if a recipe cannot be carried out; before anything is compiled."""
     windowing.check_windows(recipe.windows)
     windowing.check_steps(recipe.steps, 1000 // recipe.windows)

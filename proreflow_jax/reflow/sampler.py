@@ -7,13 +7,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.flow.schedule import Schedule
 from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, Params
-from proreflow_jax.reflow.teacher import Flow, make_predict, make_step
+from proreflow_jax.reflow.predict import make_predict
 
 
-def check_sampling(steps: int, flow: Flow) -> None:
+def check_sampling(steps: int, flow: Parameterization) -> None:
     """Raises ValueError, one line, if this flow cannot be sampled in so many steps."""
     windows.sampling_nodes(steps, max(flow.windows, 1))
 
@@ -26,7 +27,7 @@ def sample_latents(
     *,
     unet: Network,
     schedule: Schedule,
-    flow: Flow,
+    flow: Parameterization,
     steps: int,
     guidance: Any,
     solver: str = "ddim",

@@ -10,17 +10,17 @@ import tiny
 from jax.sharding import PartitionSpec
 from tiny import quick_jit
 
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import make_unet
 from proreflow_jax.pretrained import write_pipeline
 from proreflow_jax.reflow import pairs
-from proreflow_jax.reflow.state import averaged, init_state, state_shardings, train_step
-from proreflow_jax.reflow.step import LossRecipe, draw_examples, reflow_loss
-from proreflow_jax.reflow.teacher import Flow
+from proreflow_jax.reflow.loss import LossRecipe, draw_examples, reflow_loss
+from proreflow_jax.reflow.train_step import averaged, init_state, state_shardings, train_step
 from proreflow_jax.runtime import mesh, optimizer, stacks
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
-STUDENT, TEACHER = Flow("ddim_eps", 4), Flow("epsilon")
+STUDENT, TEACHER = Parameterization("ddim_eps", 4), Parameterization("epsilon")
 RECIPE = pairs.PairRecipe(4, "noise", 1, "ddim", 1.0, 0.1, tiny.LATENT, "float32")
 LOSS = LossRecipe("velocity", 1.0, "fixed", 0.0, 0.25, 0, "float32")
 OPTIMIZER = dict(

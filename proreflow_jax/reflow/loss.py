@@ -12,10 +12,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from proreflow_jax.flow import losses, prediction, windows
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import GRID, Schedule, grid_time
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import Frozen, Networks
-from proreflow_jax.reflow.teacher import Flow, make_predict, row_context
+from proreflow_jax.reflow.predict import make_predict, row_context
 
 SPACES = ("velocity", "output")
 BALANCES = ("fixed", "auto")
@@ -51,7 +52,13 @@ def draw_times(
 
 
 def draw_examples(
-    frozen: Frozen, pairs: Mapping[str, Array], key: Key[Array, ""], *, flow: Flow, networks: Networks, loss: LossRecipe
+    frozen: Frozen,
+    pairs: Mapping[str, Array],
+    key: Key[Array, ""],
+    *,
+    flow: Parameterization,
+    networks: Networks,
+    loss: LossRecipe,
 ) -> dict[str, Any]:
     """Pair records -> what the loss needs: one window of each record, a time inside it, the state and the chord there.
 
@@ -73,7 +80,7 @@ def draw_examples(
     return jax.lax.stop_gradient({**path, "v": v, "k": k, "context": context})
 
 
-def target_velocity(flow: Flow, schedule: Schedule, z_s: Array, z_e: Array, path: Mapping[str, Array]) -> Array:
+def target_velocity(flow: Parameterization, schedule: Schedule, z_s: Array, z_e: Array, path: Mapping[str, Array]) -> Array:
     """The velocity a perfect student has at z_t: the chord's; on the first-order path that of the pair's one epsilon."""
     t_s, t_e = path["t_s"], path["t_e"]
     if flow.path == "linear":
@@ -84,7 +91,7 @@ def target_velocity(flow: Flow, schedule: Schedule, z_s: Array, z_e: Array, path
 
 
 def reflow_loss(
-    params: Params, drawn: Mapping[str, Any], *, flow: Flow, networks: Networks, loss: LossRecipe
+    params: Params, drawn: Mapping[str, Any], *, flow: Parameterization, networks: Networks, loss: LossRecipe
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """Mean aligned loss of a batch, and per-window sums of its parts (n,) with their counts.
 

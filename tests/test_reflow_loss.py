@@ -10,9 +10,9 @@ import tiny
 from tiny import quick_jit
 
 from proreflow_jax.flow import losses, prediction, windows
-from proreflow_jax.reflow import pairs, step
-from proreflow_jax.reflow.step import LossRecipe, draw_examples, draw_times, reflow_loss
-from proreflow_jax.reflow.teacher import Flow
+from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.reflow import pairs
+from proreflow_jax.reflow.loss import SPACES, LossRecipe, check_loss, draw_examples, draw_times, reflow_loss
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
@@ -100,9 +100,9 @@ def test_the_times_that_come_more_often_are_those_of_a_sampler(n, steps):
 
 
 @pytest.mark.parametrize("scale", [0.1, 7.0])
-@pytest.mark.parametrize("space", step.SPACES)
+@pytest.mark.parametrize("space", SPACES)
 def test_an_automatic_alpha_knows_no_scale(scale, space):
-    flow, loss = Flow("velocity", 4), LOSS._replace(space=space, balance="auto", alpha=0.7)
+    flow, loss = Parameterization("velocity", 4), LOSS._replace(space=space, balance="auto", alpha=0.7)
     x = drawn(flow)
     bare = evaluated({"out": x["z"]}, x, flow, loss, says)[0]
     grown = evaluated({"out": scale * x["z"]}, x | {"v": scale * x["v"]}, flow, loss, says)[0]
@@ -110,7 +110,7 @@ def test_an_automatic_alpha_knows_no_scale(scale, space):
 
 
 def test_an_automatic_alpha_of_one_counts_direction_twice():
-    flow = Flow("velocity", 4)
+    flow = Parameterization("velocity", 4)
     x = drawn(flow)
     turned = {"out": x["v"][:, ::-1]}  # as long as the target, so all of the error is direction
     once, twice = (evaluated(turned, x, flow, LOSS._replace(balance="auto", alpha=a), says)[0] for a in (0.0, 1.0))
@@ -118,7 +118,7 @@ def test_an_automatic_alpha_of_one_counts_direction_twice():
 
 
 def test_huber_bends_the_squared_error_only():
-    flow = Flow("velocity", 4)
+    flow = Parameterization("velocity", 4)
     x = drawn(flow)
     values = {d: evaluated({"out": x["z"]}, x, flow, LOSS._replace(huber=d), says)[0] for d in (0.0, 0.1, 1e3)}
     np.testing.assert_allclose(values[1e3], values[0.0], rtol=1e-3)
@@ -129,7 +129,7 @@ def test_huber_bends_the_squared_error_only():
 
 @pytest.mark.parametrize("m", [8, 1, 3])
 def test_an_example_is_one_window_of_its_record_and_lies_on_its_chord(m):
-    flow, b = Flow("velocity", 8), 128
+    flow, b = Parameterization("velocity", 8), 128
     rows = records(b, m, 8)
     x = jax.device_get(drawn(flow, rows))
     k, first = np.asarray(x["k"]), np.asarray(rows["first"])
@@ -145,14 +145,14 @@ def test_an_example_is_one_window_of_its_record_and_lies_on_its_chord(m):
 
 
 def test_windows_are_picked_evenly_and_context_is_the_prompts():
-    flow, b = Flow("velocity", 4), 4000
+    flow, b = Parameterization("velocity", 4), 4000
     x = drawn(flow, records(b, 4, 4) | {"ids": jnp.broadcast_to(jnp.arange(8), (b, 8))})
     assert np.abs(np.bincount(x["k"]) - 1000).max() < 4 * np.sqrt(1000 * 0.75)
     np.testing.assert_array_equal(x["context"].states[5], FROZEN.text["text_encoder"]["table.weight"][:8])
 
 
 def test_states_may_be_stored_in_half_precision():
-    flow = Flow("ddim_eps", 8)
+    flow = Parameterization("ddim_eps", 8)
     rows = records(32, 8, 8)
     half = rows | {"states": rows["states"].astype(jnp.bfloat16)}
     x = drawn(flow, half)
@@ -162,10 +162,10 @@ def test_states_may_be_stored_in_half_precision():
 
 
 @pytest.mark.parametrize("reading, path", READINGS)
-@pytest.mark.parametrize("space", step.SPACES)
+@pytest.mark.parametrize("space", SPACES)
 def test_a_perfect_student_has_no_loss(reading, path, space):
     """In float64, with the network itself an arithmetic fact."""
-    flow, loss = Flow(reading, 4, path), LOSS._replace(space=space)
+    flow, loss = Parameterization(reading, 4, path), LOSS._replace(space=space)
     with jax.enable_x64(True):
         x = jax.tree.map(lambda v: v.astype(float) if v.dtype == jnp.float32 else v, drawn(flow))
         right = perfect(flow, x)
@@ -179,7 +179,7 @@ def test_a_perfect_student_has_no_loss(reading, path, space):
 @pytest.mark.parametrize("reading, path", READINGS)
 def test_a_student_with_the_targets_output_lands_on_the_clean_end(reading, path):
     """Crossing the rest of the window from z_t with the perfect output ends at the pair's second state."""
-    flow, b = Flow(reading, 4, path), 32
+    flow, b = Parameterization(reading, 4, path), 32
     rows = records(b, 4, 4)
     with jax.enable_x64(True):
         x = drawn(flow, rows)
@@ -190,9 +190,9 @@ def test_a_student_with_the_targets_output_lands_on_the_clean_end(reading, path)
     np.testing.assert_allclose(end, np.asarray(rows["states"])[np.arange(b), k + 1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("space", step.SPACES)
+@pytest.mark.parametrize("space", SPACES)
 def test_the_sums_of_the_windows_add_up_to_the_mean(space):
-    flow, loss = Flow("ddim_eps", 8), LOSS._replace(space=space)
+    flow, loss = Parameterization("ddim_eps", 8), LOSS._replace(space=space)
     value, metrics = evaluated(FROZEN.teacher, drawn(flow), flow, loss)
     sums = metrics["window"]
     assert all(values.shape == (8,) for values in sums.values()) and sums["count"].sum() == 32
@@ -200,7 +200,7 @@ def test_the_sums_of_the_windows_add_up_to_the_mean(space):
 
 
 def test_a_window_holds_the_sums_of_its_own_examples():
-    flow = Flow("velocity", 8)
+    flow = Parameterization("velocity", 8)
     x = drawn(flow)
     _, metrics = evaluated(FROZEN.teacher, x, flow)
     out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["t"] - 1, x["context"].states)
@@ -214,7 +214,7 @@ def test_a_window_holds_the_sums_of_its_own_examples():
 
 @pytest.mark.parametrize("scale", [0.1, 7.0])
 def test_the_direction_term_is_free_of_scale(scale):
-    flow = Flow("velocity", 4)
+    flow = Parameterization("velocity", 4)
     x = drawn(flow)
     square, both = LOSS._replace(alpha=0.0), LOSS._replace(alpha=5.0)
     term = lambda out: evaluated({"out": out}, x, flow, both, says)[0] - evaluated({"out": out}, x, flow, square, says)[0]
@@ -224,13 +224,13 @@ def test_the_direction_term_is_free_of_scale(scale):
 
 
 def test_velocity_and_output_space_agree_where_the_network_gives_velocities():
-    flow = Flow("velocity", 4)
-    values = [float(evaluated(FROZEN.teacher, drawn(flow), flow, LOSS._replace(space=space))[0]) for space in step.SPACES]
+    flow = Parameterization("velocity", 4)
+    values = [float(evaluated(FROZEN.teacher, drawn(flow), flow, LOSS._replace(space=space))[0]) for space in SPACES]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-6)
 
 
 def test_the_network_computes_in_the_asked_dtype_and_the_loss_in_float32():
-    flow, seen = Flow("ddim_eps", 4), []
+    flow, seen = Parameterization("ddim_eps", 4), []
 
     def watched(params, z, timestep, context, *added):
         seen.append((params["conv_in.weight"].dtype, z.dtype, timestep.dtype, context.dtype))
@@ -246,11 +246,11 @@ def test_the_network_computes_in_the_asked_dtype_and_the_loss_in_float32():
 @pytest.mark.parametrize("start", pairs.STARTS)
 def test_no_gradient_reaches_teacher_text_encoder_or_autoencoder(start):
     recipe = pairs.PairRecipe(4, start, 2, "ddim", 2.0, 0.1, tiny.LATENT, "float32")
-    flow, rows = Flow("ddim_eps", 4), tiny.rows(4)
+    flow, rows = Parameterization("ddim_eps", 4), tiny.rows(4)
 
     def value(student, arrays):
         frozen = FROZEN._replace(**arrays)
-        made = pairs.make_pairs(frozen, rows, recipe=recipe, flow=Flow("epsilon"), networks=TOYS)
+        made = pairs.make_pairs(frozen, rows, recipe=recipe, flow=Parameterization("epsilon"), networks=TOYS)
         x = draw_examples(frozen, made, KEY, flow=flow, networks=TOYS, loss=LOSS)
         return reflow_loss(student, x, flow=flow, networks=TOYS, loss=LOSS)[0]
 
@@ -274,12 +274,12 @@ def test_no_gradient_reaches_teacher_text_encoder_or_autoencoder(start):
 )
 def test_a_loss_that_does_not_exist_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
-        step.check_loss(LOSS._replace(**changes))
-    step.check_loss(LOSS)
+        check_loss(LOSS._replace(**changes))
+    check_loss(LOSS)
 
 
 def test_one_draw_serves_every_example_with_its_own_time_and_window():
-    flow, loss = Flow("velocity", 8), LOSS._replace(window_start_prob=0.0)
+    flow, loss = Parameterization("velocity", 8), LOSS._replace(window_start_prob=0.0)
     x, again, other = (jax.device_get(drawn(flow, loss=loss, key=key)) for key in (KEY, KEY, jax.random.key(4)))
     assert len(set(x["t"])) > 25
     np.testing.assert_array_equal(again["z"], x["z"])
