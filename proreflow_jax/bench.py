@@ -12,10 +12,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from proreflow_jax import bench_text, cli, feeding, measuring
+from proreflow_jax import bench_text, feeding, measuring
 from proreflow_jax.estimates import outlines, ticking
 from proreflow_jax.planning import JOBS, jobs, wanted
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run import cli
 from proreflow_jax.storage import atomic
 
 RIVALS = ("diffusers",)

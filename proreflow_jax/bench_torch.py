@@ -16,11 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import stand_ins
-from proreflow_jax.changes import changed
-from proreflow_jax.experiment import Experiment, open_outline
 from proreflow_jax.measuring import spread, work
 from proreflow_jax.models.network import cast
 from proreflow_jax.pretrained import weights
+from proreflow_jax.run.config_fields import changed
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.open import open_outline
 from proreflow_jax.runtime import chips, flops, mesh
 
 try:

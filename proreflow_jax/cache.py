@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli
-from proreflow_jax.checks import check_resolution
 from proreflow_jax.data import cached, kinds, loader, records
-from proreflow_jax.experiment import Experiment, open_experiment, open_source
-from proreflow_jax.inputs import here, made_by
 from proreflow_jax.models.network import Params
 from proreflow_jax.record_jobs import batched, begin, publish, write
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.run import cli
+from proreflow_jax.run.check_config import check_resolution
+from proreflow_jax.run.dataset import here, made_by
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.open import open_experiment, open_source
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.storage import paths

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from proreflow_jax import base_model
-from proreflow_jax.checks import field_value
-from proreflow_jax.experiment import Experiment, Weights
 from proreflow_jax.reflow.stages import DONE, Stage
+from proreflow_jax.run import base_model
+from proreflow_jax.run.config_fields import field_value
+from proreflow_jax.run.experiment import Experiment, Weights
+from proreflow_jax.run.lineage import guidance_contract
 from proreflow_jax.storage import atomic
 
 CARD, PAGE = "reflow.json", "README.md"
@@ -27,24 +26,6 @@ class Format(NamedTuple):
     dtype: str = "float32"  # of the tensors written
     rank: int = 64  # of a LoRA
     scheduler: str = "stock"
-
-
-def guidance_contract(config: ConfigDict) -> dict[str, Any]:
-    """What a student learned of classifier-free guidance; kept with its checkpoints, in DONE.json and with every export.
-
-    teacher: scale of the base model as the teacher; other than 1 it is part of the student from the first stage on.
-    prompt_dropout: share of examples with the empty prompt, for teacher and student alike.
-    unconditional: whether the student was trained on the empty prompt, the second branch of guidance.
-    recommended: lowest and highest scale to draw with, reasoned (`why`), not measured.
-    """
-    scale, dropped = config.pairs.guidance, config.pairs.prompt_dropout
-    recommended, why = [1.0, 7.0], "both branches were trained; the paper sweeps 2 to 7"
-    if not dropped:
-        recommended, why = [1.0, 1.0], "it never saw the empty prompt"
-    elif scale != 1:
-        recommended, why = [1.0, 2.5], "the teacher's guidance is in it: more is guidance twice"
-    branch = "shared" if dropped else "untrained"
-    return dict(teacher=scale, prompt_dropout=dropped, unconditional=branch, recommended=recommended, why=why)
 
 
 def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Format) -> dict[str, Any]:

@@ -8,24 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.checks import field_value
+from proreflow_jax.run.config_fields import Change, field_value, has_field
 
-Change = dict[str, Any]  # {field: value}, as --config.field=value
 REMAT = ("none", "products", "attention", "inputs")  # of --config.train.remat: what is kept, from all to the least
 ROOM = 0.97  # of a chip's memory that an outlook may fill before a change is worth compiling
-
-
-def changed(config: ConfigDict, change: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with other values, locked."""
-    copy = config.copy_and_resolve_references()
-    with copy.unlocked():
-        copy.update_from_flattened_dict(dict(change))
-    return copy.lock()
-
-
-def flags(change: Mapping[str, Any]) -> str:
-    """The change as one writes it on the command line."""
-    return " ".join(f"--config.{field}={value}" for field, value in change.items())
 
 
 def ways(config: ConfigDict, chips: int) -> int:
@@ -54,15 +40,6 @@ def smaller(config: ConfigDict, job: str, chips: int, found: Mapping[str, Any]) 
         yield {"train.remat": policy} | split | least
     if config.train.ema:
         yield {"train.ema": 0.0} | split | least
-
-
-def has_field(config: ConfigDict, field: str) -> bool:
-    """Whether the config has a field of this dotted name."""
-    for name in field.split("."):
-        if name not in config:
-            return False
-        config = config[name]
-    return True
 
 
 def _sparing(config: ConfigDict) -> tuple[str, ...]:

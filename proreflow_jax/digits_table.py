@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.data import digits
 from proreflow_jax.evaluation import classifier, frechet, report
-from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights, run_key
+from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays, leads
 from proreflow_jax.storage import atomic

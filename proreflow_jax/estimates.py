@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from proreflow_jax import base_model, planning
-from proreflow_jax.changes import changed, has_field
-from proreflow_jax.experiment import Experiment, open_outline
+from proreflow_jax import planning
 from proreflow_jax.planning import Job
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run import base_model
+from proreflow_jax.run.config_fields import changed, has_field
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.open import open_outline
 from proreflow_jax.runtime import aot, chips
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.files import digest

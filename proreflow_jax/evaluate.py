@@ -4,10 +4,11 @@ import logging
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli, digits_table, scores
+from proreflow_jax import digits_table, scores
 from proreflow_jax import study as studies
 from proreflow_jax.evaluation.protocols import DIGITS
-from proreflow_jax.experiment import open_experiment
+from proreflow_jax.run import cli
+from proreflow_jax.run.open import open_experiment
 
 log = logging.getLogger(__name__)
 

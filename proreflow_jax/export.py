@@ -17,16 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli
 from proreflow_jax.card import CARD, PAGE, Format, make_card, page
-from proreflow_jax.checks import STORAGE, check_export
-from proreflow_jax.experiment import Experiment, Weights, load_weights, lora_scale, open_experiment
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.prediction import JUMPS
 from proreflow_jax.pretrained import lora_factors, lora_file, weights
 from proreflow_jax.pretrained.single_file import to_original
 from proreflow_jax.pretrained.sources import INDEX, Source
 from proreflow_jax.reflow.stages import Stage, find_stage
+from proreflow_jax.run import cli
+from proreflow_jax.run.check_config import STORAGE, check_export
+from proreflow_jax.run.experiment import Experiment, Weights
+from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.open import open_experiment
+from proreflow_jax.run.train_state import lora_scale
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
 from proreflow_jax.storage import atomic, local_copy, paths
 

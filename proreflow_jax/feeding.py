@@ -17,10 +17,11 @@ import numpy as np
 
 from proreflow_jax import make_pairs, planning, train
 from proreflow_jax.data import loader, records
-from proreflow_jax.experiment import Experiment, open_source
 from proreflow_jax.pretrained import tokenizer
 from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.open import open_source
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import local_copy
 

@@ -18,27 +18,19 @@ import numpy as np
 from proreflow_jax import digits_table
 from proreflow_jax.data import digits, loader
 from proreflow_jax.evaluation import classifier, frechet, trajectory
-from proreflow_jax.experiment import (
-    EVALUATION_KEY,
-    TRAIN_KEY,
-    Experiment,
-    frozen_arrays,
-    loss_recipe,
-    open_source,
-    pair_recipe,
-    run_key,
-    student_flow,
-    teacher_flow,
-)
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.inputs import encodes
 from proreflow_jax.make_pairs import read_rows
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs, train_step
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.run.dataset import encodes
+from proreflow_jax.run.experiment import EVALUATION_KEY, TRAIN_KEY, Experiment, run_key
+from proreflow_jax.run.open import open_source
+from proreflow_jax.run.recipes import loss_recipe, pair_recipe, student_flow, teacher_flow
+from proreflow_jax.run.train_state import frozen_arrays
 from proreflow_jax.runtime import mesh, optimizer
 from proreflow_jax.runtime.metrics import check_finite
 

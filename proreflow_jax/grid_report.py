@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from proreflow_jax.evaluation import classifier, figures, report
-from proreflow_jax.experiment import Experiment
+from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.storage import atomic
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]  # method -> what `reproduce` kept of each seed

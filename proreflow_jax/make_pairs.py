@@ -13,25 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli
 from proreflow_jax.data import cached, loader, records
-from proreflow_jax.experiment import (
-    Experiment,
-    check_ready,
-    frozen_arrays,
-    load_weights,
-    open_experiment,
-    open_source,
-    pair_recipe,
-    parent_stage,
-    stage_plan,
-    teacher_flow,
-)
 from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.inputs import encodes
 from proreflow_jax.record_jobs import batched, begin, write
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.stages import Stage, find_stage
+from proreflow_jax.run import cli
+from proreflow_jax.run.dataset import encodes
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.lineage import load_weights, stage_plan
+from proreflow_jax.run.open import check_ready, open_experiment, open_source
+from proreflow_jax.run.recipes import pair_recipe, parent_stage, teacher_flow
+from proreflow_jax.run.train_state import frozen_arrays
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
 

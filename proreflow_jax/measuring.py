@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax import stand_ins
-from proreflow_jax.experiment import Experiment
 from proreflow_jax.planning import STATE, Job
+from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.runtime import aot, chips
 
 HOST_CALLS, HOST_WARMUP = 50, 5  # of the program that computes nothing

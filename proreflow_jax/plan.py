@@ -11,9 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import changes, cli, plan_text
+from proreflow_jax import changes, plan_text
 from proreflow_jax.estimates import Target, estimate, opener, target
 from proreflow_jax.planning import JOBS, wanted
+from proreflow_jax.run import cli, config_fields
 from proreflow_jax.runtime import aot
 from proreflow_jax.storage import atomic
 
@@ -49,22 +50,22 @@ def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, js
         raise RuntimeError(f"{short} of {len(found)} jobs do not fit {slice}: see the changes above, or take a larger slice")
 
 
-def _tried(config: ConfigDict, place: Target, result: dict[str, Any], change: changes.Change) -> dict[str, Any] | None:
+def _tried(config: ConfigDict, place: Target, result: dict[str, Any], change: config_fields.Change) -> dict[str, Any] | None:
     """The job's numbers after a change; None if the changed config is none that a job could carry out."""
-    other = changes.changed(config, change)
+    other = config_fields.changed(config, change)
     try:
         found = estimate(other, place, opener(other, place), result["stage"], result["job"])
     except ValueError as error:
-        log.info("%s: %s", changes.flags(change), error)
+        log.info("%s: %s", config_fields.flags(change), error)
         return None
-    return found | {"flags": changes.flags(change)}
+    return found | {"flags": config_fields.flags(change)}
 
 
 def _mend(config: ConfigDict, place: Target, result: dict[str, Any], tries: int) -> dict[str, Any] | None:
     """The first change after which the job fits, compiled; None if none of those that were tried does."""
     offered = changes.smaller(config, result["job"], place.count, result)
     for change, _ in zip(offered, range(tries), strict=False):
-        log.info("it does not fit; trying %s", changes.flags(change))
+        log.info("it does not fit; trying %s", config_fields.flags(change))
         found = _tried(config, place, result, change)
         if found and found["fits"]:
             return found

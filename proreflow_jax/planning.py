@@ -13,13 +13,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli, holding, make_pairs, scores, train
+from proreflow_jax import make_pairs, scores, train
 from proreflow_jax.data import cached, kinds
 from proreflow_jax.evaluation import protocols
-from proreflow_jax.experiment import Experiment, places, run_key, state_target, student_flow, teacher_flow, trained_shapes
-from proreflow_jax.inputs import encodes
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.run import cli, stacked_state
+from proreflow_jax.run.dataset import encodes
+from proreflow_jax.run.experiment import Experiment, run_key
+from proreflow_jax.run.recipes import student_flow, teacher_flow
+from proreflow_jax.run.train_state import places, state_target, trained_shapes
 from proreflow_jax.runtime import aot, flops, mesh
 
 JOBS = ("pairs", "train", "sample")
@@ -81,11 +84,11 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config, online = experiment.config, experiment.config.pairs.mode == "online"
     b = config.train.batch
     frozen = frozen_shapes(experiment, stage, online, online and encodes(config))
-    held = holding.held_frozen_shapes(experiment, frozen)
+    held = stacked_state.held_frozen_shapes(experiment, frozen)
     batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
     key = _key(experiment, partial(run_key, config, 0, 0))
-    arguments, rest = (holding.held_shapes(experiment), held, batch, key), (state_target(experiment), frozen, batch, key)
-    hold = lambda made: (holding.hold(experiment, made[0]), holding.hold_frozen(experiment, made[1]), *made[2:])
+    arguments, rest = (stacked_state.held_shapes(experiment), held, batch, key), (state_target(experiment), frozen, batch, key)
+    hold = lambda made: (stacked_state.hold(experiment, made[0]), stacked_state.hold_frozen(experiment, made[1]), *made[2:])
     at_once = b // mesh.ways(experiment.mesh) // config.train.accumulation
     draw, loss = train.step_parts(plain, stage)
 
@@ -119,7 +122,7 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
 
 
 def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae: bool) -> Frozen:
-    """`experiment.frozen_arrays`, as shapes with shardings."""
+    """`train_state.frozen_arrays`, as shapes with shardings."""
     base, config = experiment.base, experiment.config
     whole = partial(_everywhere, experiment)
     by_rules = places(config, experiment.mesh, base.unet.shapes)

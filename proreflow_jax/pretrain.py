@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli
 from proreflow_jax.data import captions, digits, loader
 from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
 from proreflow_jax.pretrained import tokenizer, write_pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, state_shardings, train_step
+from proreflow_jax.run import cli
 from proreflow_jax.runtime import mesh, optimizer
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics

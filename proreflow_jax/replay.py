@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax.card import CARD
-from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key
 from proreflow_jax.export import FILES
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file, weights
@@ -21,6 +20,8 @@ from proreflow_jax.pretrained.sources import Source
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights, run_key
+from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.storage import atomic
 
 try:

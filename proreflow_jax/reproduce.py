@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +20,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from proreflow_jax import checks, cli, digits_table, grid, grid_report
-from proreflow_jax.experiment import Experiment, base_weights, open_experiment, open_source, reopen
+from proreflow_jax import digits_table, grid, grid_report
 from proreflow_jax.flow import windows
+from proreflow_jax.run import cli, config_fields
+from proreflow_jax.run.config_fields import changed
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.lineage import base_weights
+from proreflow_jax.run.open import open_experiment, open_source, reopen
 from proreflow_jax.storage import atomic, lease, lock, paths
 
 log = logging.getLogger(__name__)
@@ -108,21 +111,9 @@ def make_cells(experiment: Experiment) -> list[Cell]:
     return cells
 
 
-def changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """A locked copy with other values in the fields named by their dotted paths."""
-    copy = config.copy_and_resolve_references().unlock()
-    for field, value in fields.items():
-        *blocks, last = field.split(".")
-        block = copy
-        for name in blocks:
-            block = block[name]
-        block[last] = value
-    return copy.lock()
-
-
 def _key(config: ConfigDict, trains: bool, base: str) -> str:
     fields = (*TRAINING, *MEASURING) if trains else MEASURING
-    facts = {field: checks.field_value(config, field) for field in fields}
+    facts = {field: config_fields.field_value(config, field) for field in fields}
     told = json.dumps([facts, config.seed, base], sort_keys=True, default=lambda block: block.to_dict())
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 

@@ -10,12 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from proreflow_jax import cli
 from proreflow_jax.data.captions import Prompts
-from proreflow_jax.experiment import load_weights, open_experiment, student_flow
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run import cli
+from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.open import open_experiment
+from proreflow_jax.run.recipes import student_flow
 from proreflow_jax.storage import local_copy, paths
 
 log = logging.getLogger(__name__)

@@ -21,13 +21,15 @@ from proreflow_jax.evaluation import clip_score, fid, protocols, report
 from proreflow_jax.evaluation.judges import CLIP, FID, Judge, make_judge
 from proreflow_jax.evaluation.moments import Moments
 from proreflow_jax.evaluation.protocols import Conditions, Protocol
-from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, student_flow
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import DONE, find_stage
+from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights
+from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.recipes import student_flow
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import check_alone

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from proreflow_jax.experiment import Experiment
+from proreflow_jax.run.experiment import Experiment
 
 MOMENTS = ("mu", "nu")  # of optax: zeros at the first step
 SPREAD = math.sqrt(3)  # of a uniform number between -1 and 1, to make its variance one

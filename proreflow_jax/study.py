@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.data import digits
 from proreflow_jax.evaluation import figures, trajectory
-from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights, load_weights, run_key, student_flow
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import make_step
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights, run_key
+from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.recipes import student_flow
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic
 

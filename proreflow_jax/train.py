@@ -14,31 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli, holding
-from proreflow_jax.card import guidance_contract
 from proreflow_jax.data import loader, record_plan, records
-from proreflow_jax.experiment import (
-    TRAIN_KEY,
-    Experiment,
-    Weights,
-    check_ready,
-    fresh_state,
-    frozen_arrays,
-    load_weights,
-    loss_recipe,
-    make_optimizer,
-    open_experiment,
-    open_source,
-    pair_recipe,
-    parent_stage,
-    run_key,
-    stage_plan,
-    state_target,
-    student_flow,
-    teacher_flow,
-    whole_weights,
-)
-from proreflow_jax.inputs import encodes
 from proreflow_jax.make_pairs import PLANNED, read_rows
 from proreflow_jax.reflow import loop, pairs
 from proreflow_jax.reflow.identity import check_identity
@@ -46,6 +22,13 @@ from proreflow_jax.reflow.loss import draw_examples, reflow_loss
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import DONE, Stage, find_stage
 from proreflow_jax.reflow.train_step import TrainState, averaged, train_step
+from proreflow_jax.run import cli, stacked_state
+from proreflow_jax.run.dataset import encodes
+from proreflow_jax.run.experiment import TRAIN_KEY, Experiment, Weights, run_key
+from proreflow_jax.run.lineage import guidance_contract, load_weights, stage_plan
+from proreflow_jax.run.open import check_ready, open_experiment, open_source
+from proreflow_jax.run.recipes import loss_recipe, pair_recipe, parent_stage, student_flow, teacher_flow
+from proreflow_jax.run.train_state import fresh_state, frozen_arrays, make_optimizer, state_target, whole_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.metrics import Metrics
@@ -88,7 +71,9 @@ def run_stage(experiment: Experiment, stage: Stage) -> None:
             log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
             state = fresh_state(experiment, parent) if state is None else state
             parent = parent._replace(params={}, factors={})  # the state has its own copy
-            trained = _advance(experiment, stage, source, checkpoints, start, holding.hold(experiment, state), parent.digest)
+            trained = _advance(
+                experiment, stage, source, checkpoints, start, stacked_state.hold(experiment, state), parent.digest
+            )
         else:
             trained = averaged(state)
         weights = fold(digest(trained))
@@ -128,7 +113,7 @@ def _advance(
     experiment: Experiment, stage: Stage, source: loader.Source, checkpoints: Checkpoints, start: int, state: Any, parent: str
 ) -> Any:
     """Runs the loop from `start` to the end of the stage: a held state -> what it hands on, by torch names."""
-    config, let_go = experiment.config, partial(holding.let_go, experiment)
+    config, let_go = experiment.config, partial(stacked_state.let_go, experiment)
     step = make_step(experiment, stage)
 
     def meta(done: int) -> dict[str, Any]:
@@ -159,14 +144,16 @@ def make_step(experiment: Experiment, stage: Stage) -> Any:
     if online:
         by_base = teacher_flow(experiment, stage).windows == 0
         teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage)).params
-    frozen = holding.hold_frozen(experiment, frozen_arrays(experiment, teacher, stage, with_vae=online and encodes(config)))
+    frozen = stacked_state.hold_frozen(
+        experiment, frozen_arrays(experiment, teacher, stage, with_vae=online and encodes(config))
+    )
     key = run_key(config, TRAIN_KEY, stage.windows)
     return lambda state, batch: jitted(state, frozen, batch, key)
 
 
 def jit_step(experiment: Experiment, stage: Stage) -> Any:
     """(held state, held frozen arrays, batch, key) -> (held state, numbers), as `make_step`; compiles without any weights."""
-    config, loose = experiment.config, holding.loose_frozen(experiment)
+    config, loose = experiment.config, stacked_state.loose_frozen(experiment)
     draw, of_weights = step_parts(experiment, stage)
 
     def step(state: TrainState, frozen: pairs.Frozen, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
@@ -180,9 +167,9 @@ def jit_step(experiment: Experiment, stage: Stage) -> Any:
         accumulation=config.train.accumulation,
         unroll=mesh.platform(experiment.mesh) == "cpu",
         in_order=experiment.mesh if _sums_in_order(experiment) else None,
-        tables=(holding.trained_table(experiment),),
+        tables=(stacked_state.trained_table(experiment),),
     )
-    places = jax.tree.map(lambda shape: shape.sharding, holding.held_shapes(experiment))
+    places = jax.tree.map(lambda shape: shape.sharding, stacked_state.held_shapes(experiment))
     rows, whole = mesh.batch_sharding(experiment.mesh), mesh.replicated(experiment.mesh)
     return jax.jit(step, in_shardings=(places, None, rows, None), out_shardings=(places, whole), donate_argnums=0)
 

@@ -9,8 +9,8 @@ import logging
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import cli
 from proreflow_jax.pretrained import hub
+from proreflow_jax.run import cli
 from proreflow_jax.storage import local_copy, paths
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,9 @@ import verb
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
-from proreflow_jax import experiment, holding, train
-from proreflow_jax.changes import changed
+from proreflow_jax import train
+from proreflow_jax.run import experiment, lineage, open, stacked_state, train_state
+from proreflow_jax.run.config_fields import changed
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import digest, fold
 
@@ -43,16 +44,16 @@ def tiny_config(folder: Path, model: Path, axes: tuple[int, ...], accumulation: 
 
 def trained(config: ConfigDict, steps: int = STEPS) -> Trained:
     """The first stage's losses and state after some steps, on as many of the devices as the mesh has."""
-    opened = experiment.open_experiment(config)
+    opened = open.open_experiment(config)
     stage = opened.stages[0]
-    state = holding.hold(opened, experiment.fresh_state(opened, experiment.base_weights(opened)))
+    state = stacked_state.hold(opened, train_state.fresh_state(opened, lineage.base_weights(opened)))
     step = train.make_step(opened, stage)
     losses = []
-    with train.batches_from(opened, experiment.open_source(opened), 0) as batches:
+    with train.batches_from(opened, open.open_source(opened), 0) as batches:
         for _, (_, batch) in zip(range(steps), batches, strict=False):
             state, numbers = step(state, batch)
             losses.append(float(numbers["loss"]))
-    return Trained(losses, holding.let_go(opened, state), opened)
+    return Trained(losses, stacked_state.let_go(opened, state), opened)
 
 
 def main(out: str, model: str, axes: str, accumulation: str) -> None:

@@ -13,9 +13,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from proreflow_jax import checks
 from proreflow_jax.flow import windows
 from proreflow_jax.reflow.stages import plan_stages
+from proreflow_jax.run import check_config
 from proreflow_jax.runtime import mesh
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +61,8 @@ def flat(block: Any, prefix: str = "") -> dict[str, Any]:
 def check(c: ConfigDict, devices: int) -> None:
     """All that can be checked before the base model is read, on so many devices."""
     machine = Machine(dict(zip(mesh.AXES, mesh._fill(tuple(c.mesh[axis] for axis in mesh.AXES), devices), strict=True)))
-    checks.check_config(c, machine)
-    checks.check_export(c)
+    check_config.check_config(c, machine)
+    check_config.check_export(c)
     assert {stage.windows for stage in plan_stages(c.stages, Path("run"))} >= set(c.export.stages)
     for before, count in zip((c.stages[0], *c.stages), c.stages, strict=False):
         steps = c.pairs.steps if before == count else c.pairs.substeps * before // count
@@ -131,7 +131,7 @@ def test_a_fine_tune_of_another_kind_is_read_by_the_flags_that_its_page_gives():
     words = overrides(page("finetune").split("Of another kind?")[1].split("SDXL")[0])
     c, like = config("finetune", *words), config("sd21")
     assert (c.student.prediction, c.data.resolution) == (like.student.prediction, like.data.resolution)
-    checks.check_student(c, c.model.prediction_type)
+    check_config.check_student(c, c.model.prediction_type)
     check(c, 8)
 
 
@@ -140,8 +140,8 @@ def test_a_fine_tune_of_another_kind_is_read_by_the_flags_that_its_page_gives():
 )
 def test_the_student_keeps_the_words_of_its_base(name, kind, side):
     c = config(name)
-    checks.check_student(c, kind)
-    assert checks.JUMPS[c.student.prediction] == kind and c.data.resolution == side
+    check_config.check_student(c, kind)
+    assert check_config.JUMPS[c.student.prediction] == kind and c.data.resolution == side
 
 
 @pytest.mark.parametrize("name", LARGE)

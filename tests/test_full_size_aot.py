@@ -14,9 +14,10 @@ from full_size import BIG_G, CLIP_L, SD_15, SDXL, VAE, VAE_XL
 
 from configs.sd15 import get_config as sd15
 from configs.sdxl import get_config as sdxl
-from proreflow_jax import changes, estimates
+from proreflow_jax import estimates
 from proreflow_jax.models import network
 from proreflow_jax.models.compute import Compute
+from proreflow_jax.run import config_fields
 from proreflow_jax.runtime import aot, chips, hlo
 
 pytest.importorskip("libtpu")
@@ -54,7 +55,9 @@ def outline(folder: Path, name: str) -> str:
 
 def step(config, model: str, slice: str, **fields: object) -> dict:
     """What `plan` says of the first stage's train step."""
-    config = changes.changed(config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}})
+    config = config_fields.changed(
+        config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}}
+    )
     aot.prepare()
     place = estimates.target(slice, "~/.cache/proreflow_jax/plan")
     found = estimates.estimate(config, place, estimates.opener(config, place), 8, "train")

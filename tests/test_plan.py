@@ -16,8 +16,9 @@ import verb
 from full_size import SD_15, SDXL, VAE
 
 from configs.digits import get_config
-from proreflow_jax import changes, estimates, experiment, make_pairs, plan_text, planning
+from proreflow_jax import changes, estimates, make_pairs, plan_text, planning
 from proreflow_jax.models import network
+from proreflow_jax.run import config_fields, open, train_state
 from proreflow_jax.runtime import aot, chips, flops, hlo, mesh
 
 CHIP = chips.CHIPS["v5e"]
@@ -186,20 +187,20 @@ def described(tree: object) -> list[tuple]:
 @pytest.mark.parametrize("fields", [{}, {"pairs__mode": "online", "student__lora__rank": 2}])
 def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model, outline_only, fields):
     fields |= {"mesh__data": 2, "mesh__fsdp": 4}
-    real = experiment.open_experiment(verb.tiny_config(tmp_path, model, **fields))
-    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only, **fields), jax.devices())
+    real = open.open_experiment(verb.tiny_config(tmp_path, model, **fields))
+    shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only, **fields), jax.devices())
     stage, online = real.stages[0], "pairs__mode" in fields
     teacher = real.base.params["unet"] if online else {}
-    arrays = experiment.frozen_arrays(real, teacher, stage, online)._replace(key=None)
+    arrays = train_state.frozen_arrays(real, teacher, stage, online)._replace(key=None)
     made = planning.frozen_shapes(shapes, stage, online, online)._replace(key=None)
     assert described(made) == described(arrays)
 
-    rows = make_pairs.read_rows(real, experiment.open_source(real), np.arange(16))
+    rows = make_pairs.read_rows(real, open.open_source(real), np.arange(16))
     assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))
 
 
 def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
-    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
+    shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     stage = shapes.stages[0]
     job = planning.jobs(shapes, stage)["pairs"]
     made, kept = jax.eval_shape(job.jitted, *job.arguments), planning.record_shapes(shapes, stage)
@@ -209,7 +210,7 @@ def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
 
 def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
     """A training step: the student three times (forward, and a backward of two); a trajectory of 4 windows: 4 forwards."""
-    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
+    shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     unet, text = shapes.base.networks["unet"], shapes.base.networks["text_encoder"]
     forward = flops.total(flops.count(unet.apply, unet.shapes, shape(16, 4, 4, 4), shape(16), shape(16, 8, 8)))
     told = flops.total(flops.count(text.apply, text.shapes, jax.ShapeDtypeStruct((16, 8), jnp.int32)))
@@ -220,7 +221,7 @@ def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
 
 
 def test_a_state_must_fit_twice_since_it_is_saved_by_torch_names_beside_its_stacks(tmp_path, outline_only):
-    shapes = experiment.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
+    shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     job = planning.jobs(shapes, shapes.stages[0])["train"]._replace(useful=lambda: 1e9)
     held = planning.held(job)
     compiled = NOTHING._replace(memory=aot.Memory(sum(held.values()), 0, 0, 0))
@@ -263,7 +264,7 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outlin
     )
     assert first["seconds"] == pytest.approx(1e-3) and len(compiler) == 1
     assert ask(config) == first and len(compiler) == 1
-    assert ask(changes.changed(config, {"name": "other", "data.path": "x", "train.log_every": 9})) == first
+    assert ask(config_fields.changed(config, {"name": "other", "data.path": "x", "train.log_every": 9})) == first
     assert len(compiler) == 1
     for changed in (
         {"train.batch": 32},
@@ -271,7 +272,7 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outlin
         {"mesh.fsdp": 8, "mesh.data": 1},
         {"data.kind": "cached"},
     ):
-        ask(changes.changed(config, changed))
+        ask(config_fields.changed(config, changed))
     ask(config, windows=2)
     assert len(compiler) == 6  # a cache hands over latents in place of images
 
@@ -330,10 +331,10 @@ def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up():
     pytest.importorskip("libtpu")
     aot.prepare()
     place = estimates.target("v5e:2x2", "")
-    config = changes.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
+    config = config_fields.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
     found = estimates.estimate(config, place, estimates.opener(config, place), 8, "train")
     parts = {name: size for name, size in found["memory"].items() if name not in ("total", "available")}
     assert sum(parts.values()) == found["memory"]["total"] and min(parts.values()) >= 0
-    weights = sum(math.prod(s.shape) for s in experiment.open_outline(config, jax.devices()[:4]).networks.unet.shapes.values())
+    weights = sum(math.prod(s.shape) for s in open.open_outline(config, jax.devices()[:4]).networks.unet.shapes.values())
     assert parts["state"] == pytest.approx(4 * 4 * weights / 4, rel=0.1)  # weights, average, two moments, over four chips
     assert found["fits"] and 0 < found["utilisation"] < 1 and found["not_estimated"] == {}

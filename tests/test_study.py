@@ -11,7 +11,7 @@ from verb import keep_networks, kept_programs, run, tiny_flags
 from configs import digits
 from proreflow_jax import study
 from proreflow_jax.evaluation import trajectory
-from proreflow_jax.experiment import open_experiment
+from proreflow_jax.run.open import open_experiment
 from proreflow_jax.storage.atomic import read_json
 
 

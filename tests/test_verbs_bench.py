@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import verb
 
-from proreflow_jax import bench_torch, experiment, feeding, measuring, planning, stand_ins
+from proreflow_jax import bench_torch, feeding, measuring, planning, stand_ins
+from proreflow_jax.run import open
 from proreflow_jax.runtime import chips
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.fixture(scope="module")
 def opened(outline_only, tmp_path_factory):
     """The tiny chain's outline on the eight devices, a batch split over them."""
-    return experiment.open_outline(verb.tiny_config(tmp_path_factory.mktemp("runs"), outline_only), jax.devices())
+    return open.open_outline(verb.tiny_config(tmp_path_factory.mktemp("runs"), outline_only), jax.devices())
 
 
 @pytest.mark.slow
@@ -37,7 +38,7 @@ def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_f
 
 def test_tiny_arrays_have_the_names_of_the_job_and_are_split_where_its_own_are(tmp_path, outline_only):
     config = verb.tiny_config(tmp_path, outline_only, mesh__data=2, mesh__fsdp=4)
-    sharded = experiment.open_outline(config, jax.devices())
+    sharded = open.open_outline(config, jax.devices())
     job = planning.jobs(sharded, sharded.stages[0])["train"]
     small = stand_ins.tiny(job.arguments)
     assert jax.tree.structure(small) == jax.tree.structure(job.arguments)

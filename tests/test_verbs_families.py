@@ -28,13 +28,15 @@ import families  # noqa: E402
 
 from configs import digits  # noqa: E402
 from proreflow_jax import export, replay  # noqa: E402
-from proreflow_jax.checks import field_value  # noqa: E402
-from proreflow_jax.experiment import Experiment, load_weights, open_experiment  # noqa: E402
 from proreflow_jax.flow import solvers, windows  # noqa: E402
 from proreflow_jax.flow.parameterization import Parameterization, make_step  # noqa: E402
 from proreflow_jax.pretrained import single_file, sources  # noqa: E402
 from proreflow_jax.reflow import sampler  # noqa: E402
 from proreflow_jax.reflow.predict import make_predict, text_context  # noqa: E402
+from proreflow_jax.run.config_fields import field_value  # noqa: E402
+from proreflow_jax.run.experiment import Experiment  # noqa: E402
+from proreflow_jax.run.lineage import load_weights  # noqa: E402
+from proreflow_jax.run.open import open_experiment  # noqa: E402
 from proreflow_jax.runtime import mesh  # noqa: E402
 from proreflow_jax.storage.atomic import read_json  # noqa: E402
 

@@ -11,10 +11,12 @@ from test_configs import config as read_config
 from verb import ROOT, run
 
 from configs.reproduce import get_config as reproduce_config
-from proreflow_jax import checks, digits_table, distill, grid, grid_report, reproduce
-from proreflow_jax.experiment import load_weights, open_experiment, reopen
+from proreflow_jax import digits_table, distill, grid, grid_report, reproduce
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run import check_config, config_fields
+from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.open import open_experiment, reopen
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import lock
 
@@ -250,7 +252,7 @@ def test_a_method_is_a_config_of_the_verbs():
     c = reproduce_config("direct-2-pairs")
     assert c.name == "direct-2-pairs" and c.stages == (2,) and "reproduce" not in c
     for field, value in fields.items():
-        assert field.startswith("reproduce.") or checks.field_value(c, field) == value
+        assert field.startswith("reproduce.") or config_fields.field_value(c, field) == value
 
 
 def cell(name, seed, value):
@@ -307,4 +309,4 @@ def test_every_method_of_the_config_can_be_opened_and_costs_the_same():
         spent = sum(grid.budget(opened, stage).forwards for stage in opened.stages)
         assert c.reproduce.forwards - 4 * 96 < spent <= c.reproduce.forwards, name
         if opened.config.export.stages:
-            checks.check_export(opened.config)
+            check_config.check_export(opened.config)

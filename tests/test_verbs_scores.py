@@ -24,13 +24,13 @@ from configs import digits
 from proreflow_jax import scores
 from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, fid, frechet, judges, moments, protocols
-from proreflow_jax.experiment import EVALUATION_KEY, Experiment, Weights
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow.predict import make_predict
 from proreflow_jax.reflow.stages import DONE, Stage, plan_stages
+from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
 

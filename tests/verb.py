@@ -19,10 +19,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
-from proreflow_jax import changes
 from proreflow_jax.models.compute import Compute
 from proreflow_jax.models.network import Network
 from proreflow_jax.pretrained import pipeline
+from proreflow_jax.run import config_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "digits.py"
@@ -79,7 +79,7 @@ def tiny_config(tmp_path: Path, model: Path, **fields: object) -> ConfigDict:
     prompts.write_text("\n".join(PROMPTS))
     paths = {"root": str(tmp_path / "runs"), "model.path": str(model), "data.path": str(prompts)}
     named = {name.replace("__", "."): value for name, value in fields.items()}
-    return changes.changed(get_config(), {name: read(value) for name, value in TINY.items()} | paths | named)
+    return config_fields.changed(get_config(), {name: read(value) for name, value in TINY.items()} | paths | named)
 
 
 def keep_networks(patch: pytest.MonkeyPatch) -> None:

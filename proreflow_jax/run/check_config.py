@@ -13,6 +13,7 @@ from proreflow_jax.flow.prediction import JUMPS, check_reading
 from proreflow_jax.models.attention_kernels import FORMS
 from proreflow_jax.models.compute import POLICIES
 from proreflow_jax.reflow.pairs import STARTS
+from proreflow_jax.run.config_fields import field_value
 from proreflow_jax.runtime import mesh, optimizer, profiler
 
 DTYPES = ("float32", "bfloat16")
@@ -102,13 +103,6 @@ def check_choice(value: Any, known: Sequence[str], what: str) -> None:
     """Raises ValueError unless the value is one of the known; `what` is the flag, or where the value stands."""
     if value not in known:
         raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}")
-
-
-def field_value(config: ConfigDict, field: str) -> Any:
-    """The value of a field by its dotted name, as in --config.train.batch."""
-    for name in field.split("."):
-        config = config[name]
-    return config
 
 
 def _check_counts(field: str, values: Any) -> None:

@@ -7,11 +7,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from proreflow_jax.checks import check_choice
 from proreflow_jax.flow.parameterization import DIFFUSION
 from proreflow_jax.models.compute import Compute
 from proreflow_jax.pretrained import hub, pipeline, sources
 from proreflow_jax.pretrained.weights import Shapes
+from proreflow_jax.run.check_config import check_choice
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import local_copy, paths
 

@@ -10,10 +10,11 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from proreflow_jax.experiment import Experiment, places, state_target, trained_shapes
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.train_step import TrainState
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.train_state import places, state_target, trained_shapes
 from proreflow_jax.runtime import optimizer, stacks
 from proreflow_jax.runtime.stacks import Table
 

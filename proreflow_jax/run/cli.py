@@ -97,7 +97,7 @@ def _define(values: flags.FlagValues, config: str, options: Mapping[str, tuple])
 
 def _parse(values: flags.FlagValues, name: str, about: str, config: str) -> None:
     if any(word in ("--help", "-h", "--helpfull", "-help") for word in sys.argv[1:]):
-        print(_help(values, name, about, config))
+        sys.stdout.write(f"{_help(values, name, about, config)}\n")
         sys.exit(0)
     rest = values(sys.argv)[1:]
     if rest:
@@ -145,7 +145,7 @@ def _prepare(name: str, pod: bool) -> None:
 
 
 def _leave(code: int, line: str) -> None:
-    print(line, file=sys.stderr)
+    sys.stderr.write(f"{line}\n")
     sys.exit(code)
 
 

@@ -1,0 +1,1 @@
+"""A config opened once: command line, checks, base model, dataset, recipes, lineage, training state."""
