@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import export, make_pairs, train
+from proreflow_jax import make_pairs, train
+from proreflow_jax.exports import write
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import check_export
@@ -36,7 +37,7 @@ def distill(config: ConfigDict) -> None:
                     make_pairs.run_stage(experiment, stage)
                 train.run_stage(experiment, stage)
         for stage in exported:
-            export.run_stage(experiment, stage, experiment.run / "export" / stage.folder.name)
+            write.run_stage(experiment, stage, experiment.run / "export" / stage.folder.name)
     log.info("%s: all %d stages are done (%.0f s)", experiment.run, len(experiment.stages), time.monotonic() - began)
 
 

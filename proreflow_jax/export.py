@@ -7,51 +7,15 @@
 Each is a folder with reflow.json and README.md (base, stages, digest, settings) and the scheduler's config. --check replays it.
 """
 
-import logging
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax.card import CARD, PAGE, Format, make_card, page
-from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.flow.prediction import JUMPS
-from proreflow_jax.pretrained import lora_factors, lora_file, weights
-from proreflow_jax.pretrained.single_file import to_original
-from proreflow_jax.pretrained.sources import INDEX, Source
-from proreflow_jax.reflow.stages import Stage, find_stage
+from proreflow_jax.exports.formats import FILES, SCHEDULERS, Format
+from proreflow_jax.exports.write import run_stage
+from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
-from proreflow_jax.run.check_config import STORAGE, check_export
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.check_config import STORAGE
 from proreflow_jax.run.open import open_experiment
-from proreflow_jax.run.train_state import lora_scale
-from proreflow_jax.runtime.processes import first, first_says, host_arrays
-from proreflow_jax.storage import atomic, local_copy, paths
-
-log = logging.getLogger(__name__)
-UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
-FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta.safetensors"}
-SCHEDULERS = ("stock", "windowed")
-RANKS = (1, 4, 16, 32, 64, 128, 256)  # of the energies that a LoRA's export prints
-SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps is the stock DDIMScheduler, exactly
-    "_class_name": "DDIMScheduler",
-    "timestep_spacing": "trailing",
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-    "thresholding": False,
-    "steps_offset": 1,
-    "rescale_betas_zero_snr": False,
-}
-WINDOWED = Path(__file__).with_name("windowed_scheduler.py")  # needs torch: copied, never imported here
-BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-
-
-STOCK = Format()
+from proreflow_jax.storage import local_copy, paths
 
 
 def export(
@@ -64,16 +28,16 @@ def export(
     suffix = "" if form == "diffusers" else f"-{form}"
     target = paths.parse_path(out, "--out") if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
     if check:  # torch and diffusers are an extra: find out before anything is written
-        from proreflow_jax import replay
+        from proreflow_jax.exports import replay_in_diffusers
 
-        cli.choose(form, tuple(replay.OPENERS), "--check: --form")
+        cli.choose(form, tuple(replay_in_diffusers.OPENERS), "--check: --form")
     if not check or overwrite or not target.exists():
         run_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
     if check:
         copy = local_copy.local_copy(target)
-        replay.check(experiment, chosen, copy)
+        replay_in_diffusers.check(experiment, chosen, copy)
         if copy != target:
-            (target / replay.RESULT).upload(copy / replay.RESULT)
+            (target / replay_in_diffusers.RESULT).upload(copy / replay_in_diffusers.RESULT)
 
 
 def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
@@ -86,153 +50,6 @@ def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
     if scheduler == "windowed" and form != "diffusers":
         raise ValueError(f"--scheduler=windowed travels in a diffusers folder, not in --form={form}: leave one of them out")
     return Format(form, dtype, rank, scheduler)
-
-
-def run_stage(
-    experiment: Experiment,
-    stage: Stage,
-    target: paths.Location,
-    overwrite: bool = False,
-    again: bool = True,
-    wanted: Format = STOCK,
-) -> None:
-    """Writes the folder; with `again`, one that already holds this very student in this form is left as it is.
-
-    Raises ValueError if the folder holds something else, or if no stock scheduler reads the student.
-    """
-    if wanted.scheduler == "stock":
-        check_export(experiment.config)
-    student = load_weights(experiment, stage)
-    if student.factors:
-        wanted = wanted._replace(rank=experiment.config.student.lora.rank)
-    card = make_card(experiment, stage, student, wanted)
-    if first_says(lambda: again and not overwrite and _holds(target, card)):
-        log.info("%s: is there", target)
-        return
-    student = student._replace(params=host_arrays(student.params), factors=host_arrays(student.factors))
-    first(lambda: _write(experiment, student, card, target, overwrite, wanted))
-    log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, wanted.form, stage.windows)
-
-
-def _write(
-    experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, overwrite: bool, wanted: Format
-) -> None:
-    """The folder, whole or not at all. student: arrays of this host."""
-    tensors = weights.to_torch(student.params)
-    with atomic.atomic_folder(target, overwrite) as draft:
-        scheduler = scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
-        if wanted.form == "diffusers":
-            write_folder(draft, experiment.base.source, _as(tensors, wanted.dtype), scheduler)
-        else:
-            write_scheduler(draft, scheduler)
-            made, report = _single_tensors(experiment, student, tensors, wanted)
-            weights.save_tensors(draft / FILES[wanted.form], made)
-            card |= report
-        atomic.write_json(draft / CARD, card)
-        (draft / PAGE).write_text(page(card), encoding="utf-8")
-
-
-def _holds(target: Path, card: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very student in this form."""
-    if not (target / CARD).is_file():
-        return False
-    found = atomic.read_json(target / CARD)
-    return all(found.get(name) == value for name, value in card.items() if name != "base")
-
-
-def write_folder(draft: Path, base: Source, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
-    """A diffusers folder: every component of `base` as it is, but this UNet (torch layout) and this scheduler.
-
-    What else lies beside the components stays behind: folders from the hub often hold whole models as single files.
-    """
-    for name, kind in base.index.items():
-        if isinstance(kind, list) and kind[0] is not None and name not in ("unet", "scheduler"):
-            _copy_component(base.folder / name, draft / name, base)
-    for path in base.folder.glob("LICENSE*"):
-        shutil.copy(path, draft)
-    (draft / "unet").mkdir()
-    shutil.copy(base.folder / "unet" / "config.json", draft / "unet" / "config.json")
-    weights.save_tensors(draft / UNET_FILE, unet)
-    write_scheduler(draft, scheduler)
-    kind = scheduler["_class_name"]
-    entry = ["diffusers", kind] if kind == SCHEDULER["_class_name"] else [WINDOWED.stem, kind]
-    atomic.write_json(draft / INDEX, {**base.index, "scheduler": entry})
-
-
-def _copy_component(path: Path, target: Path, base: Source) -> None:
-    """One component's folder. Of a model in a single file the words are copied, and its weights are written beside them.
-
-    Weights that exist in half precision only get the plain names, which every reader asks for first.
-    """
-    if base.file is not None:
-        shutil.copytree(path, target, ignore=shutil.ignore_patterns("*.safetensors*", *weights.PICKLES))
-        if path.name in base.components:
-            weights.save_tensors(target / weights.file_name(path.name), dict(base.tensors(path.name)))
-        return
-    shutil.copytree(path, target)
-    if weights.only_half(target):
-        for file in [file for file in target.iterdir() if weights.HALF.search(file.name)]:
-            if file.suffix == ".json":
-                file.write_text(weights.HALF.sub("", file.read_text(encoding="utf-8")), encoding="utf-8")
-            file.rename(target / weights.HALF.sub("", file.name))
-
-
-def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
-    """scheduler/, with the code of our own scheduler beside its config."""
-    (draft / "scheduler").mkdir()
-    atomic.write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
-    if scheduler["_class_name"] != SCHEDULER["_class_name"]:
-        shutil.copy(WINDOWED, draft / "scheduler")
-
-
-def scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
-    """scheduler_config.json on the base model's betas, for a student of this reading: stock DDIM, or ours for any steps."""
-    betas = {name: base[name] for name in BETAS if name in base}
-    if kind == "stock":
-        return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction]}
-    betas.pop("trained_betas", None)
-    return {**betas, "_class_name": "WindowedFlowScheduler", **flow._asdict()}
-
-
-def _as(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(value, jnp.dtype(dtype)) for name, value in tensors.items()}
-
-
-def _single_tensors(
-    experiment: Experiment, trained: Weights, student: dict[str, np.ndarray], wanted: Format
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The one file of a form that is no folder, and what the card says beyond."""
-    base = experiment.base
-    if wanted.form == "single-file":
-        return _as(single_file(experiment, student), wanted.dtype), {}
-    if wanted.form == "lora" and trained.factors:  # it is one already
-        factors = lora_factors.to_lora(trained.factors, lora_scale(experiment.config))
-        return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
-    change = lora_file.delta(student, base.source.tensors("unet"))
-    if wanted.form == "delta":
-        return _as(change, wanted.dtype), {}
-    factors, report = lora_file.decompose(change, wanted.rank, sorted({*RANKS, wanted.rank}))
-    for rank, energy, error in report["energies"]:
-        mark = " <- written" if rank == wanted.rank else ""
-        log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)
-    log.info("biases and norms, which no LoRA carries, hold %.4f of the whole change's energy", report["left_out"]["energy"])
-    return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": report}
-
-
-def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """UNet (torch layout), VAE and text encoders under the names of the original layout.
-
-    An SDXL that predicts v gets the mark by which UIs know it; of SD 2.x they look at the weights.
-    """
-    base = experiment.base
-    by_mark = base.source.family == "xl" and experiment.flow.prediction == "v_prediction"
-    marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}
-    parts = {name: unet if name == "unet" else weights.to_torch(params) for name, params in base.params.items()}
-    return marks | {
-        name: tensor
-        for part, tensors in parts.items()
-        for name, tensor in to_original(part, tensors, base.networks[part].config, base.source.family).items()
-    }
 
 
 if __name__ == "__main__":

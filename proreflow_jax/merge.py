@@ -8,8 +8,9 @@ import logging
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.card import CARD, PAGE, page
-from proreflow_jax.export import FILES, write_folder
+from proreflow_jax.exports.card import CARD, PAGE, page
+from proreflow_jax.exports.formats import FILES
+from proreflow_jax.exports.write import write_folder
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.run import base_model, cli
 from proreflow_jax.storage import atomic, local_copy, paths

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from test_runtime_trace import traced_steps
 from verb import CONFIG, run, tiny_flags
 
-from proreflow_jax import replay
 from proreflow_jax.data import digits
-from proreflow_jax.export import UNET_FILE
+from proreflow_jax.exports import replay_in_diffusers
+from proreflow_jax.exports.formats import UNET_FILE
 from proreflow_jax.storage.atomic import read_json
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -187,7 +187,7 @@ def test_a_v_prediction_model_keeps_its_words_from_distillation_to_diffusers(tmp
     assert ended.code == 0, ended.err
     exported = tmp_path / "runs" / "tiny" / "export" / "stage-2"
     assert read_json(exported / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
-    assert read_json(exported / "replay.json")["largest_difference"] <= replay.LIMIT
+    assert read_json(exported / "replay.json")["largest_difference"] <= replay_in_diffusers.LIMIT
 
 
 def test_an_export_is_the_student_in_stock_diffusers(chain, model, tmp_path):
@@ -196,7 +196,7 @@ def test_an_export_is_the_student_in_stock_diffusers(chain, model, tmp_path):
     ended = run("export", *words, "--check")
     assert ended.code == 0, ended.err
     proof = read_json(target / "replay.json")
-    assert proof["steps"] == 2 and proof["largest_difference"] <= replay.LIMIT < proof["largest_value"]
+    assert proof["steps"] == 2 and proof["largest_difference"] <= replay_in_diffusers.LIMIT < proof["largest_value"]
 
     again = run("export", *words)
     assert again.code == 2 and str(target) in again.err and "--overwrite" in again.err
@@ -223,7 +223,7 @@ def test_every_form_is_the_same_student_in_diffusers(chain, model, tmp_path, for
     ended = run("export", *words, "--check")
     assert ended.code == 0, ended.err
     proof, card = read_json(target / "replay.json"), read_json(target / "reflow.json")
-    assert proof["largest_difference"] <= replay.LIMIT < proof["largest_value"]
+    assert proof["largest_difference"] <= replay_in_diffusers.LIMIT < proof["largest_value"]
     assert proof["steps"] == (4 if more == ["--scheduler=windowed"] else 2)
     assert card["stages"] == [4, 2] and card["guidance"]["teacher"] == 1.0 and card["format"]["form"] == form
     page = (target / "README.md").read_text()

@@ -27,7 +27,7 @@ diffusers = pytest.importorskip("diffusers")
 import families  # noqa: E402
 
 from configs import digits  # noqa: E402
-from proreflow_jax import export, replay  # noqa: E402
+from proreflow_jax.exports import formats, replay_in_diffusers, write  # noqa: E402
 from proreflow_jax.flow import solvers, windows  # noqa: E402
 from proreflow_jax.flow.parameterization import Parameterization, make_step  # noqa: E402
 from proreflow_jax.pretrained import single_file, sources  # noqa: E402
@@ -131,7 +131,7 @@ def exported(distilled, tmp_path_factory) -> Callable[..., tuple[Run, Path]]:
 def proof(folder: Path) -> dict[str, Any]:
     """replay.json of an export that is its student in diffusers."""
     found = read_json(folder / "replay.json")
-    assert found["largest_difference"] <= replay.LIMIT < found["largest_value"]
+    assert found["largest_difference"] <= replay_in_diffusers.LIMIT < found["largest_value"]
     return found
 
 
@@ -167,7 +167,7 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
     check_forms(exported, "xl", ("diffusers",), ("single-file",))
     ours, folder = exported("xl")
     assert contents(folder) == contents(ours.model)
-    assert distance(ours.model / export.UNET_FILE, folder / export.UNET_FILE) > 0.01
+    assert distance(ours.model / formats.UNET_FILE, folder / formats.UNET_FILE) > 0.01
     index = read_json(folder / "model_index.json")
     assert index == read_json(ours.model / "model_index.json") | {"scheduler": ["diffusers", "DDIMScheduler"]}
 
@@ -177,7 +177,7 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
 )
 def test_only_an_sdxl_that_predicts_v_carries_the_mark_that_uis_know_it_by(family, kind, marks):
     base = SimpleNamespace(source=SimpleNamespace(family=family), params={}, networks={})
-    assert set(export.single_file(SimpleNamespace(base=base, flow=Parameterization(kind)), {})) == marks
+    assert set(write.single_file(SimpleNamespace(base=base, flow=Parameterization(kind)), {})) == marks
 
 
 @pytest.mark.slow
@@ -199,13 +199,15 @@ def test_a_delta_on_its_own_base_is_the_student(exported, tmp_path, family):
     words = [f"--config={CONFIG}", f"--config.model.path={ours.model}", f"--delta={delta}", f"--out={merged}"]
     ended = run("merge", *words)
     assert ended.code == 0, ended.err
-    assert distance(folder / export.UNET_FILE, merged / export.UNET_FILE) <= 1e-6
+    assert distance(folder / formats.UNET_FILE, merged / formats.UNET_FILE) <= 1e-6
     assert contents(merged) == contents(ours.model)
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert read_json(merged / name) == read_json(folder / name)
     noise = np.random.default_rng(0).standard_normal((2, *families.LATENT)).astype(np.float32)
-    mine, theirs = (replay.their_latents(open_stock(path), list(PROMPTS[:2]), noise, 2) for path in (merged, folder))
-    np.testing.assert_allclose(mine, theirs, atol=replay.LIMIT)
+    mine, theirs = (
+        replay_in_diffusers.their_latents(open_stock(path), list(PROMPTS[:2]), noise, 2) for path in (merged, folder)
+    )
+    np.testing.assert_allclose(mine, theirs, atol=replay_in_diffusers.LIMIT)
 
 
 @pytest.mark.slow

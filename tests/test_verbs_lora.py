@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 from verb import run, tiny_flags
 
-from proreflow_jax import replay
+from proreflow_jax.exports import replay_in_diffusers
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.storage.atomic import read_json
 
@@ -40,7 +40,7 @@ def test_the_lora_is_what_was_trained_and_gives_the_whole_student(chain, model, 
     folder = written(chain, model, "diffusers", tmp_path / "folder")
     alone = written(chain, model, "lora", tmp_path / "lora")
     base, student = weights.read_tensors(model / "unet"), weights.read_tensors(folder / "unet")
-    factors = lora_file.from_kohya(load_file(alone / replay.FILES["lora"]), base)
+    factors = lora_file.from_kohya(load_file(alone / replay_in_diffusers.FILES["lora"]), base)
     changed = {name for name in base if not np.array_equal(base[name], student[name])}
     assert changed == set(factors) and all(f.down.shape[0] == RANK for f in factors.values())
     for name, value in lora_file.apply_factors(base, factors).items():
@@ -53,7 +53,7 @@ def test_diffusers_with_the_lora_is_the_student(chain, model, tmp_path):
     ended = run("export", *flags(chain, model), "--stage=2", "--form=lora", f"--out={tmp_path / 'lora'}", "--check")
     assert ended.code == 0, ended.err
     result = read_json(tmp_path / "lora" / "replay.json")
-    assert result["to_student"] <= replay.LIMIT and result["largest_difference"] <= replay.LIMIT
+    assert result["to_student"] <= replay_in_diffusers.LIMIT and result["largest_difference"] <= replay_in_diffusers.LIMIT
 
 
 def test_the_next_stage_goes_on_with_the_factors(chain):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proreflow_jax.card import CARD
-from proreflow_jax.export import FILES
+from proreflow_jax.exports.card import CARD
+from proreflow_jax.exports.formats import FILES
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.pretrained.sources import Source

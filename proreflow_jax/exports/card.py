@@ -1,8 +1,9 @@
 """What an export says of itself: reflow.json for programs, README.md for people."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from proreflow_jax.exports.formats import Format
 from proreflow_jax.reflow.stages import DONE, Stage
 from proreflow_jax.run import base_model
 from proreflow_jax.run.config_fields import field_value
@@ -17,15 +18,6 @@ OPEN = (  # what the paper does not fix and the config therefore decides
     "loss.space", "loss.alpha", "loss.balance", "loss.huber", "loss.window_start_prob", "loss.start_steps",
     "train.steps", "train.batch", "train.ema", "optimizer.learning_rate", "optimizer.schedule", "seed",
 )  # fmt: skip
-
-
-class Format(NamedTuple):
-    """What an export looks like; the defaults are those of the verb."""
-
-    form: str = "diffusers"
-    dtype: str = "float32"  # of the tensors written
-    rank: int = 64  # of a LoRA
-    scheduler: str = "stock"
 
 
 def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Format) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""A student for other tools: forms, card, the scheduler for any number of steps, replay in diffusers."""

@@ -1,0 +1,43 @@
+"""What an export looks like: its form, its file, its scheduler."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.flow.prediction import JUMPS
+
+
+class Format(NamedTuple):
+    """What an export looks like; the defaults are those of the verb."""
+
+    form: str = "diffusers"
+    dtype: str = "float32"  # of the tensors written
+    rank: int = 64  # of a LoRA
+    scheduler: str = "stock"
+
+
+UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
+FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta.safetensors"}
+SCHEDULERS = ("stock", "windowed")
+SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps is the stock DDIMScheduler, exactly
+    "_class_name": "DDIMScheduler",
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+    "thresholding": False,
+    "steps_offset": 1,
+    "rescale_betas_zero_snr": False,
+}
+WINDOWED = Path(__file__).with_name("windowed_scheduler.py")  # needs torch: copied, never imported here
+BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+STOCK = Format()
+
+
+def scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
+    """scheduler_config.json on the base model's betas, for a student of this reading: stock DDIM, or ours for any steps."""
+    betas = {name: base[name] for name in BETAS if name in base}
+    if kind == "stock":
+        return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction]}
+    betas.pop("trained_betas", None)
+    return {**betas, "_class_name": "WindowedFlowScheduler", **flow._asdict()}
