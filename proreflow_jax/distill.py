@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import make_pairs, train
 from proreflow_jax.exports import write
+from proreflow_jax.jobs import pairs, train
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import check_export
@@ -34,10 +34,10 @@ def distill(config: ConfigDict) -> None:
         for stage in experiment.stages:
             with job_lock(stage.folder):
                 if config.pairs.mode == "stored":
-                    make_pairs.run_stage(experiment, stage)
-                train.run_stage(experiment, stage)
+                    pairs.make_stage_pairs(experiment, stage)
+                train.train_stage(experiment, stage)
         for stage in exported:
-            write.run_stage(experiment, stage, experiment.run / "export" / stage.folder.name)
+            write.export_stage(experiment, stage, experiment.run / "export" / stage.folder.name)
     log.info("%s: all %d stages are done (%.0f s)", experiment.run, len(experiment.stages), time.monotonic() - began)
 
 

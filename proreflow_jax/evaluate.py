@@ -1,33 +1,36 @@
 """The numbers of a run: every student beside the base model, from the same noise and prompts, as tables, JSON and pictures."""
 
-import logging
-
 from ml_collections import ConfigDict
 
-from proreflow_jax import digits_table, scores
-from proreflow_jax import study as studies
 from proreflow_jax.evaluation.protocols import DIGITS
+from proreflow_jax.jobs.score_coco import check_scores, score_coco
+from proreflow_jax.jobs.score_digits import check_digits, score_digits
+from proreflow_jax.jobs.study_flow import NUMBERS, check_study, study_flow
 from proreflow_jax.run import cli
 from proreflow_jax.run.open import open_experiment
-
-log = logging.getLogger(__name__)
+from proreflow_jax.runtime.processes import leads
 
 
 def evaluate(config: ConfigDict, study: bool) -> None:
     """The verb: the digits' table, or FID and CLIP score by another protocol; with `study` also study.json and its pictures."""
     by_scores = config.evaluate.protocol != DIGITS
     if by_scores:
-        scores.check(config)
+        check_scores(config)
     experiment = open_experiment(config)
     if not by_scores:
-        digits_table.check(experiment)
+        check_digits(experiment)
     if study:
-        studies.check(config)
-    (scores if by_scores else digits_table).run(experiment)
+        check_study(config)
+    if by_scores:
+        lines = [f"{row['method']}: {row['statement']}" for row in score_coco(experiment)]
+        lines.append(f"table: {experiment.run / 'scores.md'}")
+    else:
+        lines = score_digits(experiment)
+    if leads():
+        print("\n".join(lines), flush=True)
     if study:
-        studies.run(experiment)
-        pictures = "discrepancy.png, perturbation.png, windows-N.png"
-        log.info("study: %s, %s", experiment.run / studies.NUMBERS, pictures)
+        study_flow(experiment)
+        print(f"study: {experiment.run / NUMBERS}, discrepancy.png, perturbation.png, windows-N.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Each is a folder with reflow.json and README.md (base, stages, digest, settings)
 from ml_collections import ConfigDict
 
 from proreflow_jax.exports.formats import FILES, SCHEDULERS, Format
-from proreflow_jax.exports.write import run_stage
+from proreflow_jax.exports.write import export_stage
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import STORAGE
@@ -32,7 +32,7 @@ def export(
 
         cli.choose(form, tuple(replay_in_diffusers.OPENERS), "--check: --form")
     if not check or overwrite or not target.exists():
-        run_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
+        export_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
     if check:
         copy = local_copy.local_copy(target)
         replay_in_diffusers.check(experiment, chosen, copy)

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from proreflow_jax import make_pairs, planning, train
+from proreflow_jax import planning
 from proreflow_jax.data import loader, records
+from proreflow_jax.jobs import pairs, train
 from proreflow_jax.pretrained import tokenizer
 from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.stages import Stage
@@ -61,7 +62,7 @@ def _arrived(batches: Iterator[tuple[int, Any]]) -> Iterator[Any]:
 def _prompts(experiment: Experiment, source: loader.Source, b: int) -> Iterator[Iterator[tuple[int, Any]]]:
     """Numbered prompts (and images) on the mesh, as pairs are made of them."""
     own = mesh.own_rows(experiment.mesh, b)
-    read = lambda step: make_pairs.read_rows(experiment, source, step * b + own)
+    read = lambda step: pairs.read_rows(experiment, source, step * b + own)
     with loader.Ahead(read, count(), depth=2) as batches:
         yield ((step, mesh.put_batch(experiment.mesh, rows, b)) for step, rows in enumerate(batches))
 

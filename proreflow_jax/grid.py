@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proreflow_jax import digits_table
 from proreflow_jax.data import digits, loader
 from proreflow_jax.evaluation import classifier, frechet, trajectory
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.make_pairs import read_rows
+from proreflow_jax.jobs import score_digits
+from proreflow_jax.jobs.pairs import read_rows
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs, train_step
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
@@ -60,7 +60,7 @@ class Programs(NamedTuple):
 
     pairs: Callable[..., dict[str, jax.Array]]  # (frozen, batch, recipe=, flow=)
     update: Callable[..., tuple[train_step.TrainState, Any]]  # (state, frozen, batch, key, numbers, flow=, loss=)
-    draw: digits_table.Draw
+    draw: score_digits.Draw
     walk: Callable[..., tuple[jax.Array, jax.Array]]  # (params, z, context, flow=, nodes=)
     context: Callable[..., Any]
 
@@ -73,7 +73,7 @@ class Given(NamedTuple):
     labels: np.ndarray
     reference: np.ndarray  # the teacher's own many-step latents from that noise
     teacher: tuple[np.ndarray, np.ndarray]  # moments of its images
-    judge: digits_table.Judge
+    judge: score_digits.Judge
 
 
 def budget(experiment: Experiment, stage: Stage) -> Spent:
@@ -136,7 +136,7 @@ def make_programs(experiment: Experiment) -> Programs:
     return Programs(
         jax.jit(partial(pairs.make_pairs, networks=networks), static_argnames=("recipe", "flow")),
         jax.jit(update, static_argnames=("flow", "loss"), donate_argnums=0, out_shardings=(whole, None)),
-        digits_table.make_draw(experiment),
+        score_digits.make_draw(experiment),
         jax.jit(walk, static_argnames=("flow", "nodes")),
         jax.jit(partial(text_context, networks.condition)),
     )
@@ -196,19 +196,19 @@ def stage_pairs(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def given(experiment: Experiment, seed: int, programs: Programs, judge: digits_table.Judge) -> Given:
+def given(experiment: Experiment, seed: int, programs: Programs, judge: score_digits.Judge) -> Given:
     """The noise of a seed, and what the teacher draws from it in config.evaluate.teacher_steps[0] steps."""
     e = experiment.config.evaluate
-    labels, ids = digits_table.prompts(experiment, e.examples)
+    labels, ids = score_digits.prompts(experiment, e.examples)
     noise = jax.random.normal(
         jax.random.fold_in(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
     )
     base = experiment.base.params["unet"]
-    latents, images = digits_table.sample(programs.draw, base, experiment.flow, noise, ids, e.teacher_steps[0], e.batch)
+    latents, images = score_digits.sample(programs.draw, base, experiment.flow, noise, ids, e.teacher_steps[0], e.batch)
     return Given(noise, ids, labels, latents, _moments(judge, images), judge)
 
 
-def _moments(judge: digits_table.Judge, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(judge: score_digits.Judge, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return frechet.moments(classifier.features(judge.judges, digits.to_pixels8(images)))
 
 
@@ -227,8 +227,8 @@ def measure(
     e, found, images = experiment.config.evaluate, {}, {}
     for steps in experiment.config.reproduce.steps:
         way = read_as(flow, steps)
-        latents, drawn = digits_table.sample(programs.draw, params, way, given.noise, given.ids, steps, e.batch)
-        found[str(steps)] = digits_table.scores(given.judge, latents, drawn, given.reference, given.labels)
+        latents, drawn = score_digits.sample(programs.draw, params, way, given.noise, given.ids, steps, e.batch)
+        found[str(steps)] = score_digits.scores(given.judge, latents, drawn, given.reference, given.labels)
         found[str(steps)]["frechet_teacher"] = frechet.frechet_distance(_moments(given.judge, drawn), given.teacher)
         images[steps] = drawn[: e.columns]
     count, nodes = e.study.examples, windows.sampling_nodes(e.study.steps, max(flow.windows, 1))

@@ -3,33 +3,13 @@
 Run the same command again to resume; at most one shard is made twice.
 """
 
-import logging
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax.data import cached, loader, records
-from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.record_jobs import batched, begin, write
-from proreflow_jax.reflow import pairs
-from proreflow_jax.reflow.stages import Stage, find_stage
+from proreflow_jax.jobs.pairs import make_stage_pairs
+from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
-from proreflow_jax.run.dataset import encodes
-from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.lineage import load_weights, stage_plan
-from proreflow_jax.run.open import check_ready, open_experiment, open_source
-from proreflow_jax.run.recipes import pair_recipe, parent_stage, teacher_flow
-from proreflow_jax.run.train_state import frozen_arrays
-from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.processes import first, job_lock
-
-log = logging.getLogger(__name__)
-PLANNED = ("pairs", "student", "data", "model", "conditioning")
+from proreflow_jax.run.open import check_ready, open_experiment
+from proreflow_jax.runtime.processes import job_lock
 
 
 def make_pairs(config: ConfigDict, stage: int) -> None:
@@ -40,65 +20,7 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
         raise ValueError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
     check_ready(experiment, chosen)
     with job_lock(chosen.folder):
-        run_stage(experiment, chosen)
-
-
-def run_stage(experiment: Experiment, stage: Stage) -> None:
-    """Makes what is missing of a stage's pairs. The caller holds the stage's lock."""
-    config, folder = experiment.config, stage.folder / "pairs"
-    by_base = teacher_flow(experiment, stage).windows == 0
-    teacher = load_weights(experiment, None if by_base else parent_stage(experiment, stage))
-    plan = stage_plan(experiment, stage, teacher.digest, PLANNED)
-    missing = begin(folder, plan)
-    if not missing:
-        first(lambda: records.publish(folder, plan))
-        log.info("stage %d: %d pair records are there", stage.windows, config.pairs.examples)
-        return
-
-    recipe = pair_recipe(experiment, stage)
-    maker = "base model" if by_base else f"{teacher.flow.windows}-window student"
-    count = config.pairs.examples
-    log.info("stage %d: %d pair records by the %s, %d steps a window", stage.windows, count, maker, recipe.steps)
-    source = open_source(experiment)
-    frozen = frozen_arrays(experiment, teacher.params, stage, with_vae=encodes(config))
-    rows = partial(_rows, experiment, source, jit_pairs(experiment, stage, teacher.flow), frozen)
-    write(folder, plan, missing, rows, unit="pair")
-
-
-def jit_pairs(experiment: Experiment, stage: Stage, flow: Parameterization) -> Any:
-    """(frozen, batch) -> the batch's pairs, jitted with the shardings of the mesh; `flow` is how the teacher is read."""
-    recipe, networks = pair_recipe(experiment, stage), experiment.networks
-
-    def made(frozen: pairs.Frozen, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = pairs.make_pairs(frozen, batch, recipe=recipe, flow=flow, networks=networks)
-        return {name: found[name] for name in pairs.RECORD}
-
-    whole, batches = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
-    return jax.jit(made, in_shardings=(None, batches), out_shardings=whole)
-
-
-def _rows(
-    experiment: Experiment, source: loader.Source, jitted: Any, frozen: pairs.Frozen, numbers: range
-) -> Iterator[dict[str, np.ndarray]]:
-    """The records of some examples, in order."""
-    config, read = experiment.config, partial(read_rows, experiment, source)
-    for made, count in batched(experiment.mesh, config.pairs.batch, read, partial(jitted, frozen), numbers):
-        made["states"] = made["states"].astype(jnp.dtype(config.pairs.storage))
-        for i in range(count):
-            yield {name: values[i] for name, values in made.items()}
-
-
-def read_rows(experiment: Experiment, source: loader.Source, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Inputs of examples by their number: number p reads item p of the source's shuffled epochs.
-
-    Returns index (b,), ids (b, s); if pairs start from data image (b, h, w, 3) uint8, or of a cache mean and std (b, h, w, c);
-    and the text states that a cache holds, text (b, s, d) and pooled (b, p).
-    """
-    config = experiment.config
-    items = loader.read(source, loader.places(numbers, config.seed, len(source)))
-    rows = {"index": numbers.astype(np.int32), "ids": experiment.base.tokenizer.encode([item["caption"] for item in items])}
-    wanted = cached.TEXTS + (("image", *cached.LATENTS) if config.pairs.start == "data" else ())
-    return rows | {name: np.stack([item[name] for item in items]) for name in wanted if name in items[0]}
+        make_stage_pairs(experiment, chosen)
 
 
 if __name__ == "__main__":

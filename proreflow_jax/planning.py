@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from proreflow_jax import make_pairs, scores, train
 from proreflow_jax.data import cached, kinds
 from proreflow_jax.evaluation import protocols
+from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run import cli, stacked_state
@@ -71,11 +71,11 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """make_pairs: one batch of trajectories."""
     config = experiment.config
     b, flow = config.pairs.batch, teacher_flow(experiment, stage)
-    jitted = make_pairs.jit_pairs(experiment, stage, flow)
+    jitted = pairs.jit_pairs(experiment, stage, flow)
     arguments = frozen_shapes(experiment, stage, True, encodes(config)), prompt_shapes(experiment, b)
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
-    useful = partial(_counted, make_pairs.jit_pairs(plain, stage, flow), arguments)
+    useful = partial(_counted, pairs.jit_pairs(plain, stage, flow), arguments)
     return Job("pairs", stage.windows, jitted, arguments, (FROZEN, BATCH), b, b // mesh.ways(experiment.mesh), calls, useful)
 
 
@@ -117,7 +117,10 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     empty, seed = whole((1, base.tokenizer.length), np.int32), whole((), np.uint32)
     arguments = frozen.teacher, frozen.text, frozen.vae, empty, rows, seed
     classes = (FROZEN,) * 4 + (BATCH,) * 2
-    jitted, useful = scores.jit_draw(experiment, *options), partial(_counted, scores.jit_draw(plain, *options), arguments)
+    jitted, useful = (
+        score_coco.jit_draw(experiment, *options),
+        partial(_counted, score_coco.jit_draw(plain, *options), arguments),
+    )
     return Job("sample", stage.windows, jitted, arguments, classes, b, b // mesh.ways(experiment.mesh), 0, useful)
 
 
@@ -139,7 +142,7 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
 
 
 def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of numbered prompts (and images, or a cache by the block `cache`), as `make_pairs.read_rows` makes it."""
+    """A batch of numbered prompts (and images, or a cache by the block `cache`), as `pairs.read_rows` makes it."""
     config, base = experiment.config, experiment.base
     split = partial(_shape, mesh.batch_sharding(experiment.mesh))
     rows = {"index": split((b,), np.int32), "ids": split((b, experiment.base.tokenizer.length), np.int32)}

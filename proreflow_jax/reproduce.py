@@ -20,8 +20,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from proreflow_jax import digits_table, grid, grid_report
+from proreflow_jax import grid, grid_report
 from proreflow_jax.flow import windows
+from proreflow_jax.jobs import score_digits
 from proreflow_jax.run import cli, config_fields
 from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.experiment import Experiment
@@ -82,7 +83,7 @@ def reproduce(config: ConfigDict, workers: int) -> None:
 def check(experiment: Experiment, workers: int) -> None:
     """Raises ValueError, one line, for a grid that cannot be carried out, whatever its methods are."""
     config, r = experiment.config, experiment.config.reproduce
-    digits_table.check(experiment)
+    score_digits.check_digits(experiment)
     if config.pairs.mode != "stored" or config.student.lora.rank:
         raise ValueError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
     if workers < 1:
@@ -127,7 +128,7 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
     if not jax.config.jax_compilation_cache_dir:  # programs are compiled once for all workers, and for the next start
         jax.config.update("jax_compilation_cache_dir", str(experiment.run / "compiled"))
     programs = grid.make_programs(experiment)
-    judge = digits_table.make_judge(experiment.config.data.resolution)
+    judge = score_digits.make_judge(experiment.config.data.resolution)
     measured_by: dict[int, grid.Given] = {}
     store: dict[Any, Any] = {}
     for number, cell in enumerate(cells, 1):

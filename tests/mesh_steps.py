@@ -15,7 +15,7 @@ import verb
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
-from proreflow_jax import train
+from proreflow_jax.jobs import train
 from proreflow_jax.run import experiment, lineage, open, stacked_state, train_state
 from proreflow_jax.run.config_fields import changed
 from proreflow_jax.runtime import mesh

@@ -12,8 +12,9 @@ from test_plan import described
 from test_verbs_pod import run_pod
 from verb import run, tiny_config, tiny_flags
 
-from proreflow_jax import make_pairs, planning
+from proreflow_jax import planning
 from proreflow_jax.data import records
+from proreflow_jax.jobs import pairs as pairss
 from proreflow_jax.run import open
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
@@ -185,6 +186,6 @@ def test_plan_counts_what_the_cache_hands_over(place, start):
     }
     config = tiny_config(place.folder, place.model, **fields)
     real, shapes = open.open_experiment(config), open.open_outline(config, jax.devices())
-    rows = make_pairs.read_rows(real, open.open_source(real), np.arange(16))
+    rows = pairss.read_rows(real, open.open_source(real), np.arange(16))
     assert rows.keys() == {"index", "ids", "text"} | ({"mean", "std"} if start == "data" else set())
     assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))

@@ -16,7 +16,8 @@ import verb
 from full_size import SD_15, SDXL, VAE
 
 from configs.digits import get_config
-from proreflow_jax import changes, estimates, make_pairs, plan_text, planning
+from proreflow_jax import changes, estimates, plan_text, planning
+from proreflow_jax.jobs import pairs
 from proreflow_jax.models import network
 from proreflow_jax.run import config_fields, open, train_state
 from proreflow_jax.runtime import aot, chips, flops, hlo, mesh
@@ -195,7 +196,7 @@ def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model
     made = planning.frozen_shapes(shapes, stage, online, online)._replace(key=None)
     assert described(made) == described(arrays)
 
-    rows = make_pairs.read_rows(real, open.open_source(real), np.arange(16))
+    rows = pairs.read_rows(real, open.open_source(real), np.arange(16))
     assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))
 
 

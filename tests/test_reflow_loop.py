@@ -53,7 +53,7 @@ def count(state, batch):
 def run(recorder, step=count, start=0, total=7, log_every=1):
     batches = ((i, np.float32(i)) for i in range(start, 100))
     options = {"metrics": recorder, "checkpoints": recorder, "log_every": log_every}
-    return loop.run(step, jnp.asarray(start), batches, total=total, meta=lambda done: {"position": done}, **options)
+    return loop.run_loop(step, jnp.asarray(start), batches, total=total, meta=lambda done: {"position": done}, **options)
 
 
 def test_every_number_is_written_once_in_order_with_its_own_step():
@@ -112,7 +112,7 @@ def test_every_line_says_how_long_the_host_waited_for_what():
 
     recorder = Lines(every=4)
     options = {"metrics": recorder, "checkpoints": recorder, "log_every": 4, "meta": lambda done: {}}
-    loop.run(lambda state, batch: (state, {"loss": Late()}), 0, batches(), total=8, **options)
+    loop.run_loop(lambda state, batch: (state, {"loss": Late()}), 0, batches(), total=8, **options)
     first, second = recorder.of("waits")
     assert first[1] >= 0.02 and first[2] >= 0.03 and sum(first[1:]) <= first[0]
     assert second[1] < 0.02 and second[2] >= 0.03  # each line has its own steps alone
@@ -158,7 +158,7 @@ def test_sigterm_saves_the_step_and_leaves_with_zero(tmp_path):
     state, batches = {"x": jnp.zeros(())}, ((i, i) for i in range(100))
     meta = lambda done: {"seed": 0, "position": done, "lineage": {}}
     with Checkpoints(tmp_path / "c", every=50) as checkpoints, pytest.raises(SystemExit) as left:
-        loop.run(told, state, batches, total=90, metrics=recorder, checkpoints=checkpoints, log_every=1, meta=meta)
+        loop.run_loop(told, state, batches, total=90, metrics=recorder, checkpoints=checkpoints, log_every=1, meta=meta)
     assert left.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is before
     with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:

@@ -9,8 +9,8 @@ from PIL import Image
 from verb import keep_networks, kept_programs, run, tiny_flags
 
 from configs import digits
-from proreflow_jax import study
 from proreflow_jax.evaluation import trajectory
+from proreflow_jax.jobs import study_flow
 from proreflow_jax.run.open import open_experiment
 from proreflow_jax.storage.atomic import read_json
 
@@ -34,9 +34,9 @@ def small(**fields):
     ],
 )
 def test_a_study_that_cannot_be_is_refused_in_one_line(fields, needle):
-    study.check(small())
+    study_flow.check_study(small())
     with pytest.raises(ValueError) as caught:
-        study.check(small(**fields))
+        study_flow.check_study(small(**fields))
     assert needle in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -55,14 +55,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
             c.train[name] = value
         c.optimizer.warmup_steps, c.export.stages, c.pairs.start = 2, (), "noise"
         c.pairs.examples, c.pairs.shard_size, c.pairs.batch = 32, 16, 16
-        numbers = study.run(open_experiment(c.lock()))
+        numbers = study_flow.study_flow(open_experiment(c.lock()))
     return folder / "runs" / "tiny", numbers
 
 
 @pytest.mark.slow
 def test_its_numbers_are_kept_and_hold_together(finished):
     folder, numbers = finished
-    assert read_json(folder / study.NUMBERS) == numbers
+    assert read_json(folder / study_flow.NUMBERS) == numbers
     straight = numbers["straightness"]
     assert set(straight) == {f"base model, {n} windows" for n in (4, 2, 1)} | {
         f"{n}-window student, {n} windows" for n in (4, 2)

@@ -11,8 +11,9 @@ from test_configs import config as read_config
 from verb import ROOT, run
 
 from configs.reproduce import get_config as reproduce_config
-from proreflow_jax import digits_table, distill, grid, grid_report, reproduce
+from proreflow_jax import distill, grid, grid_report, reproduce
 from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.jobs import score_digits
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import check_config, config_fields
 from proreflow_jax.run.lineage import load_weights
@@ -153,7 +154,7 @@ def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
 def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
     experiment = open_experiment(small())
     programs = grid.make_programs(experiment)
-    given = grid.given(experiment, 0, programs, digits_table.make_judge(8))
+    given = grid.given(experiment, 0, programs, score_digits.make_judge(8))
     base = experiment.base.params["unet"]
     student, _ = grid.measure(experiment, base, Parameterization("ddim_eps", 4), programs, given)
     teacher, _ = grid.measure(experiment, base, experiment.flow, programs, given)

@@ -21,11 +21,11 @@ import tiny
 from verb import ROOT, keep_networks, kept_programs, run, tiny_flags
 
 from configs import digits
-from proreflow_jax import scores
 from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, fid, frechet, judges, moments, protocols
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization, make_step
+from proreflow_jax.jobs import score_coco
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow.predict import make_predict
@@ -53,8 +53,8 @@ def quick(tmp_path_factory):
         patch.setattr(jax, "jit", tiny.quick_jit)  # verbs as they are, but for XLA's optimizations
         patch.setattr(judges, "feature_network", made_coco.small_network)
         patch.setattr(clip_score, "load", cache(clip_score.load))  # drawing it is most of its cost
-        patch.setattr(scores, "SAVE_EVERY", 1)
-        patch.setattr(scores, "load_weights", partial(load_weights, scores.load_weights))
+        patch.setattr(score_coco, "SAVE_EVERY", 1)
+        patch.setattr(score_coco, "load_weights", partial(load_weights, score_coco.load_weights))
         yield
 
 
@@ -114,7 +114,7 @@ def kept(made: Made, name: str) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(made) -> list[dict]:
     """Both rows on 2 devices, never stopped."""
-    return scores.run(toy(made, "whole"))
+    return score_coco.score_coco(toy(made, "whole"))
 
 
 def test_numbers_are_said_with_their_protocol_seeds_and_spread(made, whole):
@@ -174,7 +174,7 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
 
 def test_measured_once_it_is_only_read(made, whole, monkeypatch):
     monkeypatch.setattr(fid, "prepare", None)  # would raise for any image, real or drawn
-    assert scores.run(toy(made, "whole")) == whole
+    assert score_coco.score_coco(toy(made, "whole")) == whole
 
 
 def test_killed_and_resumed_it_says_the_same_bit_for_bit(made, whole, monkeypatch):
@@ -195,15 +195,15 @@ def test_killed_and_resumed_it_says_the_same_bit_for_bit(made, whole, monkeypatc
     for after, before in ((1, False), (2, True), (3, False), (2, False)):
         monkeypatch.setattr(moments, "save", breaking(before, [after]))
         with pytest.raises(KeyboardInterrupt):
-            scores.run(toy(made, "killed"))
+            score_coco.score_coco(toy(made, "killed"))
     monkeypatch.setattr(moments, "save", save)
-    assert scores.run(toy(made, "killed")) == whole
+    assert score_coco.score_coco(toy(made, "killed")) == whole
     assert kept(made, "killed") == kept(made, "whole") and len(kept(made, "whole")) == 4
 
 
 @pytest.mark.parametrize(("devices", "fsdp", "batch"), [(1, 1, 5), (4, 2, 8)])
 def test_on_1_2_and_4_devices_and_in_other_batches_the_numbers_are_the_same(made, whole, devices, fsdp, batch):
-    (found,) = scores.run(toy(made, f"mesh-{devices}", devices, fsdp, teacher_steps=(), batch=batch))
+    (found,) = score_coco.score_coco(toy(made, f"mesh-{devices}", devices, fsdp, teacher_steps=(), batch=batch))
     for name in ("fid", "clip", "clip_standard_error"):
         assert found[name] == pytest.approx(whole[1][name], rel=1e-6), name
 
@@ -214,18 +214,18 @@ def test_each_thing_they_depend_on_makes_other_numbers_and_files(made, whole):
     first = {name for name, _ in kept(made, "whole").items()}
     found = [whole[0]["fid"][0]]
     for i, fields in enumerate(({"guidance": 1.0}, {"teacher_steps": (2,)}, {"seeds": (2,)}, {"examples": 19})):
-        (row,) = scores.run(toy(made, f"other-{i}", **{**one, **fields}))
+        (row,) = score_coco.score_coco(toy(made, f"other-{i}", **{**one, **fields}))
         found.append(next(iter(row["fid"].values())))
         assert not first & set(kept(made, f"other-{i}"))
     assert len(set(found)) == 5
     reference = made.folder / "runs" / "reference"
     assert len([*reference.glob("*.safetensors")]) == 1
-    scores.run(toy(made, "no-clip", clip="", **one))
+    score_coco.score_coco(toy(made, "no-clip", clip="", **one))
     assert len([*reference.glob("*.safetensors")]) == 1
 
 
 def test_without_clip_it_says_so(made, whole):
-    (row,) = scores.run(toy(made, "no-clip", clip="", seeds=(0,), teacher_steps=(4,), student_steps=()))
+    (row,) = score_coco.score_coco(toy(made, "no-clip", clip="", seeds=(0,), teacher_steps=(4,), student_steps=()))
     assert row["fid"][0] == whole[0]["fid"][0] and row["clip"] == {}
     assert row["statement"].startswith(f"FID {row['fid'][0]:.2f}; seed 0 only, spread unknown; coco2017-5k")
     assert row["statement"].endswith("CLIP none instead of ViT-g/14")
@@ -235,7 +235,7 @@ def test_a_students_missing_stage_is_named_before_anything_is_drawn(made):
     experiment = toy(made, "missing")
     (experiment.run / "stage-2" / DONE).unlink()
     with pytest.raises(FileNotFoundError, match=r"stage-2/DONE\.json is missing: run distill"):
-        scores.run(experiment)
+        score_coco.score_coco(experiment)
     assert not (experiment.run / "scores").exists()
 
 
@@ -269,13 +269,13 @@ def test_what_cannot_be_measured_is_refused_in_one_line(made, tmp_path):
         ({"captions": str(tmp_path / "bad.json")}, ValueError, "bad.json is no captions file of COCO"),
         ({"captions": str(short), "images": str(few)}, FileNotFoundError, "lacks 1 of 9 images"),
     ]
-    scores.check(config(made))
+    score_coco.check_scores(config(made))
     for fields, kind, line in cases:
         with pytest.raises(kind) as caught:
-            scores.check(config(made, **fields))
+            score_coco.check_scores(config(made, **fields))
         assert line in str(caught.value) and "\n" not in str(caught.value), fields
     with pytest.raises(ValueError, match=r"evaluate\.batch=7 must be a positive multiple of 2 devices"):
-        scores.run(toy(made, "odd", batch=7))
+        score_coco.score_coco(toy(made, "odd", batch=7))
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_the_printed_command_makes_of_a_pth_what_our_reader_reads(tmp_path):
     tensors["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(7)
     torch.save(tensors, tmp_path / "pt_inception.pth")
     with pytest.raises(ValueError) as caught:
-        scores._check_file("pt_inception.pth")
+        score_coco._check_file("pt_inception.pth")
     command = str(caught.value).split("python -c ", 1)[1].rsplit(", and name", 1)[0]
     subprocess.run([sys.executable, "-c", command.strip('"')], cwd=tmp_path, check=True)
     found = judges.read(tmp_path / "inception.safetensors")
@@ -298,7 +298,7 @@ def test_the_printed_command_makes_of_a_pth_what_our_reader_reads(tmp_path):
 
 def test_the_command_is_in_the_docs_too():
     page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
-    assert scores.CONVERT.format(path="pt_inception-2015-12-05-6726825d.pth") in page
+    assert score_coco.CONVERT.format(path="pt_inception-2015-12-05-6726825d.pth") in page
 
 
 def inception_weights() -> dict[str, np.ndarray]:

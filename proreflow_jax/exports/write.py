@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 RANKS = (1, 4, 16, 32, 64, 128, 256)  # of the energies that a LoRA's export prints
 
 
-def run_stage(
+def export_stage(
     experiment: Experiment,
     stage: Stage,
     target: paths.Location,

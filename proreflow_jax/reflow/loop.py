@@ -72,7 +72,7 @@ class Waits:
         return found
 
 
-def run(
+def run_loop(
     step: Callable[[Any, Any], tuple[Any, PyTree]],
     state: Any,
     batches: Iterable[tuple[int, Any]],

@@ -20,7 +20,7 @@ from proreflow_jax.storage.paths import Location
 Rows = Mapping[str, np.ndarray]  # of a batch, by field
 
 
-def begin(folder: Location, plan: dict[str, Any], flag: str = "--config.name") -> list[int]:
+def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.name") -> list[int]:
     """The shards that are missing, as process 0 sees them; its plan is fixed before the others go on.
 
     Raises ValueError, one line, if the folder holds another plan; `flag` names another folder.
@@ -36,7 +36,7 @@ def begin(folder: Location, plan: dict[str, Any], flag: str = "--config.name") -
     return [int(shard) for shard in np.flatnonzero(told(lacks))]
 
 
-def write(
+def write_records(
     folder: Location, plan: dict[str, Any], missing: list[int], rows: Callable[[range], Iterator[Rows]], unit: str
 ) -> None:
     """Writes the missing shards and publishes the whole; the records of some numbers are `rows(numbers)`, one by one."""
@@ -53,10 +53,10 @@ def write(
                 records.write_shard(folder, plan, shard, made)
             else:  # the rows are made together, and written once
                 deque(made, maxlen=0)
-    first(lambda: publish(folder, plan))
+    first(lambda: publish_records(folder, plan))
 
 
-def publish(folder: Location, plan: dict[str, Any]) -> None:
+def publish_records(folder: Location, plan: dict[str, Any]) -> None:
     """Writes the manifest. Raises RuntimeError if a shard is missing."""
     if not records.publish(folder, plan):
         raise RuntimeError(f"{folder}: shards are missing after the last one was made; run the same command again")

@@ -39,7 +39,7 @@ class Given(NamedTuple):
     nodes: np.ndarray  # (steps + 1,), from 1 down to 0; holds the bounds of every stage
 
 
-def check(config: ConfigDict) -> None:
+def check_study(config: ConfigDict) -> None:
     """Raises ValueError, one line, for a study that cannot be carried out."""
     check_alone("evaluate --study")
     s = config.evaluate.study
@@ -53,7 +53,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"--config.evaluate.study.sizes={s.sizes} must be relative errors in (0, 2]")
 
 
-def run(experiment: Experiment) -> dict[str, Any]:
+def study_flow(experiment: Experiment) -> dict[str, Any]:
     """Measures, writes study.json and the pictures into the run's folder, and returns the numbers."""
     config, s = experiment.config, experiment.config.evaluate.study
     base = load_weights(experiment, None)

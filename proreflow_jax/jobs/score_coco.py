@@ -84,7 +84,7 @@ class Drawn(NamedTuple):
     empty: np.ndarray  # (1, s), of the negative prompt
 
 
-def check(config: ConfigDict) -> None:
+def check_scores(config: ConfigDict) -> None:
     """Raises ValueError or FileNotFoundError, one line, for what cannot be measured; reads no model."""
     e, plan = config.evaluate, make_plan(config)
     if plan.protocol.choice not in coco.CHOICES:
@@ -140,8 +140,8 @@ def make_plan(config: ConfigDict) -> Plan:
     return Plan(protocol, e.examples or protocol.count, float(e.guidance or protocol.guidance), seeds)
 
 
-def run(experiment: Experiment) -> list[dict[str, Any]]:
-    """Measures and prints every row; writes scores.json and scores.md into the run's folder, anew after each row."""
+def score_coco(experiment: Experiment) -> list[dict[str, Any]]:
+    """Measures every row and returns them; writes scores.json and scores.md into the run's folder, anew after each row."""
     e, plan = experiment.config.evaluate, make_plan(experiment.config)
     mesh.check_split(e.batch, fid.BATCH, experiment.mesh)
     rows = _rows(experiment)
@@ -158,9 +158,8 @@ def run(experiment: Experiment) -> list[dict[str, Any]]:
                 stage = find_stage(experiment.stages, row.windows) if row.windows else None
                 held, weights = row.windows, load_weights(experiment, stage)
             results.append(_scores(experiment, plan, row, weights, judge, reference, drawn))
-            print(f"{row.method}: {results[-1]['statement']}")
+            log.info("%s: %s", row.method, results[-1]["statement"])
             _write(experiment, plan, judge, reference, results)
-    print(f"table: {experiment.run / 'scores.md'}")
     return results
 
 

@@ -24,7 +24,7 @@ from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights, run_key
 from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.processes import first, host_arrays, leads
+from proreflow_jax.runtime.processes import first, host_arrays
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Judge(NamedTuple):
     real: tuple[np.ndarray, np.ndarray]
 
 
-def check(experiment: Experiment) -> None:
+def check_digits(experiment: Experiment) -> None:
     """Raises ValueError, one line, for a table that cannot be made."""
     config = experiment.config
     if config.data.kind != "digits":
@@ -72,17 +72,16 @@ def check(experiment: Experiment) -> None:
         )
 
 
-def run(experiment: Experiment) -> None:
-    """Prints the table; writes table.md, table.json, samples.png and report.html into the run's folder."""
+def score_digits(experiment: Experiment) -> list[str]:
+    """Writes table.md, table.json, samples.png and report.html into the run's folder; returns the lines to show."""
     config, folder = experiment.config, experiment.run
     rows = _rows(experiment)
     began = time.monotonic()
     results, images = measure(experiment, rows)
     text, notes = report.table(results, COLUMNS), _notes(config)
     first(lambda: _keep(experiment, rows, results, images, text, notes))
-    if leads():
-        print("\n".join([text, *notes]))
-        print(f"picture: {folder / 'samples.png'}   page: {folder / 'report.html'}   ({time.monotonic() - began:.0f} s)")
+    written = f"picture: {folder / 'samples.png'}   page: {folder / 'report.html'}   ({time.monotonic() - began:.0f} s)"
+    return [text, *notes, written]
 
 
 def _keep(

@@ -1,0 +1,1 @@
+"""What a verb does: pairs, training, caching latents, pretraining, scores, the study of flows."""

@@ -1,0 +1,124 @@
+"""Encodes a dataset's images once: latents, and text states if wished, as records."""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from proreflow_jax.data import cached, kinds, loader, records
+from proreflow_jax.jobs.write_records import batched, begin_records, publish_records, write_records
+from proreflow_jax.models.network import Params
+from proreflow_jax.reflow import pairs
+from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.run.check_config import check_resolution
+from proreflow_jax.run.dataset import here, made_by
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.open import open_experiment, open_source
+from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.processes import first, job_lock
+from proreflow_jax.storage import paths
+from proreflow_jax.storage.lease import LOCK
+
+log = logging.getLogger(__name__)
+OUT = "--out"
+
+
+def cache(config: ConfigDict, out: str) -> None:
+    """The records of all examples in the folder `out`, published when the last one is there."""
+    folder = _folder(config, out)
+    experiment = open_experiment(config)
+    check_cacheable(experiment)
+    source = open_source(experiment)
+    plan = cache_plan(experiment, len(source))
+    records.shard_count(plan)
+    with job_lock(folder):
+        missing = begin_records(folder, plan, OUT)
+        if missing:
+            log.info("%d of %d shards are to be made", len(missing), records.shard_count(plan))
+            write_records(folder, plan, missing, partial(_rows, experiment, source, make_encode(experiment)), unit="image")
+        else:
+            first(lambda: publish_records(folder, plan))
+    log.info("%d examples: --config.data.kind=%s --config.data.path=%s", len(source), kinds.CACHED, folder)
+
+
+def _folder(config: ConfigDict, out: str) -> paths.Location:
+    """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
+    if not out:
+        raise ValueError(f"{OUT} is empty: name the folder of the cache")
+    if config.data.kind in (kinds.CACHED, *kinds.WITHOUT_IMAGES):
+        raise ValueError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
+    folder = paths.parse_path(out, OUT)
+    paths.check_reachable(folder)
+    first(partial(_check_free, folder))
+    return folder
+
+
+def _check_free(folder: paths.Location) -> None:
+    if folder.exists() and not (folder / records.PLAN).exists():
+        if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
+            raise ValueError(f"{OUT}={folder} holds other files: name a new folder")
+
+
+def check_cacheable(experiment: Experiment) -> None:
+    """Raises ValueError, one line, for what cannot be encoded by this model on this mesh."""
+    check_resolution(experiment.config, experiment.base.resolution)
+    mesh.check_split(experiment.config.cache.batch, "--config.cache.batch", experiment.mesh)
+
+
+def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
+    """What may not change while a cache is under way, and what its readers compare: the data, the model, the records."""
+    c = experiment.config
+    data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in kinds.UNCOUNTED}
+    kept = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": made_by(experiment.base, c.cache.text)}
+    shards = {"records": cached.NAME, "examples": examples, "shard_size": c.cache.shard_size}
+    return shards | kept | data | kinds.identity(here(c.data))
+
+
+def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """batch -> what is kept of it: one compiled function, its weights on every device.
+
+    batch: image (b, h, w, 3) uint8, ids (b, s), caption (b, n) uint8, which passes by.
+    """
+    networks, base, c = experiment.networks, experiment.base, experiment.config.cache
+
+    def encode(vae: Params, text: dict[str, Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found = dict(zip(cached.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
+        if c.text:
+            told = text_context(networks.condition, text, batch["ids"])
+            found |= {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
+        kept = {name: value.astype(jnp.dtype(c.storage)) for name, value in found.items()}
+        return kept | {"caption": batch["caption"]}
+
+    whole, batches = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
+    jitted = jax.jit(encode, in_shardings=(None, None, batches), out_shardings=whole)
+    put = partial(jax.device_put, device=whole)
+    return partial(jitted, put(base.params["vae"]), put(base.text) if c.text else {})
+
+
+def _rows(
+    experiment: Experiment, source: loader.Source, encode: Callable[..., dict[str, jax.Array]], numbers: range
+) -> Iterator[dict[str, np.ndarray]]:
+    """The records of some examples of the source, in order. Raises FloatingPointError for one that its dtype does not hold."""
+    c, base = experiment.config, experiment.base
+
+    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
+        items = loader.read(source, [int(row) % len(source) for row in rows])
+        captions = [item["caption"] for item in items]
+        images = np.stack([item["image"] for item in items])
+        return {"image": images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}
+
+    index = iter(numbers)
+    for made, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers):
+        for i in range(count):
+            row = {name: values[i] for name, values in made.items()}
+            number = next(index)
+            if bad := [name for name in row if not np.isfinite(row[name].astype(np.float32)).all()]:
+                raise FloatingPointError(
+                    f"example {number}: {bad[0]} is no finite {c.cache.storage}: take --config.cache.storage=float32"
+                )
+            yield cached.record(number, row)
