@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from proreflow_jax import bench_text, feeding, measuring
-from proreflow_jax.estimates import outlines, ticking
-from proreflow_jax.planning import JOBS, jobs, wanted
+from proreflow_jax.perf import bench_report, input_rate, measure
+from proreflow_jax.perf.estimate import outlines, ticking
+from proreflow_jax.perf.jobs import JOBS, jobs, wanted
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.storage import atomic
@@ -41,7 +41,7 @@ def bench(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
     asked = wanted(config, stage, jobs)
     found: dict[str, Any] = {"config": config.name, "machine": _machine()}
-    print(bench_text.header(config.name, found["machine"]), flush=True)
+    print(bench_report.header(config.name, found["machine"]), flush=True)
     if against:
         found["against"] = _compare(config, rows, steps)
     else:
@@ -61,23 +61,23 @@ def _jobs(
         if not rate:
             job = jobs(experiment, stage, plain)[name]
             with ticking(f"stage {windows}, {name}: compiling and running"):
-                result = measuring.measure(experiment, job, steps, warmup)
-            print(bench_text.job(result), flush=True)
-        if input and name in feeding.JOBS:
-            reads = feeding.rate(experiment, stage, name, steps)
-            result["input"] = feeding.against(reads, rate or result["images_per_second_in_a_row"])
-            print(bench_text.fed(result["input"]), flush=True)
+                result = measure.measure(experiment, job, steps, warmup)
+            print(bench_report.job(result), flush=True)
+        if input and name in input_rate.JOBS:
+            reads = input_rate.rate(experiment, stage, name, steps)
+            result["input"] = input_rate.against(reads, rate or result["images_per_second_in_a_row"])
+            print(bench_report.fed(result["input"]), flush=True)
         found.append(result)
     return found
 
 
 def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
     """The UNet's forward, ours and that of torch."""
-    from proreflow_jax import bench_torch
+    from proreflow_jax.perf import against_diffusers
 
     with ticking("UNet forward, ours and diffusers' in turns"):
-        found = bench_torch.compare(config, rows, turns)
-    print(bench_text.compared(found), flush=True)
+        found = against_diffusers.compare(config, rows, turns)
+    print(bench_report.compared(found), flush=True)
     return found
 
 

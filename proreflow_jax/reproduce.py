@@ -4,57 +4,17 @@ Every cell (a method at a seed) is kept when it is done, so the same command goe
 may run it at once and share the cells; --workers starts them.
 """
 
-import hashlib
-import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
-from proreflow_jax import grid, grid_report
-from proreflow_jax.flow import windows
-from proreflow_jax.jobs import score_digits
-from proreflow_jax.run import cli, config_fields
-from proreflow_jax.run.config_fields import changed
-from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.lineage import base_weights
-from proreflow_jax.run.open import open_experiment, open_source, reopen
-from proreflow_jax.storage import atomic, lease, lock, paths
+from proreflow_jax.reproduction import report
+from proreflow_jax.reproduction.cells import _spawn, _work, check, make_cells
+from proreflow_jax.run import cli
+from proreflow_jax.run.open import open_experiment, open_source
+from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
-TRAINING = (  # what a method's numbers depend on beside the base model; blocks, or single fields of them
-    "stages", "student", "pairs", "loss", "optimizer", "train.batch", "train.ema", "reproduce.forwards", "reproduce.pair_share",
-)  # fmt: skip
-MEASURING = (
-    "model.dtype", "model.teacher_dtype", "data.kind", "data.resolution", "evaluate.examples", "evaluate.batch",
-    "evaluate.columns", "evaluate.teacher_steps", "evaluate.study.examples", "evaluate.study.steps", "reproduce.steps",
-)  # fmt: skip
-
-
-class Cell(NamedTuple):
-    """A method at a seed. The base model is a method without stages.
-
-    key: a hash of everything its numbers depend on but the code: who changes that removes the folder of cells.
-    """
-
-    group: str
-    method: str
-    seed: int
-    experiment: Experiment
-    key: str
-
-    def path(self, suffix: str) -> Path:
-        """Where its result lies."""
-        return _folder(self.experiment) / f"{self.method}-{self.seed}-{self.key}{suffix}"
 
 
 def reproduce(config: ConfigDict, workers: int) -> None:
@@ -74,117 +34,10 @@ def reproduce(config: ConfigDict, workers: int) -> None:
     done = [(cell, atomic.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
     if not done:
         raise RuntimeError("no cell is done: another process makes them; run the same command again when it has ended")
-    text = grid_report.write(experiment, [found for _, found in done], len(cells))
+    text = report.write(experiment, [found for _, found in done], len(cells))
     print(text)
     written = sorted(path.name for path in experiment.run.iterdir() if path.suffix in (".md", ".json", ".png"))
     print(f"in {experiment.run}: {', '.join(written)}")
-
-
-def check(experiment: Experiment, workers: int) -> None:
-    """Raises ValueError, one line, for a grid that cannot be carried out, whatever its methods are."""
-    config, r = experiment.config, experiment.config.reproduce
-    score_digits.check_digits(experiment)
-    if config.pairs.mode != "stored" or config.student.lora.rank:
-        raise ValueError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
-    if workers < 1:
-        raise ValueError(f"--workers={workers} must be at least 1")
-    if len(set(r.seeds)) < 2:
-        raise ValueError(f"--config.reproduce.seeds={r.seeds} must be at least two different numbers: a spread needs them")
-    for count in r.steps:
-        windows.check_windows(count)
-    names = [name for _, name, _ in r.methods]
-    for field, named in (("references", r.references), ("effects", [name for row in r.effects for name in row[1:]])):
-        if unknown := [name for name in named if name not in names]:
-            raise ValueError(f"--config.reproduce.{field}: {unknown[0]!r} is none of its methods, {', '.join(names)}")
-
-
-def make_cells(experiment: Experiment) -> list[Cell]:
-    """All cells, a whole table of one seed after the other. Raises ValueError for a method that cannot be carried out."""
-    config, base = experiment.config, base_weights(experiment).digest
-    rows = [("base model", "teacher", {}), *config.reproduce.methods]
-    cells = []
-    for seed in config.reproduce.seeds:
-        for group, name, fields in rows:
-            opened = reopen(experiment, changed(config, {**fields, "seed": seed}))
-            for stage in opened.stages if fields else ():
-                grid.budget(opened, stage)
-            cells.append(Cell(group, paths.check_name(name), seed, opened, _key(opened.config, bool(fields), base)))
-    return cells
-
-
-def _key(config: ConfigDict, trains: bool, base: str) -> str:
-    fields = (*TRAINING, *MEASURING) if trains else MEASURING
-    facts = {field: config_fields.field_value(config, field) for field in fields}
-    told = json.dumps([facts, config.seed, base], sort_keys=True, default=lambda block: block.to_dict())
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
-
-
-def _folder(experiment: Experiment) -> Path:
-    return experiment.run / "cells"
-
-
-def _work(experiment: Experiment, cells: list[Cell]) -> None:
-    """Makes cells that no other process holds."""
-    if not jax.config.jax_compilation_cache_dir:  # programs are compiled once for all workers, and for the next start
-        jax.config.update("jax_compilation_cache_dir", str(experiment.run / "compiled"))
-    programs = grid.make_programs(experiment)
-    judge = score_digits.make_judge(experiment.config.data.resolution)
-    measured_by: dict[int, grid.Given] = {}
-    store: dict[Any, Any] = {}
-    for number, cell in enumerate(cells, 1):
-        try:
-            with lock.lock_folder(_folder(experiment) / ".locks" / f"{cell.method}-{cell.seed}"):
-                if cell.path(".json").is_file():
-                    continue
-                if cell.seed not in measured_by:
-                    store.clear()
-                    measured_by = {cell.seed: grid.given(cell.experiment, cell.seed, programs, judge)}
-                _make(cell, programs, measured_by[cell.seed], store)
-                log.info("%s, seed %d: done (%d of %d)", cell.method, cell.seed, number, len(cells))
-        except lease.Locked:
-            continue
-
-
-def _make(cell: Cell, programs: grid.Programs, given: grid.Given, store: dict[Any, Any]) -> None:
-    """Trains and measures one cell, and writes its JSON last."""
-    began, experiment = time.monotonic(), cell.experiment
-    params, flow, spent = experiment.base.params["unet"], experiment.flow, []
-    if cell.group != "base model":
-        params, spent = grid.train(experiment, programs, store)
-        flow = grid.student_flow(experiment.config, experiment.stages[-1])
-    trained = time.monotonic() - began
-    numbers, images = grid.measure(experiment, params, flow, programs, given)
-    # images of each number of steps below one another
-    strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
-    with cell.path(".png").open("wb") as file:
-        Image.fromarray(strip).save(file, "PNG")
-    about = {
-        "group": cell.group, "method": cell.method, "seed": cell.seed, "stages": [cost._asdict() for cost in spent],
-        "forwards": sum(cost.forwards for cost in spent), "seconds": {"training": trained, "all": time.monotonic() - began},
-        "strip": cell.path(".png").name, "alpha": experiment.config.loss.alpha, "balance": experiment.config.loss.balance,
-    }  # fmt: skip
-    atomic.write_json(cell.path(".json"), about | numbers)
-
-
-def _spawn(workers: int) -> None:
-    """This command in several processes, each on its share of the cores, until all have ended."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    command = [sys.executable, "-m", "proreflow_jax.reproduce", *sys.argv[1:], "--workers=1"]  # the last flag counts
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.INTERRUPTED))  # workers must not outlive this process
-    started = []
-    for i in range(workers):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        if len(cores) >= workers:
-            os.sched_setaffinity(process.pid, cores[i::workers])
-        started.append(process)
-    try:
-        codes = [process.wait() for process in started]
-    except BaseException:
-        for process in started:
-            process.terminate()
-        raise
-    if any(codes):
-        raise RuntimeError(f"a worker ended with code {codes}: its last line says why; run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from full_size import BIG_G, CLIP_L, SD_15, SDXL, VAE, VAE_XL
 
 from configs.sd15 import get_config as sd15
 from configs.sdxl import get_config as sdxl
-from proreflow_jax import estimates
 from proreflow_jax.models import network
 from proreflow_jax.models.compute import Compute
+from proreflow_jax.perf import chips, estimate, hlo_cost, tpu_compile
 from proreflow_jax.run import config_fields
-from proreflow_jax.runtime import aot, chips, hlo
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.aot
@@ -58,9 +57,9 @@ def step(config, model: str, slice: str, **fields: object) -> dict:
     config = config_fields.changed(
         config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}}
     )
-    aot.prepare()
-    place = estimates.target(slice, "~/.cache/proreflow_jax/plan")
-    found = estimates.estimate(config, place, estimates.opener(config, place), 8, "train")
+    tpu_compile.prepare()
+    place = estimate.target(slice, "~/.cache/proreflow_jax/plan")
+    found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
     print(json.dumps(found, indent=1))  # noqa: T201
     return found
 
@@ -79,12 +78,12 @@ def test_sd15_forward_on_v5e():
     times = tpu.abstract((4 * ROWS,), mesh, *rows, dtype=jnp.float32)
     text = jax.jit(net.apply).lower(params, x, times, states).compile().as_text()
     assert tpu.activation_pads(text, 4096) == tpu.activation_pads(text, 1024) == []
-    cost = hlo.cost(text, chip)
+    cost = hlo_cost.cost(text, chip)
     slow, fast = (1e3 * value / ROWS for value in cost.seconds(chip))
     total = sum(cost.cycles.values())
     for kind, cycles in sorted(cost.cycles.items(), key=lambda item: -item[1]):
         print(f"{kind:16} {cycles / 1e6:6.2f} million cycles, {100 * cycles / total:4.1f} %")  # noqa: T201
-    print(f"{slow:.2f} ms an image, {fast:.2f} if streaming is {hlo.PESSIMISM} times faster than estimated")  # noqa: T201
+    print(f"{slow:.2f} ms an image, {fast:.2f} if streaming is {hlo_cost.PESSIMISM} times faster than estimated")  # noqa: T201
     assert cost.unknown == {} and cost.unread_loops == 0
     assert cost.kernels == {"splash_mha_fwd_no_residuals": 10.0}
     assert slow <= 7.8

@@ -13,7 +13,7 @@ from flax import nnx
 
 from proreflow_jax.models import attention, layers, network
 from proreflow_jax.models.compute import Compute, rerun
-from proreflow_jax.runtime import chips, hlo
+from proreflow_jax.perf import chips, hlo_cost
 from proreflow_jax.runtime.mesh import fsdp_spec
 
 pytest.importorskip("libtpu")
@@ -43,7 +43,7 @@ def test_forward_takes_one_kernel_and_pads_no_activation():
     assert tpu.kernels_of(text) == ["fwd"]
     assert "collective-permute" not in text  # weights are gathered, not multiplied by pieces
     assert tpu.activation_pads(text, TOKENS) == []
-    cost = hlo.cost(text, chips.CHIPS["v5e"])
+    cost = hlo_cost.cost(text, chips.CHIPS["v5e"])
     kernel, total = cost.cycles["kernels"], sum(cost.cycles.values())
     print(cost.cycles)  # noqa: T201
     assert "pads" not in cost.cycles and cost.cycles["copies"] < 0.02 * (total - kernel)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import verb
 
-from proreflow_jax import bench_torch, feeding, measuring, planning, stand_ins
+from proreflow_jax import perf
+from proreflow_jax.perf import chips, dummy_arrays, input_rate, jobs, measure
 from proreflow_jax.run import open
-from proreflow_jax.runtime import chips
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -24,8 +24,8 @@ def opened(outline_only, tmp_path_factory):
 
 @pytest.mark.slow
 def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_finite(opened):
-    job = planning.jobs(opened, opened.stages[0])["train"]
-    made = stand_ins.filled(opened, job.rest)
+    job = jobs.jobs(opened, opened.stages[0])["train"]
+    made = dummy_arrays.filled(opened, job.rest)
     described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
     assert described(made) == described(job.rest)
     weights = {name: np.asarray(value) for name, value in made[0].params.items()}
@@ -39,8 +39,8 @@ def test_stand_ins_have_the_shapes_and_places_of_the_job_and_a_step_on_them_is_f
 def test_tiny_arrays_have_the_names_of_the_job_and_are_split_where_its_own_are(tmp_path, outline_only):
     config = verb.tiny_config(tmp_path, outline_only, mesh__data=2, mesh__fsdp=4)
     sharded = open.open_outline(config, jax.devices())
-    job = planning.jobs(sharded, sharded.stages[0])["train"]
-    small = stand_ins.tiny(job.arguments)
+    job = jobs.jobs(sharded, sharded.stages[0])["train"]
+    small = dummy_arrays.tiny(job.arguments)
     assert jax.tree.structure(small) == jax.tree.structure(job.arguments)
     split = lambda tree: [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)]
     assert split(small) == split(job.arguments) and {*split(small)} == {True, False}
@@ -64,25 +64,25 @@ def test_in_a_row_a_call_is_sent_before_the_one_in_front_is_waited_for():
         said.append(("sent", len([what for what, _ in said if what == "sent"])))
         return Sent(said[-1][1], said)
 
-    measuring.in_a_row(call, 3)
+    measure.in_a_row(call, 3)
     assert said == [("sent", 0), ("sent", 1), ("waited", 0), ("sent", 2), ("waited", 1), ("waited", 2)]
     said.clear()
-    measuring.each_alone(call, 2)
+    measure.each_alone(call, 2)
     assert said == [("sent", 0), ("waited", 0), ("sent", 1), ("waited", 1)]
 
 
 def test_a_call_takes_the_state_that_the_call_before_left():
     program = lambda state, other: (state + other, {"loss": state})
-    call = measuring.Caller(program, SimpleNamespace(classes=("state", "batch")), (1, 10))
+    call = measure.Caller(program, SimpleNamespace(classes=("state", "batch")), (1, 10))
     assert [call()["loss"] for _ in range(3)] == [1, 11, 21]
-    call = measuring.Caller(program, SimpleNamespace(classes=("frozen", "batch")), (1, 10))
+    call = measure.Caller(program, SimpleNamespace(classes=("frozen", "batch")), (1, 10))
     assert [call() for _ in range(2)] == [(11, {"loss": 1})] * 2
 
 
 def test_utilisation_is_of_the_peak_of_all_devices_and_unknown_where_that_is():
-    found = measuring.work(2 * 197e12, 4.0, 2, chips.CHIPS["v5e"])
+    found = measure.work(2 * 197e12, 4.0, 2, chips.CHIPS["v5e"])
     assert (found["flops_per_second"], found["utilisation"]) == (0.5 * 197e12, 0.25)
-    assert measuring.work(1e9, 1.0, 2, None)["utilisation"] is None
+    assert measure.work(1e9, 1.0, 2, None)["utilisation"] is None
 
 
 def test_the_numbers_of_a_run_fit_each_other(tmp_path, outline_only, opened):
@@ -119,7 +119,7 @@ def test_the_numbers_of_a_run_fit_each_other(tmp_path, outline_only, opened):
         assert 0 < memory["temporaries"] < memory["compiled"] < memory["process_peak"] and memory["peak"] is None
     train, sample = found["jobs"]
     assert train["input"]["wanted_per_second"] == train["images_per_second_in_a_row"] and "input" not in sample
-    held = len(jax.tree.leaves(planning.train_job(opened, opened.stages[0], opened).arguments))
+    held = len(jax.tree.leaves(jobs.train_job(opened, opened.stages[0], opened).arguments))
     assert train["arrays"] == held and f"{held:,} such arrays" in ended.out
     assert "stage 4, train: 16 images a call, 2 at once on a device" in ended.out and "peak unknown" in ended.out
 
@@ -141,8 +141,8 @@ def test_the_input_is_held_against_a_wanted_rate_and_says_which_input_it_was(tmp
 
 def test_rows_of_the_input_are_timed_until_they_lie_on_the_devices(opened, monkeypatch):
     seen = []
-    monkeypatch.setattr(feeding.jax, "block_until_ready", lambda batch: seen.append(batch) or batch)
-    found = feeding.rate(opened, opened.stages[0], "pairs", 1)
+    monkeypatch.setattr(input_rate.jax, "block_until_ready", lambda batch: seen.append(batch) or batch)
+    found = input_rate.rate(opened, opened.stages[0], "pairs", 1)
     assert len(seen) == 21 and found["rows"] == 20 * 16
     assert seen[0]["ids"].sharding.num_devices == 8 and int(seen[1]["index"][0]) == 16
 
@@ -182,7 +182,7 @@ def test_ours_and_diffusers_take_turns_on_the_same_weights(tmp_path, outline_onl
 
 def test_without_torch_the_comparison_names_the_extra(tmp_path, outline_only, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "proreflow_jax.bench_torch", raising=False)
-    monkeypatch.delattr(bench_torch, "None", raising=False)
+    monkeypatch.delitem(sys.modules, "proreflow_jax.perf.against_diffusers", raising=False)
+    monkeypatch.delattr(perf, "against_diffusers", raising=False)
     ended = verb.run("bench", *verb.tiny_flags(tmp_path, outline_only), "--against=diffusers")
     assert ended.code == 2 and "pip install 'proreflow_jax[export-check]'" in ended.err and ended.err.count("\n") == 1

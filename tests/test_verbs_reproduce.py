@@ -11,11 +11,15 @@ from test_configs import config as read_config
 from verb import ROOT, run
 
 from configs.reproduce import get_config as reproduce_config
-from proreflow_jax import distill, grid, grid_report, reproduce
+from proreflow_jax import distill, reproduce
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs import score_digits
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.reproduction import report
+from proreflow_jax.reproduction.cell import budget, given, make_programs, measure, stage_pairs, train
+from proreflow_jax.reproduction.cells import make_cells
 from proreflow_jax.run import check_config, config_fields
+from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.run.open import open_experiment, reopen
 from proreflow_jax.runtime import mesh
@@ -69,7 +73,7 @@ def small(tmp_path, model, data):
 
     def make(methods=TWO, **fields):
         fields = {name.replace("__", "."): value for name, value in fields.items()}
-        return reproduce.changed(read_config("reproduce"), SMALL | places | fields | {"reproduce.methods": methods})
+        return changed(read_config("reproduce"), SMALL | places | fields | {"reproduce.methods": methods})
 
     return make
 
@@ -98,10 +102,10 @@ def counted(experiment):
 )
 def test_a_teachers_forwards_are_those_that_the_network_is_asked(small, fields):
     base = open_experiment(small())
-    experiment, seen = counted(reopen(base, reproduce.changed(base.config, method(4, **fields))))
-    stage, programs = experiment.stages[0], grid.make_programs(experiment)
-    cost = grid.budget(experiment, stage)
-    grid.stage_pairs(experiment, stage, base.base.params["unet"], cost.examples, programs)
+    experiment, seen = counted(reopen(base, changed(base.config, method(4, **fields))))
+    stage, programs = experiment.stages[0], make_programs(experiment)
+    cost = budget(experiment, stage)
+    stage_pairs(experiment, stage, base.base.params["unet"], cost.examples, programs)
     jax.effects_barrier()
     assert sum(seen) == cost.forwards - cost.updates * 3 * experiment.config.train.batch
 
@@ -109,8 +113,8 @@ def test_a_teachers_forwards_are_those_that_the_network_is_asked(small, fields):
 @pytest.mark.parametrize("fields", [{}, {"pairs__start": "noise"}, {"pairs__teacher": "base"}])
 def test_every_method_spends_what_it_is_given_to_the_last_update(small, fields):
     experiment = open_experiment(small())
-    experiment = reopen(experiment, reproduce.changed(experiment.config, method(4, 2, **fields)))
-    spent = [grid.budget(experiment, stage) for stage in experiment.stages]
+    experiment = reopen(experiment, changed(experiment.config, method(4, 2, **fields)))
+    spent = [budget(experiment, stage) for stage in experiment.stages]
     assert [cost.windows for cost in spent] == [4, 2]
     for cost in spent:
         assert 400 - 3 * 8 < cost.forwards <= 400 and cost.examples % 8 == 0
@@ -123,12 +127,12 @@ def test_a_cell_is_the_verbs_algorithm(small, stages):
     """The same pairs, batches, times and updates: its student is that of distill with these examples and steps."""
     fields = method(*stages, pairs__start="noise", pairs__substeps=2, loss__window_start_prob=0.25)
     experiment = open_experiment(small())
-    experiment = reopen(experiment, reproduce.changed(experiment.config, fields | {"name": "both"}))
-    params, spent = grid.train(experiment, grid.make_programs(experiment), {})
+    experiment = reopen(experiment, changed(experiment.config, fields | {"name": "both"}))
+    params, spent = train(experiment, make_programs(experiment), {})
     cost = spent[0]
     assert [one[1:] for one in spent] == [cost[1:]] * len(stages)  # one config says the same of both stages
     counts = {"pairs.examples": cost.examples, "pairs.shard_size": cost.examples, "train.steps": cost.updates}
-    experiment = reopen(experiment, reproduce.changed(experiment.config, counts))
+    experiment = reopen(experiment, changed(experiment.config, counts))
     distill.distill(experiment.config)
     theirs = load_weights(experiment, find_stage(experiment.stages, 2))
     for name, value in theirs.params.items():
@@ -138,7 +142,7 @@ def test_a_cell_is_the_verbs_algorithm(small, stages):
 @pytest.mark.slow
 def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
     base = open_experiment(small())
-    programs = grid.make_programs(base)
+    programs = make_programs(base)
     for fields in (
         {"seed": 0},
         {"seed": 1},
@@ -146,18 +150,18 @@ def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
         {"loss.window_start_prob": 0.5},
         {"reproduce.forwards": 600},
     ):
-        grid.train(reopen(base, reproduce.changed(base.config, method(4) | fields)), programs, {})
+        train(reopen(base, changed(base.config, method(4) | fields)), programs, {})
     assert programs.update._cache_size() == 1 and programs.pairs._cache_size() == 1
 
 
 @pytest.mark.slow
 def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
     experiment = open_experiment(small())
-    programs = grid.make_programs(experiment)
-    given = grid.given(experiment, 0, programs, score_digits.make_judge(8))
+    programs = make_programs(experiment)
+    start = given(experiment, 0, programs, score_digits.make_judge(8))
     base = experiment.base.params["unet"]
-    student, _ = grid.measure(experiment, base, Parameterization("ddim_eps", 4), programs, given)
-    teacher, _ = grid.measure(experiment, base, experiment.flow, programs, given)
+    student, _ = measure(experiment, base, Parameterization("ddim_eps", 4), programs, start)
+    teacher, _ = measure(experiment, base, experiment.flow, programs, start)
     for steps in ("1", "2", "4"):
         assert student["steps"][steps]["distance"] == pytest.approx(teacher["steps"][steps]["distance"], rel=1e-4)
     assert student["steps"]["8"]["distance"] != pytest.approx(teacher["steps"]["8"]["distance"], rel=1e-3)
@@ -204,7 +208,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
 
 
 def test_other_numbers_are_other_cells(small):
-    keys = lambda **fields: [cell.key for cell in reproduce.make_cells(open_experiment(small(**fields)))]
+    keys = lambda **fields: [cell.key for cell in make_cells(open_experiment(small(**fields)))]
     plain = keys()
     assert len(set(plain)) == len(plain) == 8
     assert keys(reproduce__seeds=(0, 1), evaluate__student_steps=(), train__log_every=3) == plain
@@ -262,10 +266,10 @@ def cell(name, seed, value):
 
 
 def test_beyond_the_spread_is_strict():
-    assert grid_report.beyond([1.0, 1.1, 1.2], [2.0, 2.1, 2.2])
-    assert not grid_report.beyond([1.0, 1.1, 2.3], [2.0, 2.1, 2.2])  # one seed disagrees
-    assert not grid_report.beyond([1.0, 1.5, 2.0], [1.1, 1.6, 2.1])  # paired, all agree, but the spreads overlap
-    assert not grid_report.beyond([1.0], [2.0])
+    assert report.beyond([1.0, 1.1, 1.2], [2.0, 2.1, 2.2])
+    assert not report.beyond([1.0, 1.1, 2.3], [2.0, 2.1, 2.2])  # one seed disagrees
+    assert not report.beyond([1.0, 1.5, 2.0], [1.1, 1.6, 2.1])  # paired, all agree, but the spreads overlap
+    assert not report.beyond([1.0], [2.0])
 
 
 def test_changes_are_paired_by_seed_and_marked():
@@ -273,41 +277,41 @@ def test_changes_are_paired_by_seed_and_marked():
         [cell("a", seed, 1.0 + seed / 10) for seed in (0, 1, 9)],
         [cell("b", seed, 2.0 + seed / 10) for seed in (0, 1)],
     )
-    assert grid_report._changes(ours, theirs, (1, 2)) == dict.fromkeys(("distance2", "frechet_teacher2", "frechet2"), "-49 % *")
-    assert grid_report._changes(theirs, ours[:1], (2,))["distance2"] == "+100 %"  # one seed has no spread
-    assert grid_report._changes(ours[2:], theirs, (2,)) == {}
-    text = grid_report._effects({"a": ours, "b": theirs}, (("less", "a", "b"), ("nothing yet", "c", "b")), (2,))
+    assert report._changes(ours, theirs, (1, 2)) == dict.fromkeys(("distance2", "frechet_teacher2", "frechet2"), "-49 % *")
+    assert report._changes(theirs, ours[:1], (2,))["distance2"] == "+100 %"  # one seed has no spread
+    assert report._changes(ours[2:], theirs, (2,)) == {}
+    text = report._effects({"a": ours, "b": theirs}, (("less", "a", "b"), ("nothing yet", "c", "b")), (2,))
     assert "less" in text and "a / b" in text and "nothing yet" not in text
 
 
 def test_a_spread_is_that_of_a_sample_and_shows_as_many_digits_as_the_mean():
-    assert grid_report.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert grid_report.spread([0.0123, 0.0125]) == "0.0124 ± 0.0001"
-    assert grid_report.spread([123.4]) == "123"
+    assert report.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert report.spread([0.0123, 0.0125]) == "0.0124 ± 0.0001"
+    assert report.spread([123.4]) == "123"
 
 
 def test_figures_over_alpha_need_the_sweep_and_the_automatic_one(tmp_path):
     rows = [("ProReflow", "ProReflow-II", 1.0, "fixed"), ("alpha", "ProReflow-II-alpha-3", 3.0, "fixed")]
     rows += [("alpha", "ProReflow-II-auto", 1.0, "auto"), ("beyond", "direct-2", 1.0, "auto")]
     cells = {name: [cell(name, s, 1.0 + s) | {"group": g, "alpha": a, "balance": b} for s in (0, 1)] for g, name, a, b in rows}
-    grid_report._alphas(tmp_path, {name: group for name, group in cells.items() if "auto" not in name}, (2,))
+    report._alphas(tmp_path, {name: group for name, group in cells.items() if "auto" not in name}, (2,))
     assert not list(tmp_path.iterdir())
-    grid_report._alphas(tmp_path, cells, (2,))
+    report._alphas(tmp_path, cells, (2,))
     assert {path.name for path in tmp_path.iterdir()} == {"distance-alpha.png", "frechet-alpha.png"}
 
 
 def test_rows_are_means_over_seeds():
     cells = {"one": [cell("one", 0, 1.0), cell("one", 1, 3.0)]}
-    (row,) = grid_report.rows(cells, (2,))
+    (row,) = report.rows(cells, (2,))
     assert row["distance"]["2"] == {"mean": 2.0, "spread": pytest.approx(2**0.5)} and row["seeds"] == [0, 1]
 
 
 def test_every_method_of_the_config_can_be_opened_and_costs_the_same():
     c = read_config("reproduce")
-    experiment = open_experiment(reproduce.changed(c, {"model.path": str(ROOT / "proreflow_jax" / "assets" / "digits")}))
+    experiment = open_experiment(changed(c, {"model.path": str(ROOT / "proreflow_jax" / "assets" / "digits")}))
     for _, name, fields in c.reproduce.methods:
-        opened = reopen(experiment, reproduce.changed(c, fields))
-        spent = sum(grid.budget(opened, stage).forwards for stage in opened.stages)
+        opened = reopen(experiment, changed(c, fields))
+        spent = sum(budget(opened, stage).forwards for stage in opened.stages)
         assert c.reproduce.forwards - 4 * 96 < spent <= c.reproduce.forwards, name
         if opened.config.export.stages:
             check_config.check_export(opened.config)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from proreflow_jax.runtime import aot
+from proreflow_jax.perf import tpu_compile
 from proreflow_jax.runtime.mesh import make_mesh
 
 INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(", re.MULTILINE)
@@ -15,8 +15,8 @@ INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(", re.
 
 def slice_mesh(name: str, **axes: int) -> Mesh:
     """A (data, fsdp, tensor) mesh over a slice's devices, as in slice_mesh("v5e:2x2", fsdp=2)."""
-    aot.prepare()
-    return make_mesh(**axes, devices=list(aot.devices(name)))
+    tpu_compile.prepare()
+    return make_mesh(**axes, devices=list(tpu_compile.devices(name)))
 
 
 def abstract(shape: tuple[int, ...], mesh: Mesh, *axes: Any, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from proreflow_jax import planning
 from proreflow_jax.data import loader, records
 from proreflow_jax.jobs import pairs, train
+from proreflow_jax.perf import jobs
 from proreflow_jax.pretrained import tokenizer
 from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.stages import Stage
@@ -89,7 +89,7 @@ def _records(experiment: Experiment, stage: Stage, folder: Path) -> tuple[loader
     if (own / records.MANIFEST).is_file():
         return records.PairRecords(local_copy.local_copy(own), verify=False), "the stage's pair records"
     b = experiment.config.train.batch
-    plan, rows = {"examples": MADE * b, "shard_size": b}, planning.record_shapes(experiment, stage)
+    plan, rows = {"examples": MADE * b, "shard_size": b}, jobs.record_shapes(experiment, stage)
     draws = np.random.default_rng(0)
     one = lambda: {name: _noise(draws, rows[name]) for name in rows}
     records.fix_plan(folder, plan)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from proreflow_jax.runtime.chips import Chip
+from proreflow_jax.perf.chips import Chip
 
 KINDS = ("convolutions", "linears", "attention", "norms and sums", "copies", "pads", "elementwise", "kernels")
 MATRIX = (

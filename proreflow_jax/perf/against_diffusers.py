@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax import stand_ins
-from proreflow_jax.measuring import spread, work
 from proreflow_jax.models.network import cast
+from proreflow_jax.perf import chips, dummy_arrays, flops
+from proreflow_jax.perf.measure import spread, work
 from proreflow_jax.pretrained import weights
 from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
-from proreflow_jax.runtime import chips, flops, mesh
+from proreflow_jax.runtime import mesh
 
 try:
     import diffusers
@@ -45,7 +45,7 @@ def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
     on_cpu = mesh.platform(experiment.mesh) == "cpu"
     dtype = "float32" if on_cpu else config.model.dtype
     inputs = _inputs(experiment, rows)
-    params = stand_ins.filled(experiment, _placed(experiment))
+    params = dummy_arrays.filled(experiment, _placed(experiment))
     theirs = _theirs(experiment, params, inputs, dtype, "cpu" if on_cpu else "cuda")
     ours = _ours(experiment, params, inputs, dtype)
     del params

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 from made_images import LAYOUTS, encode, originals
-from test_plan import described
+from test_perf_plan import described
 from test_verbs_pod import run_pod
 from verb import run, tiny_config, tiny_flags
 
-from proreflow_jax import planning
 from proreflow_jax.data import records
 from proreflow_jax.jobs import pairs as pairss
+from proreflow_jax.perf import jobs
 from proreflow_jax.run import open
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
@@ -188,4 +188,4 @@ def test_plan_counts_what_the_cache_hands_over(place, start):
     real, shapes = open.open_experiment(config), open.open_outline(config, jax.devices())
     rows = pairss.read_rows(real, open.open_source(real), np.arange(16))
     assert rows.keys() == {"index", "ids", "text"} | ({"mean", "std"} if start == "data" else set())
-    assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))
+    assert described(jobs.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from proreflow_jax.data import cached, kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
+from proreflow_jax.perf import flops, tpu_compile
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run import cli, stacked_state
@@ -23,7 +24,7 @@ from proreflow_jax.run.dataset import encodes
 from proreflow_jax.run.experiment import Experiment, run_key
 from proreflow_jax.run.recipes import student_flow, teacher_flow
 from proreflow_jax.run.train_state import places, state_target, trained_shapes
-from proreflow_jax.runtime import aot, flops, mesh
+from proreflow_jax.runtime import mesh
 
 JOBS = ("pairs", "train", "sample")
 STATE, FROZEN, BATCH = "state", "frozen", "batch"  # classes of arguments
@@ -188,7 +189,7 @@ def held(job: Job) -> dict[str, int]:
     """Bytes of a job's arguments on one device by class, before they are filled up to tiles."""
     found = dict.fromkeys((STATE, FROZEN, BATCH), 0)
     for kind, argument in zip(job.classes, job.arguments, strict=True):
-        found[kind] += aot.held(argument)
+        found[kind] += tpu_compile.held(argument)
     return found
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from proreflow_jax.plan_text import WORK, scaled, seconds
-from proreflow_jax.runtime.chips import GIB
+from proreflow_jax.perf.chips import GIB
+from proreflow_jax.perf.plan_report import WORK, scaled, seconds
 
 Numbers = Mapping[str, Any]
 

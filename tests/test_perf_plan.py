@@ -16,14 +16,16 @@ import verb
 from full_size import SD_15, SDXL, VAE
 
 from configs.digits import get_config
-from proreflow_jax import changes, estimates, plan_text, planning
 from proreflow_jax.jobs import pairs
 from proreflow_jax.models import network
+from proreflow_jax.perf import chips, estimate, flops, hlo_cost, make_it_fit, plan_report, tpu_compile
+from proreflow_jax.perf import jobs as perf_jobs
+from proreflow_jax.perf.jobs import Job, frozen_shapes, held, jobs, prompt_shapes, record_shapes, storage
 from proreflow_jax.run import config_fields, open, train_state
-from proreflow_jax.runtime import aot, chips, flops, hlo, mesh
+from proreflow_jax.runtime import mesh
 
 CHIP = chips.CHIPS["v5e"]
-NOTHING = aot.Compiled(aot.Memory(0, 0, 0, 0), hlo.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0), 1.0)
+NOTHING = tpu_compile.Compiled(tpu_compile.Memory(0, 0, 0, 0), hlo_cost.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0), 1.0)
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 CONVOLVED, ATTENTION = "jit(f)/conv_general_dilated", "jit(f)/vmap(BTNH,BSNH->BNTS)/dot_general"
 PROGRAM = f"""HloModule jit_f, is_scheduled=true
@@ -69,40 +71,40 @@ custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
 
 
 def test_cycles_are_summed_by_kind_and_loops_run_as_often_as_they_say():
-    cost = hlo.cost(PROGRAM, CHIP)
+    cost = hlo_cost.cost(PROGRAM, CHIP)
     assert cost.cycles["convolutions"] == 5 * 100
     assert (cost.cycles["copies"], cost.cycles["attention"]) == (7, 11)
     assert cost.unread_loops == 0
-    unread = hlo.cost(PROGRAM.replace("constant(5)", "parameter(1)"), CHIP)
+    unread = hlo_cost.cost(PROGRAM.replace("constant(5)", "parameter(1)"), CHIP)
     assert (unread.cycles["convolutions"], unread.unread_loops) == (100, 1)
 
 
 def test_a_transfer_that_is_spread_over_the_program_is_counted_once():
-    assert hlo.cost(PROGRAM, CHIP).communication == 4 * 64 * 4
+    assert hlo_cost.cost(PROGRAM, CHIP).communication == 4 * 64 * 4
     summed = "  %sums = (f32[8]{0}, bf16[100]{0}) all-reduce(%x, %x), channel_id=8, to_apply=%add\n  ROOT %sum"
     permuted = "  %moved = (f32[9]{0}, f32[9]{0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=9\n" + summed
-    assert hlo.cost(PROGRAM.replace("  ROOT %sum", permuted), CHIP).communication == 4 * 64 * 4 + (4 * 8 + 200) + 4 * 9
+    assert hlo_cost.cost(PROGRAM.replace("  ROOT %sum", permuted), CHIP).communication == 4 * 64 * 4 + (4 * 8 + 200) + 4 * 9
 
 
 def test_splash_attention_has_its_floor_and_any_other_kernel_its_name():
-    cost = hlo.cost(PROGRAM, CHIP)
+    cost = hlo_cost.cost(PROGRAM, CHIP)
     flop = 2 * 2 * 3 * 2 * 1024 * 1024 * 128  # forward: 2 products, 6 heads, 40 filled up to 128
     assert cost.cycles["kernels"] == pytest.approx(flop / 197e12 * 1.503e9)
     assert cost.kernels == {"splash_mha_fwd_residuals": 1} and cost.unknown == {"my_kernel": 1}
     gradients = lambda count: ", ".join(["f32[3,512,128]{2,1,0}", *["bf16[3,2,1024,40]{3,2,1,0}"] * count])
     for count, products in ((2, 4), (3, 5)):  # of k and v, and of q too
         text = PROGRAM.replace("fwd_residuals", "dkv_no_residuals").replace(gradients(1), gradients(count))
-        assert hlo.cost(text, CHIP).cycles["kernels"] == pytest.approx(products / 2 * cost.cycles["kernels"])
+        assert hlo_cost.cost(text, CHIP).cycles["kernels"] == pytest.approx(products / 2 * cost.cycles["kernels"])
 
 
 def test_seconds_are_cycles_by_the_clock_and_only_streaming_is_thought_faster():
-    cost = hlo.Cost({"convolutions": 1.503e9, "copies": 2.2 * 1.503e9}, {}, {}, 0.0, 0)
+    cost = hlo_cost.Cost({"convolutions": 1.503e9, "copies": 2.2 * 1.503e9}, {}, {}, 0.0, 0)
     assert cost.seconds(CHIP) == pytest.approx((3.2, 2.0))
 
 
 def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.parse(PROGRAM.replace("ENTRY ", ""))
+        hlo_cost.parse(PROGRAM.replace("ENTRY ", ""))
 
 
 def shape(*sides: int) -> jax.ShapeDtypeStruct:
@@ -151,9 +153,9 @@ def test_slices_are_counted_and_an_unknown_one_lists_the_known():
 
 def test_a_compiler_that_finds_a_program_too_large_says_by_how_much():
     said = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: the total memory required for HLO temporaries (134.18G) exceeds "
-    assert aot.too_large(f"{said}available HBM (15.75G).") == int(134.18 * 2**30)
-    assert aot.too_large("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.") == int(20.5 * 2**30)
-    assert aot.too_large("INTERNAL: something else") is None
+    assert tpu_compile.too_large(f"{said}available HBM (15.75G).") == int(134.18 * 2**30)
+    assert tpu_compile.too_large("Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.") == int(20.5 * 2**30)
+    assert tpu_compile.too_large("INTERNAL: something else") is None
 
 
 def test_what_jaxlib_cannot_read_back_is_read_as_the_compiler_wrote_it(tmp_path):
@@ -162,14 +164,14 @@ def test_what_jaxlib_cannot_read_back_is_read_as_the_compiler_wrote_it(tmp_path)
             raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="async-update"):
-        aot.text_of(Program(), tmp_path)
+        tpu_compile.text_of(Program(), tmp_path)
     for name, text in (
         ("1.f.after_codegen.txt", PROGRAM),
         ("0.small.after_codegen.txt", ""),
         ("1.f.after_optimizations.txt", "x"),
     ):
         (tmp_path / f"module_{name}").write_text(text)
-    assert aot.text_of(Program(), tmp_path) == PROGRAM
+    assert tpu_compile.text_of(Program(), tmp_path) == PROGRAM
 
 
 # --- jobs of a tiny model, on the eight fake devices --------------------------------------------------------------------
@@ -193,20 +195,20 @@ def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model
     stage, online = real.stages[0], "pairs__mode" in fields
     teacher = real.base.params["unet"] if online else {}
     arrays = train_state.frozen_arrays(real, teacher, stage, online)._replace(key=None)
-    made = planning.frozen_shapes(shapes, stage, online, online)._replace(key=None)
+    made = frozen_shapes(shapes, stage, online, online)._replace(key=None)
     assert described(made) == described(arrays)
 
     rows = pairs.read_rows(real, open.open_source(real), np.arange(16))
-    assert described(planning.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))
+    assert described(prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))
 
 
 def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     stage = shapes.stages[0]
-    job = planning.jobs(shapes, stage)["pairs"]
-    made, kept = jax.eval_shape(job.jitted, *job.arguments), planning.record_shapes(shapes, stage)
+    job = jobs(shapes, stage)["pairs"]
+    made, kept = jax.eval_shape(job.jitted, *job.arguments), record_shapes(shapes, stage)
     assert {name: value.shape for name, value in made.items()} == {name: value.shape for name, value in kept.items()}
-    assert planning.storage(shapes, stage)["pairs"] == 32 * (4 * 5 * 4 * 4 * 4 + 4 + 4 * 8)
+    assert storage(shapes, stage)["pairs"] == 32 * (4 * 5 * 4 * 4 * 4 + 4 + 4 * 8)
 
 
 def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
@@ -215,21 +217,21 @@ def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
     unet, text = shapes.base.networks["unet"], shapes.base.networks["text_encoder"]
     forward = flops.total(flops.count(unet.apply, unet.shapes, shape(16, 4, 4, 4), shape(16), shape(16, 8, 8)))
     told = flops.total(flops.count(text.apply, text.shapes, jax.ShapeDtypeStruct((16, 8), jnp.int32)))
-    jobs = planning.jobs(shapes, shapes.stages[0])
-    assert jobs["train"].useful() == pytest.approx(3 * forward + told, rel=0.01)
-    assert jobs["pairs"].useful() == pytest.approx(4 * forward + told, rel=0.01)
-    assert (jobs["pairs"].calls, jobs["train"].calls, jobs["train"].at_once) == (2, 6, 2)
+    found = jobs(shapes, shapes.stages[0])
+    assert found["train"].useful() == pytest.approx(3 * forward + told, rel=0.01)
+    assert found["pairs"].useful() == pytest.approx(4 * forward + told, rel=0.01)
+    assert (found["pairs"].calls, found["train"].calls, found["train"].at_once) == (2, 6, 2)
 
 
 def test_a_state_must_fit_twice_since_it_is_saved_by_torch_names_beside_its_stacks(tmp_path, outline_only):
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
-    job = planning.jobs(shapes, shapes.stages[0])["train"]._replace(useful=lambda: 1e9)
-    held = planning.held(job)
-    compiled = NOTHING._replace(memory=aot.Memory(sum(held.values()), 0, 0, 0))
-    place, needed = estimates.target("v5e:2x4", ""), 2 * held["state"] + held["frozen"]
+    job = jobs(shapes, shapes.stages[0])["train"]._replace(useful=lambda: 1e9)
+    sizes = held(job)
+    compiled = NOTHING._replace(memory=tpu_compile.Memory(sum(sizes.values()), 0, 0, 0))
+    place, needed = estimate.target("v5e:2x4", ""), 2 * sizes["state"] + sizes["frozen"]
     for room, fits in ((needed, True), (needed - 1, False)):
-        found = estimates.measured(job, compiled, place._replace(chip=place.chip._replace(memory=room)))
-        assert found["fits"] is fits and f"{needed / chips.GIB:.2f} when it is saved" in plan_text.job(found)
+        found = estimate.measured(job, compiled, place._replace(chip=place.chip._replace(memory=room)))
+        assert found["fits"] is fits and f"{needed / chips.GIB:.2f} when it is saved" in plan_report.job(found)
 
 
 # --- results, kept ones, and the verb -------------------------------------------------------------------------------------
@@ -239,25 +241,25 @@ def test_a_state_must_fit_twice_since_it_is_saved_by_torch_names_beside_its_stac
 def compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stands in for the TPU compiler, 1 GiB of temporaries an image at once; a list of the images at once it was asked for."""
     asked: list[int] = []
-    real = estimates.measured
+    real = estimate.measured
 
-    def measured(job: planning.Job, compiled: aot.Compiled, place: estimates.Target) -> dict:
+    def measured(job: Job, compiled: tpu_compile.Compiled, place: estimate.Target) -> dict:
         asked.append(job.at_once)
-        memory = aot.Memory(sum(planning.held(job).values()), job.at_once * chips.GIB, 0, 0)
+        memory = tpu_compile.Memory(sum(held(job).values()), job.at_once * chips.GIB, 0, 0)
         return real(job, compiled._replace(memory=memory), place)
 
-    monkeypatch.setattr(estimates, "measured", measured)
-    monkeypatch.setattr(aot, "compile_for", lambda *job: NOTHING)
-    monkeypatch.setattr(aot, "devices", lambda name, slices: jax.devices())
-    monkeypatch.setattr(aot, "prepare", lambda: None)
-    monkeypatch.setattr(planning, "_counted", lambda *job: 1e9)
+    monkeypatch.setattr(estimate, "measured", measured)
+    monkeypatch.setattr(tpu_compile, "compile_for", lambda *job: NOTHING)
+    monkeypatch.setattr(tpu_compile, "devices", lambda name, slices: jax.devices())
+    monkeypatch.setattr(tpu_compile, "prepare", lambda: None)
+    monkeypatch.setattr(perf_jobs, "_counted", lambda *job: 1e9)
     return asked
 
 
 def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outline_only, compiler):
     config = verb.tiny_config(tmp_path, outline_only)
-    place = estimates.target("v5e:2x4", str(tmp_path / "cache"))
-    ask = lambda config, windows=4: estimates.estimate(config, place, estimates.opener(config, place), windows, "train")
+    place = estimate.target("v5e:2x4", str(tmp_path / "cache"))
+    ask = lambda config, windows=4: estimate.estimate(config, place, estimate.opener(config, place), windows, "train")
     first = ask(config)
     assert (
         first["fits"]
@@ -297,17 +299,17 @@ def test_a_config_that_does_not_fit_says_by_how_much_and_which_change_does(tmp_p
 def test_fewer_images_at_once_come_first_and_those_without_hope_are_left_out(tmp_path, outline_only):
     config = verb.tiny_config(tmp_path, outline_only, train__batch=64)
     found = {"memory": {"total": 34, "temporaries": 32, "available": 16}}  # 8 images at once
-    offered = list(changes.smaller(config, "train", 8, found))
+    offered = list(make_it_fit.smaller(config, "train", 8, found))
     assert offered[0] == {"train.accumulation": 4}
     assert offered[2] == {"mesh.data": 1, "mesh.fsdp": -1}
     assert list(offered[-1]) == ["train.ema", "mesh.data", "mesh.fsdp", "train.accumulation"]
-    assert list(changes.smaller(config, "pairs", 8, found)) == [{"pairs.batch": 8}]
+    assert list(make_it_fit.smaller(config, "pairs", 8, found)) == [{"pairs.batch": 8}]
 
 
 @pytest.mark.parametrize(("temporaries", "images"), [(1, 64), (15, 8), (16, 4), (200, 1)])
 def test_the_outlook_is_a_power_of_two_times_the_images_that_there_is_room_for(temporaries, images):
     found = {"at_once": 8, "memory": {"total": temporaries, "temporaries": temporaries, "available": 16}}
-    assert changes.outlook(found) == images
+    assert make_it_fit.outlook(found) == images
 
 
 def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypatch):
@@ -323,17 +325,17 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypat
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install libtpu==0.0.51"):
-        aot.prepare()
+        tpu_compile.prepare()
 
 
 @pytest.mark.slow
 def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up():
     """Minutes: libtpu's compiler, four v5e chips, the training step of the first stage."""
     pytest.importorskip("libtpu")
-    aot.prepare()
-    place = estimates.target("v5e:2x2", "")
+    tpu_compile.prepare()
+    place = estimate.target("v5e:2x2", "")
     config = config_fields.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
-    found = estimates.estimate(config, place, estimates.opener(config, place), 8, "train")
+    found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
     parts = {name: size for name, size in found["memory"].items() if name not in ("total", "available")}
     assert sum(parts.values()) == found["memory"]["total"] and min(parts.values()) >= 0
     weights = sum(math.prod(s.shape) for s in open.open_outline(config, jax.devices()[:4]).networks.unet.shapes.values())

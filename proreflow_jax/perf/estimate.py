@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from proreflow_jax import planning
-from proreflow_jax.planning import Job
+from proreflow_jax.perf import chips, jobs, tpu_compile
+from proreflow_jax.perf.jobs import Job
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import base_model
 from proreflow_jax.run.config_fields import changed, has_field
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
-from proreflow_jax.runtime import aot, chips
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.files import digest
 
@@ -37,11 +36,10 @@ FREE = (  # of the config: they change no program
 )
 PLAIN = {"model.attention": "xla", "train.remat": "none"}  # with these every product is in the open and made once
 TICK = 30.0  # seconds between signs of life while something compiles
-PACKAGE = Path(__file__).parent
-PROGRAMS = (  # of this package's files
-    *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py"),
-    *("base_model.py", "checks.py", "experiment.py", "inputs.py", "make_pairs.py", "train.py", "scores.py"),
-    *("holding.py", "planning.py", "estimates.py"),
+PACKAGE = Path(__file__).parent.parent
+PROGRAMS = (  # of this package's files: what makes, compiles or reads a program
+    *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py", "run/*.py", "jobs/*.py", "perf/*.py", "pretrained/*.py"),
+    *("evaluation/protocols.py", "data/cached.py", "data/kinds.py"),
 )
 
 
@@ -67,7 +65,7 @@ def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, 
 
     def both() -> tuple[Experiment, Experiment]:
         if not opened:
-            opened.append(outlines(config, aot.devices(place.slice, config.mesh.slices)))
+            opened.append(outlines(config, tpu_compile.devices(place.slice, config.mesh.slices)))
         return opened[0]
 
     return both
@@ -87,10 +85,10 @@ def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], win
         return atomic.read_json(kept)
     experiment, plain = opened()
     stage = find_stage(experiment.stages, windows)
-    job = planning.jobs(experiment, stage, plain)[name]
+    job = jobs.jobs(experiment, stage, plain)[name]
     with ticking(f"stage {windows}, {name}: compiling for {place.slice}"):
-        compiled = aot.compile_for(job.jitted, job.arguments, place.chip)
-    found = measured(job, compiled, place) | {"storage": planning.storage(experiment, stage)}
+        compiled = tpu_compile.compile_for(job.jitted, job.arguments, place.chip)
+    found = measured(job, compiled, place) | {"storage": jobs.storage(experiment, stage)}
     found["mesh"] = dict(experiment.mesh.shape)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +96,9 @@ def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], win
     return found
 
 
-def measured(job: Job, compiled: aot.Compiled, place: Target) -> dict[str, Any]:
+def measured(job: Job, compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:
     """A compiled job as numbers: bytes and cycles of one chip; FLOPs of all; seconds of one call, and of one image."""
-    held, chip = planning.held(job), place.chip
+    held, chip = jobs.held(job), place.chip
     found = {
         "stage": job.windows,
         "job": job.name,
@@ -112,12 +110,12 @@ def measured(job: Job, compiled: aot.Compiled, place: Target) -> dict[str, Any]:
         "useful_flops": job.useful(),
         "compile_seconds": compiled.seconds,
     }
-    found["saving"] = 2 * held[planning.STATE] + held[planning.FROZEN]  # by torch names, beside the one that is held
+    found["saving"] = 2 * held[jobs.STATE] + held[jobs.FROZEN]  # by torch names, beside the one that is held
     found["fits"] = max(found["memory"]["total"], found["saving"]) <= chip.memory and compiled.cost is not None
     return found | (times(found, compiled, place) if compiled.cost else {})
 
 
-def memory(held: Mapping[str, int], compiled: aot.Memory, chip: chips.Chip) -> dict[str, int]:
+def memory(held: Mapping[str, int], compiled: tpu_compile.Memory, chip: chips.Chip) -> dict[str, int]:
     """Bytes of one chip by class, which sum to `total`. `tiles` is what the compiler adds to arguments to fill up its tiles.
 
     Of a program that was too large nothing is known of its arguments but our own count.
@@ -128,7 +126,7 @@ def memory(held: Mapping[str, int], compiled: aot.Memory, chip: chips.Chip) -> d
     return parts | {"total": sum(parts.values()), "available": chip.memory}
 
 
-def times(found: Mapping[str, Any], compiled: aot.Compiled, place: Target) -> dict[str, Any]:
+def times(found: Mapping[str, Any], compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:
     """Seconds by the compiler's cycles, how much of the peak the useful work is, and what nobody estimates."""
     cost, chip = compiled.cost, place.chip
     slow, fast = cost.seconds(chip)
@@ -210,7 +208,11 @@ def _version(name: str) -> str:
 
 def _code() -> str:
     """A hash of the Python files that make and read programs: an edit of a network is another program."""
-    found = hashlib.sha256()
-    for path in sorted(path for pattern in PROGRAMS for path in PACKAGE.glob(pattern)):
-        found.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
-    return found.hexdigest()
+    code = hashlib.sha256()
+    for pattern in PROGRAMS:
+        paths = sorted(PACKAGE.glob(pattern))
+        if not paths:
+            raise RuntimeError(f"{pattern} in perf/estimate.py matches no file of the package: name what took its place")
+        for path in paths:
+            code.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
+    return code.hexdigest()

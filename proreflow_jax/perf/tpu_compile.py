@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from proreflow_jax.runtime import chips, hlo
+from proreflow_jax.perf import chips, hlo_cost
 
 LIBTPU = "libtpu==0.0.51"
 ENVIRONMENT = {  # libtpu asks nobody which machine this is, says nothing, and lets another process compile too
@@ -49,7 +49,7 @@ class Compiled(NamedTuple):
     """What is known of a program without running it."""
 
     memory: Memory
-    cost: hlo.Cost | None  # None: too large, the compiler gave up
+    cost: hlo_cost.Cost | None  # None: too large, the compiler gave up
     seconds: float  # that compiling took
 
 
@@ -89,7 +89,7 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
             if needs is None:
                 raise
             return Compiled(Memory(0, needs, 0, 0), None, time.perf_counter() - start)
-        return Compiled(memory_of(program), hlo.cost(text_of(program, Path(folder)), chip), time.perf_counter() - start)
+        return Compiled(memory_of(program), hlo_cost.cost(text_of(program, Path(folder)), chip), time.perf_counter() - start)
 
 
 def text_of(program: Any, folder: Path) -> str:

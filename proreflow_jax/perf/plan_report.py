@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.estimates import Target
-from proreflow_jax.runtime.chips import GIB
+from proreflow_jax.perf.chips import GIB
+from proreflow_jax.perf.estimate import Target
 
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 WORK = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))

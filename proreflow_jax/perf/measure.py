@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proreflow_jax import stand_ins
-from proreflow_jax.planning import STATE, Job
+from proreflow_jax.perf import chips, dummy_arrays, tpu_compile
+from proreflow_jax.perf.jobs import STATE, Job
 from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.runtime import aot, chips
 
 HOST_CALLS, HOST_WARMUP = 50, 5  # of the program that computes nothing
 
@@ -50,7 +49,7 @@ def measure(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[s
     device, start = experiment.mesh.devices.flat[0], perf_counter()
     program = job.jitted.lower(*job.arguments).compile()
     compiled = perf_counter() - start
-    call = Caller(program, job, job.hold(stand_ins.filled(experiment, job.rest or job.arguments)))
+    call = Caller(program, job, job.hold(dummy_arrays.filled(experiment, job.rest or job.arguments)))
     for _ in range(warmup + 1):
         jax.block_until_ready(call())
     alone, (row, host) = each_alone(call, steps), in_a_row(call, steps)
@@ -100,7 +99,7 @@ def in_a_row(call: Callable[[], Any], steps: int) -> tuple[float, list[float]]:
 
 def host_times(job: Job) -> list[float]:
     """Seconds that a jitted call keeps Python for its arguments' sake: as many arrays, named alike, nothing to compute."""
-    arguments = stand_ins.tiny(job.arguments)
+    arguments = dummy_arrays.tiny(job.arguments)
     passes = job.classes[0] == STATE
     places = jax.tree.map(lambda array: array.sharding, arguments)
 
@@ -129,7 +128,7 @@ def device_memory(program: Any, device: jax.Device) -> dict[str, int | None]:
     """Bytes of one device: the compiler's account of this job; the allocator's highest since the process began, where it keeps
     one; and the highest of the process on the host.
     """
-    found, stats = aot.memory_of(program), device.memory_stats() or {}
+    found, stats = tpu_compile.memory_of(program), device.memory_stats() or {}
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "compiled": found.total,

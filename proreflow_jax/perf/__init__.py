@@ -1,0 +1,1 @@
+"""plan and bench: jobs as compiled functions, the TPU compiler, FLOPs, timing."""
