@@ -1,1 +1,13 @@
-"""Progressive reflow in JAX: Stable Diffusion models that draw in 4 or 2 steps (ProReflow, CVPR 2025)."""
+"""Progressive reflow: a Stable Diffusion model that draws in 4 or 2 steps. Here is only what every room may raise."""
+
+
+class UserError(ValueError):
+    """The user's input is wrong: one line that names the value, the rule and the flag that mends it. Verbs exit with 2."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file or folder that the user named, or that another job has to write first, is not there."""
+
+
+class RunFailed(RuntimeError):
+    """The run can't go on, through no fault of input or code: one line that says what to do. Verbs exit with 1."""

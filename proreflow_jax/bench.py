@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.perf import bench_report, input_rate, measure
 from proreflow_jax.perf.estimate import outlines, ticking
 from proreflow_jax.perf.jobs import JOBS, jobs, wanted
@@ -95,9 +96,9 @@ def _machine() -> dict[str, Any]:
 def _check(steps: int, warmup: int, rows: int, rate: float, input: bool, json: str) -> None:
     for flag, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("rows", rows, 1), ("rate", rate, 0)):
         if not value >= least:
-            raise ValueError(f"--{flag}={value} must be at least {least}")
+            raise UserError(f"--{flag}={value} must be at least {least}")
     if rate and not input:
-        raise ValueError(f"--rate={rate} is what the input is held against: add --input")
+        raise UserError(f"--rate={rate} is what the input is held against: add --input")
     cli.check_place(json, "--json")
 
 

@@ -9,13 +9,14 @@ Each is a folder with reflow.json and README.md (base, stages, digest, settings)
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.exports.formats import FILES, SCHEDULERS, Format
 from proreflow_jax.exports.write import export_stage
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import STORAGE
 from proreflow_jax.run.open import open_experiment
-from proreflow_jax.storage import local_copy, paths
+from proreflow_jax.storage import paths
 
 
 def export(
@@ -34,7 +35,7 @@ def export(
     if not check or overwrite or not target.exists():
         export_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
     if check:
-        copy = local_copy.local_copy(target)
+        copy = paths.local_copy(target)
         replay_in_diffusers.check(experiment, chosen, copy)
         if copy != target:
             (target / replay_in_diffusers.RESULT).upload(copy / replay_in_diffusers.RESULT)
@@ -46,9 +47,9 @@ def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
     cli.choose(dtype, STORAGE, "--dtype")
     cli.choose(scheduler, SCHEDULERS, "--scheduler")
     if rank < 1:
-        raise ValueError(f"--rank={rank} must be at least 1")
+        raise UserError(f"--rank={rank} must be at least 1")
     if scheduler == "windowed" and form != "diffusers":
-        raise ValueError(f"--scheduler=windowed travels in a diffusers folder, not in --form={form}: leave one of them out")
+        raise UserError(f"--scheduler=windowed travels in a diffusers folder, not in --form={form}: leave one of them out")
     return Format(form, dtype, rank, scheduler)
 
 

@@ -5,6 +5,7 @@ Run the same command again to resume; at most one shard is made twice.
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.jobs.pairs import make_stage_pairs
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
@@ -17,7 +18,7 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
     if config.pairs.mode != "stored":
-        raise ValueError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
+        raise UserError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
     check_ready(experiment, chosen)
     with job_lock(chosen.folder):
         make_stage_pairs(experiment, chosen)

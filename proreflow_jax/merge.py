@@ -8,12 +8,13 @@ import logging
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.exports.card import CARD, PAGE, page
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.exports.write import write_folder
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.run import base_model, cli
-from proreflow_jax.storage import atomic, local_copy, paths
+from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +22,10 @@ log = logging.getLogger(__name__)
 def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: bool) -> None:
     """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network."""
     if not delta or not out:
-        raise ValueError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
-    target, source = paths.parse_path(out, "--out"), local_copy.local_copy(paths.parse_path(delta, "--delta"), "--delta")
+        raise UserError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
+    target, source = paths.parse_path(out, "--out"), paths.local_copy(paths.parse_path(delta, "--delta"), "--delta")
     if not (source / FILES["delta"]).is_file():
-        raise FileNotFoundError(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
+        raise MissingFile(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
     base = base_model.locate(config)
     card, scheduler = atomic.read_json(source / CARD), atomic.read_json(source / "scheduler" / "scheduler_config.json")
     merged = lora_file.merge(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)

@@ -10,6 +10,7 @@ import logging
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import RunFailed
 from proreflow_jax.perf import plan_report, tpu_compile
 from proreflow_jax.perf.estimate import estimate, opener, target
 from proreflow_jax.perf.jobs import JOBS, wanted
@@ -44,7 +45,7 @@ def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, js
         atomic.write_json(json, {"slice": slice, "chips": place.count, "config": config.name, "jobs": found, "totals": totals})
     short = sum(not result["fits"] for result in found)
     if short:
-        raise RuntimeError(f"{short} of {len(found)} jobs do not fit {slice}: see the changes above, or take a larger slice")
+        raise RunFailed(f"{short} of {len(found)} jobs do not fit {slice}: see the changes above, or take a larger slice")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import logging
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.reproduction import report
 from proreflow_jax.reproduction.cells import _spawn, _work, check, make_cells
 from proreflow_jax.run import cli
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 def reproduce(config: ConfigDict, workers: int) -> None:
     """The verb: makes the cells that are missing and writes table.md, table.json and the figures into the run's folder."""
     if "reproduce" not in config:
-        raise ValueError("the config has no block `reproduce`: take --config=configs/reproduce.py, or :quick behind it")
+        raise UserError("the config has no block `reproduce`: take --config=configs/reproduce.py, or :quick behind it")
     experiment = open_experiment(config)
     check(experiment, workers)
     cells = make_cells(experiment)
@@ -33,7 +34,7 @@ def reproduce(config: ConfigDict, workers: int) -> None:
         _work(experiment, missing)
     done = [(cell, atomic.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
     if not done:
-        raise RuntimeError("no cell is done: another process makes them; run the same command again when it has ended")
+        raise RunFailed("no cell is done: another process makes them; run the same command again when it has ended")
     text = report.write(experiment, [found for _, found in done], len(cells))
     print(text)
     written = sorted(path.name for path in experiment.run.iterdir() if path.suffix in (".md", ".json", ".png"))

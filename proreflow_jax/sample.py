@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from proreflow_jax import UserError
 from proreflow_jax.data.captions import Prompts
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
@@ -18,7 +19,7 @@ from proreflow_jax.run import cli
 from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.run.open import open_experiment
 from proreflow_jax.run.recipes import student_flow
-from proreflow_jax.storage import local_copy, paths
+from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
 BASE_STEPS = 50
@@ -41,15 +42,15 @@ def sample(
     chosen = find_stage(experiment.stages, stage) if stage else None
     listed = [{"caption": prompt}]
     if prompts:
-        listed = Prompts(local_copy.local_copy(paths.parse_path(prompts, "--prompts"), "--prompts"), "--prompts")
+        listed = Prompts(paths.local_copy(paths.parse_path(prompts, "--prompts"), "--prompts"), "--prompts")
     texts = [listed[i]["caption"] for i in range(len(listed))]
     if not texts[0]:
-        raise ValueError("--prompt is empty: say what to draw, or name a text file by --prompts")
+        raise UserError("--prompt is empty: say what to draw, or name a text file by --prompts")
     if count < 1 or seed < 0:
-        raise ValueError(f"--count={count} must be at least 1 and --seed={seed} at least 0")
+        raise UserError(f"--count={count} must be at least 1 and --seed={seed} at least 0")
     path = paths.parse_path(out, "--out")
     if path.suffix.lower() != ".png" or isinstance(path, Path) and not path.parent.is_dir():
-        raise ValueError(f"--out={out} must be a .png file in a folder that exists")
+        raise UserError(f"--out={out} must be a .png file in a folder that exists")
     steps = steps or (stage if stage else BASE_STEPS)
     sampler.check_sampling(steps, student_flow(config, chosen) if chosen else experiment.flow)
     weights = load_weights(experiment, chosen)

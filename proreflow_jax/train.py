@@ -5,6 +5,7 @@ Needs the stage's pairs (make_pairs) unless --config.pairs.mode=online. Run the 
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import MissingFile
 from proreflow_jax.data import records
 from proreflow_jax.jobs.train import train_stage
 from proreflow_jax.reflow.stages import find_stage
@@ -19,7 +20,7 @@ def train(config: ConfigDict, stage: int) -> None:
     chosen = find_stage(experiment.stages, stage)
     check_ready(experiment, chosen)
     if config.pairs.mode == "stored" and not (chosen.folder / "pairs" / records.MANIFEST).is_file():
-        raise FileNotFoundError(f"{chosen.folder / 'pairs'} holds no finished pairs: run make_pairs --stage={stage} first")
+        raise MissingFile(f"{chosen.folder / 'pairs'} holds no finished pairs: run make_pairs --stage={stage} first")
     with job_lock(chosen.folder):
         train_stage(experiment, chosen)
 

@@ -9,9 +9,10 @@ import logging
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.pretrained import hub
 from proreflow_jax.run import cli
-from proreflow_jax.storage import local_copy, paths
+from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 def upload(config: ConfigDict, folder: str, repo: str, public: bool) -> None:
     """The verb: what will go and how large it is, then one commit. Raises ValueError or FileNotFoundError, one line."""
     if not folder or not repo:
-        raise ValueError("--folder (that export wrote) and --repo (owner/name on the hub) must both be given")
-    source = local_copy.local_copy(paths.parse_path(folder, "--folder"), "--folder")
+        raise UserError("--folder (that export wrote) and --repo (owner/name on the hub) must both be given")
+    source = paths.local_copy(paths.parse_path(folder, "--folder"), "--folder")
     sizes = hub.contents(source)
     for name, count in sizes.items():
         log.info("%10s  %s", hub.size(count), name)

@@ -19,7 +19,7 @@ mesh.initialize_distributed()
 import jax, numpy as np
 from pathlib import Path
 from proreflow_jax.runtime.processes import job_lock
-from proreflow_jax.storage.lease import Locked
+from proreflow_jax.storage.lock import Locked
 
 folder, k = Path(sys.argv[1]), jax.process_index()
 saw = []

@@ -22,7 +22,7 @@ from proreflow_jax.data import records
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import job_lock
-from proreflow_jax.storage import atomic, gcs, lease, local_copy, paths
+from proreflow_jax.storage import atomic, gcs, lock, paths
 from proreflow_jax.storage.lock import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def server() -> Iterator[fake_gcs.Store]:
 @pytest.fixture
 def store(server: fake_gcs.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_gcs.Store]:
     """An empty bucket, and a cache of the test's own."""
-    monkeypatch.setenv(local_copy.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(paths.CACHE, str(tmp_path / "cache"))
     server.buckets["bucket"].objects.clear()
     server.log.clear()
     yield server
@@ -53,7 +53,7 @@ def store(server: fake_gcs.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that live for a second."""
     for name, value in {"BEAT_S": 0.1, "EXPIRY_S": 1.0, "LOOK_S": 0.05}.items():
-        monkeypatch.setattr(lease, name, value)
+        monkeypatch.setattr(lock, name, value)
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -66,7 +66,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 def test_a_local_path_stays_what_it_was():
     assert paths.parse_path("runs") == Path("runs") and paths.parse_path("/a/../b") == Path("/a/../b")
-    assert local_copy.local_copy(Path("nowhere")) == Path("nowhere")
+    assert paths.local_copy(Path("nowhere")) == Path("nowhere")
     assert paths.check_reachable(Path("nowhere")) is None
 
 
@@ -116,7 +116,7 @@ def test_a_large_file_arrives_byte_for_byte(store, tmp_path):
     (tmp_path / "big").write_bytes(data)
     paths.parse_path("gs://bucket/big").upload(tmp_path / "big")
     assert store.data("gs://bucket/big") == data
-    assert local_copy.local_copy(paths.parse_path("gs://bucket/big")).read_bytes() == data
+    assert paths.local_copy(paths.parse_path("gs://bucket/big")).read_bytes() == data
 
 
 def test_of_many_that_create_one_wins(store):
@@ -140,7 +140,7 @@ def test_of_many_that_create_one_wins(store):
 @pytest.mark.parametrize(("bucket", "kind"), [("nothing", FileNotFoundError), (fake_gcs.FORBIDDEN, ValueError)])
 def test_a_bucket_that_cannot_be_used_is_named_in_one_line(store, bucket, kind):
     where = paths.parse_path(f"gs://{bucket}/runs")
-    for ask in (paths.check_reachable, local_copy.local_copy):
+    for ask in (paths.check_reachable, paths.local_copy):
         with pytest.raises(kind) as error:
             ask(where)
         assert f"gs://{bucket}" in one_line(error)
@@ -178,7 +178,7 @@ def test_a_copy_is_made_once_and_follows_the_store(store):
     for name in ("model_index.json", "unet/config.json", "unet/weights"):
         (folder / name).write_text(name)
     (folder / ".lock").write_text("")
-    first = local_copy.local_copy(folder)
+    first = paths.local_copy(folder)
     assert first.name == "sd" and sorted(p.name for p in first.rglob("*")) == [
         "config.json",
         "model_index.json",
@@ -187,20 +187,20 @@ def test_a_copy_is_made_once_and_follows_the_store(store):
     ]
     fetched = lambda: sum(path.startswith("/download") for _, path in store.log)
     before = fetched()
-    assert local_copy.local_copy(folder) == first and fetched() == before == 3
+    assert paths.local_copy(folder) == first and fetched() == before == 3
 
     (folder / "unet/weights").write_text("new")
     (folder / "model_index.json").unlink()
-    second = local_copy.local_copy(folder)
+    second = paths.local_copy(folder)
     assert (second / "unet/weights").read_text() == "new" and not (second / "model_index.json").exists()
     assert (first / "unet/weights").read_text() == "unet/weights" and fetched() == before + 1  # readers keep what they have
 
 
 def test_a_copy_that_lost_a_file_is_made_again(store):
     paths.parse_path("gs://bucket/data/x").write_text("12")
-    copy = local_copy.local_copy(paths.parse_path("gs://bucket/data"))
+    copy = paths.local_copy(paths.parse_path("gs://bucket/data"))
     (copy / "x").unlink()
-    assert (local_copy.local_copy(paths.parse_path("gs://bucket/data")) / "x").read_text() == "12"
+    assert (paths.local_copy(paths.parse_path("gs://bucket/data")) / "x").read_text() == "12"
 
 
 def test_an_object_that_changes_while_it_is_copied_is_no_mixture(store, monkeypatch):
@@ -209,16 +209,16 @@ def test_an_object_that_changes_while_it_is_copied_is_no_mixture(store, monkeypa
         (folder / str(i)).write_text("old")
     listed = folder.objects()
     (folder / "1").write_text("new")
-    monkeypatch.setattr(local_copy, "_listed", lambda *_: listed)
+    monkeypatch.setattr(paths, "_listed", lambda *_: listed)
     with pytest.raises(OSError, match="was changed while it was copied"):
-        local_copy.local_copy(folder)
+        paths.local_copy(folder)
 
 
 @pytest.mark.parametrize("name", ["../../evil", "a/../../b", "a//b", "..\\b"])
 def test_a_name_that_leaves_the_folder_is_refused(store, name):
     store.buckets["bucket"].put(f"data/{name}", b"", {})
     with pytest.raises(ValueError, match="no plain path"):
-        local_copy.local_copy(paths.parse_path("gs://bucket/data"))
+        paths.local_copy(paths.parse_path("gs://bucket/data"))
 
 
 # --- whole folders ----------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_a_folder_is_whole_or_marked_unfinished(store, monkeypatch):
         fill(draft, "half")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="unfinished"):
-        local_copy.local_copy(folder)
+        paths.local_copy(folder)
 
     with atomic.atomic_folder(folder) as draft:  # its own remains are no obstacle
         fill(draft, "first")
@@ -267,7 +267,7 @@ def test_shards_in_a_store_equal_those_on_a_disk(store, tmp_path):
     write(folder, PLAN, 0)
     write(folder, PLAN, 2)
     assert records.publish(folder, PLAN)
-    copy = local_copy.local_copy(folder)
+    copy = paths.local_copy(folder)
     assert contents(copy) == contents(local)
     assert len(records.PairRecords(copy)) == 10
     with pytest.raises(ValueError, match="fixed with seed = 7"):
@@ -281,19 +281,19 @@ def test_shards_in_a_store_equal_those_on_a_disk(store, tmp_path):
 
 def left_behind(folder: gcs.ObjectPath, **facts: object) -> None:
     """A lock whose holder is no more."""
-    (folder / lease.LOCK).write_text(json.dumps(lease._record() | {"token": "other"} | facts))
+    (folder / gcs.LOCK).write_text(json.dumps(lock._record() | {"token": "other"} | facts))
 
 
 def test_a_lock_has_one_holder_and_leaves_nothing(store, fast):
     folder = paths.parse_path("gs://bucket/run")
     with lock_folder(folder):
-        first = (folder / lease.LOCK).stat().generation
-        with pytest.raises(lease.Locked, match=f"gs://bucket/run is in use by process {os.getpid()} on ") as error:
+        first = (folder / gcs.LOCK).stat().generation
+        with pytest.raises(lock.Locked, match=f"gs://bucket/run is in use by process {os.getpid()} on ") as error:
             with lock_folder(folder):
                 pass
         one_line(error)
         time.sleep(0.5)
-        assert (folder / lease.LOCK).stat().generation != first  # it is renewed
+        assert (folder / gcs.LOCK).stat().generation != first  # it is renewed
     assert store.names("gs://bucket/") == []
 
 
@@ -309,14 +309,14 @@ def test_a_url_in_a_str_is_never_a_local_path(store, fast, tmp_path, monkeypatch
 
 def test_a_killed_run_of_this_machine_is_taken_over_at_once(store):
     gone = subprocess.Popen(["sleep", "60"])
-    facts = {"process": gone.pid, "started": lease._started(gone.pid)}
+    facts = {"process": gone.pid, "started": lock._started(gone.pid)}
     gone.kill()
-    while lease._started(gone.pid):  # dead, not yet buried: that is enough
+    while lock._started(gone.pid):  # dead, not yet buried: that is enough
         time.sleep(0.01)
     left_behind(paths.parse_path("gs://bucket/run"), **facts)
     began = time.monotonic()
     with lock_folder(paths.parse_path("gs://bucket/run")):
-        assert time.monotonic() - began < lease.EXPIRY_S / 10
+        assert time.monotonic() - began < lock.EXPIRY_S / 10
     gone.wait()
     left_behind(paths.parse_path("gs://bucket/run"), started="0")  # this process's number, given to another before
     with lock_folder(paths.parse_path("gs://bucket/run")):
@@ -325,11 +325,11 @@ def test_a_killed_run_of_this_machine_is_taken_over_at_once(store):
 
 def test_another_machine_is_believed_as_long_as_it_renews(store, fast, monkeypatch):
     folder = paths.parse_path("gs://bucket/run")
-    machine = lease._machine()
-    monkeypatch.setattr(lease, "_machine", lambda: "another")
+    machine = lock._machine()
+    monkeypatch.setattr(lock, "_machine", lambda: "another")
     with lock_folder(folder):
-        monkeypatch.setattr(lease, "_machine", lambda: machine)
-        with pytest.raises(lease.Locked):
+        monkeypatch.setattr(lock, "_machine", lambda: machine)
+        with pytest.raises(lock.Locked):
             with lock_folder(folder):
                 pass
     left_behind(folder, machine="another")
@@ -340,20 +340,20 @@ def test_another_machine_is_believed_as_long_as_it_renews(store, fast, monkeypat
             with lock_folder(folder):
                 entered.append(time.monotonic() - began)
                 time.sleep(0.3)
-        except lease.Locked:
+        except lock.Locked:
             pass
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(contend, range(4)))
-    assert len(entered) == 1 and entered[0] >= lease.EXPIRY_S  # one of four, and not before its time
+    assert len(entered) == 1 and entered[0] >= lock.EXPIRY_S  # one of four, and not before its time
 
 
 def test_a_holder_that_was_frozen_ends_before_it_writes(store):
     code = """
 import sys, time
-from proreflow_jax.storage import lease, paths
+from proreflow_jax.storage import lock, paths
 from proreflow_jax.storage.lock import lock_folder
-lease.BEAT_S = 0.2
+lock.BEAT_S = 0.2
 with lock_folder(paths.parse_path("gs://bucket/run")):
     print("held", flush=True)
     time.sleep(60)
@@ -364,7 +364,7 @@ with lock_folder(paths.parse_path("gs://bucket/run")):
     left_behind(paths.parse_path("gs://bucket/run"))
     held.send_signal(signal.SIGCONT)
     _, said = held.communicate(timeout=60)
-    assert held.returncode == lease.LOST and "was taken over" in said
+    assert held.returncode == lock.LOST and "was taken over" in said
     assert store.names("gs://bucket/") == ["run/.lock"]  # the other's
 
 

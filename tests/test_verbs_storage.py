@@ -14,7 +14,7 @@ import pytest
 import tiny
 from verb import ROOT, environment, tiny_flags
 
-from proreflow_jax.storage import lease
+from proreflow_jax.storage import gcs
 
 PATIENCE = 900  # seconds, for machines that do other things too
 RUN, MODEL = "gs://bucket/runs/tiny", "gs://bucket/models/sd"
@@ -110,12 +110,12 @@ def test_killed_on_gs_a_run_ends_as_the_local_one(place):
 
     for point in (SHARD, SAVING):
         place.kill(point)
-        assert place.store.names(f"{RUN}/{lease.LOCK}")  # left by the kill
+        assert place.store.names(f"{RUN}/{gcs.LOCK}")  # left by the kill
     code, errors = place.run("distill")
     assert code == 0, errors
     held = [name.removeprefix("runs/tiny/") for name in place.store.names(f"{RUN}/")]
     assert results(lambda name: place.store.data(f"{RUN}/{name}"), held) == whole
-    assert not [name for name in held if name.endswith((lease.LOCK, ".writing"))]
+    assert not [name for name in held if name.endswith((gcs.LOCK, ".writing"))]
     assert not list(Path(ROOT).glob("gs:*"))  # nothing took the url for a local path
 
     verbs = {

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import records
 from proreflow_jax.data.images import LINE_LIMIT, check_index
-from proreflow_jax.storage import files
+from proreflow_jax.storage import atomic
 
 NAME = "cache"  # what the plan calls these records
 LATENTS, TEXTS = ("mean", "std"), ("text", "pooled")
@@ -42,10 +43,10 @@ class Cached:
     def __init__(self, folder: str | Path) -> None:
         self.name, folder = str(folder), Path(folder).expanduser()
         if not (folder / records.PLAN).is_file():
-            raise FileNotFoundError(f"{folder} holds no cache: --config.data.path must name the --out of the verb cache")
+            raise MissingFile(f"{folder} holds no cache: --config.data.path must name the --out of the verb cache")
         self.plan = records.read_plan(folder)
         if self.plan.get("records") != NAME:
-            raise ValueError(f"{folder} holds other records than a cache: see --config.data.path")
+            raise UserError(f"{folder} holds other records than a cache: see --config.data.path")
         self._records = records.PairRecords(folder, verify=False)  # each record says which it is, and its bytes are checked
 
     def __len__(self) -> int:
@@ -55,10 +56,10 @@ class Cached:
         check_index(index, len(self))
         found = self._records[index]
         if int(found.pop("index", -1)) != index:
-            raise ValueError(f"{self.name} holds another record where number {index} belongs: {records.REDO}")
+            raise UserError(f"{self.name} holds another record where number {index} belongs: {records.REDO}")
         return {**found, "caption": found["caption"].tobytes().decode("utf-8")}
 
 
 def identity(folder: str | Path) -> dict[str, str]:
     """What tells a cache from another in the same place: its shards' names and hashes."""
-    return {"cache": files.sha256(Path(folder).expanduser() / records.MANIFEST)}
+    return {"cache": atomic.sha256(Path(folder).expanduser() / records.MANIFEST)}

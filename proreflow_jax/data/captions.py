@@ -16,7 +16,8 @@ from google.protobuf import json_format
 from tensorflow_datasets.core.proto import dataset_info_pb2
 from tensorflow_datasets.proto import tf_example_pb2
 
-from proreflow_jax.data import array_record
+from proreflow_jax import MissingFile, UserError
+from proreflow_jax.data import record_plan
 from proreflow_jax.data.images import (
     LINE_LIMIT,
     Unusable,
@@ -26,7 +27,7 @@ from proreflow_jax.data.images import (
     decode_image,
     first_caption,
 )
-from proreflow_jax.storage import atomic, files
+from proreflow_jax.storage import atomic
 
 _FEATURES = "tensorflow_datasets.core.features."
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -71,7 +72,7 @@ class ImageCaptions:
             return {"image": image, "caption": first_caption(captions[choice % len(captions)])}
         except (RuntimeError, ValueError) as error:  # ArrayRecord reports damage as RuntimeError
             kind = Unusable if isinstance(error, Unusable) else ValueError
-            raise kind(f"{self.name} (--config.data.path), record {index}: {files.one_line(error)}") from error
+            raise kind(f"{self.name} (--config.data.path), record {index}: {atomic.one_line(error)}") from error
 
 
 def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key: str, resolution: int) -> ImageCaptions:
@@ -95,8 +96,8 @@ def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key
         features, shards = builder.info.features, builder.info.splits[split].file_instructions
         records = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     except Exception as error:  # whatever tfds makes of a folder, the user reads one line
-        why = f"{type(error).__name__}: {files.one_line(error)}"
-        raise ValueError(f"{folder} (--config.data.path) has no good {split!r} (--config.data.split): {why}") from error
+        why = f"{type(error).__name__}: {atomic.one_line(error)}"
+        raise UserError(f"{folder} (--config.data.path) has no good {split!r} (--config.data.split): {why}") from error
     _check_keys(folder, features, image_key, caption_key)
     for shard in shards:
         _check_shard(Path(shard.filename), shard.examples_in_shard)
@@ -116,22 +117,22 @@ def check_metadata(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     for name in ("dataset_info.json", "features.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: --config.data.path must name a folder tfds prepared")
+            raise MissingFile(f"{folder / name} is missing: --config.data.path must name a folder tfds prepared")
     _check_features(folder / "features.json", atomic.read_json(folder / "features.json"))
     path = folder / "dataset_info.json"
     try:
         info = json_format.ParseDict(atomic.read_json(path), dataset_info_pb2.DatasetInfo())
     except json_format.ParseError as error:
-        raise ValueError(f"{path} is not tfds metadata ({files.one_line(error)}): see --config.data.path") from error
+        raise UserError(f"{path} is not tfds metadata ({atomic.one_line(error)}): see --config.data.path") from error
     names = [info.name, info.file_format, *info.alternative_file_formats, *(split.name for split in info.splits)]
     for name in names:
         _check_name(path, name)
     for split in info.splits:
         if not _TEMPLATE.fullmatch(split.filepath_template) or ".." in split.filepath_template:
-            raise ValueError(f"{path} has the file name {split.filepath_template!r}, which may lead outside: refused")
+            raise UserError(f"{path} has the file name {split.filepath_template!r}, which may lead outside: refused")
     if "array_record" not in (info.file_format, *info.alternative_file_formats):
         mend = "prepare it with `tfds build --file_format=array_record` (see --config.data.path)"
-        raise ValueError(f"{path} says the shards are {info.file_format or 'tfrecord'}, not array_record: {mend}")
+        raise UserError(f"{path} says the shards are {info.file_format or 'tfrecord'}, not array_record: {mend}")
 
 
 def _check_features(path: Path, value: Any) -> None:
@@ -142,16 +143,16 @@ def _check_features(path: Path, value: Any) -> None:
     elif isinstance(value, dict):
         for key, item in value.items():
             if ".." in key or key.startswith(("/", "~")) or "\\" in key or not key.isprintable():
-                raise ValueError(f"{path} has a feature named {key!r}, which may lead outside the folder: refused")
+                raise UserError(f"{path} has a feature named {key!r}, which may lead outside the folder: refused")
             if key in ("pythonClassName", "python_class_name", "type") and isinstance(item, str):
                 if not item.startswith(_FEATURES) or not _NAME.fullmatch(item):
-                    raise ValueError(f"{path} names the foreign module {item!r} (only {_FEATURES}* may be): refused")
+                    raise UserError(f"{path} names the foreign module {item!r} (only {_FEATURES}* may be): refused")
             _check_features(path, item)
 
 
 def _check_name(path: Path, name: str) -> None:
     if name and (not _NAME.fullmatch(name) or ".." in name):
-        raise ValueError(f"{path} has the name {name!r}, only letters, digits, . _ - are taken: refused")
+        raise UserError(f"{path} has the name {name!r}, only letters, digits, . _ - are taken: refused")
 
 
 def _check_keys(folder: Path, features: Any, image_key: str, caption_key: str) -> None:
@@ -159,12 +160,12 @@ def _check_keys(folder: Path, features: Any, image_key: str, caption_key: str) -
     flat = _flatten(features)
     for flag, key in (("image_key", image_key), ("caption_key", caption_key)):
         if key not in flat:
-            raise ValueError(f"{folder} has no feature {key!r}, it has {sorted(flat)}: set --config.data.{flag}")
+            raise UserError(f"{folder} has no feature {key!r}, it has {sorted(flat)}: set --config.data.{flag}")
     image, caption = flat[image_key], flat[caption_key]
     if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype) != np.uint8:
-        raise ValueError(f"{folder}: {image_key!r} is {_kind(image)}, not an 8-bit image: set --config.data.image_key")
+        raise UserError(f"{folder}: {image_key!r} is {_kind(image)}, not an 8-bit image: set --config.data.image_key")
     if not isinstance(caption, tfds.features.Text):
-        raise ValueError(f"{folder}: {caption_key!r} is {_kind(caption)}, not text: set --config.data.caption_key")
+        raise UserError(f"{folder}: {caption_key!r} is {_kind(caption)}, not text: set --config.data.caption_key")
 
 
 def _flatten(feature: Any, prefix: str = "") -> dict[str, Any]:
@@ -183,9 +184,9 @@ def _kind(feature: Any) -> str:
 
 def _check_shard(path: Path, count: int) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing although dataset_info.json counts it: see --config.data.path")
-    if (held := array_record.count_records(path)) != count:
-        raise ValueError(f"{path} holds {held} examples where dataset_info.json says {count}: see --config.data.path")
+        raise MissingFile(f"{path} is missing although dataset_info.json counts it: see --config.data.path")
+    if (held := record_plan.count_records(path)) != count:
+        raise UserError(f"{path} holds {held} examples where dataset_info.json says {count}: see --config.data.path")
 
 
 # --- captions alone ---------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ class Prompts:
     def __init__(self, path: str | os.PathLike, flag: str = "--config.data.path") -> None:
         path = Path(path).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file: {flag} must name a text file with one prompt a line")
+            raise MissingFile(f"{path} is not a file: {flag} must name a text file with one prompt a line")
         self._prompts = []
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 2), b""), 1):
@@ -215,7 +216,7 @@ class Prompts:
                 if prompt:
                     self._prompts.append(prompt)
         if not self._prompts:
-            raise ValueError(f"{path} holds no prompt: {flag} must name a text file with one prompt a line")
+            raise UserError(f"{path} holds no prompt: {flag} must name a text file with one prompt a line")
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -228,11 +229,11 @@ class Prompts:
 
 def _prompt(line: bytes, where: str, flag: str) -> str:
     if len(line.rstrip(b"\r\n")) > LINE_LIMIT:
-        raise ValueError(f"{where} is longer than {LINE_LIMIT} bytes: shorten it ({flag})")
+        raise UserError(f"{where} is longer than {LINE_LIMIT} bytes: shorten it ({flag})")
     try:
         text = line.decode("utf-8").removeprefix("\ufeff").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8 ({flag})") from error
+        raise UserError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8 ({flag})") from error
     if control_character(text):
-        raise ValueError(f"{where} holds a control character: take it out ({flag})")
+        raise UserError(f"{where} holds a control character: take it out ({flag})")
     return text

@@ -17,9 +17,10 @@ from jaxtyping import UInt8
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import captions as datasets
 from proreflow_jax.data import images as pictures
-from proreflow_jax.storage import files
+from proreflow_jax.storage import atomic
 
 TFDS_YEAR, TFDS_SPLIT = 2014, "restval+test+val"
 CAPTIONS, IMAGES = "--config.evaluate.captions", "--config.evaluate.images"
@@ -53,11 +54,11 @@ def open_split(captions: str, images: str, year: int) -> Split:
     Raises FileNotFoundError or ValueError, one line: something is missing, damaged, or of another year.
     """
     if not images:
-        raise ValueError(f"{IMAGES} is empty: name the folder of val{year}'s images (docs/scores.md says where they are)")
+        raise UserError(f"{IMAGES} is empty: name the folder of val{year}'s images (docs/scores.md says where they are)")
     if is_tfds(images):
         return open_tfds(Path(images).expanduser(), year)
     if not captions:
-        raise ValueError(f"{CAPTIONS} is empty: name captions_val{year}.json (docs/scores.md says where it is)")
+        raise UserError(f"{CAPTIONS} is empty: name captions_val{year}.json (docs/scores.md says where it is)")
     return open_official(Path(captions).expanduser(), Path(images).expanduser(), year)
 
 
@@ -69,9 +70,9 @@ def is_tfds(images: str) -> bool:
 def open_official(captions: Path, images: Path, year: int) -> Split:
     """The files of cocodataset.org; arguments and errors as of `open_split`."""
     if not captions.is_file():
-        raise FileNotFoundError(f"{captions} is not a file: {CAPTIONS} must name captions_val{year}.json")
+        raise MissingFile(f"{captions} is not a file: {CAPTIONS} must name captions_val{year}.json")
     if not images.is_dir():
-        raise FileNotFoundError(f"{images} is not a folder: {IMAGES} must name the one with val{year}'s images")
+        raise MissingFile(f"{images} is not a folder: {IMAGES} must name the one with val{year}'s images")
     mend = f"{CAPTIONS} must name captions_val{year}.json"
     try:
         found = json.loads(captions.read_bytes())
@@ -79,12 +80,12 @@ def open_official(captions: Path, images: Path, year: int) -> Split:
         names = {int(row["id"]): str(row["file_name"]) for row in found["images"]}
         rows = [Caption(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in found["annotations"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        why = files.one_line(f"{type(error).__name__}: {error}")
-        raise ValueError(
+        why = atomic.one_line(f"{type(error).__name__}: {error}")
+        raise UserError(
             f"{captions} is no captions file of COCO ({why}): {CAPTIONS} must name captions_val{year}.json"
         ) from None
     if said != year:
-        raise ValueError(f"{captions} is of the year {said}, the protocol is of {year}: {mend}")
+        raise UserError(f"{captions} is of the year {said}, the protocol is of {year}: {mend}")
     _check_images(captions, images, names)
     ids = sorted(names)
     return Split(tuple(ids), _sorted(rows, names, str(captions)), lambda i: (images / names[ids[i]]).read_bytes())
@@ -92,10 +93,10 @@ def open_official(captions: Path, images: Path, year: int) -> Split:
 
 def _check_images(captions: Path, images: Path, names: dict[int, str]) -> None:
     if odd := [name for name in names.values() if name != os.path.basename(name) or name in ("", ".", "..")]:
-        raise ValueError(f"{captions} names the image {odd[0]!r}, which is no plain file name: refused")
+        raise UserError(f"{captions} names the image {odd[0]!r}, which is no plain file name: refused")
     there = set(os.listdir(images))
     if missing := sorted(name for name in names.values() if name not in there):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{images} lacks {len(missing):,} of {len(names):,} images that {captions.name} names, such as {missing[0]}: "
             f"unpack all of it, or mend {IMAGES}"
         )
@@ -103,16 +104,16 @@ def _check_images(captions: Path, images: Path, names: dict[int, str]) -> None:
 
 def _sorted(rows: list[Caption], images: Any, where: str) -> tuple[Caption, ...]:
     if lost := [row for row in rows if row.image not in images or not row.text]:
-        raise ValueError(f"{where}: caption {lost[0].id} is empty or of no image of the split: fetch the file again")
+        raise UserError(f"{where}: caption {lost[0].id} is empty or of no image of the split: fetch the file again")
     if len({row.id for row in rows}) != len(rows) or not rows:
-        raise ValueError(f"{where}: captions are missing or share an id: fetch the file again")
+        raise UserError(f"{where}: captions are missing or share an id: fetch the file again")
     return tuple(sorted(rows))
 
 
 def check_tfds(folder: Path, year: int) -> None:
     """Raises FileNotFoundError or ValueError, one line, for a folder that is not tfds' coco_captions of that year."""
     if year != TFDS_YEAR:
-        raise ValueError(f"{folder}: tfds has COCO of {TFDS_YEAR}, the protocol is of {year}: give the official files")
+        raise UserError(f"{folder}: tfds has COCO of {TFDS_YEAR}, the protocol is of {year}: give the official files")
     datasets.open_tfds(folder, TFDS_SPLIT, "image", "captions/text", 8)
 
 
@@ -128,7 +129,7 @@ def open_tfds(folder: Path, year: int) -> Split:
         places[image] = position
         texts, ids = feature["captions/text"].bytes_list.value, feature["captions/id"].int64_list.value
         if len(texts) != len(ids) or image < 0:
-            raise ValueError(f"{folder}, record {position} has no image/id or captions/id: {IMAGES} must name coco_captions")
+            raise UserError(f"{folder}, record {position} has no image/id or captions/id: {IMAGES} must name coco_captions")
         rows += [Caption(id, image, text.decode("utf-8").strip()) for id, text in zip(ids, texts, strict=True)]
     ids = sorted(places)
     read = lambda i: _features(records[places[ids[i]]])["image"].bytes_list.value[0]
@@ -158,7 +159,7 @@ def drawn_captions(split: Split, count: int) -> list[str]:
 
 def _enough(prompts: list[str], count: int) -> list[str]:
     if len(prompts) < count:
-        raise ValueError(f"{len(prompts):,} prompts of {count:,}: lower --config.evaluate.examples, or give another {CAPTIONS}")
+        raise UserError(f"{len(prompts):,} prompts of {count:,}: lower --config.evaluate.examples, or give another {CAPTIONS}")
     return prompts[:count]
 
 
@@ -173,7 +174,7 @@ def decode(encoded: bytes, what: str) -> UInt8[np.ndarray, "h w 3"]:
     try:
         image = Image.open(io.BytesIO(encoded), formats=pictures.FORMATS)
         if image.width * image.height > pictures.PIXEL_LIMIT or image.mode not in pictures.MODES:
-            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}")
+            raise UserError(f"{image.width} x {image.height} pixels of mode {image.mode}")
         return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        raise ValueError(f"{what} is no image that can be judged ({files.one_line(error)}): see {IMAGES}") from None
+        raise UserError(f"{what} is no image that can be judged ({atomic.one_line(error)}): see {IMAGES}") from None

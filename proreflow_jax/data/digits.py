@@ -19,7 +19,8 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
-from proreflow_jax.storage import atomic, files
+from proreflow_jax import UserError
+from proreflow_jax.storage import atomic
 
 GRID = 8  # pixels a side in the source
 INK = 16  # its brightest value
@@ -44,7 +45,7 @@ def load(size: int = 32) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.nda
         ValueError: size is not a multiple of 8; or scikit-learn is not installed (the extra `demo`).
     """
     if size < GRID or size % GRID:
-        raise ValueError(f"digits of {size} pixels: must be a multiple of {GRID}: set --config.data.resolution")
+        raise UserError(f"digits of {size} pixels: must be a multiple of {GRID}: set --config.data.resolution")
     pixels, labels = _sklearn_digits()
     return np.stack([_enlarge(image, size) for image in pixels]), labels
 
@@ -67,7 +68,7 @@ def to_pixels8(
     """
     n, height, width, _ = images.shape if images.ndim == 4 else (0, 0, 0, 0)
     if height != width or height < GRID or height % GRID:
-        raise ValueError(f"images of shape {images.shape}: (n, size, size, 3) with size a multiple of {GRID} is needed")
+        raise UserError(f"images of shape {images.shape}: (n, size, size, 3) with size a multiple of {GRID} is needed")
     bright = images / 255.0 if images.dtype == np.uint8 else np.clip(images, 0.0, 1.0).astype(np.float64)
     block = height // GRID
     return INK * bright.reshape(n, GRID, block, GRID, block, -1).mean(axis=(2, 4, 5)).reshape(n, GRID * GRID)
@@ -111,7 +112,7 @@ def _sklearn_digits() -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("the digits come with scikit-learn: `pip install 'proreflow_jax[demo]'`") from error
+        raise UserError("the digits come with scikit-learn: `pip install 'proreflow_jax[demo]'`") from error
     held = load_digits()
     return held.images, held.target.astype(np.int64)
 
@@ -157,7 +158,7 @@ def _write_tfds(folder: Path, examples: list[dict], size: int, seed: int) -> Non
     info.write_to_directory(folder)
     for path in folder.iterdir():
         atomic.sync(path)
-    atomic.write_json(folder / STAMP, {"size": size, "seed": seed, "shard": shard.name, "sha256": files.sha256(shard)})
+    atomic.write_json(folder / STAMP, {"size": size, "seed": seed, "shard": shard.name, "sha256": atomic.sha256(shard)})
 
 
 def _is_good(folder: Path, size: int, seed: int) -> bool:
@@ -165,14 +166,14 @@ def _is_good(folder: Path, size: int, seed: int) -> bool:
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return False
     if not (folder / STAMP).is_file():
-        raise ValueError(f"{folder} is taken by something else than the digits: set --config.data.path to a new folder")
+        raise UserError(f"{folder} is taken by something else than the digits: set --config.data.path to a new folder")
     stamp = atomic.read_json(folder / STAMP)
     for name, asked in (("size", size), ("seed", seed)):
         if stamp.get(name) != asked:
-            raise ValueError(f"{folder} holds digits of {name} {stamp.get(name)}, not {asked}: set another --config.data.path")
+            raise UserError(f"{folder} holds digits of {name} {stamp.get(name)}, not {asked}: set another --config.data.path")
     shard = folder / Path(str(stamp.get("shard"))).name
-    if not shard.is_file() or files.sha256(shard) != stamp.get("sha256"):
-        raise ValueError(f"{shard} is damaged: delete {folder} and run again")
+    if not shard.is_file() or atomic.sha256(shard) != stamp.get("sha256"):
+        raise UserError(f"{shard} is damaged: delete {folder} and run again")
     return True
 
 

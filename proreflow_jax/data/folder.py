@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data.images import (
     BYTE_LIMIT,
     CAPTION_FILE_LIMIT,
@@ -23,7 +24,7 @@ from proreflow_jax.data.images import (
     file_caption,
     first_caption,
 )
-from proreflow_jax.storage import files
+from proreflow_jax.storage import atomic
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 ROW_LIMIT = 1 << 20  # bytes of a row of metadata
@@ -72,20 +73,20 @@ def open_folder(path: str, caption_key: str) -> FolderImages:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: --config.data.path must name one with images")
+        raise MissingFile(f"{folder} is not a folder: --config.data.path must name one with images")
     there = [name for name in METADATA if (folder / name).is_file()]
     if len(there) > 1:
-        raise ValueError(f"{folder} holds both {' and '.join(there)}: keep one of them (--config.data.path)")
+        raise UserError(f"{folder} holds both {' and '.join(there)}: keep one of them (--config.data.path)")
     images = sorted(_walk(folder))
     if not there:
         caption_file(caption_key)
         if not images:
-            raise ValueError(f"{folder} holds no image ({', '.join(EXTENSIONS)}): see --config.data.path")
+            raise UserError(f"{folder} holds no image ({', '.join(EXTENSIONS)}): see --config.data.path")
         return FolderImages(folder, images, None, caption_key)
     names, captions = _metadata(folder / there[0], caption_key)
     if missing := sorted(set(names) - set(images)):
         lost = f"{len(missing)} images that are not there, such as {missing[0]!r}"
-        raise FileNotFoundError(f"{folder / there[0]} names {lost}: see --config.data.path")
+        raise MissingFile(f"{folder / there[0]} names {lost}: see --config.data.path")
     return FolderImages(folder, names, captions, caption_key)
 
 
@@ -119,19 +120,19 @@ def _metadata(path: Path, caption_key: str) -> tuple[list[str], list[Any]]:
         captions.append(row.get(caption_key))
         seen = seen or caption_key in row
     if not names:
-        raise ValueError(f"{path} names no image: see --config.data.path")
+        raise UserError(f"{path} names no image: see --config.data.path")
     if not seen:
-        raise ValueError(f"{path} has no column {caption_key!r}: set --config.data.caption_key")
+        raise UserError(f"{path} has no column {caption_key!r}: set --config.data.caption_key")
     return names, captions
 
 
 def _inside(where: str, name: Any) -> str:
     """A file name of the metadata, if it stays inside the folder."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{where} has no file_name (--config.data.path)")
+        raise UserError(f"{where} has no file_name (--config.data.path)")
     parts = name.removeprefix("./").split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in name or not name.isprintable():
-        raise ValueError(f"{where} has the file_name {name[:100]!r}, which may lead outside the folder: refused")
+        raise UserError(f"{where} has the file_name {name[:100]!r}, which may lead outside the folder: refused")
     return "/".join(parts)
 
 
@@ -141,11 +142,11 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(iter(lambda: file.readline(ROW_LIMIT + 1), b""), 1):
             where = f"{path}, line {number}"
             if len(line) > ROW_LIMIT:
-                raise ValueError(f"{where} is longer than {ROW_LIMIT} bytes (--config.data.path)")
+                raise UserError(f"{where} is longer than {ROW_LIMIT} bytes (--config.data.path)")
             try:
                 yield where, line.decode("utf-8").removeprefix("\ufeff")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
+                raise UserError(f"{where} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -155,9 +156,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({files.one_line(error)}): see --config.data.path") from error
+            raise UserError(f"{where} is not JSON ({atomic.one_line(error)}): see --config.data.path") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where} holds a {type(row).__name__} where a JSON object belongs: see --config.data.path")
+            raise UserError(f"{where} holds a {type(row).__name__} where a JSON object belongs: see --config.data.path")
         yield where, row
 
 
@@ -167,5 +168,5 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in rows:
             yield f"{path}, line {rows.line_num}", row
     except csv.Error as error:
-        where, why = f"{path}, line {rows.line_num}", files.one_line(error)
-        raise ValueError(f"{where} is not CSV ({why}): see --config.data.path") from error
+        where, why = f"{path}, line {rows.line_num}", atomic.one_line(error)
+        raise UserError(f"{where} is not CSV ({why}): see --config.data.path") from error

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from proreflow_jax.storage import files
+from proreflow_jax import UserError
+from proreflow_jax.storage import atomic
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel; others have no one meaning
@@ -74,7 +75,7 @@ class Pictures:
 def check_resolution(resolution: int) -> None:
     """Raises ValueError for a resolution below 8 pixels."""
     if resolution < 8:
-        raise ValueError(f"resolution {resolution} must be at least 8 pixels: set --config.data.resolution")
+        raise UserError(f"resolution {resolution} must be at least 8 pixels: set --config.data.resolution")
 
 
 def check_index(index: int, count: int) -> None:
@@ -98,7 +99,7 @@ def decode_image(encoded: bytes, resolution: int) -> UInt8[np.ndarray, "{resolut
     except MemoryError:  # of this machine, not of these bytes; so below
         raise
     except Exception as error:  # Pillow's readers raise many kinds on bytes from strangers; so below
-        raise Unusable(f"not an image of {', '.join(FORMATS)} ({files.one_line(error)})") from error
+        raise Unusable(f"not an image of {', '.join(FORMATS)} ({atomic.one_line(error)})") from error
     width, height = image.size
     if width * height > PIXEL_LIMIT:
         raise Unusable(f"an image of {width} x {height} is over the limit of {PIXEL_LIMIT} pixels")
@@ -109,7 +110,7 @@ def decode_image(encoded: bytes, resolution: int) -> UInt8[np.ndarray, "{resolut
     except MemoryError:
         raise
     except Exception as error:
-        raise Unusable(f"a damaged {image.format} image ({files.one_line(error)})") from error
+        raise Unusable(f"a damaged {image.format} image ({atomic.one_line(error)})") from error
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)  # cropping and resizing in one: no huge picture in between
@@ -168,7 +169,7 @@ def json_caption(text: bytes, field: str) -> str:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"a caption file that is not JSON ({files.one_line(error)})") from error
+        raise Unusable(f"a caption file that is not JSON ({atomic.one_line(error)})") from error
     if not isinstance(value, dict):
         raise Unusable("a caption file whose JSON is no object")
     return first_caption(value.get(field))
@@ -188,5 +189,5 @@ def caption_file(caption_key: str) -> tuple[str, str]:
     extension, _, field = caption_key.partition("/")
     plain = re.fullmatch(r"[A-Za-z0-9_]+", extension)
     if not plain or extension in EXTENSIONS or (extension == "json") != bool(field) or "/" in field:
-        raise ValueError(f"--config.data.caption_key={caption_key!r} must be txt, or json/FIELD (a file beside each image)")
+        raise UserError(f"--config.data.caption_key={caption_key!r} must be txt, or json/FIELD (a file beside each image)")
     return extension.lower(), field

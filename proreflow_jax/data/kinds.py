@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from proreflow_jax import UserError
 from proreflow_jax.data import cached, captions, digits
 from proreflow_jax.data.folder import METADATA, open_folder
 from proreflow_jax.data.images import Pictures
 from proreflow_jax.data.parquet import open_parquet
 from proreflow_jax.data.skip_bad import Threaded, Usable, probe
 from proreflow_jax.data.webdataset import find_shards, open_webdataset
-from proreflow_jax.storage import files
+from proreflow_jax.storage import atomic
 
 KINDS = ("digits", "tfds", "webdataset", "parquet", "folder", "prompts", "cached")
 CACHED = "cached"  # latents in place of images
@@ -50,7 +51,7 @@ def _pictures(data: Any) -> Any:
     if data.kind in ("digits", "tfds"):
         return captions.open_tfds(data.path, data.split, data.image_key, data.caption_key, data.resolution)
     if "://" in str(data.path):
-        raise ValueError(f"{data.path}: --config.data.kind={data.kind} reads files: mount the bucket, or copy it to a disk")
+        raise UserError(f"{data.path}: --config.data.kind={data.kind} reads files: mount the bucket, or copy it to a disk")
     openers = {
         "webdataset": lambda: open_webdataset(data.path, data.caption_key, data.cache),
         "parquet": lambda: open_parquet(data.path, data.image_key, data.caption_key),
@@ -66,7 +67,7 @@ def identity(data: Any) -> dict[str, str]:
     names in it. A stage that is under way refuses another: the numbers of its examples would mean others.
     """
     if data.kind == "prompts":
-        return {"prompts": files.sha256(Path(data.path))}
+        return {"prompts": atomic.sha256(Path(data.path))}
     if data.kind == CACHED:
         return cached.identity(data.path)
     if data.kind in ("webdataset", "parquet"):
@@ -74,7 +75,7 @@ def identity(data: Any) -> dict[str, str]:
         return {"shards": _hash([[shard.name, shard.stat().st_size] for shard in shards])}
     if data.kind == "folder":
         folder = Path(data.path).expanduser()
-        held = [files.sha256(folder / name) for name in METADATA if (folder / name).is_file()]
+        held = [atomic.sha256(folder / name) for name in METADATA if (folder / name).is_file()]
         return {"folder": _hash(held or open_folder(data.path, data.caption_key).names)}
     return {}
 

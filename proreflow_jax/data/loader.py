@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from proreflow_jax import UserError
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -156,12 +158,12 @@ def rows_per_second(batches: Iterator[Any], steps: int, rows: int) -> float:
 
 def _check_sizes(length: int, batch: int, seed: int, start_step: int, prefetch: int) -> None:
     if start_step < 0:
-        raise ValueError(f"start_step = {start_step} must be at least 0")
+        raise UserError(f"start_step = {start_step} must be at least 0")
     for flag, value, least in (("train.batch", batch, 1), ("seed", seed, 0), ("data.prefetch", prefetch, 1)):
         if value < least:
-            raise ValueError(f"{flag} = {value} must be at least {least}: set --config.{flag}")
+            raise UserError(f"{flag} = {value} must be at least {least}: set --config.{flag}")
     if length == 0:
-        raise ValueError("the data source is empty: look at --config.data.path and --config.data.split")
+        raise UserError("the data source is empty: look at --config.data.path and --config.data.split")
 
 
 def _collect(source: Source, indices: Sequence[int], keep: Collection[str] | None) -> dict[str, Any]:
@@ -174,14 +176,14 @@ def _collect(source: Source, indices: Sequence[int], keep: Collection[str] | Non
 def _stack(name: str, examples: Sequence[dict[str, Any]], indices: Sequence[int]) -> np.ndarray | list[str]:
     for index, example in zip(indices, examples, strict=True):
         if name not in example:
-            raise ValueError(f"example {index} has no field {name!r}, it has {sorted(example)}: look at --config.data")
+            raise UserError(f"example {index} has no field {name!r}, it has {sorted(example)}: look at --config.data")
     values = [example[name] for example in examples]
     if isinstance(values[0], str):
         return values
     first = np.asarray(values[0])
     for index, value in zip(indices, values, strict=True):
         if np.shape(value) != first.shape or np.asarray(value).dtype != first.dtype:
-            raise ValueError(
+            raise UserError(
                 f"example {index} has {name} of {np.asarray(value).dtype}{np.shape(value)} and example {indices[0]} "
                 f"of {first.dtype}{first.shape}: one batch needs one shape, look at --config.data.resolution"
             )

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proreflow_jax import UserError
 from proreflow_jax.data.images import Original, Unusable, check_index, first_caption
 from proreflow_jax.data.webdataset import find_shards
-from proreflow_jax.storage import files
+from proreflow_jax.storage import atomic
 
 KEPT_BYTES = 1 << 30  # of row groups kept in memory, of a process
 GROUP_LIMIT = 1 << 30  # bytes of a row group, both columns
@@ -83,11 +84,11 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
     paths = find_shards(path, ".parquet")
     if len(there := sorted({split for file in paths for split in SPLITS if file.name.startswith(f"{split}-")})) > 1:
         mend = f"name one by --config.data.path={Path(path) / there[0]}-*.parquet"
-        raise ValueError(f"{path} holds files of several splits, {' and '.join(there)}: {mend}")
+        raise UserError(f"{path} holds files of several splits, {' and '.join(there)}: {mend}")
     opened = [_open(file, image_key, caption_key) for file in paths]
     rows = ParquetRows(path, opened, image_key, caption_key)
     if not len(rows):
-        raise ValueError(f"{path} holds no row in {len(paths)} parquet files: see --config.data.path")
+        raise UserError(f"{path} holds no row in {len(paths)} parquet files: see --config.data.path")
     return rows
 
 
@@ -95,8 +96,8 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(
-            f"--config.data.kind=parquet needs pyarrow ({files.one_line(error)}): pip install 'proreflow_jax[parquet]'"
+        raise UserError(
+            f"--config.data.kind=parquet needs pyarrow ({atomic.one_line(error)}): pip install 'proreflow_jax[parquet]'"
         ) from error
     return pyarrow
 
@@ -108,16 +109,16 @@ def _open(path: Path, image_key: str, caption_key: str) -> _File:
         with arrow.parquet.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole parquet file ({files.one_line(error)}): see --config.data.path") from error
+        raise UserError(f"{path} is not a whole parquet file ({atomic.one_line(error)}): see --config.data.path") from error
     for flag, key, good in (("image_key", image_key, _is_image), ("caption_key", caption_key, _is_text)):
         if schema.names.count(key) != 1:
-            raise ValueError(f"{path} has no single column {key!r}, it has {sorted(schema.names)}: set --config.data.{flag}")
+            raise UserError(f"{path} has no single column {key!r}, it has {sorted(schema.names)}: set --config.data.{flag}")
         if not good(schema.field(key).type):
             what = "text" if flag == "caption_key" else "bytes of images"
-            raise ValueError(f"{path}: {key!r} is {schema.field(key).type}, not {what}: set --config.data.{flag}")
+            raise UserError(f"{path}: {key!r} is {schema.field(key).type}, not {what}: set --config.data.{flag}")
     for number in range(metadata.num_row_groups):
         if (size := _group_bytes(metadata.row_group(number), (image_key, caption_key))) > GROUP_LIMIT:
-            raise ValueError(
+            raise UserError(
                 f"{path}: row group {number} has {size} bytes, over the limit of {GROUP_LIMIT}, and is read whole for every "
                 "image: write the file again with groups of about 50 images, see docs/data.md (--config.data.path)"
             )
@@ -137,12 +138,12 @@ def _read_group(file: _File, number: int, keys: tuple[str, ...]) -> Any:
             table = reader.read_row_group(number, columns=list(dict.fromkeys(keys)), use_threads=False)
             rows = file.metadata.row_group(number).num_rows
             if table.num_rows != rows:
-                raise ValueError(f"{table.num_rows} rows where the metadata says {rows}")
+                raise UserError(f"{table.num_rows} rows where the metadata says {rows}")
             return table
     except FileNotFoundError:
         raise
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{file.path}: row group {number} is damaged ({files.one_line(error)}): fetch it again") from error
+        raise UserError(f"{file.path}: row group {number} is damaged ({atomic.one_line(error)}): fetch it again") from error
 
 
 def _is_image(kind: Any) -> bool:

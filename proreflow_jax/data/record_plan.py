@@ -6,9 +6,13 @@ depend on the plan alone, and a folder that was begun under one plan refuses ano
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from proreflow_jax.storage import atomic, files, paths
+from array_record.python.array_record_module import ArrayRecordReader
+
+from proreflow_jax import UserError
+from proreflow_jax.storage import atomic, paths
 
 PLAN = "plan.json"
 
@@ -23,7 +27,7 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
         ValueError: the folder holds another plan (the first differing field is named), or the plan is no plain JSON.
     """
     shard_count(plan)
-    folder, plan = paths.parse_path(folder), files.plain(plan)
+    folder, plan = paths.parse_path(folder), atomic.plain(plan)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         atomic.write_json(folder / PLAN, plan, replace=False)
@@ -31,7 +35,7 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
     for name in [*plan, *(name for name in held if name not in plan)]:
         if name not in held or name not in plan or held[name] != plan[name]:
             old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (held, plan))
-            raise ValueError(
+            raise UserError(
                 f"{folder / PLAN} was fixed with {name} = {old} and this run says {new}: "
                 f"take another folder by {flag}, or give the config its old value back"
             )
@@ -49,20 +53,34 @@ def shard_count(plan: Mapping[str, Any]) -> int:
     for name in ("examples", "shard_size"):
         value = plan.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"pairs.{name} = {value!r} is not a whole number of at least 1: set --config.pairs.{name}")
+            raise UserError(f"pairs.{name} = {value!r} is not a whole number of at least 1: set --config.pairs.{name}")
     count = -(-plan["examples"] // plan["shard_size"])
     if count > 99_999:
-        raise ValueError(f"{count} shards are more than a name's five digits hold: raise --config.pairs.shard_size")
+        raise UserError(f"{count} shards are more than a name's five digits hold: raise --config.pairs.shard_size")
     return count
 
 
 def shard_range(plan: Mapping[str, Any], shard: int) -> range:
     """Returns the example ids of a shard: [s S, (s + 1) S), cut at the number of examples."""
     if not 0 <= shard < shard_count(plan):
-        raise ValueError(f"shard {shard} is outside the plan's 0 .. {shard_count(plan) - 1}")
+        raise UserError(f"shard {shard} is outside the plan's 0 .. {shard_count(plan) - 1}")
     return range(shard * plan["shard_size"], min((shard + 1) * plan["shard_size"], plan["examples"]))
 
 
 def shard_name(plan: Mapping[str, Any], shard: int) -> str:
     """Returns a shard's file name, pairs-00003-of-00016.array_record."""
     return f"{plan.get('records', 'pairs')}-{shard:05d}-of-{shard_count(plan):05d}.array_record"
+
+
+RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"  # how an ArrayRecord file is opened here
+
+
+def count_records(path: Path) -> int:
+    """Returns the number of records in an ArrayRecord file; a cut or broken one counts 0."""
+    try:
+        reader = ArrayRecordReader(str(path), RANDOM_ACCESS)
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError:
+        return 0
+    return count

@@ -26,9 +26,10 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from proreflow_jax.data import array_record
+from proreflow_jax import MissingFile, UserError
+from proreflow_jax.data import record_plan
 from proreflow_jax.data.record_plan import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
-from proreflow_jax.storage import atomic, files, paths
+from proreflow_jax.storage import atomic, paths
 
 __all__ = [
     "PLAN",
@@ -65,7 +66,7 @@ REDO = f"delete it and {AGAIN}"
 
 def missing_shards(folder: Any, plan: Mapping[str, Any]) -> list[int]:
     """Returns the shards without a valid marker, ascending: the work that is left."""
-    plan = files.plain(plan)
+    plan = atomic.plain(plan)
     return [shard for shard, row in enumerate(_markers(paths.parse_path(folder), plan)) if row is None]
 
 
@@ -84,12 +85,12 @@ def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iter
         ValueError: too few or too many examples, or one that is not a dict of arrays of DTYPES.
         OSError: the shard could not be written (a full disk, say); nothing is marked, no temporary is left.
     """
-    folder, plan, ids = paths.parse_path(folder), files.plain(plan), shard_range(plan, shard)
+    folder, plan, ids = paths.parse_path(folder), atomic.plain(plan), shard_range(plan, shard)
     path = folder / shard_name(plan, shard)
     with atomic.drafted(path) as draft:
         _write_records(draft, path, examples, len(ids))
-        row = {"name": path.name, "count": len(ids), "bytes": draft.stat().st_size, "sha256": files.sha256(draft)}
-    atomic.write_json(_marker_path(folder, plan, shard), {**row, "plan": files.digest(plan)})
+        row = {"name": path.name, "count": len(ids), "bytes": draft.stat().st_size, "sha256": atomic.sha256(draft)}
+    atomic.write_json(_marker_path(folder, plan, shard), {**row, "plan": atomic.digest(plan)})
     return path
 
 
@@ -98,11 +99,11 @@ def publish(folder: Any, plan: Mapping[str, Any]) -> bool:
 
     A manifest that says the same already stays as it is.
     """
-    folder, plan = paths.parse_path(folder), files.plain(plan)
+    folder, plan = paths.parse_path(folder), atomic.plain(plan)
     rows = _markers(folder, plan)
     if None in rows:
         return False
-    manifest = {"plan": files.digest(plan), "examples": plan["examples"], "shards": rows}
+    manifest = {"plan": atomic.digest(plan), "examples": plan["examples"], "shards": rows}
     if not _says(folder / MANIFEST, manifest):
         atomic.write_json(folder / MANIFEST, manifest)
     return True
@@ -139,9 +140,9 @@ def _write_records(draft: Path, path: Any, examples: Iterable[Mapping[str, Any]]
     with _disk(path):
         writer.close()
     if written != count:
-        raise ValueError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
+        raise UserError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
     atomic.sync(draft)
-    if (held := array_record.count_records(draft)) != count:
+    if (held := record_plan.count_records(draft)) != count:
         raise OSError(f"{path} holds {held} of {count} examples just written: look at the disk, {AGAIN}")
 
 
@@ -151,19 +152,19 @@ def _disk(path: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OSError(f"{path} could not be written: {files.one_line(error)}") from error
+        raise OSError(f"{path} could not be written: {atomic.one_line(error)}") from error
 
 
 def _encode(example: Mapping[str, Any]) -> bytes:
     """One example -> safetensors bytes. safetensors 0.8 writes the wrong bytes of a strided array: hence order="C"."""
     if not example or not all(isinstance(value, np.ndarray | np.generic) for value in example.values()):
         kinds = {name: type(value).__name__ for name, value in example.items()}
-        raise ValueError(f"a pair record is a dict of numpy arrays and this one is {kinds}")
+        raise UserError(f"a pair record is a dict of numpy arrays and this one is {kinds}")
     arrays = {name: np.asarray(value, order="C") for name, value in example.items()}
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
             known = ", ".join(map(str, DTYPES.values()))
-            raise ValueError(f"a pair record's {name} is {array.dtype}, none of {known}")
+            raise UserError(f"a pair record's {name} is {array.dtype}, none of {known}")
     return safetensors.numpy.save(arrays)
 
 
@@ -190,7 +191,7 @@ class PairRecords:
     def __init__(self, folder: str | os.PathLike, verify: bool = True) -> None:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
-            raise FileNotFoundError(f"{self.folder / MANIFEST} is missing, the records are unfinished: {AGAIN}")
+            raise MissingFile(f"{self.folder / MANIFEST} is missing, the records are unfinished: {AGAIN}")
         self.plan = read_plan(self.folder)
         rows = _manifest_rows(self.folder, self.plan)
         _refuse_foreign(self.folder, {row["name"] for row in rows})
@@ -211,14 +212,14 @@ class PairRecords:
             return _decode(self._reader(shard).read([row])[0])
         except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
             path = self.folder / shard_name(self.plan, shard)
-            raise ValueError(f"{path} is damaged at record {row} ({files.one_line(error)}): {REDO}") from error
+            raise UserError(f"{path} is damaged at record {row} ({atomic.one_line(error)}): {REDO}") from error
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         """One open file per shard, opened when first read."""
         with self._lock:
             if shard not in self._readers:
                 self._readers[shard] = ArrayRecordReader(
-                    str(self.folder / shard_name(self.plan, shard)), array_record.RANDOM_ACCESS
+                    str(self.folder / shard_name(self.plan, shard)), record_plan.RANDOM_ACCESS
                 )
             return self._readers[shard]
 
@@ -227,36 +228,36 @@ def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The manifest's rows, in shard order, after every field was compared with what the plan asks for."""
     path = folder / MANIFEST
     manifest = atomic.read_json(path)
-    if manifest.get("plan") != files.digest(plan):
-        raise ValueError(f"{path} belongs to another plan than {folder / PLAN}: restore it, or {REDO}")
+    if manifest.get("plan") != atomic.digest(plan):
+        raise UserError(f"{path} belongs to another plan than {folder / PLAN}: restore it, or {REDO}")
     rows = manifest.get("shards")
     if not isinstance(rows, list) or len(rows) != shard_count(plan):
-        raise ValueError(f"{path} does not list the plan's {shard_count(plan)} shards: {REDO}")
+        raise UserError(f"{path} does not list the plan's {shard_count(plan)} shards: {REDO}")
     for shard, row in enumerate(rows):
         if not _is_row(row, plan, shard):
             name = row.get("name") if isinstance(row, dict) else row
             asked = f"{shard_name(plan, shard)} with {len(shard_range(plan, shard))} examples"
-            raise ValueError(f"{path} lists {name!r} where {asked} belongs: {REDO}")
+            raise UserError(f"{path} lists {name!r} where {asked} belongs: {REDO}")
     return rows
 
 
 def _refuse_foreign(folder: Path, names: set[str]) -> None:
     for path in sorted(folder.glob("*.array_record")):
         if path.name not in names:
-            raise ValueError(f"{path} does not belong to these records ({MANIFEST} does not name it): take it out")
+            raise UserError(f"{path} does not belong to these records ({MANIFEST} does not name it): take it out")
 
 
 def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> None:
     """Compares one shard with its row: size, number of records and, if `hashes` {sha256: name} is given, bytes."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {AGAIN}")
+        raise MissingFile(f"{path} is missing: {AGAIN}")
     if path.stat().st_size != row["bytes"]:
-        raise ValueError(f"{path} is {path.stat().st_size} bytes long and was written with {row['bytes']}: {REDO}")
-    if hashes and (found := files.sha256(path)) != row["sha256"]:
+        raise UserError(f"{path} is {path.stat().st_size} bytes long and was written with {row['bytes']}: {REDO}")
+    if hashes and (found := atomic.sha256(path)) != row["sha256"]:
         why = f"holds the bytes of {hashes[found]}" if found in hashes else "is damaged or foreign (its hash differs)"
-        raise ValueError(f"{path} {why}: {REDO}")
-    if (held := array_record.count_records(path)) != row["count"]:
-        raise ValueError(f"{path} holds {held} examples and was written with {row['count']}: {REDO}")
+        raise UserError(f"{path} {why}: {REDO}")
+    if (held := record_plan.count_records(path)) != row["count"]:
+        raise UserError(f"{path} holds {held} examples and was written with {row['count']}: {REDO}")
 
 
 # --- markers ----------------------------------------------------------------------------------------------------------
@@ -278,9 +279,9 @@ def _marker(folder: Any, plan: dict[str, Any], shard: int) -> dict[str, Any] | N
         row = atomic.read_json(_marker_path(folder, plan, shard))
     except (FileNotFoundError, ValueError):
         return None
-    if row.pop("plan", None) != files.digest(plan) or not _is_row(row, plan, shard):
+    if row.pop("plan", None) != atomic.digest(plan) or not _is_row(row, plan, shard):
         return None
-    return row if files.size(folder / shard_name(plan, shard)) == row["bytes"] else None
+    return row if atomic.size(folder / shard_name(plan, shard)) == row["bytes"] else None
 
 
 def _is_row(row: Any, plan: Mapping[str, Any], shard: int) -> bool:

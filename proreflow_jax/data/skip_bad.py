@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from proreflow_jax import UserError
 from proreflow_jax.data.images import Unusable
 
 NAMED = 5  # bad examples that are named in the log and in the error; the others are only counted
@@ -47,7 +48,7 @@ class Usable:
                 except Unusable as error:
                     self._note(index, str(error))
             if self._over:  # found here, or by another thread
-                raise ValueError(self._over)
+                raise UserError(self._over)
             index = (index + 1) % len(self)  # ends: where all are bad, more are than max_bad allows
 
     def _note(self, index: int, why: str) -> None:
@@ -77,7 +78,7 @@ def probe(source: Any) -> None:
         except Unusable as error:
             first = first or error
     if first is not None:
-        raise ValueError(f"none of {count} examples all over {source.name} is good, the first: {first}") from first
+        raise UserError(f"none of {count} examples all over {source.name} is good, the first: {first}") from first
 
 
 class Threaded:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import Int
 
+from proreflow_jax import MissingFile, RunFailed, UserError
 from proreflow_jax.data.images import (
     BYTE_LIMIT,
     CAPTION_FILE_LIMIT,
@@ -27,7 +28,7 @@ from proreflow_jax.data.images import (
     check_index,
     file_caption,
 )
-from proreflow_jax.storage import atomic, files
+from proreflow_jax.storage import atomic
 
 BLOCK = 512  # bytes; tar's unit
 SHARD_LIMIT = 100_000  # shards that a pattern may name
@@ -55,7 +56,7 @@ class TarSamples:
         image_at, image_size, caption_at, caption_size = map(int, self._table[index])
         with open(self._shards[shard], "rb", buffering=0) as file:
             if _stat(file.fileno()) != self._stats[shard]:
-                raise RuntimeError(f"{self._shards[shard]} changed while it is read: run the same command again")
+                raise RunFailed(f"{self._shards[shard]} changed while it is read: run the same command again")
             header = os.pread(file.fileno(), 100, image_at - BLOCK)  # starts with the member's name, cut at 100 bytes
             name = f"{self._shards[shard]}, {header.split(bytes(1))[0].decode('utf-8', 'replace')!r}"
             if caption_size < 0:
@@ -65,7 +66,7 @@ class TarSamples:
                     raise Unusable(f"{name}: a member of {size} bytes is over the limit of {most}")
             image, text = os.pread(file.fileno(), image_size, image_at), os.pread(file.fileno(), caption_size, caption_at)
         if (len(image), len(text)) != (image_size, caption_size):
-            raise RuntimeError(f"{name}: cut short while it was read")
+            raise RunFailed(f"{name}: cut short while it was read")
         try:
             return Original(name, image, file_caption(text, self._key))
         except Unusable as error:
@@ -89,7 +90,7 @@ def open_webdataset(path: str, caption_key: str, cache: str | os.PathLike) -> Ta
     stats = [_stat(shard) for shard in shards]
     tables = [_index(shard, stat, caption_key, Path(cache)) for shard, stat in zip(shards, stats, strict=True)]
     if not any(len(table) for table in tables):
-        raise ValueError(f"{path} holds no image ({', '.join(EXTENSIONS)}) in {len(shards)} tar shards: see --config.data.path")
+        raise UserError(f"{path} holds no image ({', '.join(EXTENSIONS)}) in {len(shards)} tar shards: see --config.data.path")
     return TarSamples(path, shards, stats, tables, caption_key)
 
 
@@ -105,7 +106,7 @@ def find_shards(path: str, suffix: str = ".tar") -> list[Path]:
     if whole.is_dir():
         found = sorted(file for file in whole.iterdir() if file.name.endswith(suffix) and not file.name.startswith("."))
         if not found:
-            raise FileNotFoundError(f"{whole} holds no {suffix} file: --config.data.path must name a folder or pattern of them")
+            raise MissingFile(f"{whole} holds no {suffix} file: --config.data.path must name a folder or pattern of them")
         return found
     if whole.is_file():
         return [whole]
@@ -113,7 +114,7 @@ def find_shards(path: str, suffix: str = ".tar") -> list[Path]:
     missing = [file for file in found if not file.is_file()]
     if missing or not found:
         which = f"{len(missing)} of {len(found)} files are missing, such as {missing[0]}" if missing else "no file is so named"
-        raise FileNotFoundError(f"{path}: {which}: --config.data.path must name a folder or pattern of {suffix} files")
+        raise MissingFile(f"{path}: {which}: --config.data.path must name a folder or pattern of {suffix} files")
     return found
 
 
@@ -126,7 +127,7 @@ def expand_braces(pattern: str) -> list[str]:
         size = int(bounds[2]) - int(bounds[1]) + 1 if bounds else len(piece.split(",")) if place % 2 else 1
         count *= size
         if not 0 < count <= SHARD_LIMIT:
-            raise ValueError(f"{pattern} names {max(count, 0)} shards, not 1 to {SHARD_LIMIT}: see --config.data.path")
+            raise UserError(f"{pattern} names {max(count, 0)} shards, not 1 to {SHARD_LIMIT}: see --config.data.path")
         if bounds:
             choices.append([f"{number:0{len(bounds[1])}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1)])
         else:
@@ -190,14 +191,14 @@ def build_index(shard: Path, extension: str) -> Int[np.ndarray, "n 4"]:
         with open(shard, "rb", buffering=1 << 16) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 if member.offset_data + member.size > size:
-                    raise ValueError(f"cut inside of {member.name!r}")
+                    raise UserError(f"cut inside of {member.name!r}")
                 _note(samples, member, extension)
                 tar.members.clear()  # it would keep them all
             file.seek(tar.offset)
             if file.read(BLOCK) != bytes(BLOCK):
-                raise ValueError(f"cut or damaged at byte {tar.offset}, where the next header or the end mark belongs")
+                raise UserError(f"cut or damaged at byte {tar.offset}, where the next header or the end mark belongs")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        raise ValueError(f"{shard} is not a whole uncompressed tar ({files.one_line(error)}): {mend}") from error
+        raise UserError(f"{shard} is not a whole uncompressed tar ({atomic.one_line(error)}): {mend}") from error
     rows = [[*found[min(found.keys() & set(EXTENSIONS), key=EXTENSIONS.index)], *found.get(extension, (0, -1))]
             for found in samples.values() if found.keys() & set(EXTENSIONS)]  # fmt: skip
     return np.array(rows, np.int64).reshape(-1, WIDTH)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from proreflow_jax import UserError
+
 FEATURES = "digits-mlp64"  # named beside every Frechet distance: 64 hidden units on 8x8 pixels
 READER = "digits-svm"  # named beside every recognition rate: RBF kernel on 8x8 pixels
 HIDDEN = 64
@@ -38,7 +40,7 @@ def fit(
         from sklearn.neural_network import MLPClassifier
         from sklearn.svm import SVC
     except ImportError:
-        raise ValueError("the digits' judges need scikit-learn: pip install 'proreflow_jax[demo]'") from None
+        raise UserError("the digits' judges need scikit-learn: pip install 'proreflow_jax[demo]'") from None
     network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=400, random_state=0).fit(pixels / INK, labels)
     seen, told = (
         (pixels, labels) if moved is None else (np.concatenate([pixels, moved]), np.concatenate([labels, moved_labels]))

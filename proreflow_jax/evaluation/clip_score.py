@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.evaluation.moments import Moments, gaussian
 from proreflow_jax.flow import losses
 from proreflow_jax.models import clip_image, network
@@ -81,7 +82,7 @@ class Clip(NamedTuple):
 def named_config(name: str) -> dict:
     """The config.json of an entry of NAMED. Raises ValueError for another name."""
     if name not in NAMED:
-        raise ValueError(f"CLIP {name!r} is unknown, known: {', '.join(NAMED)}")
+        raise UserError(f"CLIP {name!r} is unknown, known: {', '.join(NAMED)}")
     found = NAMED[name]
     tower = lambda row: dict(zip(TOWER, row, strict=True), hidden_act=found.hidden_act)
     vision = tower(found.vision) | dict(image_size=224, patch_size=14)
@@ -110,7 +111,7 @@ def load(folder: Path) -> Clip:
         why = (
             ", only OpenCLIP's: take the same network in transformers' format" if other else ": name the folder of a CLIPModel"
         )
-        raise FileNotFoundError(f"{folder} (--config.evaluate.clip) holds no config.json of transformers{why}")
+        raise MissingFile(f"{folder} (--config.evaluate.clip) holds no config.json of transformers{why}")
     with _of_clip():
         towers = tower_configs(weights.read_config(folder))
         text, image = network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
@@ -157,7 +158,7 @@ def prepare(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Fl
 
 def _cropped(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"CLIP score takes images (h, w, 3) of uint8, not {image.shape} of {image.dtype}")
+        raise UserError(f"CLIP score takes images (h, w, 3) of uint8, not {image.shape} of {image.dtype}")
     h, w = image.shape[:2]
     new_h, new_w = (int(size * side / min(h, w)) for side in (h, w))
     resized = np.asarray(Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BICUBIC))

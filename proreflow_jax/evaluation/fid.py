@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 from PIL import Image
 
+from proreflow_jax import UserError
 from proreflow_jax.evaluation import moments
 from proreflow_jax.evaluation.frechet import frechet_distance
 from proreflow_jax.evaluation.moments import Moments
@@ -78,7 +79,7 @@ def _features(apply: Callable, params: Params, rows: dict[str, Array]) -> tuple[
 def _filled(rows: Rows, batch: int) -> Rows:
     count = len(next(iter(rows.values())))
     if count > batch:
-        raise ValueError(f"a batch of {count} images is larger than {batch}: raise {BATCH}")
+        raise UserError(f"a batch of {count} images is larger than {batch}: raise {BATCH}")
     fill = lambda array: np.pad(array, ((0, batch - count), *((0, 0),) * (array.ndim - 1)))
     return {REAL: np.arange(batch) < count} | {name: fill(array) for name, array in rows.items()}
 
@@ -167,7 +168,7 @@ def measure(
             log.info("%d of %d images, kept in %s", position, count, path)
         if position == count:
             return seen
-    raise ValueError(f"only {position} images of {count}: give the protocol's images, or another --config.evaluate.protocol")
+    raise UserError(f"only {position} images of {count}: give the protocol's images, or another --config.evaluate.protocol")
 
 
 def _position(seen: Mapping[str, Moments]) -> int:
@@ -179,7 +180,7 @@ def _measured(name: str, rows: Float[np.ndarray, "n d"], position: int, count: i
     taken = rows[: count - position]
     finite = np.isfinite(taken).all(axis=1)
     if not finite.all():
-        raise ValueError(f"{name} of image {position + int(np.argmin(finite))} (from 0) is not finite: damaged weights?")
+        raise UserError(f"{name} of image {position + int(np.argmin(finite))} (from 0) is not finite: damaged weights?")
     return moments.measured(taken)
 
 

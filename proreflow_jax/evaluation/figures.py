@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
+from proreflow_jax import UserError
+
 FINE = 3
 INK, FAINT, PAPER = (30, 30, 30), (218, 218, 218), (255, 255, 255)
 SERIES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (0, 0, 0))
@@ -153,9 +155,9 @@ def heat_maps(
     ends = (axis[0] - half, axis[-1] + half)
     for i, panel in enumerate(panels):
         if np.shape(panel.values) != (m, m):
-            raise ValueError(f"panel {panel.title!r} has shape {np.shape(panel.values)}, must be ({m}, {m}), as its axis")
+            raise UserError(f"panel {panel.title!r} has shape {np.shape(panel.values)}, must be ({m}, {m}), as its axis")
         if not np.all(np.isfinite(panel.values)):
-            raise ValueError(f"panel {panel.title!r} can only draw finite numbers")
+            raise UserError(f"panel {panel.title!r} can only draw finite numbers")
         x = i * share + left
         axes = Axes((x, top, x + side, top + side), ends, ends)
         _heat_map(canvas, axes, panel)
@@ -243,7 +245,7 @@ def lines(
     """
     values = np.concatenate([np.asarray(s.y, float) for s in series])
     if not np.all(np.isfinite(values)) or (log and np.any(values <= 0)):
-        raise ValueError(f"the chart {title!r} can only draw finite numbers, positive on a logarithmic axis")
+        raise UserError(f"the chart {title!r} can only draw finite numbers, positive on a logarithmic axis")
     canvas = Canvas(*size)
     words = [ImageFont.load_default(TICK).getlength(s.name) for s in series]
     limits = _limits(series, log)

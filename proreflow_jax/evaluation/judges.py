@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
+from proreflow_jax import UserError
 from proreflow_jax.evaluation import clip_score, fid
 from proreflow_jax.evaluation.protocols import Protocol
 from proreflow_jax.models import inception, network
@@ -93,4 +94,4 @@ def read(path: Path) -> network.Params:
         return weights.from_torch(kept, make_inception().shapes, str(path))
     except ValueError as error:
         text = str(error).removesuffix(weights.REPLACE).replace("its config.json", NAME)
-        raise ValueError(f"{text.removesuffix(': ')}: {MEND}") from None
+        raise UserError(f"{text.removesuffix(': ')}: {MEND}") from None

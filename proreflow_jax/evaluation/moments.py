@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from proreflow_jax import UserError
 from proreflow_jax.pretrained import weights
-from proreflow_jax.storage import local_copy
+from proreflow_jax.storage import paths
 from proreflow_jax.storage.atomic import drafted
 
 
@@ -51,7 +52,7 @@ def merge(first: Moments, second: Moments) -> Moments:
 def gaussian(moments: Moments) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
     """Mean and unbiased covariance, as `frechet.frechet_distance` takes them. Raises ValueError for fewer than two."""
     if moments.count < 2:
-        raise ValueError(f"{moments.count} examples have no covariance: raise --config.evaluate.examples")
+        raise UserError(f"{moments.count} examples have no covariance: raise --config.evaluate.examples")
     return moments.mean, moments.scatter / (moments.count - 1)
 
 
@@ -65,12 +66,12 @@ def save(path: Path, parts: Mapping[str, Moments]) -> None:
 def load(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
     """What `save` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
     try:
-        found = dict(weights.Tensors([local_copy.local_copy(path)]))
+        found = dict(weights.Tensors([paths.local_copy(path)]))
     except ValueError:
-        raise ValueError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
+        raise UserError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
     wanted = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
     kinds = lambda tensors: {name: (np.shape(value), np.asarray(value).dtype) for name, value in tensors.items()}
     if kinds(found) != kinds(wanted):
         listed = ", ".join(f"{width} {name}" for name, width in widths.items())
-        raise ValueError(f"{path} does not hold moments of {listed}: delete it and evaluate again")
+        raise UserError(f"{path} does not hold moments of {listed}: delete it and evaluate again")
     return {name: Moments(int(found[f"{name}.count"]), found[f"{name}.mean"], found[f"{name}.scatter"]) for name in widths}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from proreflow_jax import UserError
 from proreflow_jax.evaluation.classifier import FEATURES
 from proreflow_jax.models.inception import NAME
 
@@ -115,14 +116,14 @@ class Conditions(NamedTuple):
 def find_protocol(name: str) -> Protocol:
     """The row of that name. Raises ValueError, which lists them."""
     if name not in PROTOCOLS:
-        raise ValueError(f"--config.evaluate.protocol={name} is none of {', '.join(PROTOCOLS)}")
+        raise UserError(f"--config.evaluate.protocol={name} is none of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def mean_and_spread(values: Mapping[int, float]) -> tuple[float, float | None]:
     """Mean over seeds and its sample deviation, None of one seed. Raises ValueError without a score."""
     if not values:
-        raise ValueError("no seed was measured: set --config.evaluate.seeds")
+        raise UserError("no seed was measured: set --config.evaluate.seeds")
     found = np.array(list(values.values()), np.float64)
     return float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None
 

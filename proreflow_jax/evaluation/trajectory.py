@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from proreflow_jax import UserError
 from proreflow_jax.flow import losses, prediction, solvers, windows
 from proreflow_jax.flow.schedule import GRID, Schedule, as_time, per_example, position
 
@@ -135,7 +136,7 @@ def _edges(nodes: Float[np.ndarray, "steps_plus_1"], n: int) -> list[int]:
     wanted = [round(GRID * float(t)) for t in windows.bounds(n)]
     missing = [i / GRID for i in wanted if i not in found]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{len(nodes) - 1} steps do not stop at t = {missing[0]}, a bound of {n} windows; "
             f"change --config.evaluate.teacher_steps to a multiple of {n}"
         )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.exports.card import CARD
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.models.network import Params
@@ -28,7 +29,7 @@ try:
     import diffusers
     import torch
 except ImportError:
-    raise ValueError("--check needs torch and diffusers: pip install 'proreflow_jax[export-check]'") from None
+    raise UserError("--check needs torch and diffusers: pip install 'proreflow_jax[export-check]'") from None
 
 log = logging.getLogger(__name__)
 LIMIT = 1e-3  # of the latents, for what carries the whole student in float32
@@ -68,7 +69,7 @@ def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
         f"; to the whole student {to_student:.1e}" if to_student != gap else "",
     )
     if format_["dtype"] == "float32" and not gap <= LIMIT:
-        raise RuntimeError(f"{folder}: diffusers' latents differ by {gap:.1e} from ours, must be at most {LIMIT:.0e}")
+        raise RunFailed(f"{folder}: diffusers' latents differ by {gap:.1e} from ours, must be at most {LIMIT:.0e}")
     return gap
 
 

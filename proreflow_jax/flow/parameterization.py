@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
+from proreflow_jax import UserError
 from proreflow_jax.flow import prediction, schedule, solvers, windows
 
 DIFFUSION = ("epsilon", "v_prediction", "sample")  # diffusers' prediction_type
@@ -40,7 +41,7 @@ def make_step(flow: Parameterization, noise: schedule.Schedule, predict: solvers
 def as_epsilon(kind: str, noise: schedule.Schedule, predict: solvers.Predict) -> solvers.Predict:
     """A diffusion model of any prediction_type as an epsilon model."""
     if kind not in DIFFUSION:
-        raise ValueError(f"prediction_type {kind!r} in scheduler_config.json must be one of {', '.join(DIFFUSION)}")
+        raise UserError(f"prediction_type {kind!r} in scheduler_config.json must be one of {', '.join(DIFFUSION)}")
     if kind == "epsilon":
         return predict
     return lambda z, t: prediction.convert(kind, "epsilon", noise, z, predict(z, t), t)

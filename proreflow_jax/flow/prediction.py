@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from proreflow_jax import UserError
 from proreflow_jax.flow.schedule import Schedule, as_time, per_example
 from proreflow_jax.flow.windows import check_path
 
@@ -48,7 +49,7 @@ def convert(
     """
     for name in (source, target):
         if name not in OUTPUTS:
-            raise ValueError(f"prediction_type {name!r}, must be one of {', '.join(OUTPUTS)}; choose another --config.model")
+            raise UserError(f"prediction_type {name!r}, must be one of {', '.join(OUTPUTS)}; choose another --config.model")
     if source == target:
         return out
     a, s = per_example(schedule.alpha(t), z), per_example(schedule.sigma(t), z)
@@ -87,11 +88,11 @@ def flow_velocity(
 def check_reading(prediction: str, path: str) -> None:
     """Raises ValueError unless `prediction` is a student's reading that has a meaning on `path`."""
     if prediction not in READINGS:
-        raise ValueError(f"prediction {prediction!r}, must be one of {', '.join(READINGS)}; change --config.student.prediction")
+        raise UserError(f"prediction {prediction!r}, must be one of {', '.join(READINGS)}; change --config.student.prediction")
     check_path(path)
     if path == "first_order" and prediction not in JUMPS:
         known = " or ".join(JUMPS)
-        raise ValueError(f"path first_order with {prediction}, must be used with {known}; change --config.student.path")
+        raise UserError(f"path first_order with {prediction}, must be used with {known}; change --config.student.path")
 
 
 def affine(

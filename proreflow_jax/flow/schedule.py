@@ -28,6 +28,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from proreflow_jax import UserError
+
 GRID = 1000  # grid steps in [0, 1], and entries of the table
 _GRID_TIMES = np.arange(GRID + 1) / GRID
 
@@ -48,12 +50,12 @@ class Schedule:
     def __post_init__(self) -> None:
         table = np.array(self.alphas_cumprod, dtype=np.float64)
         if table.shape != (GRID,):
-            raise ValueError(
+            raise UserError(
                 f"alphas_cumprod has shape {table.shape}, must be ({GRID},): the time grid has {GRID} steps; "
                 "choose another --config.model.path"
             )
         if not (table[0] < 1 and table[-1] > 0 and np.all(np.diff(table) < 0)):
-            raise ValueError(
+            raise UserError(
                 f"alphas_cumprod runs from {table[0]} to {table[-1]}, must fall strictly inside (0, 1); "
                 "choose another --config.model.path"
             )
@@ -145,7 +147,7 @@ def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_tr
       ValueError: another name, another number of timesteps, or bounds that do not give a falling table.
     """
     if num_train_timesteps != GRID:
-        raise ValueError(
+        raise UserError(
             f"num_train_timesteps={num_train_timesteps}, must be {GRID}, the time grid of the windows; "
             "choose another --config.model.path"
         )
@@ -157,7 +159,7 @@ def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_tr
         bar = np.cos((_GRID_TIMES + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
     else:
-        raise ValueError(
+        raise UserError(
             f"beta_schedule={beta_schedule!r}, must be scaled_linear, linear or squaredcos_cap_v2; "
             "choose another --config.model.path"
         )
@@ -171,19 +173,19 @@ def from_config(scheduler_config: Mapping[str, Any]) -> Schedule:
       ValueError: a key is missing, or the table is of no use here (trained_betas, rescale_betas_zero_snr).
     """
     if scheduler_config.get("trained_betas") is not None:
-        raise ValueError(
+        raise UserError(
             "trained_betas in scheduler_config.json must be null: only named beta schedules are read; "
             "choose another --config.model.path"
         )
     if scheduler_config.get("rescale_betas_zero_snr"):
-        raise ValueError(
+        raise UserError(
             "rescale_betas_zero_snr=true must be false: alpha(1) = 0 leaves the image undetermined by epsilon; "
             "choose another --config.model.path"
         )
     keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
     missing = [k for k in keys if scheduler_config.get(k) is None]
     if missing:
-        raise ValueError(f"scheduler_config.json lacks {', '.join(missing)}; choose another --config.model.path")
+        raise UserError(f"scheduler_config.json lacks {', '.join(missing)}; choose another --config.model.path")
     return make_schedule(*(scheduler_config[k] for k in keys))
 
 

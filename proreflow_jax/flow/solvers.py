@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from proreflow_jax import UserError
 from proreflow_jax.flow.prediction import convert, ddim_jump, flow_velocity
 from proreflow_jax.flow.schedule import Schedule, as_time, per_example
 
@@ -92,7 +93,7 @@ def make_step(name: str, schedule: Schedule, predict_eps: Predict) -> Step:
         "dpmpp_2m": lambda z, t, u, carry: dpmpp_2m_step(schedule, predict_eps, z, t, u, carry),
     }
     if name not in steps:
-        raise ValueError(f"solver {name!r}, must be one of {', '.join(SOLVERS)}; change --config.pairs.solver")
+        raise UserError(f"solver {name!r}, must be one of {', '.join(SOLVERS)}; change --config.pairs.solver")
     return steps[name]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from proreflow_jax import UserError
 from proreflow_jax.flow.schedule import GRID, Schedule, as_time, grid_time, per_example, position
 
 PATHS = ("linear", "first_order")
@@ -20,13 +21,13 @@ def check_windows(n: int) -> None:
     """Raises ValueError unless n windows have their bounds on the grid: 1000 % n == 0."""
     if n < 1 or GRID % n:
         near = [d for d in range(1, GRID + 1) if GRID % d == 0 and d <= 2 * max(n, 4)][-4:]
-        raise ValueError(f"{n} windows, must divide {GRID} (1000 % n == 0), for example {near}; change --config.stages")
+        raise UserError(f"{n} windows, must divide {GRID} (1000 % n == 0), for example {near}; change --config.stages")
 
 
 def check_path(path: str) -> None:
     """Raises ValueError unless path names a path inside a window."""
     if path not in PATHS:
-        raise ValueError(f"path {path!r}, must be one of {', '.join(PATHS)}; change --config.student.path")
+        raise UserError(f"path {path!r}, must be one of {', '.join(PATHS)}; change --config.student.path")
 
 
 def bounds(n: int) -> Float[np.ndarray, "n_plus_1"]:
@@ -63,7 +64,7 @@ def nodes(t_s: Float[ArrayLike, "*b"], t_e: Float[ArrayLike, "*b"], steps: int) 
 def check_steps(steps: int, width: int) -> None:
     """Raises ValueError unless a window of `width` grid steps can be crossed in `steps` steps on the grid."""
     if not 1 <= steps <= width:
-        raise ValueError(
+        raise UserError(
             f"{steps} steps across one window, must be 1 to {width}, the window's steps on the 1/{GRID} grid; "
             "change --config.pairs.steps"
         )
@@ -77,10 +78,10 @@ def sampling_nodes(steps: int, n: int) -> Float[np.ndarray, "steps_plus_1"]:
     """
     check_windows(n)
     if steps < n:
-        raise ValueError(f"{steps} sampling steps, must be at least the number of windows, {n}; change --steps")
+        raise UserError(f"{steps} sampling steps, must be at least the number of windows, {n}; change --steps")
     width = GRID // n
     if steps > GRID:
-        raise ValueError(f"{steps} sampling steps, must be at most the {GRID} steps of the grid; change --steps")
+        raise UserError(f"{steps} sampling steps, must be at most the {GRID} steps of the grid; change --steps")
     edges, shares = _bound_indices(n), [steps // n + (k < steps % n) for k in range(n)]
     inner = [edge - (width * np.arange(m) + m // 2) // m for edge, m in zip(edges, shares, strict=False)]
     return np.concatenate([*inner, [0]]) / GRID

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.data import cached, kinds, loader, records
 from proreflow_jax.jobs.write_records import batched, begin_records, publish_records, write_records
 from proreflow_jax.models.network import Params
@@ -22,7 +23,7 @@ from proreflow_jax.run.open import open_experiment, open_source
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.storage import paths
-from proreflow_jax.storage.lease import LOCK
+from proreflow_jax.storage.gcs import LOCK
 
 log = logging.getLogger(__name__)
 OUT = "--out"
@@ -49,9 +50,9 @@ def cache(config: ConfigDict, out: str) -> None:
 def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
-        raise ValueError(f"{OUT} is empty: name the folder of the cache")
+        raise UserError(f"{OUT} is empty: name the folder of the cache")
     if config.data.kind in (kinds.CACHED, *kinds.WITHOUT_IMAGES):
-        raise ValueError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
+        raise UserError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
     folder = paths.parse_path(out, OUT)
     paths.check_reachable(folder)
     first(partial(_check_free, folder))
@@ -61,7 +62,7 @@ def _folder(config: ConfigDict, out: str) -> paths.Location:
 def _check_free(folder: paths.Location) -> None:
     if folder.exists() and not (folder / records.PLAN).exists():
         if not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()):
-            raise ValueError(f"{OUT}={folder} holds other files: name a new folder")
+            raise UserError(f"{OUT}={folder} holds other files: name a new folder")
 
 
 def check_cacheable(experiment: Experiment) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.data import captions, digits, loader
 from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
@@ -44,9 +45,9 @@ class Rows:
 def pretrain(config: ConfigDict, out: str) -> None:
     """Trains both parts and writes the diffusers folder `out`. Raises ValueError if `out` exists."""
     if not out:
-        raise ValueError("--out is empty: name the diffusers folder to write")
+        raise UserError("--out is empty: name the diffusers folder to write")
     if paths.parse_local(out, "--out").exists():
-        raise ValueError(f"{out} exists already: choose another --out, or remove it")
+        raise UserError(f"{out} exists already: choose another --out, or remove it")
     run = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
     with job_lock(run):
         images, texts = _images(config)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, fid, protocols, report
 from proreflow_jax.evaluation.judges import CLIP, FID, Judge, make_judge
@@ -33,8 +34,8 @@ from proreflow_jax.run.recipes import student_flow
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import check_alone
-from proreflow_jax.storage import atomic, local_copy, lock, paths
-from proreflow_jax.storage.files import digest as json_digest
+from proreflow_jax.storage import atomic, lock, paths
+from proreflow_jax.storage.atomic import digest as json_digest
 
 log = logging.getLogger(__name__)
 INCEPTION = "--config.evaluate.inception"
@@ -88,19 +89,19 @@ def check_scores(config: ConfigDict) -> None:
     """Raises ValueError or FileNotFoundError, one line, for what cannot be measured; reads no model."""
     e, plan = config.evaluate, make_plan(config)
     if plan.protocol.choice not in coco.CHOICES:
-        raise ValueError(f"--config.evaluate.protocol={plan.protocol.name} has a table of its own, no FID of COCO")
+        raise UserError(f"--config.evaluate.protocol={plan.protocol.name} has a table of its own, no FID of COCO")
     if plan.count < 2:
-        raise ValueError(f"--config.evaluate.examples={e.examples} must be at least 2, or 0: as the protocol says")
+        raise UserError(f"--config.evaluate.examples={e.examples} must be at least 2, or 0: as the protocol says")
     if plan.guidance < 0:
-        raise ValueError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
+        raise UserError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
     if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in plan.seeds) or len(set(plan.seeds)) < len(plan.seeds):
-        raise ValueError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
+        raise UserError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
     check_alone(f"evaluate with --config.evaluate.protocol={plan.protocol.name}")
     _check_file(e.inception)
     for name in ("images", "captions"):
         paths.parse_local(e[name], f"--config.evaluate.{name}")
     if e.clip and not _local(e.clip, clip_score.FLAG).is_dir():
-        raise FileNotFoundError(f"{e.clip} is not a folder: {clip_score.FLAG} must name that of a CLIPModel")
+        raise MissingFile(f"{e.clip} is not a folder: {clip_score.FLAG} must name that of a CLIPModel")
     if coco.is_tfds(e.images):
         coco.check_tfds(Path(e.images).expanduser(), plan.protocol.year)
     else:
@@ -108,25 +109,25 @@ def check_scores(config: ConfigDict) -> None:
 
 
 def _local(path: str, flag: str) -> Path:
-    return local_copy.local_copy(paths.parse_path(path, flag), flag).expanduser()
+    return paths.local_copy(paths.parse_path(path, flag), flag).expanduser()
 
 
 def _check_file(path: str) -> None:
     if not path:
-        raise ValueError("--config.evaluate.inception is empty: name the FID network's .safetensors file (see docs/scores.md)")
+        raise UserError("--config.evaluate.inception is empty: name the FID network's .safetensors file (see docs/scores.md)")
     if Path(path).suffix in PICKLES:
-        raise ValueError(
+        raise UserError(
             f"--config.evaluate.inception={path} is a pickle, which may run code and is never opened here: convert it where "
             f"you trust it, {CONVERT.format(path=path)}, and name inception.safetensors"
         )
     if not _local(path, INCEPTION).is_file():
-        raise FileNotFoundError(f"{path} is not a file: --config.evaluate.inception must name the FID network's .safetensors")
+        raise MissingFile(f"{path} is not a file: --config.evaluate.inception must name the FID network's .safetensors")
 
 
 def _check_count(plan: Plan, examples: int, split: coco.Split) -> None:
     """The whole reference, unless the config asks for a count of its own."""
     if not examples and len(split.images) != plan.protocol.real:
-        raise ValueError(
+        raise UserError(
             f"--config.evaluate.captions names {len(split.images):,} images, {plan.protocol.name} rests on "
             f"{plan.protocol.real:,}: give the official file, or say by --config.evaluate.examples that you depart from it"
         )
@@ -170,7 +171,7 @@ def _rows(experiment: Experiment) -> list[Row]:
     for count, steps in e.student_steps:
         stage = find_stage(experiment.stages, count)
         if not (stage.folder / DONE).is_file():
-            raise FileNotFoundError(f"{stage.folder / DONE} is missing: run distill, or leave it out of evaluate.student_steps")
+            raise MissingFile(f"{stage.folder / DONE} is missing: run distill, or leave it out of evaluate.student_steps")
         rows.append(Row(f"{count}-window student", count, student_flow(experiment.config, stage), steps))
     for row in rows:
         sampler.check_sampling(row.steps, row.flow)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.data import digits
 from proreflow_jax.evaluation import classifier, frechet, report
 from proreflow_jax.flow import solvers, windows
@@ -59,14 +60,14 @@ def check_digits(experiment: Experiment) -> None:
     """Raises ValueError, one line, for a table that cannot be made."""
     config = experiment.config
     if config.data.kind != "digits":
-        raise ValueError(
+        raise UserError(
             f"--config.data.kind={config.data.kind}: --config.evaluate.protocol=digits is for data.kind=digits alone, "
             "take coco2017-5k or coco2014-30k"
         )
     examples, batch = config.evaluate.examples, config.evaluate.batch
     ways = mesh.ways(experiment.mesh)
     if batch < 1 or examples < 1 or examples % batch or batch % ways:
-        raise ValueError(
+        raise UserError(
             f"--config.evaluate.batch={batch} must divide --config.evaluate.examples={examples} "
             f"and be a multiple of {ways} devices"
         )

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.data import digits
 from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
@@ -46,11 +47,11 @@ def check_study(config: ConfigDict) -> None:
     for name in ("steps", "perturbed_steps"):
         windows.check_steps(s[name], 1000)
     if bad := [count for count in config.stages if s.steps % count]:
-        raise ValueError(f"--config.evaluate.study.steps={s.steps} must be a multiple of {bad[0]}, a count of --config.stages")
+        raise UserError(f"--config.evaluate.study.steps={s.steps} must be a multiple of {bad[0]}, a count of --config.stages")
     if s.seeds < 2 or s.examples < 1:
-        raise ValueError(f"--config.evaluate.study.seeds={s.seeds} must be at least 2 and .examples={s.examples} at least 1")
+        raise UserError(f"--config.evaluate.study.seeds={s.seeds} must be at least 2 and .examples={s.examples} at least 1")
     if not s.sizes or any(not 0 < size <= 2 for size in s.sizes):
-        raise ValueError(f"--config.evaluate.study.sizes={s.sizes} must be relative errors in (0, 2]")
+        raise UserError(f"--config.evaluate.study.sizes={s.sizes} must be relative errors in (0, 2]")
 
 
 def study_flow(experiment: Experiment) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import first, first_says, leads
 from proreflow_jax.runtime.profiler import Trace
-from proreflow_jax.storage import atomic, local_copy
+from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
@@ -74,7 +74,7 @@ def _source(experiment: Experiment, stage: Stage) -> loader.Source:
     """Pair records, or captions (and images) for the online mode."""
     if experiment.config.pairs.mode == "online":
         return open_source(experiment)
-    return records.PairRecords(local_copy.local_copy(stage.folder / "pairs"), verify=leads())
+    return records.PairRecords(paths.local_copy(stage.folder / "pairs"), verify=leads())
 
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:

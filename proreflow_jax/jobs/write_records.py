@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from proreflow_jax import RunFailed
 from proreflow_jax.data import loader, records
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays, leads, told
@@ -59,7 +60,7 @@ def write_records(
 def publish_records(folder: Location, plan: dict[str, Any]) -> None:
     """Writes the manifest. Raises RuntimeError if a shard is missing."""
     if not records.publish(folder, plan):
-        raise RuntimeError(f"{folder}: shards are missing after the last one was made; run the same command again")
+        raise RunFailed(f"{folder}: shards are missing after the last one was made; run the same command again")
 
 
 def batched(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from proreflow_jax import UserError
 from proreflow_jax.models.attention import heads_attention
 from proreflow_jax.models.layers import gelu
 
@@ -102,7 +103,7 @@ class CLIPText(nnx.Module):
 
     def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
         if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
-            raise ValueError(f"text encoder: hidden_act={config['hidden_act']!r} is unknown, known: {sorted(ACTIVATIONS)}")
+            raise UserError(f"text encoder: hidden_act={config['hidden_act']!r} is unknown, known: {sorted(ACTIVATIONS)}")
         self.end = config.get("eos_token_id", 2)
         self.text_model = TextTransformer(config, rngs)
         if "CLIPTextModelWithProjection" in (config.get("architectures") or ()):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from proreflow_jax import UserError
 from proreflow_jax.models.clip import ACTIVATIONS, Encoder
 from proreflow_jax.models.network import Network, network
 
@@ -62,14 +63,14 @@ class CLIPImage(nnx.Module):
 
     def __init__(self, config: dict, rngs: nnx.Rngs) -> None:
         if config["hidden_act"] not in ACTIVATIONS:
-            raise ValueError(f"image encoder: hidden_act={config['hidden_act']!r} is unknown, known: {sorted(ACTIVATIONS)}")
+            raise UserError(f"image encoder: hidden_act={config['hidden_act']!r} is unknown, known: {sorted(ACTIVATIONS)}")
         self.taken = (config["image_size"], config["image_size"], config["num_channels"])
         self.vision_model = VisionTransformer(config, rngs)
         self.visual_projection = nnx.Linear(config["hidden_size"], config["projection_dim"], use_bias=False, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
         if images.shape[1:] != self.taken:
-            raise ValueError(f"image encoder: images of {images.shape[1:]}, its config.json says {self.taken} (h, w, c)")
+            raise UserError(f"image encoder: images of {images.shape[1:]}, its config.json says {self.taken} (h, w, c)")
         model = self.vision_model
         x = model.pre_layrnorm(model.embeddings(images))
         for layer in model.encoder.layers:

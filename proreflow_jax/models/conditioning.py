@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from proreflow_jax import UserError
 from proreflow_jax.models.network import Network, Params
 
 
@@ -58,15 +59,15 @@ def check_fit(unet: Mapping[str, Any], encoders: Mapping[str, Network], origin: 
     """Raises ValueError, one line, if a UNet's config.json asks for another conditioning than the text encoders give."""
     widths = [encoder.config["hidden_size"] for encoder in encoders.values()]
     if sum(widths) != unet["cross_attention_dim"]:
-        raise ValueError(
+        raise UserError(
             f"{origin}: the UNet reads text states of width {unet['cross_attention_dim']}, its text encoders give {sum(widths)}"
         )
     added = unet.get("addition_embed_type") is not None
     if added != (len(encoders) == 2):
-        raise ValueError(f"{origin}: a UNet with micro-conditioning (SDXL) and two text encoders go together, one is missing")
+        raise UserError(f"{origin}: a UNet with micro-conditioning (SDXL) and two text encoders go together, one is missing")
     if added:
         last = list(encoders.values())[-1]
         pooled = last.shapes["text_projection.weight"].shape[1] if "text_projection.weight" in last.shapes else widths[-1]
         asked, given = unet["projection_class_embeddings_input_dim"], pooled + 6 * unet["addition_time_embed_dim"]
         if asked != given:
-            raise ValueError(f"{origin}: the UNet reads {asked} numbers beside the text, SDXL base gives {given} (a refiner?)")
+            raise UserError(f"{origin}: the UNet reads {asked} numbers beside the text, SDXL base gives {given} (a refiner?)")

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from proreflow_jax import UserError
 from proreflow_jax.models import network
 
 NAME = "inception-2015-12-05"  # named beside every number that rests on it
@@ -237,5 +238,5 @@ def make_inception(resize: str = "tf1") -> network.Network:
     Raises ValueError for another name.
     """
     if resize not in RESIZES:
-        raise ValueError(f"resize {resize!r} is none of {', '.join(RESIZES)}: change --config.evaluate.protocol")
+        raise UserError(f"resize {resize!r} is none of {', '.join(RESIZES)}: change --config.evaluate.protocol")
     return network.network(lambda rngs: Inception(resize, rngs), {"name": NAME, "resize": resize})

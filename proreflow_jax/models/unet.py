@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from proreflow_jax import UserError
 from proreflow_jax.models.attention import Transformer2D
 from proreflow_jax.models.compute import PLAIN, Compute, rerun
 from proreflow_jax.models.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, conv, group_norm, sinusoid
@@ -74,7 +75,7 @@ def architecture(config: dict) -> Architecture:
     for field, values in KNOWN.items():
         if config.get(field, values[0]) not in values:
             known = ", ".join(map(repr, values))
-            raise ValueError(f"unet config: {field}={config[field]!r} is not supported, known: {known}")
+            raise UserError(f"unet config: {field}={config[field]!r} is not supported, known: {known}")
     widths = config["block_out_channels"]
     n = len(widths)
     spread = lambda value: list(value) if isinstance(value, (list, tuple)) else [value] * n
@@ -85,9 +86,9 @@ def architecture(config: dict) -> Architecture:
     down, up = config["down_block_types"], config["up_block_types"]
     for field in ("down_block_types", "up_block_types"):
         if unknown := [kind for kind in config[field] if kind not in kinds]:
-            raise ValueError(f"unet config: {field} has {unknown[0]!r}, which is not supported, known: {sorted(kinds)}")
+            raise UserError(f"unet config: {field} has {unknown[0]!r}, which is not supported, known: {sorted(kinds)}")
     if [kinds[k] for k in down] != [kinds[k] for k in reversed(up)]:
-        raise ValueError(f"unet config: up_block_types {list(up)} do not mirror down_block_types {list(down)}")
+        raise UserError(f"unet config: up_block_types {list(up)} do not mirror down_block_types {list(down)}")
     levels = zip(widths, heads, [d * kinds[k] for d, k in zip(depths, down, strict=True)], resnets, strict=True)
     added = config.get("addition_embed_type") == "text_time"
     return Architecture(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.models.network import cast
 from proreflow_jax.perf import chips, dummy_arrays, flops
 from proreflow_jax.perf.measure import spread, work
@@ -28,7 +29,7 @@ try:
     import diffusers
     import torch
 except ImportError:
-    raise ValueError("--against=diffusers needs torch and diffusers: pip install 'proreflow_jax[export-check]'") from None
+    raise UserError("--against=diffusers needs torch and diffusers: pip install 'proreflow_jax[export-check]'") from None
 
 ALONE = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 Inputs = dict[str, np.ndarray]  # latents (b,h,w,c), timesteps (b,), states (b,s,d), and SDXL's pooled and time_ids

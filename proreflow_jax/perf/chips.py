@@ -7,6 +7,8 @@ links of a chip together; clocks are those that turn the compiler's cycles into 
 
 from typing import NamedTuple
 
+from proreflow_jax import UserError
+
 GIB = 2**30
 
 
@@ -46,7 +48,7 @@ def slice_chip(name: str) -> Chip:
     family, _, shape = name.partition(":")
     if shape not in SLICES.get(family, ()):
         known = "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in SLICES.items())
-        raise ValueError(f"--slice={name} is not a slice that is known, as in --slice=v5e:4x4 ({known})")
+        raise UserError(f"--slice={name} is not a slice that is known, as in --slice=v5e:4x4 ({known})")
     return CHIPS[family]
 
 

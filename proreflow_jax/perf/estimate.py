@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from proreflow_jax import RunFailed
 from proreflow_jax.perf import chips, jobs, tpu_compile
 from proreflow_jax.perf.jobs import Job
 from proreflow_jax.reflow.stages import find_stage
@@ -27,7 +28,7 @@ from proreflow_jax.run.config_fields import changed, has_field
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
 from proreflow_jax.storage import atomic
-from proreflow_jax.storage.files import digest
+from proreflow_jax.storage.atomic import digest
 
 log = logging.getLogger(__name__)
 FREE = (  # of the config: they change no program
@@ -212,7 +213,7 @@ def _code() -> str:
     for pattern in PROGRAMS:
         paths = sorted(PACKAGE.glob(pattern))
         if not paths:
-            raise RuntimeError(f"{pattern} in perf/estimate.py matches no file of the package: name what took its place")
+            raise RunFailed(f"{pattern} in perf/estimate.py matches no file of the package: name what took its place")
         for path in paths:
             code.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
     return code.hexdigest()

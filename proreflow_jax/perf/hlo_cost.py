@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from proreflow_jax import UserError
 from proreflow_jax.perf.chips import Chip
 
 KINDS = ("convolutions", "linears", "attention", "norms and sums", "copies", "pads", "elementwise", "kernels")
@@ -96,7 +97,7 @@ def parse(text: str) -> tuple[dict[str, list[Op]], str]:
         elif current is not None and (found := _LINE.match(line)):
             current.append(_op(*found.groups()))
     if not entry:
-        raise ValueError("the compiler's text has no ENTRY: it is of a version that this reader does not know")
+        raise UserError("the compiler's text has no ENTRY: it is of a version that this reader does not know")
     return computations, entry
 
 

@@ -24,7 +24,7 @@ from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_source
 from proreflow_jax.runtime import mesh
-from proreflow_jax.storage import local_copy
+from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
 JOBS = ("pairs", "train")  # that read something
@@ -87,7 +87,7 @@ def _records(experiment: Experiment, stage: Stage, folder: Path) -> tuple[loader
     """The stage's own pairs, or a few batches of such records, written into `folder`."""
     own = stage.folder / "pairs"
     if (own / records.MANIFEST).is_file():
-        return records.PairRecords(local_copy.local_copy(own), verify=False), "the stage's pair records"
+        return records.PairRecords(paths.local_copy(own), verify=False), "the stage's pair records"
     b = experiment.config.train.batch
     plan, rows = {"examples": MADE * b, "shard_size": b}, jobs.record_shapes(experiment, stage)
     draws = np.random.default_rng(0)

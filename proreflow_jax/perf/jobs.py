@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.data import cached, kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
@@ -61,7 +62,7 @@ def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) 
 def wanted(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
     """(windows, job) of everything that is asked for, in the order in which it would run."""
     if stage and stage not in config.stages:
-        raise ValueError(f"--stage={stage} is not a stage of this config: --config.stages has {list(config.stages)}")
+        raise UserError(f"--stage={stage} is not a stage of this config: --config.stages has {list(config.stages)}")
     chosen = [cli.choose(name.strip(), JOBS, "--jobs") for name in jobs.split(",")]
     online = config.pairs.mode == "online"
     names = [name for name in JOBS if name in chosen and not (online and name == "pairs")]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from proreflow_jax import UserError
 from proreflow_jax.perf import chips, hlo_cost
 
 LIBTPU = "libtpu==0.0.51"
@@ -56,7 +57,7 @@ class Compiled(NamedTuple):
 def prepare() -> None:
     """Keeps jax from looking for a TPU here, before it looks for any device. Raises ValueError if there is no TPU compiler."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"the TPU compiler is not installed: pip install {LIBTPU} (the extra `plan`)")
+        raise UserError(f"the TPU compiler is not installed: pip install {LIBTPU} (the extra `plan`)")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import huggingface_hub as hf  # loads its parts when they are named: half a second that a local model does not pay
 from huggingface_hub import constants
 
+from proreflow_jax import MissingFile, UserError
+
 log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it writes every address, signed ones too
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -94,7 +96,7 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
     try:
         folder = Path(hf.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
     except LocalEntryNotFoundError:
-        raise FileNotFoundError(f"{what}: {mend}") from None
+        raise MissingFile(f"{what}: {mend}") from None
     try:
         sizes = {entry.path: entry.size for entry in hf.get_cached_repo_tree(repo, revision=revision)}
     except CachedRepoTreeNotFoundError:  # older versions of the library kept no listing: then what is there is all
@@ -102,7 +104,7 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
 
     def here(name: str) -> Path:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{what} completely (no {name}): {mend}")
+            raise MissingFile(f"{what} completely (no {name}): {mend}")
         return folder / name
 
     for group in _groups(Repository(repo, folder.name, sizes, here), configs_only, flag).values():
@@ -116,7 +118,7 @@ def _groups(found: Repository, configs_only: bool, flag: str) -> dict[str, list[
     """What is needed: {component: paths}, "" for what lies beside them. Raises ValueError, one line."""
     where = f"{flag}={found.repo}"
     if INDEX not in found.sizes:
-        raise ValueError(
+        raise UserError(
             f"{where} is no diffusers repository: it holds no {INDEX}; a single file of it must be downloaded first"
         )
     index = _read_object(found.read(INDEX), f"{where}: {INDEX}")
@@ -141,10 +143,10 @@ def _weights(found: Repository, component: str, own: set[str], where: str) -> li
                 table = listing.get("weight_map")
                 shards = {str(name) for name in table.values()} if isinstance(table, dict) else set()
                 if not shards or shards - own:
-                    raise ValueError(f"{where}: {component}/{index} names weights that the repository does not hold")
+                    raise UserError(f"{where}: {component}/{index} names weights that the repository does not hold")
                 return [index, *sorted(shards)]
     if pickled := sorted(name for name in own if name.endswith(PICKLES)):
-        raise ValueError(f"{where}: {component} holds only {pickled[0]}, a pickle, which may run code: {CONVERT}")
+        raise UserError(f"{where}: {component} holds only {pickled[0]}, a pickle, which may run code: {CONVERT}")
     return []
 
 
@@ -152,7 +154,7 @@ def _read_object(path: Path, name: str) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{name} is not a JSON object") from None
+        raise UserError(f"{name} is not a JSON object") from None
 
 
 def _exactly(names: list[str]) -> list[str]:
@@ -198,18 +200,18 @@ def _explained(repo: str, revision: str, flag: str, again: str = "") -> Iterator
     try:
         yield
     except errors.GatedRepoError:
-        raise ValueError(f"{flag}={repo} is gated: accept its terms at {constants.ENDPOINT}/{repo} and {LOGIN}") from None
+        raise UserError(f"{flag}={repo} is gated: accept its terms at {constants.ENDPOINT}/{repo} and {LOGIN}") from None
     except errors.RepositoryNotFoundError:
         what = "there is no such folder here, and on the hub no such model or a private one"
-        raise ValueError(f"{flag}={repo}: {what}: check the name, or {LOGIN}") from None
+        raise UserError(f"{flag}={repo}: {what}: check the name, or {LOGIN}") from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"--config.model.revision={revision} is no branch, tag or commit of {repo}") from None
+        raise UserError(f"--config.model.revision={revision} is no branch, tag or commit of {repo}") from None
     except errors.HfHubHTTPError as error:
         raise _refused(f"{flag}={repo}", error.response.status_code, error.server_message) from None
     except (*lost, errors.XetDownloadError) as error:
         raise ConnectionError(f"{flag}={repo}: no connection to the hub ({type(error).__name__}){again}") from None
     except errors.HFValidationError:
-        raise ValueError(f"{flag}={repo} is neither a folder here nor an id (owner/name) that the hub allows") from None
+        raise UserError(f"{flag}={repo} is neither a folder here nor an id (owner/name) that the hub allows") from None
     except errors.OfflineModeIsEnabled:
         raise ConnectionError(f"{flag}={repo}: HF_HUB_OFFLINE forbids the network") from None
 
@@ -226,12 +228,12 @@ def _refused(what: str, status: int, said: str | None) -> OSError | ValueError:
 def contents(folder: Path) -> dict[str, int]:
     """{path: bytes} of what `upload` sends. Raises FileNotFoundError or ValueError unless `folder` is an export."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"--folder={folder} does not exist: name a folder that export wrote")
+        raise MissingFile(f"--folder={folder} does not exist: name a folder that export wrote")
     if not (folder / CARD).is_file():
-        raise ValueError(f"--folder={folder} holds no {CARD}: only a folder that export or merge wrote is uploaded")
+        raise UserError(f"--folder={folder} holds no {CARD}: only a folder that export or merge wrote is uploaded")
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
     if links := [str(name) for name, path in found.items() if path.is_symlink()]:
-        raise ValueError(f"--folder={folder} holds the link {links[0]}: upload a folder of plain files")
+        raise UserError(f"--folder={folder} holds the link {links[0]}: upload a folder of plain files")
     shown = {name: path for name, path in found.items() if not any(part[0] == "." for part in name.parts)}
     return {name.as_posix(): path.stat().st_size for name, path in shown.items() if path.is_file()}
 
@@ -247,14 +249,14 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     """
     names = contents(folder)
     if not ID.fullmatch(repo):
-        raise ValueError(f"--repo={repo} must be owner/name, in letters, digits, '.', '_' and '-'")
+        raise UserError(f"--repo={repo} must be owner/name, in letters, digits, '.', '_' and '-'")
     if hf.get_token() is None:
-        raise ValueError(f"--repo={repo}: uploading needs a token: {LOGIN}")
+        raise UserError(f"--repo={repo}: uploading needs a token: {LOGIN}")
     api = hf.HfApi()
     with _explained(repo, "main", "--repo"):
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.model_info(repo).private:
-            raise ValueError(f"--repo={repo} exists and is public: choose another name, or say --public")
+            raise UserError(f"--repo={repo} exists and is public: choose another name, or say --public")
         files = [hf.CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
         api.create_commit(repo, files, commit_message="Student exported by proreflow_jax")
     return f"{api.endpoint}/{repo}"

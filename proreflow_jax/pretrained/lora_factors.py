@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from proreflow_jax import UserError
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file
 from proreflow_jax.pretrained.weights import TABLE, Shapes, listing, to_torch
@@ -37,12 +38,12 @@ def _matching(weights: Shapes, layers: str) -> list[str]:
     try:
         matched = [name for name in weights if re.search(layers, name)]
     except re.error as error:
-        raise ValueError(f"{flag} is not a regular expression: {error}") from None
+        raise UserError(f"{flag} is not a regular expression: {error}") from None
     if not matched:
-        raise ValueError(f"{flag} matches none of {len(weights)} weights, such as {min(weights, default='')}")
+        raise UserError(f"{flag} matches none of {len(weights)} weights, such as {min(weights, default='')}")
     if found := [name for name in matched if _factorable(name, weights[name].shape)]:
         return found
-    raise ValueError(f"{flag} must match linear or convolution weights, and matches {listing('others', matched)[0]}")
+    raise UserError(f"{flag} must match linear or convolution weights, and matches {listing('others', matched)[0]}")
 
 
 def shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -57,7 +58,7 @@ def shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.ShapeDtypeS
       ValueError: one line, for a rank < 1, or a regex that is none or finds no linear or convolution weight.
     """
     if rank < 1:
-        raise ValueError(f"--config.student.lora.rank={rank} must be at least 1")
+        raise UserError(f"--config.student.lora.rank={rank} must be at least 1")
     made = {}
     for name in _matching(weights, layers):
         (*head, out), stem = weights[name].shape, name.removesuffix(".weight")
@@ -91,9 +92,9 @@ def scale_of(rank: int, alpha: float) -> float:
     Raises ValueError, one line, if rank < 1 or alpha is negative or not finite.
     """
     if rank < 1:
-        raise ValueError(f"--config.student.lora.rank={rank} must be at least 1")
+        raise UserError(f"--config.student.lora.rank={rank} must be at least 1")
     if not 0 <= alpha < math.inf:
-        raise ValueError(f"--config.student.lora.alpha={alpha} must be 0 (alpha = rank) or a positive number")
+        raise UserError(f"--config.student.lora.alpha={alpha} must be 0 (alpha = rank) or a positive number")
     return alpha / rank if alpha else 1.0
 
 
@@ -102,7 +103,7 @@ def _pairs(factors: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     stems = sorted({name.removesuffix(part) for part in (A, B) for name in factors if name.endswith(part)})
     known = {stem + part for stem in stems for part in (A, B)}
     if problems := [*listing("missing", known - factors.keys()), *listing("unexpected", factors.keys() - known)]:
-        raise ValueError(f"factors must be pairs of X{A} and X{B}: {'; '.join(problems)}")
+        raise UserError(f"factors must be pairs of X{A} and X{B}: {'; '.join(problems)}")
     return {f"{stem}.weight": (factors[stem + A], factors[stem + B]) for stem in stems}
 
 
@@ -120,7 +121,7 @@ def add(base: Params, factors: Params, scale: float) -> Params:
         if n in base and not fits(base[n], a, b)
     ]
     if problems := [*listing("missing in the base", pairs.keys() - base.keys()), *listing("of another shape", wrong)]:
-        raise ValueError(f"factors are not of this network: {'; '.join(problems)}")
+        raise UserError(f"factors are not of this network: {'; '.join(problems)}")
 
     def weight(value: Array, a: Array, b: Array) -> Array:
         change = jnp.tensordot(a, b.reshape(b.shape[-2:]), 1, precision="highest", preferred_element_type=jnp.float32)

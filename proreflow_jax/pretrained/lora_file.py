@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proreflow_jax import UserError
 from proreflow_jax.pretrained.weights import listing
 
 Tensors = Mapping[str, np.ndarray]
@@ -33,7 +34,7 @@ class Factors(NamedTuple):
 def _refuse(title: str, problems: Mapping[str, Iterable[str]]) -> None:
     """One ValueError with every kind of problem, if there is any."""
     if found := [part for kind, names in problems.items() for part in listing(kind, names)]:
-        raise ValueError(f"{title}: {'; '.join(found)}")
+        raise UserError(f"{title}: {'; '.join(found)}")
 
 
 def _sum(left: Tensors, right: Tensors, scale: float, names: tuple[str, str], dtype: Any = None) -> dict[str, np.ndarray]:
@@ -86,7 +87,7 @@ def _layers(delta: Tensors) -> Iterator[tuple[str, np.ndarray]]:
     _refuse("a delta of these has no LoRA", {"not finite": [n for n, v in delta.items() if not np.isfinite(v).all()]})
     changed = sorted(n for n, v in delta.items() if n.endswith(".weight") and v.ndim in (2, 4) and np.any(v))
     if not changed:
-        raise ValueError("student and base have the same linear and convolution weights: there is no LoRA between them")
+        raise UserError("student and base have the same linear and convolution weights: there is no LoRA between them")
     yield from ((name, delta[name]) for name in changed)
 
 
@@ -131,7 +132,7 @@ def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dic
     """
     for wanted in (rank, *ranks):
         if wanted < 1:
-            raise ValueError(f"rank {wanted}: a LoRA has a rank of at least 1 (--rank)")
+            raise UserError(f"rank {wanted}: a LoRA has a rank of at least 1 (--rank)")
     factors, spectra = {}, {}
     for name, change in _layers(delta):
         up, down, spectra[name] = _truncate(_matrix(change), rank)

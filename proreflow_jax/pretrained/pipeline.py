@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from proreflow_jax import UserError
 from proreflow_jax.models import conditioning
 from proreflow_jax.models.compute import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
@@ -157,13 +158,13 @@ def _network(source: sources.Source, component: str, compute: Compute) -> Networ
     try:
         return MAKERS[component](config, *bound)
     except ValueError as error:
-        raise ValueError(f"{source.folder / component}: {error}: name another {sources.PATH}") from None
+        raise UserError(f"{source.folder / component}: {error}: name another {sources.PATH}") from None
 
 
 def _check_channels(networks: dict[str, Network], origin: str) -> None:
     taken, given = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
     if taken != given:
-        raise ValueError(
+        raise UserError(
             f"{origin}: the UNet takes {taken} channels, the VAE gives {given}: models for inpainting or editing "
             "are not distilled, name a text-to-image --config.model.path"
         )

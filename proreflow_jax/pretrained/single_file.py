@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from proreflow_jax import UserError
 from proreflow_jax.pretrained.weights import IGNORED, OLD, OLD_NAME, listing
 
 UNET, VAE, XL = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders"
@@ -88,7 +89,7 @@ def family(names: Iterable[str]) -> str:
         if any(name.startswith(prefix) and MARK.fullmatch(name, len(prefix)) for name in names):
             return found
     looked = ", ".join(f"{PREFIXES[name][last]}*token_embedding.weight ({name})" for name, last in MARKED.items())
-    raise ValueError(f"not a single file of SD 1.x, 2.x or XL: its {len(names)} names (as {names[:2]}) lack {looked}")
+    raise UserError(f"not a single file of SD 1.x, 2.x or XL: its {len(names)} names (as {names[:2]}) lack {looked}")
 
 
 def to_original(component: str, tensors: Mapping[str, np.ndarray], config: Mapping, family: str) -> dict[str, np.ndarray]:
@@ -132,7 +133,7 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
     prefix, table = _prefix(component, family), _table(component, config, family)
     found = [name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - may be a file
     if not found:
-        raise ValueError(f"{component} ({family}): the file has no names that begin with {prefix}")
+        raise UserError(f"{component} ({family}): the file has no names that begin with {prefix}")
     here = {n: prefix + n for n in found if not (component.startswith("text") and _unused(n, config, family))}
     if component == "text_encoder" and "embeddings.token_embedding.weight" in here:  # some old v1 files
         here = {f"text_model.{n}": source for n, source in here.items()}
@@ -162,9 +163,9 @@ class Renamed(Mapping[str, np.ndarray]):
 
 def _prefix(component: str, family: str) -> str:
     if family not in PREFIXES:
-        raise ValueError(f"family {family!r} is unknown, known: {', '.join(PREFIXES)}")
+        raise UserError(f"family {family!r} is unknown, known: {', '.join(PREFIXES)}")
     if component not in PREFIXES[family]:
-        raise ValueError(f"component {component!r} is not part of family {family}, known: {', '.join(PREFIXES[family])}")
+        raise UserError(f"component {component!r} is not part of family {family}, known: {', '.join(PREFIXES[family])}")
     return PREFIXES[family][component]
 
 
@@ -176,7 +177,7 @@ def _table(component: str, config: Mapping, family: str) -> Table:
 
 def _with_attention(config: Mapping, field: str) -> list[bool]:
     if unknown := [kind for kind in config[field] if kind not in UNET_BLOCKS[field]]:
-        raise ValueError(f"unet config: {field} has {unknown[0]!r}; the original layout knows {', '.join(UNET_BLOCKS[field])}")
+        raise UserError(f"unet config: {field} has {unknown[0]!r}; the original layout knows {', '.join(UNET_BLOCKS[field])}")
     return [kind == UNET_BLOCKS[field][0] for kind in config[field]]
 
 
@@ -253,7 +254,7 @@ def _today(component: str, names: Iterable[str]) -> dict[str, str]:
     if component == "vae":
         found = {OLD_NAME.sub(lambda old: OLD[old[0]], name): name for name in names}
     if twice := sorted(set(names) - set(found.values())):
-        raise ValueError(f"{component}: {twice[0]} is there twice, under its old name and that of today")
+        raise UserError(f"{component}: {twice[0]} is there twice, under its old name and that of today")
     return found
 
 
@@ -278,7 +279,7 @@ def _renamed(names: Iterable[str], table: Table, origin: str) -> dict[str, str]:
         else:
             left.append(name)
     if left:
-        raise ValueError(f"{origin}: {listing('names left over, which its config.json gives no place', left)[0]}")
+        raise UserError(f"{origin}: {listing('names left over, which its config.json gives no place', left)[0]}")
     return found
 
 

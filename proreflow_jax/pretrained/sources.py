@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.pretrained import single_file, weights
 
 INDEX = "model_index.json"
@@ -83,7 +84,7 @@ class Source(NamedTuple):
         try:
             return single_file.from_original(component, self.stored, self.config(component), self.family)
         except ValueError as error:
-            raise ValueError(f"{self.file}: {error}: {weights.REPLACE}") from None
+            raise UserError(f"{self.file}: {error}: {weights.REPLACE}") from None
 
 
 def text_encoders(index: Mapping[str, Any]) -> list[str]:
@@ -103,11 +104,11 @@ def _check_config(component: str, config: Mapping[str, Any], folder: Path) -> No
     kinds = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or []
     if component in CLASSES and kinds and kinds[0] not in CLASSES[component]:
         known = " or ".join(CLASSES[component])
-        raise ValueError(f"{folder}: its config.json is that of a {kinds[0]}, must be of a {known}: {KNOWN}: {mend}")
+        raise UserError(f"{folder}: its config.json is that of a {kinds[0]}, must be of a {known}: {KNOWN}: {mend}")
     if lacking := [name for name in FIELDS[component] if config.get(name) is None]:
-        raise ValueError(f"{folder}: its config.json lacks {', '.join(lacking)}: {mend}")
+        raise UserError(f"{folder}: its config.json lacks {', '.join(lacking)}: {mend}")
     if shifted := [name for name in SHIFTED if component == "vae" and config.get(name) is not None]:
-        raise ValueError(f"{folder}: its config.json sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {mend}")
+        raise UserError(f"{folder}: its config.json sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {mend}")
 
 
 def open_folder(folder: str | Path, flag: str = PATH) -> Source:
@@ -118,19 +119,19 @@ def open_folder(folder: str | Path, flag: str = PATH) -> Source:
     folder = Path(folder)
     rule = f"{flag} must name a diffusers folder, {'a single .safetensors file ' if flag == PATH else ''}or a hub id"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}: {rule}")
+        raise MissingFile(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}: {rule}")
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} holds no {INDEX}: {rule}")
+        raise MissingFile(f"{folder} holds no {INDEX}: {rule}")
     try:
         index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(f"{folder / INDEX} is not a JSON object: {rule}") from None
+        raise UserError(f"{folder / INDEX} is not a JSON object: {rule}") from None
     for component, known in CLASSES.items():
         found = _class(index, component)
         if found not in known and (found or component != "text_encoder_2"):
             is_of = f"{folder / INDEX} is of a {index.get('_class_name')}"
             what = f"its {component} is a {found}" if found else f"it has no {component}"
-            raise ValueError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
+            raise UserError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
     linear = weights.read_config(folder / "unet").get("use_linear_projection")
@@ -141,12 +142,12 @@ def file_family(path: Path) -> str:
     """ "v1", "v2" or "xl" of a single file. Raises ValueError, one line, for any other file; pickles are never opened."""
     if path.suffix != ".safetensors":
         how = TO_FOLDER.format("StableDiffusionPipeline", path.name, path.stem)
-        raise ValueError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
+        raise UserError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
     stored = weights.Tensors([path])
     try:
         return single_file.family(stored)
     except ValueError as error:
-        raise ValueError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
+        raise UserError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
 
 
 def open_file(path: Path, like: Path) -> Source:
@@ -156,6 +157,6 @@ def open_file(path: Path, like: Path) -> Source:
     """
     family, beside = file_family(path), open_folder(like, LIKE)
     if beside.family != family:
-        raise ValueError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
+        raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
     kept = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
     return Source(like, kept, family, path, weights.Tensors([path]))

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from proreflow_jax import MissingFile, UserError
+
 log = logging.getLogger(__name__)
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 RULE = "--config.model.path"
@@ -48,7 +50,7 @@ def _read(folder: Path) -> Tokenizer:
     except FileNotFoundError:
         raise
     except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{folder} holds no readable tokenizer ({error}): fetch it again, or name another {RULE}") from None
+        raise UserError(f"{folder} holds no readable tokenizer ({error}): fetch it again, or name another {RULE}") from None
 
 
 def _built(folder: Path) -> Tokenizer:
@@ -58,7 +60,7 @@ def _built(folder: Path) -> Tokenizer:
         return build(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raise FileNotFoundError(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: name another {RULE}")
+    raise MissingFile(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: name another {RULE}")
 
 
 def _text(value: str | dict | None, default: str) -> str:
@@ -76,7 +78,7 @@ def load_tokenizer(*folders: Path) -> PromptTokenizer:
     warned: list[bool] = []
     each = [_load(folder, warned) for folder in folders]
     if len({one.length for one in each}) > 1:
-        raise ValueError(f"{folders[0].parent}: its tokenizers take {' and '.join(str(one.length) for one in each)} tokens")
+        raise UserError(f"{folders[0].parent}: its tokenizers take {' and '.join(str(one.length) for one in each)} tokens")
     together = lambda prompts: np.concatenate([one.encode(prompts) for one in each], axis=1)
     return each[0] if len(each) == 1 else PromptTokenizer(sum(one.length for one in each), together)
 
@@ -93,7 +95,7 @@ def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
     tokenizer.no_padding()
     pad_id, end_id = tokenizer.token_to_id(pad), tokenizer.token_to_id(END)
     if pad_id is None or end_id is None:
-        raise ValueError(f"{folder}: {(pad if pad_id is None else END)!r} is no token of the vocabulary: --config.model.path")
+        raise UserError(f"{folder}: {(pad if pad_id is None else END)!r} is no token of the vocabulary: --config.model.path")
     tokenizer.add_special_tokens([pad])  # SD 2.1 pads with "!", which then is this token inside prompts too
 
     def encode(prompts: Sequence[str]) -> Int[np.ndarray, "b s"]:

@@ -16,7 +16,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from proreflow_jax import MissingFile, UserError
+
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
 TABLE = re.compile(r"(token|position)_embedding\.weight$")
 IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that old text encoders stored
 CONFIG_NAMES = ("config.json", "scheduler_config.json")
@@ -45,9 +48,9 @@ def read_config(folder: Path) -> dict:
             try:
                 return dict(json.loads((folder / name).read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{folder / name} is not valid JSON: {error}: {REPLACE}") from None
+                raise UserError(f"{folder / name} is not valid JSON: {error}: {REPLACE}") from None
     names = " or ".join(CONFIG_NAMES)
-    raise FileNotFoundError(f"{folder} holds no {names}: --config.model.path must name a diffusers folder")
+    raise MissingFile(f"{folder} holds no {names}: --config.model.path must name a diffusers folder")
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -77,7 +80,7 @@ class Tensors(Mapping[str, np.ndarray]):
         with _opened(path := self._where[name]) as file:
             found = file.get_slice(name)
             if (kind := found.get_dtype()).startswith(EIGHT_BITS):
-                raise ValueError(f"{path} keeps {name} in {kind}, too coarse to distil: name a float16 or float32 file of it")
+                raise UserError(f"{path} keeps {name} in {kind}, too coarse to distil: name a float16 or float32 file of it")
             return found[index] if index else found[...]
 
     def __contains__(self, name: object) -> bool:
@@ -96,7 +99,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}: {REPLACE}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {error}: {REPLACE}") from None
 
 
 def only_half(folder: Path) -> bool:
@@ -119,17 +122,17 @@ def _files(folder: Path) -> list[Path]:
                 return _shards(index)
     missing = f"{folder} holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}"
     if pickled := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
-        raise ValueError(f"{missing}, only {pickled[0]}, a pickle, which may run code and is never opened: {CONVERT}")
-    raise FileNotFoundError(missing)
+        raise UserError(f"{missing}, only {pickled[0]}, a pickle, which may run code and is never opened: {CONVERT}")
+    raise MissingFile(missing)
 
 
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{index} is not an index of safetensors files (JSON with a weight_map)") from None
+        raise UserError(f"{index} is not an index of safetensors files (JSON with a weight_map)") from None
     if bad := [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", str(name))]:
-        raise ValueError(f"{index}: {bad[0]!r} is not a plain file name that ends in .safetensors")
+        raise UserError(f"{index}: {bad[0]!r} is not a plain file name that ends in .safetensors")
     return [index.parent / name for name in names]
 
 
@@ -216,7 +219,7 @@ def check_tensors(
         *listing("not finite", broken),
     ]
     if kinds:
-        raise ValueError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {REPLACE}")
+        raise UserError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {REPLACE}")
 
 
 def finite(tensor: np.ndarray) -> bool:

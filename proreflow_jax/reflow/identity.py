@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from proreflow_jax import UserError
 from proreflow_jax.flow import prediction
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import Schedule, grid_time, timestep
@@ -74,7 +75,7 @@ def check_identity(
     gap = jax.jit(lambda p, x, c: identity_gap(p, x, c, unet=unet, schedule=schedule, student=student))
     value = float(gap(params, z, context))
     if not value <= TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"step-0 identity: the untrained student differs from its teacher's DDIM step by {value:.1e}, must be at most "
             f"{TOLERANCE:.0e}: look at scheduler/scheduler_config.json and weights of --config.model.path"
         )

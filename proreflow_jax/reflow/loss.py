@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from proreflow_jax import UserError
 from proreflow_jax.flow import losses, prediction, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import GRID, Schedule, grid_time
@@ -123,14 +124,14 @@ def reflow_loss(
 def check_loss(loss: LossRecipe) -> None:
     """Raises ValueError, one line, for a loss that does not exist."""
     if loss.space not in SPACES:
-        raise ValueError(f"--config.loss.space={loss.space!r} must be one of {', '.join(SPACES)}")
+        raise UserError(f"--config.loss.space={loss.space!r} must be one of {', '.join(SPACES)}")
     if not 0 <= loss.window_start_prob <= 1:
-        raise ValueError(f"--config.loss.window_start_prob={loss.window_start_prob} must be in [0, 1]")
+        raise UserError(f"--config.loss.window_start_prob={loss.window_start_prob} must be in [0, 1]")
     if loss.balance not in BALANCES:
-        raise ValueError(f"--config.loss.balance={loss.balance!r} must be one of {', '.join(BALANCES)}")
+        raise UserError(f"--config.loss.balance={loss.balance!r} must be one of {', '.join(BALANCES)}")
     if loss.huber < 0:
-        raise ValueError(f"--config.loss.huber={loss.huber} must not be negative (0: squared error)")
+        raise UserError(f"--config.loss.huber={loss.huber} must not be negative (0: squared error)")
     if not 0 <= loss.start_steps <= GRID:
-        raise ValueError(f"--config.loss.start_steps={loss.start_steps} must be in [0, {GRID}]")
+        raise UserError(f"--config.loss.start_steps={loss.start_steps} must be in [0, {GRID}]")
     if loss.alpha < 0:
-        raise ValueError(f"--config.loss.alpha={loss.alpha} must not be negative")
+        raise UserError(f"--config.loss.alpha={loss.alpha} must not be negative")

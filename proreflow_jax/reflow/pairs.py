@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from proreflow_jax import UserError
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow import windows as windowing
 from proreflow_jax.flow.parameterization import Parameterization, make_step
@@ -152,11 +153,11 @@ def check_steps(recipe: PairRecipe, flow: Parameterization) -> None:
     windowing.check_windows(recipe.windows)
     windowing.check_steps(recipe.steps, 1000 // recipe.windows)
     if recipe.start not in STARTS:
-        raise ValueError(f"--config.pairs.start={recipe.start!r} must be one of {', '.join(STARTS)}")
+        raise UserError(f"--config.pairs.start={recipe.start!r} must be one of {', '.join(STARTS)}")
     if flow.windows == 0 and recipe.solver not in solvers.SOLVERS:
-        raise ValueError(f"--config.pairs.solver={recipe.solver!r} must be one of {', '.join(solvers.SOLVERS)}")
+        raise UserError(f"--config.pairs.solver={recipe.solver!r} must be one of {', '.join(solvers.SOLVERS)}")
     if flow.windows and flow.windows % recipe.windows:
-        raise ValueError(
+        raise UserError(
             f"a stage of {recipe.windows} windows cannot learn from {flow.windows}: each of --config.stages must "
             "divide the one before"
         )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from proreflow_jax import UserError
 from proreflow_jax.flow import windows
 from proreflow_jax.storage.paths import Location
 
@@ -21,12 +22,12 @@ def plan_stages(windows_of_stages: Sequence[int], run: Location) -> list[Stage]:
     """The stages in order. Raises ValueError unless every count divides 1000 and the count before it."""
     counts = list(windows_of_stages)
     if not counts:
-        raise ValueError("--config.stages is empty: name at least one window count, as in --config.stages='(8, 4, 2)'")
+        raise UserError("--config.stages is empty: name at least one window count, as in --config.stages='(8, 4, 2)'")
     for count in counts:
         windows.check_windows(count)
     for before, after in zip(counts, counts[1:], strict=False):
         if before <= after or before % after:
-            raise ValueError(
+            raise UserError(
                 f"--config.stages={tuple(counts)}: {after} must be a smaller divisor of {before}: windows are merged"
             )
     folders = [run / f"stage-{count}" for count in counts]
@@ -38,4 +39,4 @@ def find_stage(stages: Sequence[Stage], count: int) -> Stage:
     for stage in stages:
         if stage.windows == count:
             return stage
-    raise ValueError(f"--stage={count} is not a stage of this config: --config.stages has {[s.windows for s in stages]}")
+    raise UserError(f"--stage={count} is not a stage of this config: --config.stages has {[s.windows for s in stages]}")

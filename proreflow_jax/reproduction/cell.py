@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proreflow_jax import UserError
 from proreflow_jax.data import digits, loader
 from proreflow_jax.evaluation import classifier, frechet, trajectory
 from proreflow_jax.flow import solvers, windows
@@ -90,7 +91,7 @@ def budget(experiment: Experiment, stage: Stage) -> Spent:
     examples = int(config.reproduce.pair_share * share / cost) // config.pairs.batch * config.pairs.batch
     updates = (share - examples * cost) // (UPDATE * config.train.batch)
     if examples < 1 or updates < 1:
-        raise ValueError(
+        raise UserError(
             f"--config.reproduce.forwards={config.reproduce.forwards} leaves {share} for stage {stage.windows}: not enough for "
             f"one batch of {config.pairs.batch} pairs of {cost} forwards each in a share of {config.reproduce.pair_share} and "
             f"an update of {config.train.batch} images"

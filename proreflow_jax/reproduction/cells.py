@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.flow import windows
 from proreflow_jax.jobs import score_digits
 from proreflow_jax.reproduction.cell import Given, Programs, budget, given, make_programs, measure, student_flow, train
@@ -24,7 +25,7 @@ from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.lineage import base_weights
 from proreflow_jax.run.open import reopen
-from proreflow_jax.storage import atomic, lease, lock, paths
+from proreflow_jax.storage import atomic, lock, paths
 
 log = logging.getLogger(__name__)
 TRAINING = (  # what a method's numbers depend on beside the base model; blocks, or single fields of them
@@ -58,17 +59,17 @@ def check(experiment: Experiment, workers: int) -> None:
     config, r = experiment.config, experiment.config.reproduce
     score_digits.check_digits(experiment)
     if config.pairs.mode != "stored" or config.student.lora.rank:
-        raise ValueError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
+        raise UserError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
     if workers < 1:
-        raise ValueError(f"--workers={workers} must be at least 1")
+        raise UserError(f"--workers={workers} must be at least 1")
     if len(set(r.seeds)) < 2:
-        raise ValueError(f"--config.reproduce.seeds={r.seeds} must be at least two different numbers: a spread needs them")
+        raise UserError(f"--config.reproduce.seeds={r.seeds} must be at least two different numbers: a spread needs them")
     for count in r.steps:
         windows.check_windows(count)
     names = [name for _, name, _ in r.methods]
     for field, named in (("references", r.references), ("effects", [name for row in r.effects for name in row[1:]])):
         if unknown := [name for name in named if name not in names]:
-            raise ValueError(f"--config.reproduce.{field}: {unknown[0]!r} is none of its methods, {', '.join(names)}")
+            raise UserError(f"--config.reproduce.{field}: {unknown[0]!r} is none of its methods, {', '.join(names)}")
 
 
 def make_cells(experiment: Experiment) -> list[Cell]:
@@ -114,7 +115,7 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
                     measured_by = {cell.seed: given(cell.experiment, cell.seed, programs, judge)}
                 _make(cell, programs, measured_by[cell.seed], store)
                 log.info("%s, seed %d: done (%d of %d)", cell.method, cell.seed, number, len(cells))
-        except lease.Locked:
+        except lock.Locked:
             continue
 
 
@@ -157,4 +158,4 @@ def _spawn(workers: int) -> None:
             process.terminate()
         raise
     if any(codes):
-        raise RuntimeError(f"a worker ended with code {codes}: its last line says why; run the same command again to go on")
+        raise RunFailed(f"a worker ended with code {codes}: its last line says why; run the same command again to go on")

@@ -7,13 +7,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.flow.parameterization import DIFFUSION
 from proreflow_jax.models.compute import Compute
 from proreflow_jax.pretrained import hub, pipeline, sources
 from proreflow_jax.pretrained.weights import Shapes
 from proreflow_jax.run.check_config import check_choice
 from proreflow_jax.runtime import mesh
-from proreflow_jax.storage import local_copy, paths
+from proreflow_jax.storage import paths
 
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
     "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -28,12 +29,12 @@ def locate(config: ConfigDict, configs_only: bool = False) -> sources.Source:
     Raises FileNotFoundError or ValueError, one line.
     """
     m = config.model
-    path = local_copy.local_copy(paths.parse_path(m.path, sources.PATH), sources.PATH)
+    path = paths.local_copy(paths.parse_path(m.path, sources.PATH), sources.PATH)
     if path.is_file():
         like = m.like or HOMES[sources.file_family(path)]
         if hub.is_id(like):
             return sources.open_file(path, hub.download(like, "main", configs_only=True, flag=sources.LIKE))
-        return sources.open_file(path, local_copy.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE))
+        return sources.open_file(path, paths.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE))
     return sources.open_folder(hub.download(m.path, m.revision, configs_only) if hub.is_id(m.path) else path)
 
 
@@ -66,5 +67,5 @@ def _reading(config: ConfigDict, machine: Mesh) -> dict[str, Any]:
         check_choice(kind, DIFFUSION, "--config.model.prediction_type")
     for name, value in sizes.items():
         if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
-            raise ValueError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
+            raise UserError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
     return {"prediction_type": kind, **sizes, "compute": compute(config, machine)}

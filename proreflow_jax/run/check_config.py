@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.data import kinds, record_plan
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow.prediction import JUMPS, check_reading
@@ -60,9 +61,9 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
         check_choice(field_value(config, field), known, f"--config.{field}")
     for field, (low, high) in RANGES.items():
         if not low <= field_value(config, field) <= high:
-            raise ValueError(f"--config.{field}={field_value(config, field)} must be in [{low}, {high}]")
+            raise UserError(f"--config.{field}={field_value(config, field)} must be in [{low}, {high}]")
     if not 0 <= config.train.ema < 1:
-        raise ValueError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
+        raise UserError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_reading(config.student.prediction, config.student.path)
     profiler.check_steps(config.profile.steps)
     _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
@@ -75,7 +76,7 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
 def check_export(config: ConfigDict) -> None:
     """Raises ValueError if a stage shall be exported that no stock scheduler reads."""
     if config.student.prediction not in JUMPS:
-        raise ValueError(
+        raise UserError(
             f"--config.student.prediction={config.student.prediction}: no stock scheduler reads this student; train with "
             f"{' or '.join(JUMPS)}, or export nothing by --config.export.stages='()' and later by export --scheduler=windowed"
         )
@@ -85,14 +86,14 @@ def check_resolution(config: ConfigDict, side: int) -> None:
     """Raises ValueError, one line, if images would not have the pixels a side that the base model works at."""
     if config.data.resolution != side:
         what = f"--config.data.resolution={config.data.resolution}"
-        raise ValueError(f"{what} must be {side}, the pixels a side of {config.model.path}")
+        raise UserError(f"{what} must be {side}, the pixels a side of {config.model.path}")
 
 
 def check_student(config: ConfigDict, kind: str) -> None:
     """Raises ValueError if the student would be read as another type of diffusion model than its base is (`kind`)."""
     fits = next((reading for reading, trained in JUMPS.items() if trained == kind), "velocity")
     if JUMPS.get(config.student.prediction, kind) != kind:
-        raise ValueError(
+        raise UserError(
             f"--config.student.prediction={config.student.prediction}: the base model predicts {kind}, its weights would "
             f"have to relearn their output; take --config.student.prediction={fits}, or, if its scheduler_config.json does "
             "not say rightly what it predicts, name it by --config.model.prediction_type"
@@ -102,34 +103,34 @@ def check_student(config: ConfigDict, kind: str) -> None:
 def check_choice(value: Any, known: Sequence[str], what: str) -> None:
     """Raises ValueError unless the value is one of the known; `what` is the flag, or where the value stands."""
     if value not in known:
-        raise ValueError(f"{what}={value!r} must be one of {', '.join(known)}")
+        raise UserError(f"{what}={value!r} must be one of {', '.join(known)}")
 
 
 def _check_counts(field: str, values: Any) -> None:
     if not isinstance(values, tuple) or any(type(value) is not int for value in values):
-        raise ValueError(f"--config.{field}={values!r} must be whole numbers, for example --config.{field}='(4, 2)'")
+        raise UserError(f"--config.{field}={values!r} must be whole numbers, for example --config.{field}='(4, 2)'")
 
 
 def _check_table(field: str, rows: Any, known: Sequence[Any]) -> None:
     """An ordered (regex, value) table whose values are among the known."""
     for row in rows:
         if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
-            raise ValueError(f"--config.{field}: {row!r} must be a pair (regex, value)")
+            raise UserError(f"--config.{field}: {row!r} must be a pair (regex, value)")
         if row[1] not in known:
-            raise ValueError(f"--config.{field}: {row[1]!r} in {row!r} must be one of {', '.join(map(str, known))}")
+            raise UserError(f"--config.{field}: {row[1]!r} in {row!r} must be one of {', '.join(map(str, known))}")
         try:
             re.compile(row[0])
         except re.error as error:
-            raise ValueError(f"--config.{field}: {row[0]!r} is no regular expression ({error})") from None
+            raise UserError(f"--config.{field}: {row[0]!r} is no regular expression ({error})") from None
 
 
 def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
     p, ways = config.pairs, mesh.ways(machine)
     record_plan.shard_count({"examples": p.examples, "shard_size": p.shard_size})
     if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
-        raise ValueError(
+        raise UserError(
             f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple "
             f"of {ways} devices (data x fsdp)"
         )
     if p.start == "data" and config.data.kind in kinds.WITHOUT_IMAGES:
-        raise ValueError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")
+        raise UserError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")

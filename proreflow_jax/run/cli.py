@@ -10,6 +10,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.runtime import compilation_cache
 from proreflow_jax.runtime.mesh import initialize_distributed
 from proreflow_jax.runtime.processes import check_alone, leads
@@ -73,7 +74,7 @@ def _read(values: flags.FlagValues, name: str, about: str, config: str, options:
     except Exception as error:
         if _traced():
             raise
-        raise ValueError(f"{_reason(error)}; `{name} --help` lists the flags") from None
+        raise UserError(f"{_reason(error)}; `{name} --help` lists the flags") from None
 
 
 def _reason(error: Exception) -> str:
@@ -101,7 +102,7 @@ def _parse(values: flags.FlagValues, name: str, about: str, config: str) -> None
         sys.exit(0)
     rest = values(sys.argv)[1:]
     if rest:
-        raise ValueError(f"{rest[0]!r} is not a flag: fields are set by --config.field=value")
+        raise UserError(f"{rest[0]!r} is not a flag: fields are set by --config.field=value")
 
 
 def _help(values: flags.FlagValues, name: str, about: str, config: str) -> str:
@@ -152,11 +153,11 @@ def _leave(code: int, line: str) -> None:
 def choose(value: str, known: Sequence[str], flag: str) -> str:
     """The value itself if it is one of `known`; ValueError naming the flag otherwise."""
     if value not in known:
-        raise ValueError(f"{flag}={value!r} must be one of {', '.join(known)}")
+        raise UserError(f"{flag}={value!r} must be one of {', '.join(known)}")
     return value
 
 
 def check_place(file: str, flag: str) -> None:
     """Raises FileNotFoundError, one line, if the folder of a file that is to be written is not there; "" is no file."""
     if file and not Path(file).parent.is_dir():
-        raise FileNotFoundError(f"{flag}={file}: there is no folder {Path(file).parent}")
+        raise MissingFile(f"{flag}={file}: there is no folder {Path(file).parent}")

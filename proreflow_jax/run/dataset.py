@@ -6,12 +6,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.data import kinds, records
 from proreflow_jax.data.loader import Source
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.runtime.checkpoint import digest, fold
 from proreflow_jax.runtime.processes import first
-from proreflow_jax.storage import local_copy, paths
+from proreflow_jax.storage import paths
 
 DATA = "--config.data.path"
 PROBES = ("", "a", "Dogs", "ö 12")  # prompts by which tokenizers are told apart; few tokens each
@@ -37,7 +38,7 @@ def here(data: ConfigDict) -> ConfigDict:
         return data
     location = paths.parse_path(data.path, DATA)
     local = data.copy_and_resolve_references().unlock()
-    local.path = str(paths.parse_local(data.path, DATA) if data.kind == "digits" else local_copy.local_copy(location, DATA))
+    local.path = str(paths.parse_local(data.path, DATA) if data.kind == "digits" else paths.local_copy(location, DATA))
     return local
 
 
@@ -61,7 +62,7 @@ def check_cache(plan: dict[str, Any], base: Pipeline, path: str) -> None:
     held = plan.get("model", {})
     for name, value in made_by(base, "text" in held).items():
         if held.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{path} was cached with another base model, {words[name]} differs: make the cache anew with this "
                 f"--config.model.path, or name another {DATA}"
             )

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import kinds
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.stages import DONE, Stage
@@ -55,14 +56,14 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     if stage is None:
         return base_weights(experiment)
     if not (stage.folder / DONE).is_file():
-        raise FileNotFoundError(f"{stage.folder / DONE} is missing: run distill, or train --stage={stage.windows}")
+        raise MissingFile(f"{stage.folder / DONE} is missing: run distill, or train --stage={stage.windows}")
     done = atomic.read_json(stage.folder / DONE)
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(done["step"], state_target(experiment)).state
     trained = averaged(state)
     found = fold(digest(trained))
     if found != done["digest"]:
-        raise ValueError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
+        raise UserError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
     if not experiment.config.student.lora.rank:
         return Weights(trained, Parameterization(**done["flow"]), found)
     add = partial(whole_weights, config=experiment.config)

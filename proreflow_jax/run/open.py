@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from proreflow_jax import MissingFile
 from proreflow_jax.data.loader import Source
 from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization
 from proreflow_jax.flow.schedule import from_config
@@ -79,7 +80,7 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     state_places(experiment)
     before = parent_stage(experiment, stage)
     if before is not None and not (before.folder / DONE).is_file():
-        raise FileNotFoundError(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
+        raise MissingFile(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
     if experiment.config.data.kind == "digits":
         paths.parse_local(experiment.config.data.path, dataset.DATA)
     else:

@@ -25,8 +25,17 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from proreflow_jax.runtime.checkpoint_record import check_seal, check_target, inventory, wrong_values
-from proreflow_jax.runtime.digest import digest, fold, leaf_path, named_leaves
+from proreflow_jax import MissingFile, RunFailed, UserError
+from proreflow_jax.runtime.digest import (
+    check_seal,
+    check_target,
+    digest,
+    fold,
+    inventory,
+    leaf_path,
+    named_leaves,
+    wrong_values,
+)
 from proreflow_jax.storage.gcs import SCHEME, client, is_trouble
 from proreflow_jax.storage.paths import Location
 
@@ -65,12 +74,12 @@ class Checkpoints:
 
     def __init__(self, folder: str | Location, keep: int = 2, every: int | None = None, read_only: bool = False) -> None:
         if keep < 1 or (every is not None and every < 1):
-            raise ValueError(f"keep={keep} and every={every} must be at least 1: change --config.checkpoint.*")
+            raise UserError(f"keep={keep} and every={every} must be at least 1: change --config.checkpoint.*")
         if remote := str(folder).startswith(SCHEME):
             client()  # or say what is not installed; orbax needs the same
         self.folder = epath.Path(str(folder)) if remote else epath.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} does not exist: run the training job that writes it first")
+            raise MissingFile(f"{self.folder} does not exist: run the training job that writes it first")
         self.keep, self.every, self.read_only = keep, every, read_only
         self._manager = self._open()
         self._pending: int | None = None
@@ -112,7 +121,7 @@ class Checkpoints:
         Raises RuntimeError naming step and folder if this save, or the one before, fails.
         """
         if self.read_only:  # orbax itself would write
-            raise RuntimeError(f"{self.folder} was opened read-only: step {step} cannot be saved there")
+            raise RunFailed(f"{self.folder} was opened read-only: step {step} cannot be saved there")
         self.wait()
         leaves = named_leaves(state)
         digests = digest(leaves)
@@ -154,7 +163,7 @@ class Checkpoints:
         known = sorted(self._manager.all_steps(), reverse=True)
         steps = known if step is None else [s for s in known if s == step]
         if not steps:
-            raise FileNotFoundError(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
+            raise MissingFile(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
 
         for candidate in steps:
             restored, reason = self._attempt(candidate, target)
@@ -163,15 +172,15 @@ class Checkpoints:
                 return restored[0]
             self._bad.add(candidate)
             log.warning("checkpoint of step %d in %s is damaged and not used: %s", candidate, self.folder, reason)
-        raise ValueError(f"no good checkpoint in {self.folder} (damaged: {steps}): remove the folder to start again")
+        raise UserError(f"no good checkpoint in {self.folder} (damaged: {steps}): remove the folder to start again")
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` given to `save`. Raises ValueError if it is damaged, FileNotFoundError if it is not there."""
         if step not in self._manager.all_steps():
-            raise FileNotFoundError(f"{self.folder} holds no checkpoint of step {step}")
+            raise MissingFile(f"{self.folder} holds no checkpoint of step {step}")
         record, reason = _everywhere(lambda: self._read_record(step))
         if reason:
-            raise ValueError(f"checkpoint of step {step} in {self.folder} is damaged: {reason}")
+            raise UserError(f"checkpoint of step {step} in {self.folder} is damaged: {reason}")
         return record["meta"]
 
     def finish(self, step: int, target: PyTree = None) -> dict[str, str]:
@@ -187,7 +196,7 @@ class Checkpoints:
         self.restore(step, target)
         found = self._saved[step]
         if expected is not None and found != expected:
-            raise ValueError(f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?")
+            raise UserError(f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?")
         return found
 
     def _open(self) -> ocp.CheckpointManager:
@@ -206,7 +215,7 @@ class Checkpoints:
             yield
         except Exception as error:
             where = f"checkpoint of step {step} was not written to {self.folder / str(step)}"
-            raise RuntimeError(f"{where}: {_line(error)}; mend it and run the same command again") from error
+            raise RunFailed(f"{where}: {_line(error)}; mend it and run the same command again") from error
 
     def _attempt(self, step: int, target: PyTree) -> tuple[tuple[Restored, dict[str, str]] | None, str]:
         """((restored, digests), "") or (None, why the step is bad)."""
@@ -266,7 +275,7 @@ def _wanted(target: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     leaves = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
     bare = [path for path, leaf in leaves.items() if getattr(leaf, "sharding", None) is None]
     if bare:
-        raise ValueError(f"the target of restore has no sharding for {', '.join(bare[:5])}: state where the leaf lives")
+        raise UserError(f"the target of restore has no sharding for {', '.join(bare[:5])}: state where the leaf lives")
     return {path: _abstract_leaf(leaf) for path, leaf in leaves.items()}  # no tree.map: it would sort them
 
 

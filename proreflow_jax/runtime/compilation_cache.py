@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from proreflow_jax import UserError
 from proreflow_jax.storage import gcs, paths
 
 FIELD = "--config.compilation_cache"
@@ -37,5 +38,5 @@ def _made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{FIELD}={folder} must be a folder that can be written to ({error.strerror})") from None
+        raise UserError(f"{FIELD}={folder} must be a folder that can be written to ({error.strerror})") from None
     return folder

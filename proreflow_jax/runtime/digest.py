@@ -7,13 +7,17 @@ domain). It runs on the device that holds the values: nothing but two integers p
 """
 
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped, UInt32
+
+from proreflow_jax import UserError
 
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 GOLDEN = np.uint32(0x9E3779B9)
@@ -27,7 +31,7 @@ def named_leaves(tree: PyTree) -> dict[str, jax.Array]:
     pairs = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     leaves = {path: _as_array(path, leaf) for path, leaf in pairs}
     if len(leaves) != len(pairs):
-        raise ValueError("two leaves of the state have the same path: rename a key that contains '/'")
+        raise UserError("two leaves of the state have the same path: rename a key that contains '/'")
     return leaves
 
 
@@ -94,5 +98,47 @@ def _as_array(path: str, leaf: object) -> jax.Array:
         return leaf
     array = jnp.asarray(leaf)
     if isinstance(leaf, np.ndarray | np.generic) and array.dtype != leaf.dtype:
-        raise ValueError(f"{path} is {leaf.dtype}, which jax would store as {array.dtype}: convert it first")
+        raise UserError(f"{path} is {leaf.dtype}, which jax would store as {array.dtype}: convert it first")
     return array
+
+
+def inventory(step: int, leaves: Mapping[str, jax.Array], digests: Mapping[str, str], meta: Any) -> dict[str, Any]:
+    """{step, meta, leaves: {path: [dtype, shape, digest]}, seal}. Raises TypeError if `meta` is no JSON."""
+    table = {path: [str(leaf.dtype), list(leaf.shape), digests[path]] for path, leaf in leaves.items()}
+    record = {"step": step, "meta": meta, "leaves": table}
+    return {**record, "seal": _seal(record)}
+
+
+def check_seal(record: Mapping[str, Any], step: int) -> None:
+    """Raises ValueError (or KeyError) if the inventory is damaged or belongs to another step."""
+    if record["seal"] != _seal(record):
+        raise UserError("meta is not what was saved")
+    if record["step"] != step:
+        raise UserError(f"it is the checkpoint of step {record['step']} under another name")
+
+
+def check_target(record: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str) -> None:
+    """Raises one ValueError that lists every missing, unexpected and different leaf; `where` opens the sentence."""
+    table = {path: (dtype, shape) for path, (dtype, shape, _) in record["leaves"].items()}
+    kinds = {path: (str(leaf.dtype), list(leaf.shape)) for path, leaf in wanted.items()}
+    faults = [
+        *(f"{path} is missing" for path in sorted(kinds.keys() - table.keys())),
+        *(f"{path} is not expected" for path in sorted(table.keys() - kinds.keys())),
+        *(
+            f"{path} is {table[path][0]}{table[path][1]}, not {kinds[path][0]}{kinds[path][1]}"
+            for path in sorted(kinds.keys() & table.keys())
+            if table[path] != kinds[path]
+        ),
+    ]
+    if faults:
+        raise UserError(f"{where} does not fit this config: {', '.join(faults)}; use the config it was trained with")
+
+
+def wrong_values(record: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
+    """Paths of the leaves whose digest is not the one that was saved."""
+    return [path for path, (_, _, expected) in record["leaves"].items() if digests[path] != expected]
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    text = json.dumps({key: record[key] for key in ("step", "meta", "leaves")}, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

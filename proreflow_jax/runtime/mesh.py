@@ -7,10 +7,12 @@ the rules leave open.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from proreflow_jax.runtime.rules import first_match
+from proreflow_jax import UserError
 
 AXES = ("data", "fsdp", "tensor")
 FSDP = "largest dimension over fsdp"  # a rule's value: see `fsdp_spec`
@@ -53,9 +55,9 @@ def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]
     """The devices of each slice, equally many, in the order of the slices."""
     known = {getattr(device, "slice_index", None) or 0 for device in devices if device.platform == "tpu"}
     if known and len(known) != count:
-        raise ValueError(f"--config.mesh.slices={count}, and the {len(devices)} TPU chips lie in {len(known)}: set it to that")
+        raise UserError(f"--config.mesh.slices={count}, and the {len(devices)} TPU chips lie in {len(known)}: set it to that")
     if count < 1 or len(devices) % count:
-        raise ValueError(f"--config.mesh.slices={count} does not divide the {len(devices)} devices into equal slices")
+        raise UserError(f"--config.mesh.slices={count} does not divide the {len(devices)} devices into equal slices")
     size = len(devices) // count
     if known:
         devices = sorted(devices, key=lambda device: getattr(device, "slice_index", None) or 0)  # order within one stays
@@ -70,12 +72,12 @@ def platform(mesh: Mesh) -> str:
 def _fill(axes: tuple[int, ...], devices: int, slices: int = 1) -> tuple[int, ...]:
     named = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
     if any(size < 1 and size != -1 for size in axes) or axes.count(-1) > 1:
-        raise ValueError(f"{named}: every axis must be positive, and at most one may be -1 (takes what is left)")
+        raise UserError(f"{named}: every axis must be positive, and at most one may be -1 (takes what is left)")
     known = math.prod(size for size in axes if size != -1)
     filled = tuple(devices // known if size == -1 else size for size in axes)
     if math.prod(filled) != devices:
         where = "this machine" if slices == 1 else f"each of --config.mesh.slices={slices}"
-        raise ValueError(f"{named} do not multiply to the {devices} devices of {where}: set one of them to -1")
+        raise UserError(f"{named} do not multiply to the {devices} devices of {where}: set one of them to -1")
     return filled
 
 
@@ -121,7 +123,7 @@ def _fit(name: str, value: Spec, shape: tuple[int, ...], mesh: Mesh) -> Partitio
     if value == FSDP:
         return fsdp_spec(shape, mesh)
     if len(value) > len(shape):
-        raise ValueError(f"{value} has more dimensions than {name} of shape {shape}: change --config.mesh.rules")
+        raise UserError(f"{value} has more dimensions than {name} of shape {shape}: change --config.mesh.rules")
     return PartitionSpec(*(_fit_axis(name, axis, length, mesh) for axis, length in zip(value, shape, strict=False)))
 
 
@@ -129,7 +131,7 @@ def _fit_axis(name: str, axis: str | tuple[str, ...] | None, length: int, mesh: 
     axes = (axis,) if isinstance(axis, str) else axis or ()
     unknown = [a for a in axes if a not in mesh.shape]
     if unknown:
-        raise ValueError(f"{name} is split over {unknown[0]}, not an axis of {AXES}: change --config.mesh.rules")
+        raise UserError(f"{name} is split over {unknown[0]}, not an axis of {AXES}: change --config.mesh.rules")
     return axis if length % math.prod(mesh.shape[a] for a in axes) == 0 else None
 
 
@@ -181,7 +183,7 @@ def ways(mesh: Mesh) -> int:
 def check_split(batch: int, flag: str, mesh: Mesh) -> None:
     """Raises ValueError, one line, unless the batch that `flag` names splits over the devices."""
     if batch < 1 or batch % ways(mesh):
-        raise ValueError(f"{flag}={batch} must be a positive multiple of {ways(mesh)} devices (data x fsdp)")
+        raise UserError(f"{flag}={batch} must be a positive multiple of {ways(mesh)} devices (data x fsdp)")
 
 
 def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
@@ -190,7 +192,7 @@ def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
         each = batch / (accumulation * ways(mesh)) if accumulation > 0 else math.nan
         parts = f"per-device batch {each:g} x {ways(mesh)} devices (data x fsdp) x accumulation {accumulation}"
         mend = "needs positive whole numbers: change --config.train.batch or --config.train.accumulation"
-        raise ValueError(f"global batch {batch} = {parts} {mend}")
+        raise UserError(f"global batch {batch} = {parts} {mend}")
 
 
 def initialize_distributed() -> bool:
@@ -232,11 +234,25 @@ def _has_tpu_chips(bus: Path) -> bool:
 def _job(named: Mapping[str, str | None]) -> dict[str, str | int]:
     missing = [key for key in JOB if not named[key]]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} not set: a job of several processes needs {', '.join(JOB)}")
+        raise UserError(f"{' and '.join(missing)} not set: a job of several processes needs {', '.join(JOB)}")
     address, processes, index = (str(named[key]) for key in JOB)
     if not (processes.isdigit() and index.isdigit() and int(index) < int(processes)):
-        raise ValueError(f"NUM_PROCESSES={processes}, PROCESS_ID={index}: need whole numbers with PROCESS_ID below")
+        raise UserError(f"NUM_PROCESSES={processes}, PROCESS_ID={index}: need whole numbers with PROCESS_ID below")
     job = {"coordinator_address": address, "num_processes": int(processes), "process_id": int(index)}
     if address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]"):
         job["coordinator_bind_address"] = address  # jax binds every interface otherwise, without authentication
     return job
+
+
+def first_match(rules: Sequence[tuple[str, Any]], names: Iterable[str], flag: str) -> dict[str, Any]:
+    """{name: value of the first rule that matches}. `flag` is the flag that mends the table.
+
+    Raises ValueError, one line, naming every name no rule matches.
+    """
+    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    found = {name: [value for pattern, value in compiled if pattern.search(name)][:1] for name in names}
+
+    lost = [name for name, values in found.items() if not values]
+    if lost:
+        raise UserError(f"no rule of {flag} matches {', '.join(lost)}: end the table with ('.*', ...)")
+    return {name: values[0] for name, values in found.items()}

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from proreflow_jax.runtime.rules import first_match
+from proreflow_jax import UserError
+from proreflow_jax.runtime.mesh import first_match
 
 FLAG = "--config.optimizer"
 FIELDS = (
@@ -87,7 +88,7 @@ def _checked(cfg: Any) -> dict[str, Any]:
     unknown, missing = sorted(set(cfg) - set(FIELDS)), sorted(set(FIELDS) - set(cfg))
     if unknown or missing:
         named = ", ".join(f"{FLAG}.{name}" for name in [*unknown, *missing])
-        raise ValueError(f"{named}: unknown or missing; the fields are {', '.join(FIELDS)}")
+        raise UserError(f"{named}: unknown or missing; the fields are {', '.join(FIELDS)}")
     traced = isinstance(cfg["steps"], jax.core.Tracer)  # then its value is the caller's business
     rules = {
         "schedule": (cfg["schedule"] in DECAY, f"one of {', '.join(DECAY)}"),
@@ -105,5 +106,5 @@ def _checked(cfg: Any) -> dict[str, Any]:
     }
     for name, (holds, rule) in rules.items():
         if not holds:
-            raise ValueError(f"{FLAG}.{name}={cfg[name]!r} must be {rule}")
+            raise UserError(f"{FLAG}.{name}={cfg[name]!r} must be {rule}")
     return cfg

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.storage.lock import lock_folder
 from proreflow_jax.storage.paths import Location
 
@@ -29,7 +30,7 @@ def leads() -> bool:
 def check_alone(what: str) -> None:
     """Raises ValueError, one line, in a job of several processes."""
     if jax.process_count() > 1:
-        raise ValueError(f"{what} runs in one process and this job has {jax.process_count()}: run it on one host")
+        raise UserError(f"{what} runs in one process and this job has {jax.process_count()}: run it on one host")
 
 
 def first(work: Callable[[], T]) -> T | None:
@@ -51,7 +52,7 @@ def first(work: Callable[[], T]) -> T | None:
     finally:
         outcome = int(told(np.array(outcome)))
         if not leads() and outcome != FINE:
-            raise {REFUSED: ValueError, FAILED: RuntimeError}[outcome]("process 0 could not go on and says why")
+            raise {REFUSED: UserError, FAILED: RunFailed}[outcome]("process 0 could not go on and says why")
     return done
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from proreflow_jax import UserError
 from proreflow_jax.storage.gcs import ObjectPath
 from proreflow_jax.storage.paths import parse_path as located
 
@@ -25,7 +26,7 @@ def check_steps(steps: Sequence[int]) -> None:
     """Raises ValueError, one line, unless `steps` is () or the (first, last) step that is traced."""
     whole = all(type(step) is int for step in steps)
     if len(steps) and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-        raise ValueError(f"{FIELD}={steps!r} must be () or the first and last step that is traced, as in {FIELD}='(10, 12)'")
+        raise UserError(f"{FIELD}={steps!r} must be () or the first and last step that is traced, as in {FIELD}='(10, 12)'")
 
 
 class Trace:

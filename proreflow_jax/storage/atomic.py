@@ -7,6 +7,7 @@ can tell a dead writer's remains from the work of a process that runs beside it.
 In an object store a put is whole by itself; a folder there carries the mark WRITING while it is filled.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -14,17 +15,17 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from proreflow_jax.storage import lease, paths
-from proreflow_jax.storage.files import one_line
-from proreflow_jax.storage.gcs import ObjectPath
+from proreflow_jax import MissingFile, UserError
+from proreflow_jax.storage import gcs, paths
+from proreflow_jax.storage.gcs import WRITING, ObjectPath
+from proreflow_jax.storage.lock import hold_lease
 from proreflow_jax.storage.paths import Location
 
-WRITING = ".writing"  # in an object store's folder that is not finished
 STALE_S = 3600.0  # seconds without a write after which another machine's draft is nobody's
 JSON_LIMIT = 16 << 20  # bytes; no metadata file of ours or of tfds comes near the limit
 DRAFT, ASIDE = "tmp", "old"  # kinds of names beside a destination: what will replace it, what is being replaced
@@ -37,15 +38,15 @@ def read_json(path: str | Location) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(JSON_LIMIT + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: run the job that writes it first") from None
+        raise MissingFile(f"{path} does not exist: run the job that writes it first") from None
     if len(text) > JSON_LIMIT:
-        raise ValueError(f"{path} is longer than {JSON_LIMIT} bytes, too long for metadata")
+        raise UserError(f"{path} is longer than {JSON_LIMIT} bytes, too long for metadata")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{path} is no valid JSON ({one_line(error)}): delete it and run the job that writes it") from None
+        raise UserError(f"{path} is no valid JSON ({one_line(error)}): delete it and run the job that writes it") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object belongs: delete it and run its job")
+        raise UserError(f"{path} holds a {type(value).__name__} where a JSON object belongs: delete it and run its job")
     return value
 
 
@@ -104,17 +105,17 @@ def atomic_folder(path: str | Location, overwrite: bool = False) -> AbstractCont
 
 def _check_free(path: Location, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already: choose another folder, remove it, or pass --overwrite")
+        raise UserError(f"{path} exists already: choose another folder, remove it, or pass --overwrite")
 
 
 @contextmanager
 def _uploaded_folder(path: ObjectPath) -> Iterator[Path]:
     """The folder's objects are those of the block, or it carries the mark WRITING, or nothing was changed."""
-    with lease.hold(path), tempfile.TemporaryDirectory() as folder:
+    with hold_lease(path), tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
         (path / WRITING).write_text("")
         for old in path.objects():
-            if old.name not in (WRITING, lease.LOCK):
+            if old.name not in (WRITING, gcs.LOCK):
                 (path / old.name).unlink(missing_ok=True)
         for file in sorted(file for file in Path(folder).rglob("*") if file.is_file()):
             (path / file.relative_to(folder).as_posix()).upload(file)
@@ -214,3 +215,39 @@ def _runs(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def one_line(error: BaseException | str) -> str:
+    """Returns an error's text on one line of at most 200 characters, for use inside a message of ours."""
+    return " ".join(str(error).split())[:200]
+
+
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what JSON makes of a dict (tuples become lists), so that it compares equal to itself read back.
+
+    Raises:
+        ValueError: it holds something JSON cannot carry: an array, a NaN, an object.
+    """
+    try:
+        return json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"not plain JSON ({one_line(error)}): {one_line(repr(value))}") from error
+
+
+def digest(value: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a dict of plain JSON, in hex; the order of its fields does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size(path: Any) -> int | None:
+    """Returns the bytes of a file, or None if there is none."""
+    try:
+        return path.stat().st_size if not isinstance(path, Path) or path.is_file() else None
+    except FileNotFoundError:
+        return None

@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
+from proreflow_jax import UserError
+
 SCHEME = "gs://"
 EXTRA = "pip install 'proreflow_jax[gcs]'"
 RIGHTS = "roles/storage.objectUser and storage.buckets.get"
@@ -188,7 +190,7 @@ def client() -> Any:
         import gcsfs  # noqa: F401 - orbax reaches it through etils
         from google.cloud import storage
     except ImportError as error:
-        raise ValueError(f"{SCHEME} paths need {error.name}, which is not installed: {EXTRA}") from None
+        raise UserError(f"{SCHEME} paths need {error.name}, which is not installed: {EXTRA}") from None
     return storage.Client()
 
 
@@ -239,3 +241,9 @@ def _translated(kind: str, code: Any, path: ObjectPath, said: str) -> OSError:
     if code in (401, 403) or kind in ("DefaultCredentialsError", "RefreshError"):
         return PermissionError(f"no right to use {path}: log in, or give the account {RIGHTS} ({said})")
     return ConnectionError(f"{path} cannot be reached: {said}")
+
+
+WRITING = ".writing"  # in an object store's folder that is not finished
+
+
+LOCK = ".lock"

@@ -1,14 +1,21 @@
 """The lock of a folder: one writer. On a disk the kernel frees it; in an object store it is a lease."""
 
 import fcntl
+import json
+import logging
 import os
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
-from proreflow_jax.storage import lease, paths
-from proreflow_jax.storage.gcs import ObjectPath
-from proreflow_jax.storage.lease import Locked
+from proreflow_jax import UserError
+from proreflow_jax.storage import paths
+from proreflow_jax.storage.gcs import LOCK, ObjectPath
 
 
 def lock_folder(folder: str | Path | ObjectPath) -> AbstractContextManager[None]:
@@ -17,7 +24,7 @@ def lock_folder(folder: str | Path | ObjectPath) -> AbstractContextManager[None]
     In an object store it is a lease, which runs out. Raises Locked, a ValueError naming the folder and its holder.
     """
     folder = paths.parse_path(folder)
-    return lease.hold(folder) if isinstance(folder, ObjectPath) else _flocked(folder)
+    return hold_lease(folder) if isinstance(folder, ObjectPath) else _flocked(folder)
 
 
 @contextmanager
@@ -25,13 +32,13 @@ def _flocked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _take(handle, folder)
+        _take_flock(handle, folder)
         yield
     finally:
         os.close(handle)
 
 
-def _take(handle: int, folder: Path) -> None:
+def _take_flock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -39,3 +46,151 @@ def _take(handle: int, folder: Path) -> None:
         raise Locked(f"{folder} is in use by process {holder}: stop it, or choose another run folder") from None
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()}\n".encode("ascii"), 0)
+
+
+log = logging.getLogger(__name__)
+BEAT_S, EXPIRY_S, LOOK_S = 10.0, 30.0, 1.0
+LOST = 1  # exit status of a holder that is none any more
+
+
+class Locked(UserError):
+    """Another process holds the folder."""
+
+
+@contextmanager
+def hold_lease(folder: ObjectPath) -> Iterator[None]:
+    """Hold `folder`/.lock until the block ends. Raises Locked, one line; ValueError if the folder cannot be written."""
+    mark, record = folder / LOCK, _record()
+    try:
+        generation = _take_lease(mark, record, folder)
+    except PermissionError as error:
+        raise UserError(str(error)) from None
+    beating = _Beat(mark, record, generation)
+    beating.start()
+    try:
+        yield
+    finally:
+        beating.end()
+
+
+def _take_lease(mark: ObjectPath, record: dict[str, Any], folder: ObjectPath) -> int:
+    """Makes the lock, or takes over that of a holder who is no more; its generation."""
+    data, told = json.dumps(record).encode(), False
+    seen = 0
+    while True:
+        try:
+            return mark.put(data, generation=seen)
+        except FileExistsError:
+            seen, holder = _look(mark)
+        if holder.get("token") == record["token"]:  # the answer to a put that succeeded was lost
+            return seen
+        alive = _runs_here(holder) if seen else False
+        if alive is None:
+            if not told:
+                log.info("%s: locked by %s; waiting up to %.0f s to see whether it lives", folder, _name(holder), EXPIRY_S)
+            told, alive = True, _is_renewed(mark, seen)
+        if alive:
+            raise Locked(f"{folder} is in use by {_name(holder)}: stop it, or choose another run folder")
+
+
+def _look(mark: ObjectPath) -> tuple[int, dict[str, Any]]:
+    """(generation, record) of the lock; (0, {}) if it is gone."""
+    try:
+        data, generation = mark.read()
+        held = json.loads(data)
+    except FileNotFoundError:
+        return 0, {}
+    except ValueError:
+        return generation, {}
+    return generation, held if isinstance(held, dict) else {}
+
+
+def _is_renewed(mark: ObjectPath, generation: int) -> bool:
+    """Whether the lock becomes a new generation within EXPIRY_S; False too if it goes away."""
+    deadline = time.monotonic() + EXPIRY_S
+    while time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        if (now := _look(mark)[0]) != generation:
+            return now != 0
+    return False
+
+
+class _Beat(threading.Thread):
+    """Renews the lock until it is ended, then deletes it."""
+
+    def __init__(self, mark: ObjectPath, record: dict[str, Any], generation: int) -> None:
+        super().__init__(name="lease", daemon=True)
+        self._mark, self._data, self._generation = mark, json.dumps(record).encode(), generation
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(BEAT_S):
+            try:
+                self._generation = self._mark.put(self._data, generation=self._generation, quick=True)
+            except (FileExistsError, FileNotFoundError):
+                self._after_refusal()
+            except OSError as error:
+                log.warning("%s", error)
+
+    def _after_refusal(self) -> None:
+        """Ends the process unless the refused renewal is our own whose answer was lost."""
+        try:
+            data, generation = self._mark.read()
+        except FileNotFoundError:
+            data = generation = None
+        except OSError as error:
+            log.warning("%s", error)
+            return
+        if data == self._data:
+            self._generation = generation
+            return
+        log.critical("%s was taken over by another process: this one ends before it writes more", self._mark)
+        logging.shutdown()
+        os._exit(LOST)
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+        try:
+            self._mark.unlink(missing_ok=True, generation=self._generation)
+        except OSError as error:
+            log.warning("%s stays behind (%s): the next run takes it over", self._mark, error)
+
+
+def _record() -> dict[str, Any]:
+    return {
+        "token": uuid.uuid4().hex,
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "started": _started(os.getpid()),
+    }
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
+
+
+def _machine() -> str:
+    """One start of one machine, and its view of process numbers; empty where that cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(process: object) -> str:
+    """When a process began, in ticks of its machine; empty if it does not run, or is dead and only not yet buried."""
+    try:
+        told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if told[0] in "ZX" else told[19]
+
+
+def _runs_here(holder: dict[str, Any]) -> bool | None:
+    """Whether the holder, if it is of this machine, still runs; None for another machine's."""
+    if not holder.get("machine") or holder["machine"] != _machine():
+        return None
+    return bool(holder.get("started")) and _started(holder.get("process")) == holder["started"]

@@ -1,10 +1,17 @@
 """Where runs and models lie, by one word: a local or mounted path, or gs://bucket/name. Names that are safe in either."""
 
+import hashlib
+import json
+import logging
 import os
 import re
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from proreflow_jax.storage.gcs import SCHEME, ObjectPath, check_bucket
+from proreflow_jax import MissingFile, UserError
+from proreflow_jax.storage.gcs import LOCK, SCHEME, WRITING, Listed, ObjectPath, check_bucket
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
@@ -16,11 +23,11 @@ def parse_path(text: str | os.PathLike | ObjectPath, flag: str = "--config.root"
     if not found:
         return Path(text)
     if found[1] != SCHEME[:-3]:
-        raise ValueError(f"{flag}={text} must be a local or mounted path or {SCHEME}bucket/folder: {found[1]}:// is not known")
+        raise UserError(f"{flag}={text} must be a local or mounted path or {SCHEME}bucket/folder: {found[1]}:// is not known")
     bucket, _, key = found[2].partition("/")
     key = key.strip("/")
     if not BUCKET.fullmatch(bucket) or not key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise ValueError(f"{flag}={text} must be {SCHEME}bucket/folder: a bucket's name and plain names below it")
+        raise UserError(f"{flag}={text} must be {SCHEME}bucket/folder: a bucket's name and plain names below it")
     return ObjectPath(bucket, key)
 
 
@@ -31,7 +38,7 @@ def parse_local(text: str | os.PathLike, flag: str) -> Path:
     """The path of what is written or read on this machine alone. Raises ValueError for a url."""
     if isinstance(found := parse_path(text, flag), Path):
         return found
-    raise ValueError(f"{flag}={text} must be a folder of this machine: this job works on local and mounted folders only")
+    raise UserError(f"{flag}={text} must be a folder of this machine: this job works on local and mounted folders only")
 
 
 def check_reachable(location: Location, write: bool = True) -> None:
@@ -43,7 +50,7 @@ def check_reachable(location: Location, write: bool = True) -> None:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -52,5 +59,105 @@ NAME = re.compile(r"[A-Za-z0-9._-]+")
 def check_name(name: str) -> str:
     """The name itself, if it is safe as a file name. Raises ValueError for anything else, `.` and `..` included."""
     if not NAME.fullmatch(name) or set(name) == {"."}:
-        raise ValueError(f"name {name!r} is not made of letters, digits, '.', '_' and '-' only: rename it")
+        raise UserError(f"name {name!r} is not made of letters, digits, '.', '_' and '-' only: rename it")
     return name
+
+
+log = logging.getLogger(__name__)
+CACHE = "PROREFLOW_CACHE"  # environment variable: the folder for copies
+STREAMS = 8  # objects read at once
+
+
+def local_copy(location: Location, flag: str = "") -> Path:
+    """A local path as it is; a file or folder of an object store as a copy on this machine.
+
+    Raises FileNotFoundError (nothing there), ValueError (unfinished, no rights, names that leave the folder), OSError (disk,
+    or changed while it was read), one line.
+    """
+    if isinstance(location, Path):
+        return location
+    check_reachable(location, write=False)
+    listed = _listed(location, flag)
+    facts = [[item.name, item.size, item.generation] for item in listed]
+    digest = hashlib.sha256(json.dumps([str(location), facts]).encode()).hexdigest()[:32]
+    place = _cache() / "copies" / digest / location.name
+    if not _is_whole(place, listed):
+        _make(location, listed, place)
+    return place
+
+
+def _listed(location: ObjectPath, flag: str) -> list[Listed]:
+    """The objects of a copy, names relative to it; one of the empty name if it is a file."""
+    if location.is_file():
+        found = location.stat()
+        return [Listed(name="", size=found.st_size, generation=found.generation)]
+    found = [item for item in location.objects() if not item.name.endswith("/")]
+    if any(item.name == WRITING for item in found):
+        raise UserError(f"{location} is unfinished: its writer works or was stopped; run the command that writes it again")
+    found = [item for item in found if item.name.rpartition("/")[2] not in (LOCK, WRITING)]
+    if not found:
+        raise MissingFile(f"{location} does not exist{f': {flag} must name a file or folder' if flag else ''}")
+    for item in found:
+        if "\\" in item.name or any(part in ("", ".", "..") for part in item.name.split("/")):
+            raise UserError(f"{location} holds an object named {item.name!r}, which is no plain path: rename it")
+    return found
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get(CACHE) or f"{home}/proreflow_jax").expanduser().absolute()
+
+
+def _is_whole(place: Path, listed: list[Listed]) -> bool:
+    try:
+        return all((place / item.name).stat().st_size == item.size for item in listed)
+    except OSError:
+        return False
+
+
+def _make(location: ObjectPath, listed: list[Listed], place: Path) -> None:
+    """Copies what is not here yet; the copy appears whole."""
+    blobs = {_blob(location, item): item for item in listed}
+    missing = [blob for blob, item in blobs.items() if not _is_whole(blob, [Listed(name="", size=item.size)])]
+    _check_room(location, sum(blobs[blob].size for blob in missing))
+    log.info("copying %d files of %s to %s", len(missing), location, _cache())
+    with ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(lambda blob: _fetch(location, blobs[blob], blob), missing))
+
+    draft = place.parent.with_name(f"{place.parent.name}.{uuid.uuid4().hex}")
+    for blob, item in blobs.items():
+        target = draft / place.name / item.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(blob, target)
+    shutil.rmtree(place.parent, ignore_errors=True)  # one that is not whole
+    try:
+        os.rename(draft, place.parent)
+    except OSError:  # another process was first
+        shutil.rmtree(draft, ignore_errors=True)
+        if not _is_whole(place, listed):
+            raise
+
+
+def _blob(location: ObjectPath, item: Listed) -> Path:
+    """Where one generation of one object lies, whatever copies it is part of."""
+    name = location / item.name if item.name else location
+    return _cache() / "objects" / hashlib.sha256(f"{name}#{item.generation}".encode()).hexdigest()[:32]
+
+
+def _check_room(location: ObjectPath, needed: int) -> None:
+    _cache().mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(_cache()).free):
+        say = f"{needed / 2**30:.1f} GiB of {location} do not fit in {_cache()}, {free / 2**30:.1f} GiB free"
+        raise UserError(f"{say}: name another folder by the environment variable {CACHE}, or delete old copies")
+
+
+def _fetch(location: ObjectPath, item: Listed, blob: Path) -> None:
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    draft = blob.with_name(f"{blob.name}.{uuid.uuid4().hex}")
+    try:
+        (location / item.name if item.name else location).download(draft, item.generation)
+        os.replace(draft, blob)
+    except (FileNotFoundError, FileExistsError) as error:
+        raise OSError(f"{location} was changed while it was copied ({error}): run the same command again") from None
+    finally:
+        draft.unlink(missing_ok=True)
