@@ -42,7 +42,7 @@ def bench(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
     asked = wanted(config, stage, jobs)
     found: dict[str, Any] = {"config": config.name, "machine": _machine()}
-    print(bench_report.header(config.name, found["machine"]), flush=True)
+    print(bench_report.bench_header(config.name, found["machine"]), flush=True)
     if against:
         found["against"] = _compare(config, rows, steps)
     else:
@@ -62,8 +62,8 @@ def _jobs(
         if not rate:
             job = jobs(experiment, stage, plain)[name]
             with ticking(f"stage {windows}, {name}: compiling and running"):
-                result = measure.measure(experiment, job, steps, warmup)
-            print(bench_report.job(result), flush=True)
+                result = measure.time_job(experiment, job, steps, warmup)
+            print(bench_report.bench_job(result), flush=True)
         if input and name in input_rate.JOBS:
             reads = input_rate.rate(experiment, stage, name, steps)
             result["input"] = input_rate.against(reads, rate or result["images_per_second_in_a_row"])

@@ -36,7 +36,7 @@ def export(
         export_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
     if check:
         copy = paths.local_copy(target)
-        replay_in_diffusers.check(experiment, chosen, copy)
+        replay_in_diffusers.check_replay(experiment, chosen, copy)
         if copy != target:
             (target / replay_in_diffusers.RESULT).upload(copy / replay_in_diffusers.RESULT)
 

@@ -25,7 +25,7 @@ def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, js
     """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
     place = target(slice, cache, config.mesh.slices)
     cli.check_place(json, "--json")
-    tpu_compile.prepare()
+    tpu_compile.prepare_compiler()
     asked = wanted(config, stage, jobs)
     opened, found = opener(config, place), []
     print(plan_report.header(config, place))

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import RunFailed, UserError
 from proreflow_jax.reproduction import report
-from proreflow_jax.reproduction.cells import _spawn, _work, check, make_cells
+from proreflow_jax.reproduction.cells import _spawn, _work, check_grid, make_cells
 from proreflow_jax.run import cli
 from proreflow_jax.run.open import open_experiment, open_source
 from proreflow_jax.storage import atomic
@@ -23,7 +23,7 @@ def reproduce(config: ConfigDict, workers: int) -> None:
     if "reproduce" not in config:
         raise UserError("the config has no block `reproduce`: take --config=configs/reproduce.py, or :quick behind it")
     experiment = open_experiment(config)
-    check(experiment, workers)
+    check_grid(experiment, workers)
     cells = make_cells(experiment)
     missing = [cell for cell in cells if not cell.path(".json").is_file()]
     log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
@@ -35,7 +35,7 @@ def reproduce(config: ConfigDict, workers: int) -> None:
     done = [(cell, atomic.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
     if not done:
         raise RunFailed("no cell is done: another process makes them; run the same command again when it has ended")
-    text = report.write(experiment, [found for _, found in done], len(cells))
+    text = report.write_report(experiment, [found for _, found in done], len(cells))
     print(text)
     written = sorted(path.name for path in experiment.run.iterdir() if path.suffix in (".md", ".json", ".png"))
     print(f"in {experiment.run}: {', '.join(written)}")

@@ -24,10 +24,10 @@ def upload(config: ConfigDict, folder: str, repo: str, public: bool) -> None:
     source = paths.local_copy(paths.parse_path(folder, "--folder"), "--folder")
     sizes = hub.contents(source)
     for name, count in sizes.items():
-        log.info("%10s  %s", hub.size(count), name)
+        log.info("%10s  %s", hub.readable_size(count), name)
     kind = "public" if public else "private"
-    log.info("%d files, %s, to the %s repository %s", len(sizes), hub.size(sum(sizes.values())), kind, repo)
-    log.info("%s", hub.upload(source, repo, private=not public))
+    log.info("%d files, %s, to the %s repository %s", len(sizes), hub.readable_size(sum(sizes.values())), kind, repo)
+    log.info("%s", hub.upload_folder(source, repo, private=not public))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def write_clip(folder: Path, seed: int = 5) -> Path:
     """A folder as CLIPModel.save_pretrained leaves it, tokenizer beside it."""
     folder.mkdir()
     vocabulary, merges = tokenizer.learn(CAPTIONS, 20)
-    tokenizer.write(folder, vocabulary, merges, LENGTH)
+    tokenizer.write_tokenizer(folder, vocabulary, merges, LENGTH)
     width = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     text = width | dict(vocab_size=len(vocabulary), max_position_embeddings=LENGTH, eos_token_id=vocabulary[tokenizer.END])
     config = {"projection_dim": 6, "text_config": text, "vision_config": width | dict(image_size=16, patch_size=4)}

@@ -47,7 +47,7 @@ def trained(config: ConfigDict, steps: int = STEPS) -> Trained:
     opened = open.open_experiment(config)
     stage = opened.stages[0]
     state = stacked_state.hold(opened, train_state.fresh_state(opened, lineage.base_weights(opened)))
-    step = train.make_step(opened, stage)
+    step = train.make_train_step(opened, stage)
     losses = []
     with train.batches_from(opened, open.open_source(opened), 0) as batches:
         for _, (_, batch) in zip(range(steps), batches, strict=False):

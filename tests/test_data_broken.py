@@ -17,7 +17,7 @@ ERRORS = (ValueError, FileNotFoundError)
 
 
 def opened(folder, fields, **more):
-    return kinds.open_source(block(folder, **(fields | more)))
+    return kinds.open_data(block(folder, **(fields | more)))
 
 
 def tar_source(folder, held, key="txt", **more):

@@ -26,7 +26,7 @@ def finished(folder, plan=PLAN):
 
 
 def opened(folder):
-    return kinds.open_source(block(folder, kind="cached", path=str(folder)))
+    return kinds.open_data(block(folder, kind="cached", path=str(folder)))
 
 
 def refused(folder, kind, *words):
@@ -68,7 +68,7 @@ def test_shards_that_have_changed_places_are_found_out(tmp_path):
 
 def test_another_cache_in_the_same_place_is_another_dataset(tmp_path):
     data = block(tmp_path, kind="cached", path=str(finished(tmp_path / "a")))
-    before = kinds.identity(data)
-    assert before == kinds.identity(data) and before.keys() == {"cache"}
+    before = kinds.data_identity(data)
+    assert before == kinds.data_identity(data) and before.keys() == {"cache"}
     other = finished(tmp_path / "b", PLAN | {"model": {"vae": "another"}})
-    assert kinds.identity(block(tmp_path, kind="cached", path=str(other))) != before
+    assert kinds.data_identity(block(tmp_path, kind="cached", path=str(other))) != before

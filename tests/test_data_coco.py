@@ -128,12 +128,12 @@ def test_another_or_damaged_captions_file_is_one_line(official, change, needle):
 
 def test_a_picture_is_decoded_at_its_own_size_and_grey_becomes_rgb(official):
     split = coco.open_official(*official, 2017)
-    shapes = [coco.decode(split.read(i), "").shape for i in range(24)]
+    shapes = [coco.decode_coco_image(split.read(i), "").shape for i in range(24)]
     assert {shape[:2] for shape in shapes} == set(made_coco.SIZES) and {shape[2] for shape in shapes} == {3}
     buffer, image = io.BytesIO(), made_coco.picture(0)
     assert image.ndim == 2
     Image.fromarray(image).save(buffer, "PNG")
-    np.testing.assert_array_equal(coco.decode(buffer.getvalue(), ""), np.repeat(image[..., None], 3, axis=2))
+    np.testing.assert_array_equal(coco.decode_coco_image(buffer.getvalue(), ""), np.repeat(image[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "bomb", "deep"])
@@ -144,5 +144,5 @@ def test_what_is_no_picture_is_named(kind, monkeypatch):
     if kind == "bomb":
         monkeypatch.setattr(coco.pictures, "PIXEL_LIMIT", 1599)
     with pytest.raises(ValueError, match=r"image 7 is no image that can be judged .*--config\.evaluate\.images") as caught:
-        coco.decode(encoded, "image 7")
+        coco.decode_coco_image(encoded, "image 7")
     assert "\n" not in str(caught.value)

@@ -30,7 +30,7 @@ def contents(folder):
 
 
 def test_the_dataset_holds_every_image_once_with_a_caption_of_its_digit(source):
-    images, labels = digits.load(32)
+    images, labels = digits.load_digits(32)
     left = {}
     for image, label in zip(images, labels, strict=True):
         left.setdefault(image.tobytes(), []).append(int(label))
@@ -69,7 +69,7 @@ def test_size_and_seed_fix_every_byte_and_the_seed_matters(written, tmp_path):
 
 
 def test_a_good_folder_is_left_alone(written, monkeypatch):
-    monkeypatch.setattr(digits, "load", None)  # nothing is computed either
+    monkeypatch.setattr(digits, "load_digits", None)  # nothing is computed either
     before = {path: path.stat().st_mtime_ns for path in written.iterdir()}
     assert digits.write_dataset(written, 32, seed=5) == written
     assert before == {path: path.stat().st_mtime_ns for path in written.iterdir()}
@@ -121,7 +121,7 @@ def test_two_processes_that_start_together_agree(tmp_path):
 def test_the_classifiers_pixels_survive_the_enlarging(size):
     from sklearn.datasets import load_digits
 
-    images, labels = digits.load(size)
+    images, labels = digits.load_digits(size)
     pixels, truth = digits.to_pixels8(images), load_digits()
     np.testing.assert_array_equal(labels, truth.target)
     assert pixels.shape == (1797, 64) and pixels.min() >= 0 and pixels.max() <= 16
@@ -136,7 +136,7 @@ def test_a_classifier_of_the_originals_reads_the_enlarged():
 
     truth = load_digits()
     model = LogisticRegression(max_iter=200, tol=1e-2).fit(truth.data[:1200], truth.target[:1200])
-    images, labels = digits.load(32)
+    images, labels = digits.load_digits(32)
     pixels = digits.to_pixels8(images[1200:])
     assert model.score(pixels, labels[1200:]) > model.score(truth.data[1200:], truth.target[1200:]) - 0.03 > 0.85
 
@@ -144,7 +144,7 @@ def test_a_classifier_of_the_originals_reads_the_enlarged():
 def test_sizes_that_do_not_fit_are_refused():
     for size in (0, 12, 4):
         with pytest.raises(ValueError, match="--config.data.resolution"):
-            digits.load(size)
+            digits.load_digits(size)
     with pytest.raises(ValueError, match="multiple of 8"):
         digits.to_pixels8(np.zeros((1, 12, 12, 3), np.uint8))
 
@@ -153,5 +153,5 @@ def test_without_sklearn_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError) as error:
-        digits.load(8)
+        digits.load_digits(8)
     assert "pip install 'proreflow_jax[demo]'" in str(error.value) and "\n" not in str(error.value)

@@ -21,7 +21,7 @@ def opened(folder, layout, rows, **fields):
     if not (folder / layout).exists():
         (folder / layout).mkdir(parents=True)
         WRITTEN[folder / layout] = LAYOUTS[layout](folder / layout, rows)
-    return kinds.open_source(block(folder, **(WRITTEN[folder / layout] | fields)))
+    return kinds.open_data(block(folder, **(WRITTEN[folder / layout] | fields)))
 
 
 def equal(one, other):
@@ -43,7 +43,7 @@ def test_every_layout_gives_the_originals_in_order(tmp_path, layout):
 def test_tfds_gives_the_same(tmp_path):
     rows = originals()[:5]
     folder = coco_like(tmp_path / "coco", [image for image, _ in rows], [[caption] for _, caption in rows])
-    source = kinds.open_source(block(tmp_path, kind="tfds", path=folder, caption_key="captions/text"))
+    source = kinds.open_data(block(tmp_path, kind="tfds", path=folder, caption_key="captions/text"))
     for i, (image, caption) in enumerate(rows):
         equal(source[i], {"image": images.decode_image(image, SIDE), "caption": caption})
 
@@ -134,7 +134,7 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(tmp_path, monkey
     opened(tmp_path, "webdataset", rows)
     assert built == ["a-000.tar", "a-001.tar"]
     fields = {"kind": "webdataset", "path": str(tmp_path / "webdataset"), "caption_key": "txt"}
-    again = lambda **other: kinds.open_source(block(tmp_path, **(fields | other)))
+    again = lambda **other: kinds.open_data(block(tmp_path, **(fields | other)))
     assert again()[6]["caption"] == CAPTIONS[6] and len(built) == 2
     write_tar(tmp_path / "webdataset" / "a-001.tar", members(rows[5:], 5))  # other size
     assert [len(again()), built[2:]] == [5, ["a-001.tar"]]
@@ -179,11 +179,11 @@ def test_another_dataset_in_the_same_place_is_another_identity(tmp_path):
     for layout in ("webdataset", "parquet", "beside", "jsonl"):
         (tmp_path / layout).mkdir()
         data = block(tmp_path, **LAYOUTS[layout](tmp_path / layout, originals()))
-        before = kinds.identity(data)
-        assert before == kinds.identity(data) and len(before) == 1
+        before = kinds.data_identity(data)
+        assert before == kinds.data_identity(data) and len(before) == 1
         path = min(tmp_path.glob(f"{layout}/*.[tpj]*"))
         path.rename(path.with_name(f"z-{path.name}")) if layout == "beside" else path.write_bytes(path.read_bytes() + b"\n")
-        assert kinds.identity(data) != before
+        assert kinds.data_identity(data) != before
 
 
 def test_results_made_ahead_come_in_order_and_end():
@@ -203,7 +203,7 @@ def test_the_order_is_kept_and_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
         loader.permutation(0, 0, 9)[0] = 1
     numbers = [8, 9, 17, 0]
-    assert loader.places(numbers, 3, 9) == [int(loader.permutation(3, n // 9, 9)[n % 9]) for n in numbers]
+    assert loader.epoch_places(numbers, 3, 9) == [int(loader.permutation(3, n // 9, 9)[n % 9]) for n in numbers]
 
 
 def test_rows_per_second_counts_the_rows_of_a_process(tmp_path):
@@ -220,4 +220,4 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r"pip install 'proreflow_jax\[parquet\]'"):
-        kinds.open_source(block(tmp_path, **fields))
+        kinds.open_data(block(tmp_path, **fields))

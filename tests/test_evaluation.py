@@ -62,7 +62,7 @@ def judges(digits):
 
 
 def test_the_reader_knows_digits_it_has_not_seen(digits, judges):
-    assert (classifier.read(judges, digits[0][400:800]) == digits[1][400:800]).mean() > 0.88
+    assert (classifier.read_classifier(judges, digits[0][400:800]) == digits[1][400:800]).mean() > 0.88
 
 
 def test_the_reader_learns_from_moved_copies_too(digits):
@@ -70,8 +70,8 @@ def test_the_reader_learns_from_moved_copies_too(digits):
     pixels, labels = digits[0][:200], digits[1][:200]
     moved = np.roll(pixels.reshape(-1, 8, 8), 2, axis=2).reshape(-1, 64)
     taught = classifier.fit(pixels, labels, moved, (labels + 1) % 10)
-    assert (classifier.read(taught, moved) == (labels + 1) % 10).mean() > 0.9
-    assert (classifier.read(taught, pixels) == labels).mean() > 0.9
+    assert (classifier.read_classifier(taught, moved) == (labels + 1) % 10).mean() > 0.9
+    assert (classifier.read_classifier(taught, pixels) == labels).mean() > 0.9
 
 
 def test_the_features_are_the_same_every_time_and_tell_digits_from_noise(digits, judges):
@@ -92,7 +92,7 @@ def test_a_missing_scikit_learn_is_named_with_what_mends_it(monkeypatch):
 
 
 def test_a_table_lines_up_and_leaves_unknown_cells_empty():
-    lines = report.table(ROWS, COLUMNS).splitlines()
+    lines = report.text_table(ROWS, COLUMNS).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert lines[0].split() == ["|", "method", "|", "steps", "|", "FD", "|"]
     assert lines[1].count("|") == 4 and ":" in lines[1]
@@ -114,7 +114,9 @@ def test_a_picture_has_a_row_a_method_and_a_column_a_seed(tmp_path):
 
 def test_a_page_shows_its_text_as_text(tmp_path):
     path = tmp_path / "index.html"
-    report.page(path, "<b>run</b>", ["a <script>alert(1)</script> note"], ROWS, {"name": "<i>method</i>", "fd": "FD"}, 'p".png')
+    report.report_page(
+        path, "<b>run</b>", ["a <script>alert(1)</script> note"], ROWS, {"name": "<i>method</i>", "fd": "FD"}, 'p".png'
+    )
     text = path.read_text(encoding="utf-8")
     tags, shown = [], []
     parser = html.parser.HTMLParser()

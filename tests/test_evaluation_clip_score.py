@@ -51,20 +51,20 @@ def test_images_are_prepared_bit_for_bit_as_by_transformers(size):
     """Larger, smaller and of the right size; square, wide and tall, with odd numbers of pixels to crop."""
     (image,) = pictures(size)
     (expected,) = CLIPImageProcessorPil()(Image.fromarray(image), return_tensors="np")["pixel_values"]
-    (found,) = clip_score.prepare([image])
+    (found,) = clip_score.prepare_clip([image])
     assert found.dtype == np.float32
     assert np.array_equal(found, expected.transpose(1, 2, 0))
 
 
 def test_a_batch_of_images_is_prepared_one_by_one():
     batch = np.stack(pictures((40, 30), (40, 30)))
-    assert np.array_equal(clip_score.prepare(batch, 16)[1], clip_score.prepare(batch[1:], 16)[0])
+    assert np.array_equal(clip_score.prepare_clip(batch, 16)[1], clip_score.prepare_clip(batch[1:], 16)[0])
 
 
 @pytest.mark.parametrize("image", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)])
 def test_other_kinds_of_images_are_refused(image):
     with pytest.raises(ValueError, match=r"uint8"):
-        clip_score.prepare([image])
+        clip_score.prepare_clip([image])
 
 
 def pairs(n, seed=0):
@@ -75,7 +75,7 @@ def pairs(n, seed=0):
     ids[:, 0] = 58
     for row in ids:
         row[rng.integers(1, 9) :] = 59
-    return clip_score.prepare(spots, 16), ids
+    return clip_score.prepare_clip(spots, 16), ids
 
 
 def torch_cosines(module, images, ids):
@@ -87,7 +87,7 @@ def torch_cosines(module, images, ids):
 
 def test_scores_are_a_hundred_times_the_cosine_of_transformers_and_never_negative(published):
     module, folder = published
-    clip = clip_score.load(folder)
+    clip = clip_score.load_clip(folder)
     images, ids = pairs(24)
     cosines = torch_cosines(module, images, ids)
     assert 0 < (cosines < 0).sum() < 24  # both kinds are among them
@@ -101,7 +101,7 @@ def test_scores_are_a_hundred_times_the_cosine_of_transformers_and_never_negativ
 
 def test_bfloat16_towers_score_nearly_the_same(published):
     module, folder = published
-    clip = clip_score.load(folder)
+    clip = clip_score.load_clip(folder)
     images, ids = pairs(24)
     params = network.cast({name: jnp.asarray(value) for name, value in clip.params.items()}, jnp.bfloat16)
     found = quick_jit(clip_score.make_scores(clip.text, clip.image))(params, images, ids)
@@ -112,10 +112,10 @@ def test_bfloat16_towers_score_nearly_the_same(published):
 def test_the_error_of_the_mean_is_that_of_a_sample():
     """Far from zero, in two parts, as a run leaves them."""
     values = 1e6 + np.random.default_rng(0).standard_normal((1000, 1))
-    seen = moments.merge(moments.measured(values[:300]), moments.measured(values[300:]))
+    seen = moments.merge_moments(moments.moments_of(values[:300]), moments.moments_of(values[300:]))
     assert clip_score.standard_error(seen) == pytest.approx(values.std(ddof=1) / math.sqrt(1000), rel=1e-7)
     with pytest.raises(ValueError, match=r"1 examples .* raise --config\.evaluate\.examples"):
-        clip_score.standard_error(moments.measured(values[:1]))
+        clip_score.standard_error(moments.moments_of(values[:1]))
 
 
 @pytest.mark.parametrize("name", clip_score.NAMED)
@@ -157,22 +157,22 @@ def test_old_files_with_position_ids_are_read(published, tmp_path):
     old = {f"{tower}_model.embeddings.position_ids": np.arange(9)[None] for tower in ("text", "vision")}
     weights.save_tensors(tmp_path / "model.safetensors", tensors(module) | old)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    first, second = clip_score.load(folder).params, clip_score.load(tmp_path).params
+    first, second = clip_score.load_clip(folder).params, clip_score.load_clip(tmp_path).params
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_a_network_is_called_by_its_numbers_or_its_folder(published, tmp_path, monkeypatch):
     folder = published[1]
-    assert clip_score.load(folder).name == folder.name
+    assert clip_score.load_clip(folder).name == folder.name
     config = clip_score.named_config("laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(weights, "from_torch", lambda *_: {"logit_scale": 0})  # two gigabytes are not made here
     monkeypatch.setattr(weights, "read_tensors", lambda _: {})
-    assert clip_score.load(tmp_path).name == "ViT-g/14"
+    assert clip_score.load_clip(tmp_path).name == "ViT-g/14"
     config["vision_config"]["num_hidden_layers"] -= 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert clip_score.load(tmp_path).name == tmp_path.name
+    assert clip_score.load_clip(tmp_path).name == tmp_path.name
     with pytest.raises(ValueError, match="'ViT-g/14' is unknown"):
         clip_score.named_config("ViT-g/14")
 
@@ -180,23 +180,23 @@ def test_a_network_is_called_by_its_numbers_or_its_folder(published, tmp_path, m
 def test_folders_that_cannot_be_read_are_refused_in_one_line(published, tmp_path):
     module, folder = published
     with pytest.raises(FileNotFoundError, match="name the folder of a CLIPModel"):
-        clip_score.load(tmp_path)
+        clip_score.load_clip(tmp_path)
     (tmp_path / "open_clip_config.json").touch()
     with pytest.raises(FileNotFoundError, match="only OpenCLIP's"):
-        clip_score.load(tmp_path)
+        clip_score.load_clip(tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     lines = []
     with pytest.raises(FileNotFoundError, match="holds no .*model.safetensors") as caught:
-        clip_score.load(tmp_path)
+        clip_score.load_clip(tmp_path)
     lines.append(str(caught.value))
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match="pickle.*from transformers import CLIPModel") as caught:
-        clip_score.load(tmp_path)
+        clip_score.load_clip(tmp_path)
     lines.append(str(caught.value))
     half = {name: value for name, value in tensors(module).items() if not name.startswith("vision_model.encoder.layers.1")}
     weights.save_tensors(tmp_path / "model.safetensors", half)
     with pytest.raises(ValueError, match="16 missing: vision_model.encoder.layers.1") as caught:
-        clip_score.load(tmp_path)
+        clip_score.load_clip(tmp_path)
     lines.append(str(caught.value))
     with pytest.raises(FileNotFoundError, match="holds neither vocab.json") as caught:
         clip_score.read_tokenizer(tmp_path)

@@ -39,7 +39,7 @@ def cut(rows, sizes):
 def gathered(parts):
     seen = moments.empty(WIDTH)
     for part in parts:
-        seen = moments.merge(seen, moments.measured(part))
+        seen = moments.merge_moments(seen, moments.moments_of(part))
     return seen
 
 
@@ -55,21 +55,21 @@ def test_moments_in_parts_are_those_of_the_whole_also_far_from_zero(sizes, mean)
 
 
 def test_shards_merge_in_any_order_and_grouping():
-    a, b, c = (moments.measured(part) for part in cut(draw(1), (20, 80, 100)))
-    left, right = moments.merge(moments.merge(a, b), c), moments.merge(c, moments.merge(b, a))
+    a, b, c = (moments.moments_of(part) for part in cut(draw(1), (20, 80, 100)))
+    left, right = moments.merge_moments(moments.merge_moments(a, b), c), moments.merge_moments(c, moments.merge_moments(b, a))
     for one, other in zip(left, right, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
     nothing = moments.empty(WIDTH)
-    for both in (moments.merge(nothing, a), moments.merge(a, nothing)):
+    for both in (moments.merge_moments(nothing, a), moments.merge_moments(a, nothing)):
         assert all(np.array_equal(one, other) for one, other in zip(both, a, strict=True))
-    assert moments.merge(nothing, nothing).count == 0
+    assert moments.merge_moments(nothing, nothing).count == 0
 
 
 @pytest.mark.parametrize("n", [500, 10])
 def test_the_distance_is_scipys_and_torch_fidelitys(n):
     """Their two formulas, on the same float32 features; with 10 rows of 64 features the covariances are singular."""
     first, second = draw(0, n, 64).astype(np.float32), draw(1, n, 64, mean=0.3).astype(np.float32)
-    found = fid.distance(moments.measured(first), moments.measured(second))
+    found = fid.distance(moments.moments_of(first), moments.moments_of(second))
     c1, c2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     apart = np.sum((first.mean(0, np.float64) - second.mean(0, np.float64)) ** 2) + np.trace(c1) + np.trace(c2)
     roots = np.sqrt(np.linalg.eigvals(c1 @ c2).astype(np.complex128)).real.sum()  # torch_fidelity/metric_fid.py
@@ -81,23 +81,23 @@ def test_the_distance_is_scipys_and_torch_fidelitys(n):
 
 def test_one_image_has_no_distance():
     with pytest.raises(ValueError, match=r"1 examples have no covariance: raise --config\.evaluate\.examples"):
-        fid.distance(moments.measured(draw(0)), moments.measured(draw(1, n=1)))
+        fid.distance(moments.moments_of(draw(0)), moments.moments_of(draw(1, n=1)))
 
 
 def test_moments_on_disk_come_back_bit_for_bit(tmp_path):
-    path, seen = tmp_path / "m.safetensors", {"a": moments.measured(draw(0)), "b": moments.measured(draw(1, d=1))}
-    moments.save(path, {"a": moments.empty(WIDTH), "b": moments.empty(1)})
-    moments.save(path, seen)
-    back = moments.load(path, {"a": WIDTH, "b": 1})
+    path, seen = tmp_path / "m.safetensors", {"a": moments.moments_of(draw(0)), "b": moments.moments_of(draw(1, d=1))}
+    moments.save_moments(path, {"a": moments.empty(WIDTH), "b": moments.empty(1)})
+    moments.save_moments(path, seen)
+    back = moments.load_moments(path, {"a": WIDTH, "b": 1})
     assert back["a"].count == back["b"].count == 200 and type(back["a"].count) is int
     assert all(np.array_equal(one, other) for name in seen for one, other in zip(back[name], seen[name], strict=True))
     assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
     for widths, said in (({"a": 7, "b": 1}, "7 a, 1 b"), ({"a": WIDTH}, "24 a"), ({"a": WIDTH, "c": 1}, "24 a, 1 c")):
         with pytest.raises(ValueError, match=f"does not hold moments of {said}: delete it"):
-            moments.load(path, widths)
+            moments.load_moments(path, widths)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"m\.safetensors is not a readable safetensors file: delete it"):
-        moments.load(path, {"a": WIDTH, "b": 1})
+        moments.load_moments(path, {"a": WIDTH, "b": 1})
 
 
 def small(width=WIDTH):
@@ -172,7 +172,7 @@ def run(folder, seed, count, devices=1, sizes=8, every=2, after=None):
             yield {"images": images[start : start + sizes]}
 
     about = fid.facts(COCO, {"f": "weights"}, f"set {seed}", count)
-    return fid.measure(folder, about, WIDTHS, rows_from, features_on(devices), every)
+    return fid.measure_features(folder, about, WIDTHS, rows_from, features_on(devices), every)
 
 
 def equal(one, other):
@@ -191,7 +191,7 @@ def test_a_measurement_broken_off_and_run_again_is_bit_equal(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "broken", 0, 75, after=after)
         (file,) = (tmp_path / "broken").glob("*.safetensors")
-        kept = moments.load(file, WIDTHS)
+        kept = moments.load_moments(file, WIDTHS)
         assert 0 < kept["f"].count == kept["mean"].count <= after
     found = run(tmp_path / "broken", 0, 75)
     assert found["f"].count == 75 and equal(found, want)
@@ -217,12 +217,12 @@ def test_no_more_images_are_taken_than_the_count_and_no_fewer(tmp_path):
     images = pictures(0, 24)
     about = fid.facts(COCO, {"f": "w"}, "i", 13)
     rows_from = lambda start: named(cut(images[start:], (8, 8, 8)))
-    seen = fid.measure(tmp_path, about, WIDTHS, rows_from, features_on(1))["f"]
+    seen = fid.measure_features(tmp_path, about, WIDTHS, rows_from, features_on(1))["f"]
     assert seen.count == 13
     np.testing.assert_allclose(seen.mean, small()[0](small()[1], {"images": images[:13]})["f"].mean(axis=0), rtol=1e-5)
     about = fid.facts(COCO, {"f": "w"}, "i", 30)
     with pytest.raises(ValueError, match=r"only 24 images of 30: .*--config\.evaluate\.protocol"):
-        fid.measure(tmp_path, about, WIDTHS, rows_from, features_on(1))
+        fid.measure_features(tmp_path, about, WIDTHS, rows_from, features_on(1))
 
 
 def test_the_first_image_whose_features_are_not_finite_is_named(tmp_path):
@@ -232,7 +232,7 @@ def test_the_first_image_whose_features_are_not_finite_is_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"mean of image 11 \(from 0\) is not finite"):
         rows_from = lambda start: named(cut(pictures(0, 16), (8, 8)))
-        fid.measure(tmp_path, fid.facts(COCO, {}, "i", 16), WIDTHS, rows_from, broken)
+        fid.measure_features(tmp_path, fid.facts(COCO, {}, "i", 16), WIDTHS, rows_from, broken)
 
 
 def test_a_set_of_images_is_told_from_others_by_bytes_cuts_and_order():
@@ -256,10 +256,10 @@ def test_the_protocols_name_what_exists():
 def test_pictures_are_cropped_in_the_middle_and_scaled(shape, top, left):
     """481 - 300 = 181: torchvision's center_crop rounds 90.5 to even."""
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
-    found = fid.prepare(image, protocols.PROTOCOLS["coco2014-30k"])
+    found = fid.prepare_images(image, protocols.PROTOCOLS["coco2014-30k"])
     square = Image.fromarray(image).crop((left, top, left + 300, top + 300))
     np.testing.assert_array_equal(found, np.asarray(square.resize((256, 256), Image.Resampling.LANCZOS)))
-    assert fid.prepare(image, protocols.PROTOCOLS["digits"]) is image
+    assert fid.prepare_images(image, protocols.PROTOCOLS["digits"]) is image
 
 
 def test_a_number_is_said_with_its_protocol_its_seeds_and_its_spread():
@@ -300,7 +300,7 @@ def test_inceptions_distance_is_the_same_on_1_2_and_4_devices():
         features = fid.make_features(apply, params, make_mesh(devices=jax.devices()[:devices]), 8)
         parts = [features(named(np.split(images, range(8, len(images), 8)))) for images in sets]
         rows = [np.concatenate([part["f"] for part in each]) for each in parts]
-        scores.append(fid.distance(*(moments.measured(part) for part in rows)))
+        scores.append(fid.distance(*(moments.moments_of(part) for part in rows)))
     assert scores[0] > 1e-3 * np.sum(rows[0].mean(axis=0) ** 2)  # the sets differ
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
 
@@ -337,5 +337,5 @@ def test_two_processes_see_what_one_sees(tmp_path):
     first, second = (np.load(tmp_path / f"{k}.npy") for k in range(2))
     np.testing.assert_array_equal(first, second)
     parts = features_on(1)(named(cut(pictures(0, 48), (8,) * 6)))
-    want = moments.measured(np.concatenate([part["f"] for part in parts])[:45])
+    want = moments.moments_of(np.concatenate([part["f"] for part in parts])[:45])
     np.testing.assert_allclose(first, np.concatenate([want.mean, want.scatter.ravel()]), rtol=1e-5, atol=1e-5)

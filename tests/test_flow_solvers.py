@@ -49,7 +49,7 @@ def test_the_order_is_the_slope_of_the_error(name, order):
     z = np.random.default_rng(0).normal(size=(16, 2))
     truth = np.stack([exact(z, t, t - 0.25) for t in starts])
     with jax.enable_x64(True):
-        step = solvers.make_step(name, SD, predict_eps)
+        step = solvers.make_solver_step(name, SD, predict_eps)
         run = jax.jit(lambda times: solvers.solve(step, jnp.asarray(np.tile(z, (3, 1))), times))
         t_s = jnp.asarray(np.repeat(starts, 16))
         ends = [np.asarray(run(nodes(t_s, t_s - 0.25, k))).reshape(truth.shape) for k in counts]
@@ -62,13 +62,13 @@ def test_the_order_is_the_slope_of_the_error(name, order):
 @pytest.mark.parametrize("t_s, t_e, steps", [(0.25, 0.0, 8), (1.0, 0.0, 20), (0.002, 0.0, 2)])
 def test_the_last_window_is_finite_and_near_the_truth(name, t_s, t_e, steps):
     z = np.random.default_rng(1).normal(size=(16, 2)).astype(np.float32)
-    out = np.asarray(solvers.solve(solvers.make_step(name, SD, predict_eps), jnp.asarray(z), nodes(t_s, t_e, steps)))
+    out = np.asarray(solvers.solve(solvers.make_solver_step(name, SD, predict_eps), jnp.asarray(z), nodes(t_s, t_e, steps)))
     assert np.sqrt(np.mean((out - exact(z, t_s, t_e)) ** 2)) < 0.1
 
 
 def test_dpmpp_starts_and_ends_as_ddim():
     z, times = jax.random.normal(jax.random.key(0), (4, 2)), jnp.array([0.25, 0.0])
-    both = [solvers.solve(solvers.make_step(name, SD, predict_eps), z, times) for name in ("ddim", "dpmpp_2m")]
+    both = [solvers.solve(solvers.make_solver_step(name, SD, predict_eps), z, times) for name in ("ddim", "dpmpp_2m")]
     np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_dpmpp_2m_is_the_stock_multistep_scheduler():
     for timestep in stock.timesteps:
         eps = predict_eps(jnp.asarray(theirs.numpy()), (jnp.full(4, int(timestep), jnp.float32) + 1) / 1000)
         theirs = stock.step(torch.from_numpy(np.array(eps)), timestep, theirs).prev_sample
-    ours = solvers.solve(solvers.make_step("dpmpp_2m", SD, predict_eps), z, nodes(1.0, 0.0, 10))
+    ours = solvers.solve(solvers.make_solver_step("dpmpp_2m", SD, predict_eps), z, nodes(1.0, 0.0, 10))
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
 
 
@@ -99,7 +99,7 @@ def test_a_straight_flow_is_solved_exactly_by_one_step(move):
 
 def test_solve_keeps_every_state_and_takes_nodes_per_example():
     z = jax.random.normal(jax.random.key(0), (2, 2))
-    step = solvers.make_step("ddim", SD, predict_eps)
+    step = solvers.make_solver_step("ddim", SD, predict_eps)
     per = nodes(jnp.array([1.0, 0.5]), jnp.array([0.75, 0.25]), 5)
     last, states = solvers.solve(step, z, per, keep=True)
     assert states.shape == (6, 2, 2)
@@ -120,7 +120,7 @@ def test_solve_hands_the_carry_from_step_to_step_and_keeps_the_dtype():
 
 def test_an_unknown_solver_is_refused_with_its_flag():
     with pytest.raises(ValueError, match=r"rk4.*--config\.pairs\.solver"):
-        solvers.make_step("rk4", SD, predict_eps)
+        solvers.make_solver_step("rk4", SD, predict_eps)
 
 
 X, T = jax.random.normal(jax.random.key(2), (3, 4)), jnp.array([0.9, 0.5, 0.1])

@@ -57,7 +57,7 @@ def step(config, model: str, slice: str, **fields: object) -> dict:
     config = config_fields.changed(
         config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}}
     )
-    tpu_compile.prepare()
+    tpu_compile.prepare_compiler()
     place = estimate.target(slice, "~/.cache/proreflow_jax/plan")
     found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
     print(json.dumps(found, indent=1))  # noqa: T201

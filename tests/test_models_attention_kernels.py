@@ -42,7 +42,8 @@ def test_blocks_of_queries_are_whole_attention(monkeypatch, tokens, keys):
     q, k, v = draw(2, tokens, 3, 4), draw(2, keys, 3, 4, seed=1), draw(2, keys, 3, 4, seed=2)
     monkeypatch.setattr(attention_kernels, "CHUNK_SCORES", 5 * 4 * 2 * 3 * keys)
     forms = [
-        quick_jit(with_gradients(partial(attention_kernels.plain, form=form)))(q, k, v) for form in ("xla", "chunked", "cached")
+        quick_jit(with_gradients(partial(attention_kernels.whole_scores, form=form)))(q, k, v)
+        for form in ("xla", "chunked", "cached")
     ]
     near(forms[1], forms[0], 1e-5)
     near(forms[2], forms[0], 1e-5)
@@ -54,7 +55,7 @@ def test_chunks_bound_the_memory_forward_and_backward(monkeypatch):
     monkeypatch.setattr(attention_kernels, "CHUNK_SCORES", scores // 16)
     for wrap in (lambda f: f, with_gradients):
         taken = [
-            quick_jit(wrap(partial(attention_kernels.plain, form=form)))
+            quick_jit(wrap(partial(attention_kernels.whole_scores, form=form)))
             .lower(*heads)
             .compile()
             .memory_analysis()
@@ -120,13 +121,13 @@ def test_padded_projections_are_the_plain_ones_before_zeros(bias):
 )
 def test_the_form_by_platform_and_shape(form, compute, shape):
     shape = shape if len(shape) == 6 else (*shape, jnp.float32)
-    assert attention_kernels.choose(compute, *shape) == form
+    assert attention_kernels.choose_attention(compute, *shape) == form
 
 
 def test_scores_are_counted_on_each_device():
     shape = (1024, 1024, 8, 40, 16, jnp.float32)
-    assert attention_kernels.choose(Compute("auto", platform="gpu"), *shape) == "chunked"
-    assert attention_kernels.choose(Compute("auto", platform="gpu", mesh=make_mesh(2, 2, 2)), *shape) == "xla"
+    assert attention_kernels.choose_attention(Compute("auto", platform="gpu"), *shape) == "chunked"
+    assert attention_kernels.choose_attention(Compute("auto", platform="gpu", mesh=make_mesh(2, 2, 2)), *shape) == "xla"
 
 
 def test_cudnn_is_asked_for(monkeypatch):

@@ -85,7 +85,7 @@ def params(reference, tmp_path_factory):
     """The same weights, through a file as it is published (with torch's counters) and our reader."""
     path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
     weights.save_tensors(path, {name: np.ascontiguousarray(value) for name, value in tensors(reference).items()})
-    return judges.read(path)
+    return judges.read_inception(path)
 
 
 def ours(params, images, resize, methods=("__call__",)):
@@ -141,14 +141,14 @@ SIZES = [(1, 2), (8, 8), (32, 299), (299, 299), (300, 64), (512, 768)]
 def test_the_resize_of_tensorflow_1(fidelity, size):
     images = picture(*size)
     want = fidelity.interpolate_bilinear_2d_like_tensorflow1x(to_torch(images).float(), (299, 299), align_corners=False)
-    same(inception.prepare(images, "tf1"), (want - 128) / 128, 1e-5)
+    same(inception.prepare_inception(images, "tf1"), (want - 128) / 128, 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_resize_of_torch(size):
     images = picture(*size)
     want = F.interpolate(to_torch(images).float() / 255, (299, 299), mode="bilinear", align_corners=False)
-    same(inception.prepare(images, "torch"), 2 * want - 1, 1e-5)
+    same(inception.prepare_inception(images, "torch"), 2 * want - 1, 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -156,7 +156,7 @@ def test_the_resize_of_clean_fid_is_pils_bicubic_in_float(size):
     images = picture(*size)
     planes = [Image.fromarray(images[0, ..., c].astype(np.float32), "F") for c in range(3)]
     want = np.stack([np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
-    np.testing.assert_allclose(inception.prepare(images, "clean")[0] * 128 + 128, want, atol=1e-3)
+    np.testing.assert_allclose(inception.prepare_inception(images, "clean")[0] * 128 + 128, want, atol=1e-3)
 
 
 @pytest.mark.parametrize("resize", inception.RESIZES)
@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(params, tmp_path):
     weights.save_tensors(path, torch_named)
     for expected in ([lost, short, odd, inception.NAME], ["not a readable safetensors file"]):
         with pytest.raises(ValueError, match=r"or name another --config\.evaluate\.inception$") as error:
-            judges.read(path)
+            judges.read_inception(path)
         text = str(error.value)
         assert all(part in text for part in [str(path), *expected])
         assert "\n" not in text and "config.json" not in text and "--config.model" not in text

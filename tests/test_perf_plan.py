@@ -20,7 +20,7 @@ from proreflow_jax.jobs import pairs
 from proreflow_jax.models import network
 from proreflow_jax.perf import chips, estimate, flops, hlo_cost, make_it_fit, plan_report, tpu_compile
 from proreflow_jax.perf import jobs as perf_jobs
-from proreflow_jax.perf.jobs import Job, frozen_shapes, held, jobs, prompt_shapes, record_shapes, storage
+from proreflow_jax.perf.jobs import Job, argument_bytes, frozen_shapes, jobs, prompt_shapes, record_shapes, storage
 from proreflow_jax.run import config_fields, open, train_state
 from proreflow_jax.runtime import mesh
 
@@ -226,7 +226,7 @@ def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
 def test_a_state_must_fit_twice_since_it_is_saved_by_torch_names_beside_its_stacks(tmp_path, outline_only):
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     job = jobs(shapes, shapes.stages[0])["train"]._replace(useful=lambda: 1e9)
-    sizes = held(job)
+    sizes = argument_bytes(job)
     compiled = NOTHING._replace(memory=tpu_compile.Memory(sum(sizes.values()), 0, 0, 0))
     place, needed = estimate.target("v5e:2x4", ""), 2 * sizes["state"] + sizes["frozen"]
     for room, fits in ((needed, True), (needed - 1, False)):
@@ -245,13 +245,13 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def measured(job: Job, compiled: tpu_compile.Compiled, place: estimate.Target) -> dict:
         asked.append(job.at_once)
-        memory = tpu_compile.Memory(sum(held(job).values()), job.at_once * chips.GIB, 0, 0)
+        memory = tpu_compile.Memory(sum(argument_bytes(job).values()), job.at_once * chips.GIB, 0, 0)
         return real(job, compiled._replace(memory=memory), place)
 
     monkeypatch.setattr(estimate, "measured", measured)
     monkeypatch.setattr(tpu_compile, "compile_for", lambda *job: NOTHING)
     monkeypatch.setattr(tpu_compile, "devices", lambda name, slices: jax.devices())
-    monkeypatch.setattr(tpu_compile, "prepare", lambda: None)
+    monkeypatch.setattr(tpu_compile, "prepare_compiler", lambda: None)
     monkeypatch.setattr(perf_jobs, "_counted", lambda *job: 1e9)
     return asked
 
@@ -325,14 +325,14 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypat
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install libtpu==0.0.51"):
-        tpu_compile.prepare()
+        tpu_compile.prepare_compiler()
 
 
 @pytest.mark.slow
 def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up():
     """Minutes: libtpu's compiler, four v5e chips, the training step of the first stage."""
     pytest.importorskip("libtpu")
-    tpu_compile.prepare()
+    tpu_compile.prepare_compiler()
     place = estimate.target("v5e:2x2", "")
     config = config_fields.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
     found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")

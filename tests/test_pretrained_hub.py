@@ -181,7 +181,7 @@ def test_the_plan_is_logged_before_weights_are_asked_for(server, said):
         hub.log.removeHandler(note)
     total = sum(map(len, NEEDED.values()))
     assert lines[0][0].startswith(f"{REPO} at main (")
-    assert f"{len(NEEDED)} files, {hub.size(total)}, of which {len(NEEDED['model_index.json'])} B are" in lines[0][0]
+    assert f"{len(NEEDED)} files, {hub.readable_size(total)}, of which {len(NEEDED['model_index.json'])} B are" in lines[0][0]
     rows = {line.split()[0]: line for line, _ in lines[1:]}
     assert rows.keys() == {"(beside", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert "3.00 MB" in rows["unet"] and "25.61 kB" in rows["vae"] and "0 B in the cache" in rows["unet"]
@@ -197,7 +197,7 @@ def test_the_plan_counts_what_is_in_the_cache_and_that_is_not_fetched_again(serv
     new = ["vae/diffusion_pytorch_model.safetensors"]
     assert [path for path in server.fetched(REPO) if path.endswith(".safetensors")] == new
     total = sum(map(len, without(*new).values()))
-    assert f"{hub.size(total + 5000)}, of which {hub.size(total)} are in the cache" in said.text
+    assert f"{hub.readable_size(total + 5000)}, of which {hub.readable_size(total)} are in the cache" in said.text
     unet = next(line for line in said.messages if line.split()[0] == "unet")
     assert unet.count("3.00 MB") == 2
 
@@ -374,4 +374,4 @@ def test_addresses_are_not_logged(server, said):
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.50 kB"), (3_438_167_540, "3.44 GB")])
 def test_sizes_are_said_as_people_say_them(count, text):
-    assert hub.size(count) == text
+    assert hub.readable_size(count) == text

@@ -35,7 +35,7 @@ def draw(shapes, seed: int = 0) -> dict[str, np.ndarray]:
 
 def trained(rank: int = 5, layers: str = "", seed: int = 1) -> dict[str, np.ndarray]:
     """Factors of which neither is zero."""
-    return draw(lora_factors.shapes(STRUCTS, layers, rank), seed)
+    return draw(lora_factors.factor_shapes(STRUCTS, layers, rank), seed)
 
 
 def in_torch(base: dict[str, np.ndarray], factors: dict[str, np.ndarray], scale: float) -> dict[str, np.ndarray]:
@@ -51,7 +51,9 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: 
 
 def test_names_and_shapes():
     given = STRUCTS | {"blocks.0.attn1.to_q.table": STRUCTS[Q]}
-    made = {name: struct.shape for name, struct in lora_factors.shapes(given, r"to_q|conv1|to_out|norm|token", 3).items()}
+    made = {
+        name: struct.shape for name, struct in lora_factors.factor_shapes(given, r"to_q|conv1|to_out|norm|token", 3).items()
+    }
     assert made == {
         "blocks.0.attn1.to_q.lora_A.weight": (8, 3),
         "blocks.0.attn1.to_q.lora_B.weight": (3, 12),
@@ -63,7 +65,7 @@ def test_names_and_shapes():
 
 
 def test_the_rank_is_capped_at_each_layers_own():
-    made = lora_factors.shapes(STRUCTS, "", 1000)
+    made = lora_factors.factor_shapes(STRUCTS, "", 1000)
     assert {name: made[f"{name[:-7]}.lora_B.weight"].shape[-2] for name in MATRICES} == dict(
         zip(MATRICES, (8, 8, 6, 10), strict=True)
     )
@@ -73,7 +75,7 @@ def test_the_rank_is_capped_at_each_layers_own():
 def test_the_start_is_the_base():
     base, factors = draw(STRUCTS), lora_factors.init(STRUCTS, "", 4, KEY)
     assert {name: value.shape for name, value in factors.items()} == {
-        name: struct.shape for name, struct in lora_factors.shapes(STRUCTS, "", 4).items()
+        name: struct.shape for name, struct in lora_factors.factor_shapes(STRUCTS, "", 4).items()
     }
     added = jax.jit(lora_factors.add)(base, factors, 2.0)
     assert all(np.array_equal(added[name], value) for name, value in base.items())
@@ -124,8 +126,8 @@ def test_a_real_unet_computes_what_its_merged_weights_compute():
     unet = make_unet(unet_config(tiny.UNET, tiny.TEXT, tiny.LATENT))
     base = tiny.random_params(unet.shapes, 0)
     blocks = sum(name.endswith("attn1.to_q.weight") for name in unet.shapes)
-    assert len(lora_factors.shapes(unet.shapes, DEFAULT, 3)) == blocks * 2 * 4 * 2  # attentions, projections, factors
-    factors = {name: 0.3 * value for name, value in draw(lora_factors.shapes(unet.shapes, "", 3)).items()}
+    assert len(lora_factors.factor_shapes(unet.shapes, DEFAULT, 3)) == blocks * 2 * 4 * 2  # attentions, projections, factors
+    factors = {name: 0.3 * value for name, value in draw(lora_factors.factor_shapes(unet.shapes, "", 3)).items()}
     merged = weights.from_torch(in_torch(base, factors, 1.5), unet.shapes, "merged")
     z, context = draw({"z": np.zeros((2, *tiny.LATENT)), "c": np.zeros((2, tiny.LENGTH, tiny.WIDTH))}, 3).values()
     forward = tiny.quick_jit(lambda p, f, s: unet.apply(lora_factors.add(p, f, s), z, jnp.asarray([900.0, 20.0]), context))
@@ -173,7 +175,10 @@ def test_the_scale_is_alpha_over_rank(alpha, scale):
     ],
 )
 def test_what_makes_no_adapter_is_refused_in_one_line(layers, rank, line):
-    for refused in (lambda: lora_factors.shapes(STRUCTS, layers, rank), lambda: lora_factors.init(STRUCTS, layers, rank, KEY)):
+    for refused in (
+        lambda: lora_factors.factor_shapes(STRUCTS, layers, rank),
+        lambda: lora_factors.init(STRUCTS, layers, rank, KEY),
+    ):
         with pytest.raises(ValueError, match=line) as caught:
             refused()
         assert "\n" not in str(caught.value)
@@ -205,7 +210,7 @@ def test_diffusers_draws_with_the_file_as_we_do_with_the_factors(tmp_path, form,
     unet = make_unet(dict(pipe.unet.config))
     base = weights.from_torch(weights.read_tensors(tmp_path / "unet"), unet.shapes, "stock")
     scale = lora_factors.scale_of(rank, alpha)
-    factors = {name: 0.2 * value for name, value in draw(lora_factors.shapes(unet.shapes, "", rank)).items()}
+    factors = {name: 0.2 * value for name, value in draw(lora_factors.factor_shapes(unet.shapes, "", rank)).items()}
     z, context = draw({"z": np.zeros((2, *tiny.LATENT)), "c": np.zeros((2, tiny.LENGTH, tiny.WIDTH))}, 3).values()
     ours = tiny.quick_jit(lambda f: unet.apply(lora_factors.add(base, f, scale), z, jnp.asarray([900.0, 20.0]), context))(
         factors

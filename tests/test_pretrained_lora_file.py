@@ -52,11 +52,11 @@ def file(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 def test_base_and_delta_make_the_student_again():
     base, student = draw(SHAPES, 0), draw(SHAPES, 1)
     change = lora_file.delta(student, base)
-    assert distance(student, lora_file.merge(base, change), list(SHAPES)) < 1e-6
+    assert distance(student, lora_file.merge_delta(base, change), list(SHAPES)) < 1e-6
     halfway = {name: (base[name] + student[name]) / 2 for name in base}
-    assert distance(halfway, lora_file.merge(base, change, 0.5), list(SHAPES)) < 1e-6
+    assert distance(halfway, lora_file.merge_delta(base, change, 0.5), list(SHAPES)) < 1e-6
     half = {name: value.astype(np.float16) for name, value in base.items()}
-    merged = lora_file.merge(half, lora_file.delta(student, half))
+    merged = lora_file.merge_delta(half, lora_file.delta(student, half))
     assert {value.dtype for value in merged.values()} == {np.dtype(np.float16)}
     assert distance(student, merged, list(SHAPES)) < 1e-3
     assert {lora_file.delta(*two)["conv_in.weight"].dtype for two in ((student, half), (half, student))} == {
@@ -69,7 +69,7 @@ def test_files_are_read_once(tmp_path, monkeypatch):
     read, get = [], weights.Tensors.__getitem__
     monkeypatch.setattr(weights.Tensors, "__getitem__", lambda self, name: read.append(name) or get(self, name))
     base, change = (weights.Tensors([file(tmp_path / str(seed), draw(SHAPES, seed))]) for seed in (0, 1))
-    lora_file.merge(base, change)
+    lora_file.merge_delta(base, change)
     assert sorted(read) == sorted([*SHAPES] * 2)
     read.clear()
     lora_file.apply_factors(base, lora_file.decompose(draw(SHAPES), 2)[0])
@@ -83,7 +83,7 @@ def test_strided_arrays_survive_the_file(tmp_path):
     base = {"a.weight": np.asfortranarray(base["a.weight"])}
     change = lora_file.delta(student, base)
     np.testing.assert_array_equal(load_file(file(tmp_path / "d", change))["a.weight"], change["a.weight"])
-    merged = lora_file.merge(base, change)
+    merged = lora_file.merge_delta(base, change)
     np.testing.assert_array_equal(load_file(file(tmp_path / "m", merged))["a.weight"], merged["a.weight"])
     factors = lora_file.decompose(change, 2)[0]
     strided = {n: lora_file.Factors(np.asfortranarray(f.up), np.asfortranarray(f.down), f.alpha) for n, f in factors.items()}
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
         lora_file.delta(other, base)
     assert str(caught.value) == line
     with pytest.raises(ValueError, match="base and delta are not of the same network: 1 only in the base: conv_in.weight; "):
-        lora_file.merge(base, other)
+        lora_file.merge_delta(base, other)
     factors = lora_file.decompose(base, 2)[0]
     with pytest.raises(ValueError, match="^base and LoRA are not of the same network: 1 only in the LoRA: conv_in.weight$"):
         lora_file.apply_factors({n: v for n, v in base.items() if n != "conv_in.weight"}, factors)
@@ -269,7 +269,7 @@ def test_diffusers_reads_the_file_as_the_student(stock, tmp_path, form, rank):
     loaded = answer()
     pipe.unload_lora_weights()
     assert gap(answer(), before) == 0
-    put(lora_file.merge(base, change) if rank == 1000 else lora_file.apply_factors(base, factors))
+    put(lora_file.merge_delta(base, change) if rank == 1000 else lora_file.apply_factors(base, factors))
     assert gap(answer(), before) > 0.1  # the delta matters
     assert gap(loaded, answer()) < 1e-3
 

@@ -51,13 +51,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: families.write(folder / family, family, seed) for seed, family in enumerate(families.FAMILIES)}
 
 
-def stored(source: sources.Source, dtype: Any = None) -> dict[str, dict[str, np.ndarray]]:
+def stored(source: sources.ModelSource, dtype: Any = None) -> dict[str, dict[str, np.ndarray]]:
     """All tensors by component, in `dtype` where one is named."""
     take = lambda tensors: {n: v if dtype is None else v.astype(dtype) for n, v in tensors.items()}
     return {name: take(source.tensors(name)) for name in source.components}
 
 
-def single(source: sources.Source, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def single(source: sources.ModelSource, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The model as one file, each component under its prefix."""
     parts = (single_file.to_original(n, t, source.config(n), source.family) for n, t in tensors.items())
     return {name: value for part in parts for name, value in part.items()}

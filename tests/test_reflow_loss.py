@@ -250,7 +250,7 @@ def test_no_gradient_reaches_teacher_text_encoder_or_autoencoder(start):
 
     def value(student, arrays):
         frozen = FROZEN._replace(**arrays)
-        made = pairs.make_pairs(frozen, rows, recipe=recipe, flow=Parameterization("epsilon"), networks=TOYS)
+        made = pairs.cross_windows(frozen, rows, recipe=recipe, flow=Parameterization("epsilon"), networks=TOYS)
         x = draw_examples(frozen, made, KEY, flow=flow, networks=TOYS, loss=LOSS)
         return reflow_loss(student, x, flow=flow, networks=TOYS, loss=LOSS)[0]
 

@@ -26,7 +26,7 @@ TEACHER = Parameterization("epsilon")
 
 @cache
 def maker(flow, recipe):
-    return quick_jit(partial(pairs.make_pairs, recipe=recipe, flow=flow, networks=TOYS))
+    return quick_jit(partial(pairs.cross_windows, recipe=recipe, flow=flow, networks=TOYS))
 
 
 def make(count=16, first=0, flow=TEACHER, frozen=FROZEN, batch=None, **changes):
@@ -94,7 +94,7 @@ def test_from_data_the_first_state_is_the_noised_latent_at_the_start_of_its_wind
     sharp = TOYS._replace(vae=TOYS.vae._replace(apply=thinned))
     batch = tiny.rows(256)
     recipe = RECIPE._replace(start="data", steps=1)
-    made = jax.device_get(quick_jit(partial(pairs.make_pairs, recipe=recipe, flow=TEACHER, networks=sharp))(FROZEN, batch))
+    made = jax.device_get(quick_jit(partial(pairs.cross_windows, recipe=recipe, flow=TEACHER, networks=sharp))(FROZEN, batch))
     assert made["states"].shape == (256, 2, *tiny.LATENT)
     x0 = TOYS.scaling * (np.asarray(batch["image"])[:, ::2, ::2, :1] / 127.5 - 1.0)
     t_s = grid_time(1000 - 250 * made["first"])
@@ -191,7 +191,7 @@ def test_a_teacher_of_any_prediction_type_gives_the_same_pairs(kind):
         return convert("epsilon", kind, TOYS.schedule, z, tiny.toy_unet(params, z, timestep, context), (timestep + 1) / 1000)
 
     networks = TOYS._replace(unet=TOYS.unet._replace(apply=speak))
-    jitted = quick_jit(partial(pairs.make_pairs, recipe=RECIPE, flow=Parameterization(kind), networks=networks))
+    jitted = quick_jit(partial(pairs.cross_windows, recipe=RECIPE, flow=Parameterization(kind), networks=networks))
     np.testing.assert_allclose(jitted(FROZEN, tiny.rows(16))["states"], make()["states"], rtol=1e-3, atol=1e-3)
 
 
@@ -215,10 +215,10 @@ def test_the_teacher_can_compute_in_bfloat16():
 )
 def test_a_recipe_that_cannot_be_carried_out_is_refused(changes, flow, words):
     with pytest.raises(ValueError, match=words) as caught:
-        pairs.check_steps(RECIPE._replace(**changes), flow)
+        pairs.check_pair_steps(RECIPE._replace(**changes), flow)
     assert "\n" not in str(caught.value) and "--config" in str(caught.value)
 
 
 def test_recipes_that_can_be_carried_out_pass():
-    pairs.check_steps(RECIPE, TEACHER)
-    pairs.check_steps(RECIPE, Parameterization("velocity", 8))
+    pairs.check_pair_steps(RECIPE, TEACHER)
+    pairs.check_pair_steps(RECIPE, Parameterization("velocity", 8))

@@ -35,7 +35,7 @@ GOLDEN = {"losses": [10.390501, 11.048759, 9.118498], "weights": 32.499902}  # o
 
 def step_of(networks, online=True, accumulation=1, unroll=False, adam=ADAM):
     examples = partial(draw_examples, flow=STUDENT, networks=networks, loss=LOSS)
-    made = partial(pairs.make_pairs, recipe=RECIPE, flow=TEACHER, networks=networks)
+    made = partial(pairs.cross_windows, recipe=RECIPE, flow=TEACHER, networks=networks)
     return partial(
         train_step,
         draw=(lambda frozen, batch, key: examples(frozen, made(frozen, batch), key)) if online else examples,
@@ -75,7 +75,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(parts, unroll):
 
 
 def test_stored_and_online_pairs_mean_the_same():
-    made = quick_jit(partial(pairs.make_pairs, recipe=RECIPE, flow=TEACHER, networks=TOYS))
+    made = quick_jit(partial(pairs.cross_windows, recipe=RECIPE, flow=TEACHER, networks=TOYS))
     stored = lambda state, frozen, batch, key: jitted(online=False)(state, frozen, made(frozen, batch), key)
     ours, theirs = trained(stored, 2), trained(jitted(), 2)
     same(ours, theirs)
@@ -137,7 +137,7 @@ def test_gradients_summed_in_the_order_of_the_devices_are_the_same_gradients():
 
 def test_a_state_in_stacks_goes_the_same_way():
     weights = {name: jnp.arange(3.0) + i for i, name in enumerate("abc")} | {"d": jnp.ones(2)}
-    table = stacks.table(weights, {"a": 0, "b": 1, "c": 0, "d": 0})
+    table = stacks.stack_table(weights, {"a": 0, "b": 1, "c": 0, "d": 0})
     draw = lambda frozen, batch, key: {"x": jax.random.normal(key, (4, 3))}
     loss = lambda p, drawn: (jnp.mean((drawn["x"] @ (p["a"] * p["b"] - p["c"]) + p["d"].sum()) ** 2), {})
     step = partial(train_step, draw=draw, loss=loss, optimizer=ADAM, ema_decay=0.5, accumulation=1, unroll=True)

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from verb import ROOT, tiny_flags
 
 from proreflow_jax.runtime.compilation_cache import keep_programs
-from proreflow_jax.runtime.profiler import STEP, Trace, check_steps
+from proreflow_jax.runtime.profiler import STEP, Trace, check_traced_steps
 from proreflow_jax.storage import gcs, paths
 
 HIT = "/jax/compilation_cache/cache_hits"
@@ -63,7 +63,7 @@ def test_a_trace_ends_also_when_the_run_breaks(tmp_path):
 @pytest.mark.parametrize("steps", [(3,), (4, 3), (0, 2), (1.0, 2), (1, 2, 3), ("1", 2)])
 def test_steps_that_are_none_are_refused(steps):
     with pytest.raises(ValueError, match="--config.profile.steps=") as caught:
-        check_steps(steps)
+        check_traced_steps(steps)
     assert "\n" not in str(caught.value)
 
 

@@ -39,9 +39,9 @@ def same(found, wanted) -> None:
 
 def test_arrays_of_one_shape_and_kind_lie_together_in_the_order_of_their_names():
     shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SHAPES.items()}
-    assert stacks.table(shapes, KINDS) == TABLE
+    assert stacks.stack_table(shapes, KINDS) == TABLE
     half = shapes | {"b.bias": jax.ShapeDtypeStruct((8,), jnp.bfloat16)}
-    assert stacks.table(half, KINDS)["b.bias"] == ("b.bias",)
+    assert stacks.stack_table(half, KINDS)["b.bias"] == ("b.bias",)
 
 
 def test_a_state_in_stacks_is_the_state_and_other_dicts_stay():

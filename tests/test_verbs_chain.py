@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 from safetensors.numpy import load_file
-from test_runtime_trace import traced_steps
+from test_runtime_profiler import traced_steps
 from verb import CONFIG, run, tiny_flags
 
 from proreflow_jax.data import digits

@@ -16,7 +16,7 @@ from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs import score_digits
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reproduction import report
-from proreflow_jax.reproduction.cell import budget, given, make_programs, measure, stage_pairs, train
+from proreflow_jax.reproduction.cell import budget, cell_inputs, make_programs, measure_student, stage_pairs, train_student
 from proreflow_jax.reproduction.cells import make_cells
 from proreflow_jax.run import check_config, config_fields
 from proreflow_jax.run.config_fields import changed
@@ -128,7 +128,7 @@ def test_a_cell_is_the_verbs_algorithm(small, stages):
     fields = method(*stages, pairs__start="noise", pairs__substeps=2, loss__window_start_prob=0.25)
     experiment = open_experiment(small())
     experiment = reopen(experiment, changed(experiment.config, fields | {"name": "both"}))
-    params, spent = train(experiment, make_programs(experiment), {})
+    params, spent = train_student(experiment, make_programs(experiment), {})
     cost = spent[0]
     assert [one[1:] for one in spent] == [cost[1:]] * len(stages)  # one config says the same of both stages
     counts = {"pairs.examples": cost.examples, "pairs.shard_size": cost.examples, "train.steps": cost.updates}
@@ -150,7 +150,7 @@ def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
         {"loss.window_start_prob": 0.5},
         {"reproduce.forwards": 600},
     ):
-        train(reopen(base, changed(base.config, method(4) | fields)), programs, {})
+        train_student(reopen(base, changed(base.config, method(4) | fields)), programs, {})
     assert programs.update._cache_size() == 1 and programs.pairs._cache_size() == 1
 
 
@@ -158,10 +158,10 @@ def test_one_program_serves_all_alphas_seeds_and_numbers_of_steps(small):
 def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
     experiment = open_experiment(small())
     programs = make_programs(experiment)
-    start = given(experiment, 0, programs, score_digits.make_judge(8))
+    start = cell_inputs(experiment, 0, programs, score_digits.make_digits_judge(8))
     base = experiment.base.params["unet"]
-    student, _ = measure(experiment, base, Parameterization("ddim_eps", 4), programs, start)
-    teacher, _ = measure(experiment, base, experiment.flow, programs, start)
+    student, _ = measure_student(experiment, base, Parameterization("ddim_eps", 4), programs, start)
+    teacher, _ = measure_student(experiment, base, experiment.flow, programs, start)
     for steps in ("1", "2", "4"):
         assert student["steps"][steps]["distance"] == pytest.approx(teacher["steps"][steps]["distance"], rel=1e-4)
     assert student["steps"]["8"]["distance"] != pytest.approx(teacher["steps"]["8"]["distance"], rel=1e-3)

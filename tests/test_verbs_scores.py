@@ -52,7 +52,7 @@ def quick(tmp_path_factory):
         keep_networks(patch)
         patch.setattr(jax, "jit", tiny.quick_jit)  # verbs as they are, but for XLA's optimizations
         patch.setattr(judges, "feature_network", made_coco.small_network)
-        patch.setattr(clip_score, "load", cache(clip_score.load))  # drawing it is most of its cost
+        patch.setattr(clip_score, "load_clip", cache(clip_score.load_clip))  # drawing it is most of its cost
         patch.setattr(score_coco, "SAVE_EVERY", 1)
         patch.setattr(score_coco, "load_weights", partial(load_weights, score_coco.load_weights))
         yield
@@ -140,7 +140,7 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
     """The student's row at seed 1 without batches, meshes or files."""
     experiment = toy(made, "single", devices=1)
     split, n, base = coco.open_official(*made.coco, 2017), experiment.networks, experiment.base
-    texts, clip = coco.first_captions(split, COUNT), clip_score.load(Path(made.flags["clip"]))
+    texts, clip = coco.first_captions(split, COUNT), clip_score.load_clip(Path(made.flags["clip"]))
     predict = lambda z, t, context: make_predict(n.unet, {k: 1.1 * v for k, v in base.params["unet"].items()})(z, t, context)
     against = n.condition(base.text, base.tokenizer.encode([""]))
     nodes = windows.sampling_nodes(2, 2).astype(np.float32)
@@ -155,8 +155,8 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
         )
 
     network, params = made_coco.small_network(Path(), "")
-    shape = lambda image: fid.prepare(image, protocols.PROTOCOLS["coco2017-5k"])
-    real = [shape(coco.decode(split.read(i), "")) for i in range(24)]
+    shape = lambda image: fid.prepare_images(image, protocols.PROTOCOLS["coco2017-5k"])
+    real = [shape(coco.decode_coco_image(split.read(i), "")) for i in range(24)]
     images = [
         np.round(np.clip(draw(i, base.tokenizer.encode([text]))[0] / 2 + 0.5, 0, 1) * 255) for i, text in enumerate(texts)
     ]
@@ -165,7 +165,7 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
     assert whole[1]["fid"][1] == pytest.approx(frechet.frechet_distance(*map(frechet.moments, features)), rel=1e-4)
     words = clip_score.read_tokenizer(Path(made.flags["clip"])).encode(texts)
     found = np.asarray(
-        jax.jit(clip_score.make_scores(clip.text, clip.image))(clip.params, clip_score.prepare(drawn, 16), words)
+        jax.jit(clip_score.make_scores(clip.text, clip.image))(clip.params, clip_score.prepare_clip(drawn, 16), words)
     )
     assert whole[1]["clip"][1] == pytest.approx(found.mean(), rel=1e-4)
     assert len(np.unique(words, axis=0)) == COUNT and found.std() > 0.1  # prompts and pictures tell
@@ -173,13 +173,13 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
 
 
 def test_measured_once_it_is_only_read(made, whole, monkeypatch):
-    monkeypatch.setattr(fid, "prepare", None)  # would raise for any image, real or drawn
+    monkeypatch.setattr(fid, "prepare_images", None)  # would raise for any image, real or drawn
     assert score_coco.score_coco(toy(made, "whole")) == whole
 
 
 def test_killed_and_resumed_it_says_the_same_bit_for_bit(made, whole, monkeypatch):
     """Broken off after each of three savings and once between two; three batches a seed, of 8, 8 and 4 images."""
-    save = moments.save
+    save = moments.save_moments
 
     def breaking(before: int, left: list[int]) -> Callable:
         def once(path, parts):
@@ -193,10 +193,10 @@ def test_killed_and_resumed_it_says_the_same_bit_for_bit(made, whole, monkeypatc
         return once
 
     for after, before in ((1, False), (2, True), (3, False), (2, False)):
-        monkeypatch.setattr(moments, "save", breaking(before, [after]))
+        monkeypatch.setattr(moments, "save_moments", breaking(before, [after]))
         with pytest.raises(KeyboardInterrupt):
             score_coco.score_coco(toy(made, "killed"))
-    monkeypatch.setattr(moments, "save", save)
+    monkeypatch.setattr(moments, "save_moments", save)
     assert score_coco.score_coco(toy(made, "killed")) == whole
     assert kept(made, "killed") == kept(made, "whole") and len(kept(made, "whole")) == 4
 
@@ -290,7 +290,7 @@ def test_the_printed_command_makes_of_a_pth_what_our_reader_reads(tmp_path):
         score_coco._check_file("pt_inception.pth")
     command = str(caught.value).split("python -c ", 1)[1].rsplit(", and name", 1)[0]
     subprocess.run([sys.executable, "-c", command.strip('"')], cwd=tmp_path, check=True)
-    found = judges.read(tmp_path / "inception.safetensors")
+    found = judges.read_inception(tmp_path / "inception.safetensors")
     assert found.keys() == shapes.keys()
     name = "Mixed_7c.branch1x1.conv.weight"
     np.testing.assert_array_equal(found[name].transpose(3, 2, 0, 1), tensors[name].numpy())

@@ -62,7 +62,7 @@ def test_an_export_becomes_a_private_repository_in_one_commit(server, export):
     lines = ended.err.splitlines()
     assert lines[-1] == f"{server.url}/me/student"
     plan = [line for line in lines if "files, " in line]
-    assert plan == [f"5 files, {hub.size(sum(map(len, sent(export).values())))}, to the private repository me/student"]
+    assert plan == [f"5 files, {hub.readable_size(sum(map(len, sent(export).values())))}, to the private repository me/student"]
     assert any(line.split() == ["10.24", "kB", "unet/diffusion_pytorch_model.safetensors"] for line in lines)
     assert TOKEN not in ended.err and TOKEN not in ended.out and "POST" not in ended.err
 
@@ -74,7 +74,7 @@ def test_public_only_where_it_is_said(server, export):
 
 def test_a_second_upload_goes_into_the_same_repository(server, export):
     server.add("me/student", {"README.md": b"old", "notes.md": b"kept"}, private=True)
-    assert hub.upload(export, "me/student", private=True) == f"{server.url}/me/student"
+    assert hub.upload_folder(export, "me/student", private=True) == f"{server.url}/me/student"
     assert server.created == [] and server.models["me/student"].files == {"notes.md": b"kept", **sent(export)}
 
 
@@ -106,7 +106,7 @@ def test_without_a_login_nobody_is_asked(server, export, monkeypatch, tmp_path):
 def test_a_token_that_may_not_write_is_one_line(server, export, monkeypatch, tmp_path):
     refused("--repo=stranger/student", "HTTP 403", "rights to create", folder=export, repo="stranger/student")
     with pytest.raises(ValueError, match="(?s)rights to create") as caught:
-        hub.upload(export, "stranger/student", private=True)
+        hub.upload_folder(export, "stranger/student", private=True)
     assert "\n" not in str(caught.value)
     connect(monkeypatch, server.url, tmp_path / "home", token="hf_wrong")
     text = refused("--repo=me/student", "HTTP 401", "hf auth login", folder=export, repo="me/student")

@@ -59,11 +59,11 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     """Writes a whole diffusers folder, tokenizer included, and returns it; `folder` may exist."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.write(folder / "tokenizer", *tokenizer.learn(CAPTIONS, 20), LENGTH)
+    tokenizer.write_tokenizer(folder / "tokenizer", *tokenizer.learn(CAPTIONS, 20), LENGTH)
     made = {
         "unet": make_unet(write_pipeline.unet_config(UNET, TEXT, LATENT)),
         "vae": make_vae({**write_pipeline.vae_config(VAE, RESOLUTION), "scaling_factor": 0.5}),
-        "text_encoder": make_text_encoder(write_pipeline.text_config(TEXT, tokenizer.size(folder / "tokenizer"))),
+        "text_encoder": make_text_encoder(write_pipeline.text_config(TEXT, tokenizer.vocabulary_size(folder / "tokenizer"))),
     }
     params = {name: random_params(network.shapes, seed + i) for i, (name, network) in enumerate(made.items())}
     configs = {name: network.config for name, network in made.items()}

@@ -15,7 +15,7 @@ INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(", re.
 
 def slice_mesh(name: str, **axes: int) -> Mesh:
     """A (data, fsdp, tensor) mesh over a slice's devices, as in slice_mesh("v5e:2x2", fsdp=2)."""
-    tpu_compile.prepare()
+    tpu_compile.prepare_compiler()
     return make_mesh(**axes, devices=list(tpu_compile.devices(name)))
 
 

@@ -60,6 +60,6 @@ class Cached:
         return {**found, "caption": found["caption"].tobytes().decode("utf-8")}
 
 
-def identity(folder: str | Path) -> dict[str, str]:
+def cache_identity(folder: str | Path) -> dict[str, str]:
     """What tells a cache from another in the same place: its shards' names and hashes."""
     return {"cache": atomic.sha256(Path(folder).expanduser() / records.MANIFEST)}

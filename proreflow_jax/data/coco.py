@@ -56,7 +56,7 @@ def open_split(captions: str, images: str, year: int) -> Split:
     if not images:
         raise UserError(f"{IMAGES} is empty: name the folder of val{year}'s images (docs/scores.md says where they are)")
     if is_tfds(images):
-        return open_tfds(Path(images).expanduser(), year)
+        return open_coco_tfds(Path(images).expanduser(), year)
     if not captions:
         raise UserError(f"{CAPTIONS} is empty: name captions_val{year}.json (docs/scores.md says where it is)")
     return open_official(Path(captions).expanduser(), Path(images).expanduser(), year)
@@ -117,7 +117,7 @@ def check_tfds(folder: Path, year: int) -> None:
     datasets.open_tfds(folder, TFDS_SPLIT, "image", "captions/text", 8)
 
 
-def open_tfds(folder: Path, year: int) -> Split:
+def open_coco_tfds(folder: Path, year: int) -> Split:
     """coco_captions as tfds prepared it, read once for its ids; arguments and errors as of `open_split`."""
     check_tfds(folder, year)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -166,7 +166,7 @@ def _enough(prompts: list[str], count: int) -> list[str]:
 CHOICES = {"first": first_captions, "drawn": drawn_captions}  # the `choice` of a protocol
 
 
-def decode(encoded: bytes, what: str) -> UInt8[np.ndarray, "h w 3"]:
+def decode_coco_image(encoded: bytes, what: str) -> UInt8[np.ndarray, "h w 3"]:
     """An image file's pixels at its own size; grey becomes RGB. `what` names it in errors.
 
     Raises ValueError, one line: not an image of `images.FORMATS` and `images.MODES`, damaged, or larger than its limit.

@@ -38,7 +38,7 @@ WORDINGS = (
 STAMP = "digits.json"  # what the folder was made from, and its shard's hash
 
 
-def load(size: int = 32) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:
+def load_digits(size: int = 32) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:
     """Returns the 1,797 digits, enlarged bicubically from 8 x 8, and their labels 0 .. 9.
 
     Raises:
@@ -88,7 +88,7 @@ def write_dataset(folder: str | os.PathLike, size: int = 32, seed: int = 0) -> P
     folder = Path(folder).expanduser()
     if _is_good(folder, size, seed):
         return folder
-    images, labels = load(size)
+    images, labels = load_digits(size)
     words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(2 * len(labels)).reshape(2, -1)
     order, wordings = np.argsort(words[0], kind="stable"), words[1] % len(WORDINGS)
     examples = [

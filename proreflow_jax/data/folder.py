@@ -31,7 +31,7 @@ ROW_LIMIT = 1 << 20  # bytes of a row of metadata
 
 
 class FolderImages:
-    """`images[i] -> Original`; see `open_folder`. `captions` is None where each lies in a file beside its image."""
+    """`images[i] -> Original`; see `open_image_folder`. `captions` is None where each lies in a file beside its image."""
 
     def __init__(self, folder: Path, names: list[str], captions: list[Any] | None, caption_key: str) -> None:
         self.name, self._folder, self.names = str(folder), folder, names
@@ -60,7 +60,7 @@ class FolderImages:
             raise Unusable(f"no .{extension} beside it (--config.data.caption_key={self._key})") from error
 
 
-def open_folder(path: str, caption_key: str) -> FolderImages:
+def open_image_folder(path: str, caption_key: str) -> FolderImages:
     """Opens a folder of images, sub-folders included.
 
     Args:

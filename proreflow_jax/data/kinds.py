@@ -11,7 +11,7 @@ from typing import Any
 
 from proreflow_jax import UserError
 from proreflow_jax.data import cached, captions, digits
-from proreflow_jax.data.folder import METADATA, open_folder
+from proreflow_jax.data.folder import METADATA, open_image_folder
 from proreflow_jax.data.images import Pictures
 from proreflow_jax.data.parquet import open_parquet
 from proreflow_jax.data.skip_bad import Threaded, Usable, probe
@@ -25,7 +25,7 @@ SHARDED = ("webdataset", "parquet", "folder")  # many files, read where they lie
 UNCOUNTED = ("data.max_bad", "data.threads", "data.cache")  # fields that change no example: a resumed run may change them
 
 
-def open_source(data: Any) -> Threaded:
+def open_data(data: Any) -> Threaded:
     """Opens what the block names: `len`, `[i] -> {"caption": str, "image": uint8 (res, res, 3)}`, `read_many(indices)`.
 
     Of the kind "cached" the items have no image; see `cached.Cached`.
@@ -55,12 +55,12 @@ def _pictures(data: Any) -> Any:
     openers = {
         "webdataset": lambda: open_webdataset(data.path, data.caption_key, data.cache),
         "parquet": lambda: open_parquet(data.path, data.image_key, data.caption_key),
-        "folder": lambda: open_folder(data.path, data.caption_key),
+        "folder": lambda: open_image_folder(data.path, data.caption_key),
     }
     return Pictures(openers[data.kind](), data.resolution)
 
 
-def identity(data: Any) -> dict[str, str]:
+def data_identity(data: Any) -> dict[str, str]:
     """What tells a dataset from another under the same name: {} for tfds and digits, else one hash, by its kind.
 
     Of a prompts file its bytes; of a cache its manifest; of shards their names and sizes; of a folder its metadata, or the
@@ -69,14 +69,14 @@ def identity(data: Any) -> dict[str, str]:
     if data.kind == "prompts":
         return {"prompts": atomic.sha256(Path(data.path))}
     if data.kind == CACHED:
-        return cached.identity(data.path)
+        return cached.cache_identity(data.path)
     if data.kind in ("webdataset", "parquet"):
         shards = find_shards(data.path, ".tar" if data.kind == "webdataset" else ".parquet")
         return {"shards": _hash([[shard.name, shard.stat().st_size] for shard in shards])}
     if data.kind == "folder":
         folder = Path(data.path).expanduser()
         held = [atomic.sha256(folder / name) for name in METADATA if (folder / name).is_file()]
-        return {"folder": _hash(held or open_folder(data.path, data.caption_key).names)}
+        return {"folder": _hash(held or open_image_folder(data.path, data.caption_key).names)}
     return {}
 
 

@@ -32,7 +32,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def position(step: int, row: int, batch: int) -> int:
+def shuffled_position(step: int, row: int, batch: int) -> int:
     """Returns the place of row `row` of global batch `step` in the sequence: step * batch + row."""
     return step * batch + row
 
@@ -49,13 +49,13 @@ def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " length"
     return order
 
 
-def places(numbers: Iterable[int], seed: int, length: int) -> list[int]:
+def epoch_places(numbers: Iterable[int], seed: int, length: int) -> list[int]:
     """Returns which examples of a source of that length the numbers of the sequence are."""
     split = [divmod(int(number), length) for number in numbers]
     return [int(permutation(seed, epoch, length)[place]) for epoch, place in split]
 
 
-def read(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
+def read_items(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Returns examples in the order of the indices, by the source's own `read_many` where it has one."""
     many = getattr(source, "read_many", None)
     return many(indices) if many else [source[index] for index in indices]
@@ -138,7 +138,7 @@ class Loader(Ahead):
         mine = range(batch) if rows is None else rows
 
         def make(step: int) -> tuple[int, dict[str, Any]]:
-            indices = places((position(step, row, batch) for row in mine), seed, len(source))
+            indices = epoch_places((shuffled_position(step, row, batch) for row in mine), seed, len(source))
             return step, _collect(source, indices, keep)
 
         super().__init__(make, count(start_step), prefetch)
@@ -168,7 +168,7 @@ def _check_sizes(length: int, batch: int, seed: int, start_step: int, prefetch: 
 
 def _collect(source: Source, indices: Sequence[int], keep: Collection[str] | None) -> dict[str, Any]:
     """Reads the examples of one batch and stacks them field by field."""
-    examples = read(source, indices)
+    examples = read_items(source, indices)
     names = list(examples[0]) if keep is None else list(keep)
     return {name: _stack(name, examples, indices) for name in names}
 

@@ -27,7 +27,7 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
         ValueError: the folder holds another plan (the first differing field is named), or the plan is no plain JSON.
     """
     shard_count(plan)
-    folder, plan = paths.parse_path(folder), atomic.plain(plan)
+    folder, plan = paths.parse_path(folder), atomic.plain_json(plan)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         atomic.write_json(folder / PLAN, plan, replace=False)

@@ -66,7 +66,7 @@ REDO = f"delete it and {AGAIN}"
 
 def missing_shards(folder: Any, plan: Mapping[str, Any]) -> list[int]:
     """Returns the shards without a valid marker, ascending: the work that is left."""
-    plan = atomic.plain(plan)
+    plan = atomic.plain_json(plan)
     return [shard for shard, row in enumerate(_markers(paths.parse_path(folder), plan)) if row is None]
 
 
@@ -85,12 +85,12 @@ def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iter
         ValueError: too few or too many examples, or one that is not a dict of arrays of DTYPES.
         OSError: the shard could not be written (a full disk, say); nothing is marked, no temporary is left.
     """
-    folder, plan, ids = paths.parse_path(folder), atomic.plain(plan), shard_range(plan, shard)
+    folder, plan, ids = paths.parse_path(folder), atomic.plain_json(plan), shard_range(plan, shard)
     path = folder / shard_name(plan, shard)
     with atomic.drafted(path) as draft:
         _write_records(draft, path, examples, len(ids))
         row = {"name": path.name, "count": len(ids), "bytes": draft.stat().st_size, "sha256": atomic.sha256(draft)}
-    atomic.write_json(_marker_path(folder, plan, shard), {**row, "plan": atomic.digest(plan)})
+    atomic.write_json(_marker_path(folder, plan, shard), {**row, "plan": atomic.json_digest(plan)})
     return path
 
 
@@ -99,11 +99,11 @@ def publish(folder: Any, plan: Mapping[str, Any]) -> bool:
 
     A manifest that says the same already stays as it is.
     """
-    folder, plan = paths.parse_path(folder), atomic.plain(plan)
+    folder, plan = paths.parse_path(folder), atomic.plain_json(plan)
     rows = _markers(folder, plan)
     if None in rows:
         return False
-    manifest = {"plan": atomic.digest(plan), "examples": plan["examples"], "shards": rows}
+    manifest = {"plan": atomic.json_digest(plan), "examples": plan["examples"], "shards": rows}
     if not _says(folder / MANIFEST, manifest):
         atomic.write_json(folder / MANIFEST, manifest)
     return True
@@ -228,7 +228,7 @@ def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The manifest's rows, in shard order, after every field was compared with what the plan asks for."""
     path = folder / MANIFEST
     manifest = atomic.read_json(path)
-    if manifest.get("plan") != atomic.digest(plan):
+    if manifest.get("plan") != atomic.json_digest(plan):
         raise UserError(f"{path} belongs to another plan than {folder / PLAN}: restore it, or {REDO}")
     rows = manifest.get("shards")
     if not isinstance(rows, list) or len(rows) != shard_count(plan):
@@ -279,9 +279,9 @@ def _marker(folder: Any, plan: dict[str, Any], shard: int) -> dict[str, Any] | N
         row = atomic.read_json(_marker_path(folder, plan, shard))
     except (FileNotFoundError, ValueError):
         return None
-    if row.pop("plan", None) != atomic.digest(plan) or not _is_row(row, plan, shard):
+    if row.pop("plan", None) != atomic.json_digest(plan) or not _is_row(row, plan, shard):
         return None
-    return row if atomic.size(folder / shard_name(plan, shard)) == row["bytes"] else None
+    return row if atomic.file_size(folder / shard_name(plan, shard)) == row["bytes"] else None
 
 
 def _is_row(row: Any, plan: Mapping[str, Any], shard: int) -> bool:

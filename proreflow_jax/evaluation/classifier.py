@@ -53,6 +53,6 @@ def features(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Float[np.ndar
     return np.maximum(pixels / INK @ judges.weight + judges.bias, 0.0)
 
 
-def read(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Int[np.ndarray, " n"]:
+def read_classifier(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Int[np.ndarray, " n"]:
     """The digit each image is taken for."""
     return judges.reader.predict(pixels / INK)

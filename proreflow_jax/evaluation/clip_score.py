@@ -101,7 +101,7 @@ def tower_configs(config: Mapping[str, Any]) -> tuple[dict, dict]:
     return TEXT_DEFAULTS | text | width | kind, clip_image.DEFAULTS | vision | width
 
 
-def load(folder: Path) -> Clip:
+def load_clip(folder: Path) -> Clip:
     """Both towers from a folder of transformers' CLIPModel: config.json and model.safetensors, whole or sharded.
 
     Raises FileNotFoundError or ValueError, one line: no such folder, only pickled weights, or tensors that do not fit.
@@ -144,7 +144,7 @@ def _alike(found: tuple[dict, dict], wanted: tuple[dict, dict]) -> bool:
     return all(one.get(field) == other.get(field) for one, other in zip(found, wanted, strict=True) for field in fields)
 
 
-def prepare(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
+def prepare_clip(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
     """Images for the image tower, float32, on the host; bit for bit what transformers' CLIPImageProcessor makes by Pillow.
 
     The shorter side is resized to `size` by Pillow's bicubic filter on uint8 (antialiased and rounded; the longer side is
@@ -176,7 +176,7 @@ def make_scores(
 ) -> Callable[[Params, Float[Array, "b h w 3"], Int[Array, "b s"]], Float[Array, "b"]]:
     """scores(params, images, ids): the CLIP score of every pair, (b,) in [0, 100], float32; pure, to be jitted.
 
-    params: of both towers (`Clip.params`), in the dtype to compute in. images: from `prepare`. ids: of the network's own
+    params: of both towers (`Clip.params`), in the dtype to compute in. images: from `prepare_clip`. ids: of the network's own
     tokenizer (`pretrained.tokenizer`).
     """
 

@@ -36,7 +36,7 @@ Rows = dict[str, Shaped[np.ndarray, "n ..."]]  # what the feature networks are g
 Features = dict[str, Float[np.ndarray, "n d"]]  # of the same images, by name
 
 
-def prepare(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UInt8[np.ndarray, "h2 w2 3"]:
+def prepare_images(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Crop and scale, in that order, as the protocol says; the square in the middle is torchvision's `center_crop`."""
     if protocol.crop == "centre":
         height, width, _ = image.shape
@@ -132,7 +132,7 @@ def file_stem(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:DIGEST]
 
 
-def measure(
+def measure_features(
     folder: Path,
     about: Mapping[str, Any],
     widths: Mapping[str, int],
@@ -154,17 +154,19 @@ def measure(
     """
     stem, count = file_stem(about), int(about["count"])
     path = folder / f"{stem}.safetensors"
-    seen = moments.load(path, widths) if path.is_file() else {name: moments.empty(width) for name, width in widths.items()}
+    seen = (
+        moments.load_moments(path, widths) if path.is_file() else {name: moments.empty(width) for name, width in widths.items()}
+    )
     if (position := _position(seen)) >= count:
         return seen
     if writes := jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / f"{stem}.json", dict(about))
     for done, found in enumerate(features(rows_from(position)), 1):
-        seen = {name: moments.merge(seen[name], _measured(name, found[name], position, count)) for name in seen}
+        seen = {name: moments.merge_moments(seen[name], _measured(name, found[name], position, count)) for name in seen}
         position = _position(seen)
         if writes and (done % every == 0 or position == count):
-            moments.save(path, seen)
+            moments.save_moments(path, seen)
             log.info("%d of %d images, kept in %s", position, count, path)
         if position == count:
             return seen
@@ -181,7 +183,7 @@ def _measured(name: str, rows: Float[np.ndarray, "n d"], position: int, count: i
     finite = np.isfinite(taken).all(axis=1)
     if not finite.all():
         raise UserError(f"{name} of image {position + int(np.argmin(finite))} (from 0) is not finite: damaged weights?")
-    return moments.measured(taken)
+    return moments.moments_of(taken)
 
 
 def distance(generated: Moments, reference: Moments) -> float:

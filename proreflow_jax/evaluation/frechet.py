@@ -3,12 +3,12 @@
 import numpy as np
 from jaxtyping import Float
 
-from proreflow_jax.evaluation.moments import gaussian, measured
+from proreflow_jax.evaluation.moments import gaussian, moments_of
 
 
 def moments(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
     """Mean and unbiased covariance. Raises ValueError for fewer than two rows."""
-    return gaussian(measured(features))
+    return gaussian(moments_of(features))
 
 
 def frechet_distance(

@@ -30,7 +30,7 @@ class Judge(NamedTuple):
 
     features: batches of rows -> features, as of `fid.make_features`.
     rows: (images, prompts) -> rows with both networks' features; (images,) -> with FID's alone. Images are uint8, prepared
-      by `fid.prepare`: (n, h, w, 3).
+      by `fid.prepare_images`: (n, h, w, 3).
     widths: of the features, by name.
     digests: of the networks' weights, by name.
     clip: name of the CLIP score's network; "": there is none.
@@ -45,7 +45,7 @@ class Judge(NamedTuple):
 
 def feature_network(path: Path, resize: str) -> tuple[Network, Params]:
     """FID's network and its weights. Raises ValueError, one line, for a file that is not it."""
-    return inception.make_inception(resize), read(path)
+    return inception.make_inception(resize), read_inception(path)
 
 
 def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, batch: int) -> Judge:
@@ -63,7 +63,7 @@ def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, ba
     params = {FID: weights}
     picture = jax.ShapeDtypeStruct((1, protocol.size, protocol.size, 3), np.uint8)
     widths = {FID: jax.eval_shape(network.apply, weights, picture).shape[-1]}
-    loaded = clip_score.load(clip) if clip else None
+    loaded = clip_score.load_clip(clip) if clip else None
     if loaded:
         encode = clip_score.read_tokenizer(clip).encode
         scores, side = clip_score.make_scores(loaded.text, loaded.image), loaded.image.config["image_size"]
@@ -75,7 +75,7 @@ def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, ba
         return found | ({CLIP: scores(params[CLIP], rows["seen"], rows["ids"])[:, None]} if "ids" in rows else {})
 
     def rows(images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str] = ()) -> dict[str, Any]:
-        seen = {"seen": clip_score.prepare(images, side), "ids": encode(prompts)} if loaded and prompts else {}
+        seen = {"seen": clip_score.prepare_clip(images, side), "ids": encode(prompts)} if loaded and prompts else {}
         return {"images": images} | seen
 
     digests = {name: fold(digest(part)) for name, part in params.items()}
@@ -83,7 +83,7 @@ def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, ba
     return Judge(features, rows, widths, digests, loaded.name if loaded else "")
 
 
-def read(path: Path) -> network.Params:
+def read_inception(path: Path) -> network.Params:
     """The network's parameters from a .safetensors file of the published weights, float32 on the host.
 
     Raises ValueError, one line, when the file is unreadable or names, shapes or numbers do not fit.

@@ -30,7 +30,7 @@ def empty(width: int) -> Moments:
     return Moments(0, np.zeros(width), np.zeros((width, width)))
 
 
-def measured(features: Float[np.ndarray, "n d"]) -> Moments:
+def moments_of(features: Float[np.ndarray, "n d"]) -> Moments:
     """Of one batch, of no rows too."""
     rows = np.asarray(features, np.float64)
     if not len(rows):
@@ -39,7 +39,7 @@ def measured(features: Float[np.ndarray, "n d"]) -> Moments:
     return Moments(len(rows), mean, (rows - mean).T @ (rows - mean))
 
 
-def merge(first: Moments, second: Moments) -> Moments:
+def merge_moments(first: Moments, second: Moments) -> Moments:
     """Of both sets together; shards of a set may be merged in any order."""
     count = first.count + second.count
     if count == 0:
@@ -56,15 +56,15 @@ def gaussian(moments: Moments) -> tuple[Float[np.ndarray, " d"], Float[np.ndarra
     return moments.mean, moments.scatter / (moments.count - 1)
 
 
-def save(path: Path, parts: Mapping[str, Moments]) -> None:
+def save_moments(path: Path, parts: Mapping[str, Moments]) -> None:
     """Writes moments by name into one .safetensors file; a reader, or a kill, sees the old one or the new one whole."""
     tensors = {f"{name}.{field}": np.asarray(value) for name, part in parts.items() for field, value in part._asdict().items()}
     with drafted(path) as draft:
         weights.save_tensors(draft, tensors)
 
 
-def load(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
-    """What `save` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
+def load_moments(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
+    """What `save_moments` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
     try:
         found = dict(weights.Tensors([paths.local_copy(path)]))
     except ValueError:

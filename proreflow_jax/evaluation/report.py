@@ -16,7 +16,7 @@ STYLE = (
 )
 
 
-def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:
+def text_table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:
     """Rows as a Markdown table; columns maps a row's key to its heading. Floats are shown with three digits."""
     cell = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
     body = [[cell(row.get(key, "")) for key in columns] for row in rows]
@@ -49,7 +49,7 @@ def picture(path: Path, rows: Sequence[tuple[str, UInt8[np.ndarray, "n h w 3"]]]
         canvas.save(file, "PNG")
 
 
-def page(
+def report_page(
     path: Path, title: str, notes: Sequence[str], rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], image: str
 ) -> None:
     """Writes the same table and picture as one HTML page; `image` is a file beside it."""

@@ -42,7 +42,7 @@ def _lineage(experiment: Experiment, stage: Stage) -> dict[str, str]:
     return {"base": done[0]["parent"]} | {f"stage-{one['flow']['windows']}": one["digest"] for one in done}
 
 
-def page(card: Mapping[str, Any]) -> str:
+def card_page(card: Mapping[str, Any]) -> str:
     """README.md: the same in words, and how to draw with it."""
     n, guidance, form = card["windows"], card["guidance"], card["format"]
     scheduler = f"stock DDIM (`scheduler/`), exactly {n} steps"

@@ -34,7 +34,7 @@ BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_sta
 STOCK = Format()
 
 
-def scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
+def student_scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
     """scheduler_config.json on the base model's betas, for a student of this reading: stock DDIM, or ours for any steps."""
     betas = {name: base[name] for name in BETAS if name in base}
     if kind == "stock":

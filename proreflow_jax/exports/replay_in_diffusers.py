@@ -17,7 +17,7 @@ from proreflow_jax.exports.card import CARD
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file, weights
-from proreflow_jax.pretrained.sources import Source
+from proreflow_jax.pretrained.sources import ModelSource
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import Stage
@@ -37,7 +37,7 @@ COUNT = 8
 RESULT = "replay.json"
 
 
-def check(experiment: Experiment, stage: Stage, folder: Path) -> float:
+def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     """Largest difference between our latents and those of diffusers at guidance 1; written to <folder>/replay.json.
 
     As many steps as windows, or twice as many where the folder carries our scheduler. A LoRA is compared with our own sum of
@@ -111,23 +111,23 @@ def their_latents(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, 
     return out.numpy().transpose(0, 2, 3, 1)
 
 
-def _open_folder(folder: Path, base: Source) -> Any:
+def _open_folder(folder: Path, base: ModelSource) -> Any:
     index = atomic.read_json(folder / "model_index.json")
     ours = index["scheduler"][0] != "diffusers"  # then the folder carries the scheduler's code, which is this package's
     return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=ours, dtype=torch.float32)
 
 
-def _open_single_file(folder: Path, base: Source) -> Any:
+def _open_single_file(folder: Path, base: ModelSource) -> Any:
     return _with_scheduler(_from_file(folder / FILES["single-file"], base), folder)
 
 
-def _from_file(path: Path, base: Source) -> Any:
+def _from_file(path: Path, base: ModelSource) -> Any:
     """The file alone knows no sizes and no tokenizer: those come from the base model's folder."""
     kind = diffusers.StableDiffusionXLPipeline if base.family == "xl" else diffusers.StableDiffusionPipeline
     return kind.from_single_file(str(path), config=str(base.folder), local_files_only=True, dtype=torch.float32)
 
 
-def _open_lora(folder: Path, base: Source) -> Any:
+def _open_lora(folder: Path, base: ModelSource) -> Any:
     if base.file is None:
         pipe = diffusers.DiffusionPipeline.from_pretrained(base.folder, dtype=torch.float32)
     else:

@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from proreflow_jax.exports.card import CARD, PAGE, make_card, page
-from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, scheduler_config
+from proreflow_jax.exports.card import CARD, PAGE, card_page, make_card
+from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, student_scheduler_config
 from proreflow_jax.pretrained import lora_factors, lora_file, weights
 from proreflow_jax.pretrained.single_file import to_original
-from proreflow_jax.pretrained.sources import INDEX, Source
+from proreflow_jax.pretrained.sources import INDEX, ModelSource
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.experiment import Experiment, Weights
@@ -58,7 +58,7 @@ def _write(
     """The folder, whole or not at all. student: arrays of this host."""
     tensors = weights.to_torch(student.params)
     with atomic.atomic_folder(target, overwrite) as draft:
-        scheduler = scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
+        scheduler = student_scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
         if wanted.form == "diffusers":
             write_folder(draft, experiment.base.source, _as(tensors, wanted.dtype), scheduler)
         else:
@@ -67,7 +67,7 @@ def _write(
             weights.save_tensors(draft / FILES[wanted.form], made)
             card |= report
         atomic.write_json(draft / CARD, card)
-        (draft / PAGE).write_text(page(card), encoding="utf-8")
+        (draft / PAGE).write_text(card_page(card), encoding="utf-8")
 
 
 def _holds(target: Path, card: Mapping[str, Any]) -> bool:
@@ -78,7 +78,7 @@ def _holds(target: Path, card: Mapping[str, Any]) -> bool:
     return all(found.get(name) == value for name, value in card.items() if name != "base")
 
 
-def write_folder(draft: Path, base: Source, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
+def write_folder(draft: Path, base: ModelSource, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
     """A diffusers folder: every component of `base` as it is, but this UNet (torch layout) and this scheduler.
 
     What else lies beside the components stays behind: folders from the hub often hold whole models as single files.
@@ -97,7 +97,7 @@ def write_folder(draft: Path, base: Source, unet: Mapping[str, np.ndarray], sche
     atomic.write_json(draft / INDEX, {**base.index, "scheduler": entry})
 
 
-def _copy_component(path: Path, target: Path, base: Source) -> None:
+def _copy_component(path: Path, target: Path, base: ModelSource) -> None:
     """One component's folder. Of a model in a single file the words are copied, and its weights are written beside them.
 
     Weights that exist in half precision only get the plain names, which every reader asks for first.

@@ -29,7 +29,7 @@ def make_step(flow: Parameterization, noise: schedule.Schedule, predict: solvers
     A diffusion model moves by `solver`; a student moves along its reading's path, in the window t lies in.
     """
     if flow.windows == 0:
-        return solvers.make_step(solver, noise, as_epsilon(flow.prediction, noise, predict))
+        return solvers.make_solver_step(solver, noise, as_epsilon(flow.prediction, noise, predict))
 
     def step(z: Array, t: Array, u: Array, carry: Any) -> tuple[Array, Any]:
         _, t_s, t_e = windows.locate(t, flow.windows)

@@ -77,7 +77,7 @@ def dpmpp_2m_step(
     return per_example(keep, z) * z + per_example(add, z) * D, (x0.astype(z.dtype), t)
 
 
-def make_step(name: str, schedule: Schedule, predict_eps: Predict) -> Step:
+def make_solver_step(name: str, schedule: Schedule, predict_eps: Predict) -> Step:
     """The step of a named solver for an epsilon model, ready for `solve`.
 
     name: "ddim", "euler", "heun" (two calls of predict_eps a step) or "dpmpp_2m". Raises ValueError for another name.

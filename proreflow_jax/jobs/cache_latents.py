@@ -16,7 +16,7 @@ from proreflow_jax.jobs.write_records import batched, begin_records, publish_rec
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.predict import text_context
-from proreflow_jax.run.check_config import check_resolution
+from proreflow_jax.run.check_config import check_data_resolution
 from proreflow_jax.run.dataset import here, made_by
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_experiment, open_source
@@ -67,7 +67,7 @@ def _check_free(folder: paths.Location) -> None:
 
 def check_cacheable(experiment: Experiment) -> None:
     """Raises ValueError, one line, for what cannot be encoded by this model on this mesh."""
-    check_resolution(experiment.config, experiment.base.resolution)
+    check_data_resolution(experiment.config, experiment.base.resolution)
     mesh.check_split(experiment.config.cache.batch, "--config.cache.batch", experiment.mesh)
 
 
@@ -77,7 +77,7 @@ def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
     data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in kinds.UNCOUNTED}
     kept = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": made_by(experiment.base, c.cache.text)}
     shards = {"records": cached.NAME, "examples": examples, "shard_size": c.cache.shard_size}
-    return shards | kept | data | kinds.identity(here(c.data))
+    return shards | kept | data | kinds.data_identity(here(c.data))
 
 
 def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
@@ -108,7 +108,7 @@ def _rows(
     c, base = experiment.config, experiment.base
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        items = loader.read(source, [int(row) % len(source) for row in rows])
+        items = loader.read_items(source, [int(row) % len(source) for row in rows])
         captions = [item["caption"] for item in items]
         images = np.stack([item["image"] for item in items])
         return {"image": images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}

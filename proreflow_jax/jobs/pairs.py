@@ -54,7 +54,7 @@ def jit_pairs(experiment: Experiment, stage: Stage, flow: Parameterization) -> A
     recipe, networks = pair_recipe(experiment, stage), experiment.networks
 
     def made(frozen: pairs.Frozen, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = pairs.make_pairs(frozen, batch, recipe=recipe, flow=flow, networks=networks)
+        found = pairs.cross_windows(frozen, batch, recipe=recipe, flow=flow, networks=networks)
         return {name: found[name] for name in pairs.RECORD}
 
     whole, batches = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
@@ -79,7 +79,7 @@ def read_rows(experiment: Experiment, source: loader.Source, numbers: np.ndarray
     and the text states that a cache holds, text (b, s, d) and pooled (b, p).
     """
     config = experiment.config
-    items = loader.read(source, loader.places(numbers, config.seed, len(source)))
+    items = loader.read_items(source, loader.epoch_places(numbers, config.seed, len(source)))
     rows = {"index": numbers.astype(np.int32), "ids": experiment.base.tokenizer.encode([item["caption"] for item in items])}
     wanted = cached.TEXTS + (("image", *cached.LATENTS) if config.pairs.start == "data" else ())
     return rows | {name: np.stack([item[name] for item in items]) for name in wanted if name in items[0]}

@@ -58,9 +58,9 @@ def pretrain(config: ConfigDict, out: str) -> None:
         log.info("latents %s, scaling factor %.4f", mean.shape[1:], scaling)
 
         folder = run / "tokenizer"
-        tokenizer.write(folder, *tokenizer.learn(sorted(set(texts)), config.text.merges), config.text.length)
+        tokenizer.write_tokenizer(folder, *tokenizer.learn(sorted(set(texts)), config.text.merges), config.text.length)
         prompts = tokenizer.load_tokenizer(folder)
-        sizes = write_pipeline.text_config(config.text, tokenizer.size(folder))
+        sizes = write_pipeline.text_config(config.text, tokenizer.vocabulary_size(folder))
         text_encoder = make_text_encoder(sizes)
         unet = make_unet(write_pipeline.unet_config(config.unet, config.text, mean.shape[1:]))
         rows = Rows({"mean": mean * scaling, "std": std * scaling, "ids": prompts.encode(texts)})

@@ -35,7 +35,7 @@ from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic, lock, paths
-from proreflow_jax.storage.atomic import digest as json_digest
+from proreflow_jax.storage.atomic import json_digest as json_digest
 
 log = logging.getLogger(__name__)
 INCEPTION = "--config.evaluate.inception"
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     seeds: tuple[int, ...]
 
 
-class Row(NamedTuple):
+class ScoreRow(NamedTuple):
     """One method at one number of steps; 0 windows: the base model."""
 
     method: str
@@ -164,15 +164,15 @@ def score_coco(experiment: Experiment) -> list[dict[str, Any]]:
     return results
 
 
-def _rows(experiment: Experiment) -> list[Row]:
+def _rows(experiment: Experiment) -> list[ScoreRow]:
     """Teacher, then students, each of which can be sampled and is finished; raises one line otherwise."""
     e = experiment.config.evaluate
-    rows = [Row("teacher", 0, experiment.flow, steps) for steps in e.teacher_steps]
+    rows = [ScoreRow("teacher", 0, experiment.flow, steps) for steps in e.teacher_steps]
     for count, steps in e.student_steps:
         stage = find_stage(experiment.stages, count)
         if not (stage.folder / DONE).is_file():
             raise MissingFile(f"{stage.folder / DONE} is missing: run distill, or leave it out of evaluate.student_steps")
-        rows.append(Row(f"{count}-window student", count, student_flow(experiment.config, stage), steps))
+        rows.append(ScoreRow(f"{count}-window student", count, student_flow(experiment.config, stage), steps))
     for row in rows:
         sampler.check_sampling(row.steps, row.flow)
     return rows
@@ -188,11 +188,13 @@ def _reference(experiment: Experiment, plan: Plan, split: coco.Split, judge: Jud
 
     def rows_from(position: int) -> Iterator[fid.Rows]:
         for start in range(position, len(numbers), e.batch):
-            pictures = [coco.decode(split.read(i), f"image {split.images[i]}") for i in numbers[start : start + e.batch]]
-            yield judge.rows(np.stack([fid.prepare(picture, plan.protocol) for picture in pictures]))
+            pictures = [
+                coco.decode_coco_image(split.read(i), f"image {split.images[i]}") for i in numbers[start : start + e.batch]
+            ]
+            yield judge.rows(np.stack([fid.prepare_images(picture, plan.protocol) for picture in pictures]))
 
     with lock.lock_folder(folder):
-        return fid.measure(folder, about, {FID: judge.widths[FID]}, rows_from, judge.features, SAVE_EVERY)[FID]
+        return fid.measure_features(folder, about, {FID: judge.widths[FID]}, rows_from, judge.features, SAVE_EVERY)[FID]
 
 
 def _drawn(experiment: Experiment, prompts: list[str]) -> Drawn:
@@ -245,7 +247,7 @@ def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidanc
 
 
 def _scores(
-    experiment: Experiment, plan: Plan, row: Row, weights: Weights, judge: Judge, reference: Moments, drawn: Drawn
+    experiment: Experiment, plan: Plan, row: ScoreRow, weights: Weights, judge: Judge, reference: Moments, drawn: Drawn
 ) -> dict[str, Any]:
     """A row of scores.json."""
     options = dict(flow=weights.flow, steps=row.steps, guidance=plan.guidance)
@@ -256,7 +258,7 @@ def _scores(
         log.info("%s, %d steps, seed %d", row.method, row.steps, seed)
         about = fid.facts(plan.protocol, judge.digests, made | {"seed": seed}, plan.count)
         batches = partial(_generated, experiment, plan, draw, seed, judge, drawn)
-        seen = fid.measure(experiment.run / "scores", about, judge.widths, batches, judge.features, SAVE_EVERY)
+        seen = fid.measure_features(experiment.run / "scores", about, judge.widths, batches, judge.features, SAVE_EVERY)
         fids[seed] = fid.distance(seen[FID], reference)
         if judge.clip:
             clips[seed], errors[seed] = float(seen[CLIP].mean[0]), clip_score.standard_error(seen[CLIP])
@@ -281,7 +283,7 @@ def _generated(
     firsts = range(position, plan.count, batch)
     for first, images in zip(firsts, fid.ahead(start, firsts), strict=True):
         prompts = drawn.prompts[first : first + batch]
-        yield judge.rows(np.stack([fid.prepare(image, plan.protocol) for image in images[: len(prompts)]]), prompts)
+        yield judge.rows(np.stack([fid.prepare_images(image, plan.protocol) for image in images[: len(prompts)]]), prompts)
 
 
 def _write(experiment: Experiment, plan: Plan, judge: Judge, reference: Moments, results: list[dict[str, Any]]) -> None:
@@ -289,7 +291,7 @@ def _write(experiment: Experiment, plan: Plan, judge: Judge, reference: Moments,
     kept = plan._asdict() | {"protocol": plan.protocol._asdict(), "real": reference.count, "clip": judge.clip}
     atomic.write_json(experiment.run / "scores.json", kept | {"networks": judge.digests, "rows": results})
     lines = [f"- {row['method']}: {row['statement']}" for row in results]
-    text = report.table([_cells(row) for row in results], COLUMNS)
+    text = report.text_table([_cells(row) for row in results], COLUMNS)
     (experiment.run / "scores.md").write_text("\n".join([text, "", *lines]) + "\n", encoding="utf-8")
 
 

@@ -41,7 +41,7 @@ COLUMNS = {
 }
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One method at one number of steps."""
 
     method: str
@@ -49,7 +49,7 @@ class Row(NamedTuple):
     steps: int
 
 
-class Judge(NamedTuple):
+class DigitsJudge(NamedTuple):
     """The digits' judges, and the moments of the real digits in their features."""
 
     judges: classifier.Judges
@@ -78,8 +78,8 @@ def score_digits(experiment: Experiment) -> list[str]:
     config, folder = experiment.config, experiment.run
     rows = _rows(experiment)
     began = time.monotonic()
-    results, images = measure(experiment, rows)
-    text, notes = report.table(results, COLUMNS), _notes(config)
+    results, images = measure_rows(experiment, rows)
+    text, notes = report.text_table(results, COLUMNS), _notes(config)
     first(lambda: _keep(experiment, rows, results, images, text, notes))
     written = f"picture: {folder / 'samples.png'}   page: {folder / 'report.html'}   ({time.monotonic() - began:.0f} s)"
     return [text, *notes, written]
@@ -87,7 +87,7 @@ def score_digits(experiment: Experiment) -> list[str]:
 
 def _keep(
     experiment: Experiment,
-    rows: list[Row],
+    rows: list[TableRow],
     results: list[dict[str, Any]],
     images: list[np.ndarray],
     text: str,
@@ -100,7 +100,7 @@ def _keep(
     heads = [str(i % 10) for i in range(config.evaluate.columns)]
     labels = [f"{row.method}, {row.steps} steps" for row in rows]
     report.picture(folder / "samples.png", list(zip(labels, images, strict=True)), heads)
-    report.page(
+    report.report_page(
         folder / "report.html", f"{config.name}: {tuple(config.stages)} windows", notes, results, COLUMNS, "samples.png"
     )
 
@@ -116,22 +116,22 @@ def _notes(config: ConfigDict) -> list[str]:
     ]
 
 
-def _rows(experiment: Experiment) -> list[Row]:
+def _rows(experiment: Experiment) -> list[TableRow]:
     base, e = load_weights(experiment, None), experiment.config.evaluate
-    rows = [Row("teacher", base, steps) for steps in e.teacher_steps]
+    rows = [TableRow("teacher", base, steps) for steps in e.teacher_steps]
     students = {count: load_weights(experiment, find_stage(experiment.stages, count)) for count, _ in e.student_steps}
-    rows += [Row(f"{count}-window student", students[count], steps) for count, steps in e.student_steps]
+    rows += [TableRow(f"{count}-window student", students[count], steps) for count, steps in e.student_steps]
     for row in rows:
         sampler.check_sampling(row.steps, row.weights.flow)
     return rows
 
 
-def measure(experiment: Experiment, rows: list[Row]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+def measure_rows(experiment: Experiment, rows: list[TableRow]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
     """Samples every row from the same noise and prompts: (results, the first images of each row)."""
     e = experiment.config.evaluate
     labels, ids = prompts(experiment, e.examples)
     noise = jax.random.normal(run_key(experiment.config, EVALUATION_KEY, 0), (e.examples, *experiment.base.latent_shape))
-    judge, draw = make_judge(experiment.config.data.resolution), make_draw(experiment)
+    judge, draw = make_digits_judge(experiment.config.data.resolution), make_draw(experiment)
     results, pictures, reference, teacher = [], [], None, {}
     for row in rows:
         latents, images, seconds = _timed(draw, row, noise, ids, e.batch)
@@ -160,7 +160,7 @@ def prompts(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def scores(
-    judge: Judge, latents: np.ndarray, images: np.ndarray, reference: np.ndarray, labels: np.ndarray
+    judge: DigitsJudge, latents: np.ndarray, images: np.ndarray, reference: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
     """distance (RMS of latents to the reference's), frechet (to the real digits), recognised (share), of n samples.
 
@@ -170,18 +170,18 @@ def scores(
     return {
         "distance": float(np.sqrt(np.mean((latents - reference) ** 2))),
         "frechet": frechet.frechet_distance(frechet.moments(classifier.features(judge.judges, pixels)), judge.real),
-        "recognised": float(np.mean(classifier.read(judge.judges, pixels) == labels)),
+        "recognised": float(np.mean(classifier.read_classifier(judge.judges, pixels) == labels)),
     }
 
 
-def make_judge(size: int) -> Judge:
+def make_digits_judge(size: int) -> DigitsJudge:
     """The judges of digits of so many pixels a side. Raises ValueError if scikit-learn is missing."""
-    images, labels = digits.load(size)
+    images, labels = digits.load_digits(size)
     pixels = digits.to_pixels8(images)
     offsets = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
     moved = np.concatenate([digits.to_pixels8(_moved(images, *offset)) for offset in offsets])
     judges = classifier.fit(pixels, labels, moved, np.tile(labels, len(offsets)))
-    return Judge(judges, frechet.moments(classifier.features(judges, pixels)))
+    return DigitsJudge(judges, frechet.moments(classifier.features(judges, pixels)))
 
 
 def _moved(images: np.ndarray, down: int, right: int) -> np.ndarray:
@@ -218,7 +218,7 @@ def make_draw(experiment: Experiment) -> Draw:
     return draw
 
 
-def sample(
+def sample_rows(
     draw: Draw, params: Any, flow: Parameterization, noise: jax.Array, ids: np.ndarray, steps: int, batch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(latents, images) of every row of `noise` and `ids`, `batch` at once, on the host."""
@@ -227,10 +227,10 @@ def sample(
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def _timed(draw: Draw, row: Row, noise: jax.Array, ids: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _timed(draw: Draw, row: TableRow, noise: jax.Array, ids: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Latents, images, and seconds an image after a first call that compiles."""
     params, flow = row.weights.params, row.weights.flow
     jax.block_until_ready(draw(params, flow, noise[:batch], ids[:batch], max(flow.windows, 1)))
     began = time.monotonic()
-    latents, images = sample(draw, params, flow, noise, ids, row.steps, batch)
+    latents, images = sample_rows(draw, params, flow, noise, ids, row.steps, batch)
     return latents, images, (time.monotonic() - began) / len(noise)

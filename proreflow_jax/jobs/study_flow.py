@@ -32,7 +32,7 @@ UNIFORM = 8  # times in each window that stand for uniform t
 MAP = 32  # times of the map of velocities, at most
 
 
-class Given(NamedTuple):
+class StudyInputs(NamedTuple):
     """What every method starts from: the same noise and prompts."""
 
     noise: list[jax.Array]  # one for each seed, (b, h, w, c)
@@ -73,7 +73,7 @@ def study_flow(experiment: Experiment) -> dict[str, Any]:
     return numbers
 
 
-def _given(experiment: Experiment) -> Given:
+def _given(experiment: Experiment) -> StudyInputs:
     config, s = experiment.config, experiment.config.evaluate.study
     texts = [digits.caption(i % 10, i // 10) for i in range(s.examples)]
     read = jax.jit(partial(text_context, experiment.networks.condition))
@@ -81,14 +81,14 @@ def _given(experiment: Experiment) -> Given:
     keys = jax.random.split(run_key(config, EVALUATION_KEY, 1), s.seeds)
     shape = (s.examples, *experiment.base.latent_shape)
     nodes = windows.sampling_nodes(s.steps, max(config.stages))
-    return Given([jax.random.normal(key, shape) for key in keys], context, nodes)
+    return StudyInputs([jax.random.normal(key, shape) for key in keys], context, nodes)
 
 
 def _predict(experiment: Experiment, params: Any, context: Any) -> solvers.Predict:
     return solvers.guided(make_predict(experiment.networks.unet, params), context, None, 1)
 
 
-def _walks(experiment: Experiment, weights: Weights, given: Given) -> list[tuple[jax.Array, jax.Array]]:
+def _walks(experiment: Experiment, weights: Weights, given: StudyInputs) -> list[tuple[jax.Array, jax.Array]]:
     """(states, velocities) at every node, for each seed."""
     log.info("study: the path of the %s", _name(weights.flow.windows))
     schedule = experiment.networks.schedule
@@ -118,7 +118,7 @@ def _straightness(walks: dict[int, list], nodes: np.ndarray, counts: tuple[int, 
 
 
 def _errors(
-    experiment: Experiment, n: int, base: Weights, student: Weights, walks: list, given: Given
+    experiment: Experiment, n: int, base: Weights, student: Weights, walks: list, given: StudyInputs
 ) -> dict[str, dict[str, Any]]:
     """Relative error and cosine to the base model's chords, of the student and of the untrained one (the base read as it)."""
     flow = student_flow(experiment.config, find_stage(experiment.stages, n))
@@ -147,7 +147,7 @@ def _discrepancy(walks: list, nodes: np.ndarray) -> dict[str, Any]:
     return {"times": nodes[:-1][::every].tolist(), "distance": _spread(distance), "cosine": _spread(cosine)}
 
 
-def _perturbation(experiment: Experiment, base: Weights, given: Given) -> dict[str, Any]:
+def _perturbation(experiment: Experiment, base: Weights, given: StudyInputs) -> dict[str, Any]:
     """Fig. 1b: distance of the base model's samples to those without errors; the protocol is `trajectory.perturbed_samples`."""
     s, schedule = experiment.config.evaluate.study, experiment.networks.schedule
     nodes = windows.sampling_nodes(s.perturbed_steps, 1).astype(np.float32)

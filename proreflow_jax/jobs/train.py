@@ -99,7 +99,7 @@ def _advance(
 ) -> Any:
     """Runs the loop from `start` to the end of the stage: a held state -> what it hands on, by torch names."""
     config, let_go = experiment.config, partial(stacked_state.let_go, experiment)
-    step = make_step(experiment, stage)
+    step = make_train_step(experiment, stage)
 
     def meta(done: int) -> dict[str, Any]:
         lineage = {"parent": parent, "windows": stage.windows}
@@ -122,7 +122,7 @@ def _advance(
     return let_go(averaged(state))
 
 
-def make_step(experiment: Experiment, stage: Stage) -> Any:
+def make_train_step(experiment: Experiment, stage: Stage) -> Any:
     """(held state, batch) -> (held state, numbers), jitted with the shardings of the mesh; the state is donated."""
     config, online = experiment.config, experiment.config.pairs.mode == "online"
     jitted, teacher = jit_step(experiment, stage), {}
@@ -137,7 +137,7 @@ def make_step(experiment: Experiment, stage: Stage) -> Any:
 
 
 def jit_step(experiment: Experiment, stage: Stage) -> Any:
-    """(held state, held frozen arrays, batch, key) -> (held state, numbers), as `make_step`; compiles without any weights."""
+    """(held state, held frozen arrays, batch, key) -> (held state, numbers); compiles without any weights."""
     config, loose = experiment.config, stacked_state.loose_frozen(experiment)
     draw, of_weights = step_parts(experiment, stage)
 
@@ -174,7 +174,7 @@ def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable
     flow, loss, online = student_flow(config, stage), loss_recipe(config), config.pairs.mode == "online"
     examples = partial(draw_examples, flow=flow, networks=networks, loss=loss)
     made = partial(
-        pairs.make_pairs, recipe=pair_recipe(experiment, stage), flow=teacher_flow(experiment, stage), networks=networks
+        pairs.cross_windows, recipe=pair_recipe(experiment, stage), flow=teacher_flow(experiment, stage), networks=networks
     )
     of_weights = partial(reflow_loss, flow=flow, networks=networks, loss=loss)
 

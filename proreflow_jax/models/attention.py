@@ -20,7 +20,7 @@ def heads_attention(
 ) -> Float[Array, "b s c"]:
     """Softmax attention of already projected tensors; scores in float32, width c / heads per head. A mask needs "xla"."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    out = attention_kernels.plain(q, k, v, form) if mask is None else jax.nn.dot_product_attention(q, k, v, mask=mask)
+    out = attention_kernels.whole_scores(q, k, v, form) if mask is None else jax.nn.dot_product_attention(q, k, v, mask=mask)
     return checkpoint_name(out.reshape(*q.shape[:2], -1), ATTENTION)
 
 
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         source = h if context is None else context
         b, s, c = h.shape
         width = c // self.heads
-        form = attention_kernels.choose(self.compute, s, source.shape[1], self.heads, width, b, h.dtype)
+        form = attention_kernels.choose_attention(self.compute, s, source.shape[1], self.heads, width, b, h.dtype)
         if form == "splash":
             q = padded_heads(self.to_q, h, self.heads, width**-0.5)
             k, v = (padded_heads(linear, source, self.heads) for linear in (self.to_k, self.to_v))

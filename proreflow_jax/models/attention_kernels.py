@@ -33,7 +33,7 @@ CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
 CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
 
 
-def choose(compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any) -> str:
+def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any) -> str:
     """The form of one attention of `tokens` queries, with `width` numbers a head and `batch` rows over all devices.
 
     "auto": the platform's own form for self-attention from FUSED_TOKENS where it takes that width and dtype, else whole
@@ -67,7 +67,7 @@ def block(tokens: int) -> int:
     return max((size for size in range(LANES, BLOCK + 1, LANES) if tokens % size == 0), default=0)
 
 
-def plain(
+def whole_scores(
     q: Float[Array, "b s h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"], form: str
 ) -> Float[Array, "b s h d"]:
     """Attention by "xla", "cudnn", "chunked" or "cached"."""

@@ -168,7 +168,7 @@ class Inception(nnx.Module):
         self.fc = nnx.Linear(FEATURES, CLASSES, precision=EXACT, rngs=rngs)
 
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
-        x = prepare(images, self.resize)
+        x = prepare_inception(images, self.resize)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["halve"](x)))
         x = POOLS["halve"](x)
@@ -221,7 +221,7 @@ RESIZES = {  # name: (matrix, pixel that becomes 0, pixels from 0 to 1)
 }
 
 
-def prepare(images: UInt8[Array, "b h w 3"], resize: str) -> Float[Array, "b 299 299 3"]:
+def prepare_inception(images: UInt8[Array, "b h w 3"], resize: str) -> Float[Array, "b 299 299 3"]:
     """Images of any size as the network wants them: two small matrix products and a shift to about [-1, 1]."""
     matrix, middle, reach = RESIZES[resize]
     down, across = (jnp.asarray(matrix(length, SIZE)) for length in images.shape[1:3])

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.models.network import cast
 from proreflow_jax.perf import chips, dummy_arrays, flops
-from proreflow_jax.perf.measure import spread, work
+from proreflow_jax.perf.measure import run_spread, work
 from proreflow_jax.pretrained import weights
 from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.experiment import Experiment
@@ -61,9 +61,9 @@ def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "ours": spread(times[:, 0]),
-        "theirs": spread(times[:, 1]),
-        "ratio": spread(times[:, 0] / times[:, 1]),
+        "ours": run_spread(times[:, 0]),
+        "theirs": run_spread(times[:, 1]),
+        "ratio": run_spread(times[:, 0] / times[:, 1]),
         "largest_difference": float(gap.max()),
         **work(useful, float(np.median(times[:, 0])), 1, chips.chip_of(device.device_kind)),
     }

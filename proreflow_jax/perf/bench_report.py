@@ -9,14 +9,14 @@ from proreflow_jax.perf.plan_report import WORK, scaled, seconds
 Numbers = Mapping[str, Any]
 
 
-def header(config: str, machine: Numbers) -> str:
+def bench_header(config: str, machine: Numbers) -> str:
     """The first line."""
     devices = f"{machine['devices']} x {machine['kind']}"
     where = f"{devices}, {machine['cores']} cores, jax {machine['jax']}"
     return f"{config} on {where}. Weights and data are made up; times are measured."
 
 
-def job(found: Numbers) -> str:
+def bench_job(found: Numbers) -> str:
     """A job's paragraph."""
     row = f"{seconds(found['seconds_in_a_row'])} in a row: {found['images_per_second_in_a_row']:.3g} images/s"
     times, image = found["seconds"], found["seconds"]["median"] / found["images"]

@@ -28,7 +28,7 @@ from proreflow_jax.run.config_fields import changed, has_field
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
 from proreflow_jax.storage import atomic
-from proreflow_jax.storage.atomic import digest
+from proreflow_jax.storage.atomic import json_digest
 
 log = logging.getLogger(__name__)
 FREE = (  # of the config: they change no program
@@ -99,7 +99,7 @@ def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], win
 
 def measured(job: Job, compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:
     """A compiled job as numbers: bytes and cycles of one chip; FLOPs of all; seconds of one call, and of one image."""
-    held, chip = jobs.held(job), place.chip
+    held, chip = jobs.argument_bytes(job), place.chip
     found = {
         "stage": job.windows,
         "job": job.name,
@@ -179,7 +179,7 @@ def ticking(what: str) -> Iterator[None]:
 
 def _key(config: ConfigDict, place: Target, windows: int, name: str) -> str:
     """What a result depends on, as a hash."""
-    source = base_model.locate(config, configs_only=True)
+    source = base_model.find_base_model(config, configs_only=True)
     fields = json.loads(config.to_json_best_effort())
     fields = {key: value for key, value in _flat(fields) if not key.startswith(FREE)}
     about = {
@@ -189,7 +189,7 @@ def _key(config: ConfigDict, place: Target, windows: int, name: str) -> str:
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
         "code": _code(),
     }
-    return f"{place.slice.replace(':', '-')}-{windows}-{name}-{digest(about)[:24]}"
+    return f"{place.slice.replace(':', '-')}-{windows}-{name}-{json_digest(about)[:24]}"
 
 
 def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

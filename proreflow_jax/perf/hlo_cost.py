@@ -123,14 +123,14 @@ def _op(name: str, rest: str) -> Op:
     )
 
 
-def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+def hlo_shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every array in a type, a tuple's too."""
     return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _TYPE.findall(type_)]
 
 
 def _bytes(type_: str) -> int:
     width = lambda dtype: 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) // 8
-    return sum(width(dtype) * math.prod(shape) for dtype, shape in shapes(type_))
+    return sum(width(dtype) * math.prod(shape) for dtype, shape in hlo_shapes(type_))
 
 
 def cost(text: str, chip: Chip) -> Cost:
@@ -224,7 +224,7 @@ def _moved(op: Op, types: dict[str, str]) -> int:
 
 def _sent(op: Op) -> int:
     """Bytes of what a transfer makes: gathered arrays, sums, a permuted block. One that only starts names its inputs too."""
-    sizes = sorted((_bytes(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in shapes(op.type)), reverse=True)
+    sizes = sorted((_bytes(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in hlo_shapes(op.type)), reverse=True)
     if op.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
         return sum(sizes[: max(1, len(sizes) // 2)]) if op.kind == "all-gather-start" else sizes[0]
     return sum(sizes)
@@ -244,12 +244,12 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     """
     if not op.name.startswith("splash_mha"):
         return None
-    arrays = [shape for name in op.operands for dtype, shape in shapes(types.get(name, "")) if dtype in ("bf16", "f32")]
+    arrays = [shape for name in op.operands for dtype, shape in hlo_shapes(types.get(name, "")) if dtype in ("bf16", "f32")]
     q, k = [shape for shape in arrays if len(shape) >= 3][:2]
     products = next((count for part, count in _PRODUCTS.items() if f"_{part}" in op.name), None)
     if products is None:
         return None
-    made = [shape for _, shape in shapes(op.type) if len(shape) >= len(q)]
+    made = [shape for _, shape in hlo_shapes(op.type) if len(shape) >= len(q)]
     products += "_dkv" in op.name and len(made) == 3  # the gradient of q too, from the same scores
     filled = -(-q[-1] // chip.lanes) * chip.lanes
     flops = 2 * products * math.prod(q[:-1]) * k[-2] * filled

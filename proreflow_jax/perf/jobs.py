@@ -24,7 +24,7 @@ from proreflow_jax.run import cli, stacked_state
 from proreflow_jax.run.dataset import encodes
 from proreflow_jax.run.experiment import Experiment, run_key
 from proreflow_jax.run.recipes import student_flow, teacher_flow
-from proreflow_jax.run.train_state import places, state_target, trained_shapes
+from proreflow_jax.run.train_state import parameter_shardings, state_target, trained_shapes
 from proreflow_jax.runtime import mesh
 
 JOBS = ("pairs", "train", "sample")
@@ -130,7 +130,7 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
     """`train_state.frozen_arrays`, as shapes with shardings."""
     base, config = experiment.base, experiment.config
     whole = partial(_everywhere, experiment)
-    by_rules = places(config, experiment.mesh, base.unet.shapes)
+    by_rules = parameter_shardings(config, experiment.mesh, base.unet.shapes)
     unet = {name: _shape(by_rules[name], shape.shape, shape.dtype) for name, shape in base.unet.shapes.items()}
     text = {name: encoder.shapes for name, encoder in base.networks.items() if name in base.text}
     return Frozen(
@@ -186,7 +186,7 @@ def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
     return {"pairs": one * stored, "checkpoints": state * config.checkpoint.keep}
 
 
-def held(job: Job) -> dict[str, int]:
+def argument_bytes(job: Job) -> dict[str, int]:
     """Bytes of a job's arguments on one device by class, before they are filled up to tiles."""
     found = dict.fromkeys((STATE, FROZEN, BATCH), 0)
     for kind, argument in zip(job.classes, job.arguments, strict=True):

@@ -14,7 +14,7 @@ REMAT = ("none", "products", "attention", "inputs")  # of --config.train.remat: 
 ROOM = 0.97  # of a chip's memory that an outlook may fill before a change is worth compiling
 
 
-def ways(config: ConfigDict, chips: int) -> int:
+def batch_ways(config: ConfigDict, chips: int) -> int:
     """Devices that a batch is split over, of so many in all slices."""
     m = config.mesh
     return chips // m.tensor if -1 in (m.data, m.fsdp) else m.slices * m.data * m.fsdp
@@ -26,7 +26,7 @@ def smaller(config: ConfigDict, job: str, chips: int, found: Mapping[str, Any]) 
     Fewer images at once (more accumulation, smaller batches of pairs or pictures) cost next to nothing; then the state is split
     over all chips; then both; then activations are computed again, where the config has such a field; last the average goes.
     """
-    fewer = list(_fewer(config, job, ways(config, chips)))
+    fewer = list(_fewer(config, job, batch_ways(config, chips)))
     yield from _worth(fewer, found)
     if job != "train":
         return
@@ -74,7 +74,7 @@ def _worth(fewer: list[tuple[Change, float]], found: Mapping[str, Any]) -> list[
 
 def at_once(config: ConfigDict, job: str, chips: int, images: int) -> Change:
     """The change that lets `images` images lie on a chip together; the global batch stays where it can."""
-    total = images * ways(config, chips)
+    total = images * batch_ways(config, chips)
     if job == "sample":
         return {"evaluate.batch": total}
     if job == "pairs":

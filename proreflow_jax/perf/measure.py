@@ -37,7 +37,7 @@ class Caller:
         return numbers
 
 
-def measure(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[str, Any]:
+def time_job(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[str, Any]:
     """The numbers of one job: seconds, images and FLOPs a second, bytes of one device, seconds that a call keeps the host.
 
     Args:
@@ -63,13 +63,13 @@ def measure(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[s
         "at_once": job.at_once,
         "arrays": len(jax.tree.leaves(job.arguments)),
         "compile_seconds": compiled,
-        "seconds": spread(alone),
+        "seconds": run_spread(alone),
         "seconds_in_a_row": row,
         "images_per_second": job.images / median,
         "images_per_second_in_a_row": job.images / row,
         "memory": memory,
-        "host_seconds": spread(host),
-        "host_seconds_of_arguments": spread(host_times(job)),
+        "host_seconds": run_spread(host),
+        "host_seconds_of_arguments": run_spread(host_times(job)),
     }
     return found | work(job.useful(), median, experiment.mesh.size, chips.chip_of(device.device_kind))
 
@@ -138,7 +138,7 @@ def device_memory(program: Any, device: jax.Device) -> dict[str, int | None]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def run_spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, quartiles, least and most of some numbers, and how many they were."""
     low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
     return {

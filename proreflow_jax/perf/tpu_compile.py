@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
     seconds: float  # that compiling took
 
 
-def prepare() -> None:
+def prepare_compiler() -> None:
     """Keeps jax from looking for a TPU here, before it looks for any device. Raises ValueError if there is no TPU compiler."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"the TPU compiler is not installed: pip install {LIBTPU} (the extra `plan`)")

@@ -163,7 +163,10 @@ def _exactly(names: list[str]) -> list[str]:
 
 def _log_plan(found: Repository, revision: str, groups: Mapping[str, list[str]], cached: set[str]) -> None:
     """One line for all, one for each component: bytes, how many of them are here, the file that is most of it."""
-    row = lambda paths: (size(sum(found.sizes[p] for p in paths)), size(sum(found.sizes[p] for p in paths if p in cached)))
+    row = lambda paths: (
+        readable_size(sum(found.sizes[p] for p in paths)),
+        readable_size(sum(found.sizes[p] for p in paths if p in cached)),
+    )
     every = [path for group in groups.values() for path in group]
     what = f"{found.repo} at {revision} ({found.commit[:8]})"
     log.info("%s: %d files, %s, of which %s are in the cache %s", what, len(every), *row(every), constants.HF_HUB_CACHE)
@@ -177,10 +180,12 @@ def _check_disk(needed: int) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     if needed > (free := shutil.disk_usage(there).free):
-        raise OSError(f"{cache} has {size(free)} free and {size(needed)} are to come: make room, or set HF_HOME elsewhere")
+        raise OSError(
+            f"{cache} has {readable_size(free)} free and {readable_size(needed)} are to come: make room, or move HF_HOME"
+        )
 
 
-def size(count: int) -> str:
+def readable_size(count: int) -> str:
     """Bytes for people: "3.44 GB"."""
     for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= one:
@@ -226,7 +231,7 @@ def _refused(what: str, status: int, said: str | None) -> OSError | ValueError:
 
 
 def contents(folder: Path) -> dict[str, int]:
-    """{path: bytes} of what `upload` sends. Raises FileNotFoundError or ValueError unless `folder` is an export."""
+    """{path: bytes} of what `upload_folder` sends. Raises FileNotFoundError or ValueError unless `folder` is an export."""
     if not folder.is_dir():
         raise MissingFile(f"--folder={folder} does not exist: name a folder that export wrote")
     if not (folder / CARD).is_file():
@@ -238,7 +243,7 @@ def contents(folder: Path) -> dict[str, int]:
     return {name.as_posix(): path.stat().st_size for name, path in shown.items() if path.is_file()}
 
 
-def upload(folder: Path, repo: str, private: bool) -> str:
+def upload_folder(folder: Path, repo: str, private: bool) -> str:
     """Sends an export to the hub in one commit, so that nobody sees half a model; returns the repository's address.
 
     The repository is made if it is not there. Hidden files stay behind.

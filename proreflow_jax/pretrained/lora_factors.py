@@ -46,7 +46,7 @@ def _matching(weights: Shapes, layers: str) -> list[str]:
     raise UserError(f"{flag} must match linear or convolution weights, and matches {listing('others', matched)[0]}")
 
 
-def shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
+def factor_shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
     """What the factors look like; float32.
 
     Args:
@@ -73,7 +73,7 @@ def init(weights: Shapes, layers: str, rank: int, key: Key[Array, ""]) -> dict[s
 
     A's variance is 1 / (3 fan_in), that of peft's and kohya's uniform draw (Kaiming with a = sqrt 5), so their learning
     rates hold. Numpy draws from the key's bits and the name: nothing compiles (an op for each of hundreds of tensors takes
-    XLA long), and a layer starts the same whatever other layers are chosen. Arguments and errors as of `shapes`.
+    XLA long), and a layer starts the same whatever other layers are chosen. Arguments and errors as of `factor_shapes`.
     """
     seed = [int(word) for word in np.ravel(jax.device_get(jax.random.key_data(key)))]
 
@@ -83,7 +83,7 @@ def init(weights: Shapes, layers: str, rank: int, key: Key[Array, ""]) -> dict[s
         normal = np.random.default_rng([*seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
         return normal * np.float32(1 / math.sqrt(3 * math.prod(shape[:-1])))
 
-    return {name: draw(name, struct.shape) for name, struct in shapes(weights, layers, rank).items()}
+    return {name: draw(name, struct.shape) for name, struct in factor_shapes(weights, layers, rank).items()}
 
 
 def scale_of(rank: int, alpha: float) -> float:

@@ -65,7 +65,7 @@ def delta(student: Tensors, base: Tensors) -> dict[str, np.ndarray]:
     return _sum(student, base, -1.0, ("student", "base"), np.float32)
 
 
-def merge(base: Tensors, delta: Tensors, scale: float = 1.0) -> dict[str, np.ndarray]:
+def merge_delta(base: Tensors, delta: Tensors, scale: float = 1.0) -> dict[str, np.ndarray]:
     """base + scale * delta, computed in float32 and kept in the base's dtypes.
 
     Raises ValueError, one line that lists them, if names or shapes differ.

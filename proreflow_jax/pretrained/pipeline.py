@@ -22,7 +22,7 @@ OWN = (0, 0)  # a size that means the model's own resolution
 class Pipeline(NamedTuple):
     """A Stable Diffusion model as it lies on disk; parameters are float32 arrays in our layout."""
 
-    source: sources.Source
+    source: sources.ModelSource
     networks: dict[str, Network]  # by component: unet, vae, text_encoder, and SDXL's text_encoder_2
     params: dict[str, dict[str, Any]]  # component -> {torch name: numpy array}; the UNet's on its devices where they were named
     tokenizer: PromptTokenizer
@@ -66,7 +66,7 @@ def _pixels(networks: dict[str, Network]) -> int:
 
 
 def load_pipeline(
-    source: sources.Source | str | Path,
+    source: sources.ModelSource | str | Path,
     place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]] | None = None,
     prediction_type: str = "",
     original_size: tuple[int, int] = OWN,
@@ -88,7 +88,7 @@ def load_pipeline(
       FileNotFoundError: a folder or file is not there; names it and --config.model.path.
       ValueError: weights and config.json disagree, or the networks do not fit each other.
     """
-    if not isinstance(source, sources.Source):
+    if not isinstance(source, sources.ModelSource):
         source = sources.open_folder(source)
     networks = _networks(source, compute)
     folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
@@ -104,8 +104,8 @@ def load_pipeline(
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
 
 
-def outline(
-    source: sources.Source,
+def outline_pipeline(
+    source: sources.ModelSource,
     prediction_type: str = "",
     original_size: tuple[int, int] = OWN,
     crop: tuple[int, int] = OWN,
@@ -125,7 +125,7 @@ def outline(
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
 
 
-def _networks(source: sources.Source, compute: Compute) -> dict[str, Network]:
+def _networks(source: sources.ModelSource, compute: Compute) -> dict[str, Network]:
     """The networks by component, which fit each other."""
     networks = {name: _network(source, name, compute) for name in source.components}
     origin = str(source.origin)
@@ -139,7 +139,7 @@ def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
 
 
 def _conditioner(
-    source: sources.Source,
+    source: sources.ModelSource,
     networks: dict[str, Network],
     tokenizer: PromptTokenizer,
     original_size: tuple[int, int],
@@ -152,7 +152,7 @@ def _conditioner(
     return conditioning.make_conditioner(_encoders(networks), sizes, zeroed)
 
 
-def _network(source: sources.Source, component: str, compute: Compute) -> Network:
+def _network(source: sources.ModelSource, component: str, compute: Compute) -> Network:
     config = source.config(component)
     bound = () if component in sources.TEXT_ENCODERS else (compute,)  # texts are short
     try:

@@ -43,7 +43,7 @@ MARKS = {  # tensors that UIs put into a file to say how it is read
 }
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A model on disk. `file` is None where the folder holds the weights too."""
 
     folder: Path
@@ -111,7 +111,7 @@ def _check_config(component: str, config: Mapping[str, Any], folder: Path) -> No
         raise UserError(f"{folder}: its config.json sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {mend}")
 
 
-def open_folder(folder: str | Path, flag: str = PATH) -> Source:
+def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
     """A diffusers folder; `flag` named it, for errors.
 
     Raises FileNotFoundError (no such folder, no model_index.json) or ValueError (not a Stable Diffusion), one line.
@@ -135,7 +135,7 @@ def open_folder(folder: str | Path, flag: str = PATH) -> Source:
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
     linear = weights.read_config(folder / "unet").get("use_linear_projection")
-    return Source(folder, index, "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1")
+    return ModelSource(folder, index, "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1")
 
 
 def file_family(path: Path) -> str:
@@ -150,7 +150,7 @@ def file_family(path: Path) -> str:
         raise UserError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
 
 
-def open_file(path: Path, like: Path) -> Source:
+def open_file(path: Path, like: Path) -> ModelSource:
     """A single file of the original layout, with the configs, tokenizer and schedule of the diffusers folder `like`.
 
     Raises FileNotFoundError or ValueError, one line; so if the two are not of one family.
@@ -159,4 +159,4 @@ def open_file(path: Path, like: Path) -> Source:
     if beside.family != family:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
     kept = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
-    return Source(like, kept, family, path, weights.Tensors([path]))
+    return ModelSource(like, kept, family, path, weights.Tensors([path]))

@@ -131,7 +131,7 @@ def learn(texts: Sequence[str], merges: int) -> tuple[dict[str, int], list[tuple
     return {word: i for i, word in enumerate(words)}, learned
 
 
-def write(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], length: int) -> None:
+def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], length: int) -> None:
     """Writes the tokenizer folder that diffusers and transformers read: vocab.json, merges.txt and its configs."""
     folder.mkdir(parents=True, exist_ok=True)
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -142,6 +142,6 @@ def write(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def size(folder: Path) -> int:
+def vocabulary_size(folder: Path) -> int:
     """Entries of a written vocabulary."""
     return len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))

@@ -58,7 +58,7 @@ class Frozen(NamedTuple):
     base: Params = {}  # beside which low-rank factors are trained; {} where all weights are
 
 
-def make_pairs(
+def cross_windows(
     frozen: Frozen, batch: Mapping[str, Array], *, recipe: PairRecipe, flow: Parameterization, networks: Networks
 ) -> dict[str, Array]:
     """Pairs of one batch.
@@ -148,7 +148,7 @@ def draw_latents(
     return jax.lax.stop_gradient((mean + std * noise) * networks.scaling)
 
 
-def check_steps(recipe: PairRecipe, flow: Parameterization) -> None:
+def check_pair_steps(recipe: PairRecipe, flow: Parameterization) -> None:
     """Raises ValueError, one line, if a recipe cannot be carried out; before anything is compiled."""
     windowing.check_windows(recipe.windows)
     windowing.check_steps(recipe.steps, 1000 // recipe.windows)

@@ -66,7 +66,7 @@ class Programs(NamedTuple):
     context: Callable[..., Any]
 
 
-class Given(NamedTuple):
+class CellInputs(NamedTuple):
     """What every method of a seed is measured by."""
 
     noise: jax.Array  # (n, h, w, c)
@@ -74,7 +74,7 @@ class Given(NamedTuple):
     labels: np.ndarray
     reference: np.ndarray  # the teacher's own many-step latents from that noise
     teacher: tuple[np.ndarray, np.ndarray]  # moments of its images
-    judge: score_digits.Judge
+    judge: score_digits.DigitsJudge
 
 
 def budget(experiment: Experiment, stage: Stage) -> Spent:
@@ -135,7 +135,7 @@ def make_programs(experiment: Experiment) -> Programs:
 
     whole = mesh.replicated(experiment.mesh)
     return Programs(
-        jax.jit(partial(pairs.make_pairs, networks=networks), static_argnames=("recipe", "flow")),
+        jax.jit(partial(pairs.cross_windows, networks=networks), static_argnames=("recipe", "flow")),
         jax.jit(update, static_argnames=("flow", "loss"), donate_argnums=0, out_shardings=(whole, None)),
         score_digits.make_draw(experiment),
         jax.jit(walk, static_argnames=("flow", "nodes")),
@@ -143,7 +143,7 @@ def make_programs(experiment: Experiment) -> Programs:
     )
 
 
-def train(experiment: Experiment, programs: Programs, store: dict[Any, Any]) -> tuple[Params, list[Spent]]:
+def train_student(experiment: Experiment, programs: Programs, store: dict[Any, Any]) -> tuple[Params, list[Spent]]:
     """The last stage's student of the experiment's method, and what each stage cost.
 
     store: keeps the pairs that the base model made, for other methods that need the same; their cost counts all the same.
@@ -197,7 +197,7 @@ def stage_pairs(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def given(experiment: Experiment, seed: int, programs: Programs, judge: score_digits.Judge) -> Given:
+def cell_inputs(experiment: Experiment, seed: int, programs: Programs, judge: score_digits.DigitsJudge) -> CellInputs:
     """The noise of a seed, and what the teacher draws from it in config.evaluate.teacher_steps[0] steps."""
     e = experiment.config.evaluate
     labels, ids = score_digits.prompts(experiment, e.examples)
@@ -205,11 +205,11 @@ def given(experiment: Experiment, seed: int, programs: Programs, judge: score_di
         jax.random.fold_in(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
     )
     base = experiment.base.params["unet"]
-    latents, images = score_digits.sample(programs.draw, base, experiment.flow, noise, ids, e.teacher_steps[0], e.batch)
-    return Given(noise, ids, labels, latents, _moments(judge, images), judge)
+    latents, images = score_digits.sample_rows(programs.draw, base, experiment.flow, noise, ids, e.teacher_steps[0], e.batch)
+    return CellInputs(noise, ids, labels, latents, _moments(judge, images), judge)
 
 
-def _moments(judge: score_digits.Judge, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(judge: score_digits.DigitsJudge, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return frechet.moments(classifier.features(judge.judges, digits.to_pixels8(images)))
 
 
@@ -221,14 +221,14 @@ def read_as(flow: Parameterization, steps: int) -> Parameterization:
     return flow._replace(windows=min(flow.windows, steps))
 
 
-def measure(
-    experiment: Experiment, params: Params, flow: Parameterization, programs: Programs, given: Given
+def measure_student(
+    experiment: Experiment, params: Params, flow: Parameterization, programs: Programs, given: CellInputs
 ) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """(numbers, first images by steps) of a network: at each of config.reproduce.steps, and how its flow bends."""
     e, found, images = experiment.config.evaluate, {}, {}
     for steps in experiment.config.reproduce.steps:
         way = read_as(flow, steps)
-        latents, drawn = score_digits.sample(programs.draw, params, way, given.noise, given.ids, steps, e.batch)
+        latents, drawn = score_digits.sample_rows(programs.draw, params, way, given.noise, given.ids, steps, e.batch)
         found[str(steps)] = score_digits.scores(given.judge, latents, drawn, given.reference, given.labels)
         found[str(steps)]["frechet_teacher"] = frechet.frechet_distance(_moments(given.judge, drawn), given.teacher)
         images[steps] = drawn[: e.columns]

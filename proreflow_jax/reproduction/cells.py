@@ -19,7 +19,16 @@ from PIL import Image
 from proreflow_jax import RunFailed, UserError
 from proreflow_jax.flow import windows
 from proreflow_jax.jobs import score_digits
-from proreflow_jax.reproduction.cell import Given, Programs, budget, given, make_programs, measure, student_flow, train
+from proreflow_jax.reproduction.cell import (
+    CellInputs,
+    Programs,
+    budget,
+    cell_inputs,
+    make_programs,
+    measure_student,
+    student_flow,
+    train_student,
+)
 from proreflow_jax.run import cli, config_fields
 from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.experiment import Experiment
@@ -54,7 +63,7 @@ class Cell(NamedTuple):
         return _folder(self.experiment) / f"{self.method}-{self.seed}-{self.key}{suffix}"
 
 
-def check(experiment: Experiment, workers: int) -> None:
+def check_grid(experiment: Experiment, workers: int) -> None:
     """Raises ValueError, one line, for a grid that cannot be carried out, whatever its methods are."""
     config, r = experiment.config, experiment.config.reproduce
     score_digits.check_digits(experiment)
@@ -102,8 +111,8 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
     if not jax.config.jax_compilation_cache_dir:  # programs are compiled once for all workers, and for the next start
         jax.config.update("jax_compilation_cache_dir", str(experiment.run / "compiled"))
     programs = make_programs(experiment)
-    judge = score_digits.make_judge(experiment.config.data.resolution)
-    measured_by: dict[int, Given] = {}
+    judge = score_digits.make_digits_judge(experiment.config.data.resolution)
+    measured_by: dict[int, CellInputs] = {}
     store: dict[Any, Any] = {}
     for number, cell in enumerate(cells, 1):
         try:
@@ -112,22 +121,22 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
                     continue
                 if cell.seed not in measured_by:
                     store.clear()
-                    measured_by = {cell.seed: given(cell.experiment, cell.seed, programs, judge)}
+                    measured_by = {cell.seed: cell_inputs(cell.experiment, cell.seed, programs, judge)}
                 _make(cell, programs, measured_by[cell.seed], store)
                 log.info("%s, seed %d: done (%d of %d)", cell.method, cell.seed, number, len(cells))
         except lock.Locked:
             continue
 
 
-def _make(cell: Cell, programs: Programs, given: Given, store: dict[Any, Any]) -> None:
+def _make(cell: Cell, programs: Programs, given: CellInputs, store: dict[Any, Any]) -> None:
     """Trains and measures one cell, and writes its JSON last."""
     began, experiment = time.monotonic(), cell.experiment
     params, flow, spent = experiment.base.params["unet"], experiment.flow, []
     if cell.group != "base model":
-        params, spent = train(experiment, programs, store)
+        params, spent = train_student(experiment, programs, store)
         flow = student_flow(experiment.config, experiment.stages[-1])
     trained = time.monotonic() - began
-    numbers, images = measure(experiment, params, flow, programs, given)
+    numbers, images = measure_student(experiment, params, flow, programs, given)
     # images of each number of steps below one another
     strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
     with cell.path(".png").open("wb") as file:

@@ -28,7 +28,7 @@ MARK = "* beyond the spread: all seeds agree, and the means are further apart th
 BEST = "**"  # around the best mean of a column
 
 
-def write(experiment: Experiment, found: Sequence[Mapping[str, Any]], total: int) -> str:
+def write_report(experiment: Experiment, found: Sequence[Mapping[str, Any]], total: int) -> str:
     """Writes table.md, table.json and the pictures into the run's folder; returns the text of table.md."""
     config, run = experiment.config, experiment.run
     cells: dict[str, list[Mapping[str, Any]]] = {}
@@ -111,7 +111,7 @@ def _costs(cells: Cells) -> str:
     heads |= {"bend": "relative bend", "recognised": f"recognised in {steps} steps, %"}
     return (
         "## Methods\n\nRelative bend: straightness in the method's own windows (the base model's in one), divided by the "
-        f"chord's square, mean over windows; 0 is straight.\n\n{report.table(lines, heads)}"
+        f"chord's square, mean over windows; 0 is straight.\n\n{report.text_table(lines, heads)}"
     )
 
 
@@ -124,7 +124,7 @@ def _table(cells: Cells, measure: str, steps: Sequence[int]) -> str:
         shown = {str(s): spread(values(group, measure, s)) for s in steps}
         marked = {s: f"{BEST}{text}{BEST}" if best[int(s)] == method else text for s, text in shown.items()}
         lines.append({"method": method} | marked)
-    return report.table(lines, {"method": "method"} | {str(s): f"{s} step{'s' if s > 1 else ''}" for s in steps})
+    return report.text_table(lines, {"method": "method"} | {str(s): f"{s} step{'s' if s > 1 else ''}" for s in steps})
 
 
 def beyond(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -144,7 +144,7 @@ def _effects(cells: Cells, effects: Sequence[tuple[str, str, str]], steps: Seque
     ]
     return (
         f"## What each choice does\n\nChange of the mean from the second method to the first, less is better. {MARK}\n\n"
-        + report.table(lines, {"what": "choice", "pair": "methods"} | _heads(steps))
+        + report.text_table(lines, {"what": "choice", "pair": "methods"} | _heads(steps))
     )
 
 
@@ -152,7 +152,7 @@ def _against(cells: Cells, reference: str, steps: Sequence[int]) -> str:
     """Every method against one."""
     others = {method: _changes(group, cells[reference], steps) for method, group in cells.items() if method != reference}
     lines = [{"method": method} | changes for method, changes in others.items() if changes]
-    return f"## Against {reference}\n\nChange of the mean at so many steps, less is better. {MARK}\n\n" + report.table(
+    return f"## Against {reference}\n\nChange of the mean at so many steps, less is better. {MARK}\n\n" + report.text_table(
         lines, {"method": "method"} | _heads(steps)
     )
 

@@ -23,7 +23,7 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
 }
 
 
-def locate(config: ConfigDict, configs_only: bool = False) -> sources.Source:
+def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.ModelSource:
     """Finds the model that a config names; downloads it (or its configs) where a hub id is named and the cache lacks it.
 
     Raises FileNotFoundError or ValueError, one line.
@@ -38,7 +38,7 @@ def locate(config: ConfigDict, configs_only: bool = False) -> sources.Source:
     return sources.open_folder(hub.download(m.path, m.revision, configs_only) if hub.is_id(m.path) else path)
 
 
-def title(config: ConfigDict, source: sources.Source) -> str:
+def title(config: ConfigDict, source: sources.ModelSource) -> str:
     """How the model is called where it is handed on: a hub id with its commit, or the name of a folder or file."""
     return f"{config.model.path}@{source.folder.name}" if hub.is_id(config.model.path) else source.origin.name
 
@@ -48,16 +48,16 @@ def compute(config: ConfigDict, machine: Mesh) -> Compute:
     return Compute(config.model.attention, config.train.remat, mesh.platform(machine), machine)
 
 
-def load(
+def load_base_model(
     config: ConfigDict, machine: Mesh, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]
 ) -> pipeline.Pipeline:
-    """Reads the base model as the config says; `place`, and what is raised, as in `locate` and `load_pipeline`."""
-    return pipeline.load_pipeline(locate(config), place, **_reading(config, machine))
+    """Reads the base model as the config says; `place`, and what is raised, as in `find_base_model` and `load_pipeline`."""
+    return pipeline.load_pipeline(find_base_model(config), place, **_reading(config, machine))
 
 
-def outline(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:
+def outline_base_model(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:
     """The same model by its config.json files alone, parameters as shapes; nothing else is read or downloaded."""
-    return pipeline.outline(locate(config, configs_only=True), **_reading(config, machine))
+    return pipeline.outline_pipeline(find_base_model(config, configs_only=True), **_reading(config, machine))
 
 
 def _reading(config: ConfigDict, machine: Mesh) -> dict[str, Any]:

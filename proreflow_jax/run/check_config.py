@@ -65,7 +65,7 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
     if not 0 <= config.train.ema < 1:
         raise UserError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_reading(config.student.prediction, config.student.path)
-    profiler.check_steps(config.profile.steps)
+    profiler.check_traced_steps(config.profile.steps)
     _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
     _check_table("optimizer.decay_rules", config.optimizer.decay_rules, (True, False))
     optimizer.make({**config.optimizer, "steps": config.train.steps})
@@ -82,7 +82,7 @@ def check_export(config: ConfigDict) -> None:
         )
 
 
-def check_resolution(config: ConfigDict, side: int) -> None:
+def check_data_resolution(config: ConfigDict, side: int) -> None:
     """Raises ValueError, one line, if images would not have the pixels a side that the base model works at."""
     if config.data.resolution != side:
         what = f"--config.data.resolution={config.data.resolution}"

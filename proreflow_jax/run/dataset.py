@@ -25,8 +25,8 @@ def open_source(config: ConfigDict, base: Pipeline) -> Source:
     """
     data = here(config.data)
     if data.kind == "digits":  # it writes them
-        first(partial(kinds.open_source, data))
-    source = kinds.open_source(data)
+        first(partial(kinds.open_data, data))
+    source = kinds.open_data(data)
     if data.kind == kinds.CACHED:
         check_cache(records.read_plan(data.path), base, data.path)
     return source

@@ -14,13 +14,13 @@ from proreflow_jax.flow.schedule import from_config
 from proreflow_jax.pretrained import pipeline
 from proreflow_jax.reflow import stages
 from proreflow_jax.reflow.loss import check_loss
-from proreflow_jax.reflow.pairs import Networks, check_steps
+from proreflow_jax.reflow.pairs import Networks, check_pair_steps
 from proreflow_jax.reflow.stages import DONE, Stage
 from proreflow_jax.run import base_model, dataset
-from proreflow_jax.run.check_config import check_choice, check_config, check_resolution, check_student
+from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.recipes import loss_recipe, pair_recipe, parent_stage, teacher_flow
-from proreflow_jax.run.train_state import places, state_places, trained_shapes
+from proreflow_jax.run.train_state import parameter_shardings, state_places, trained_shapes
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
 
@@ -29,13 +29,13 @@ def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises ValueError or FileNotFoundError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     paths.check_reachable(_planned(config, machine)[0])
-    return _opened(config, machine, base_model.load(config, machine, partial(places, config, machine)))
+    return _opened(config, machine, base_model.load_base_model(config, machine, partial(parameter_shardings, config, machine)))
 
 
 def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
     """The same on devices that need not be here, its base model in shapes: for compiling, not for running."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices, config.mesh.slices)
-    return _opened(config, machine, base_model.outline(config, machine))
+    return _opened(config, machine, base_model.outline_base_model(config, machine))
 
 
 def _opened(config: ConfigDict, machine: Mesh, base: pipeline.Pipeline) -> Experiment:
@@ -65,9 +65,9 @@ def _fitting(experiment: Experiment) -> Experiment:
     c, side = experiment.config, experiment.base.resolution
     check_student(c, experiment.flow.prediction)
     for stage in experiment.stages:
-        check_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))
+        check_pair_steps(pair_recipe(experiment, stage), teacher_flow(experiment, stage))
     if c.pairs.start == "data":  # images become latents of the shape that the noise has
-        check_resolution(c, side)
+        check_data_resolution(c, side)
     trained_shapes(experiment)
     return experiment
 

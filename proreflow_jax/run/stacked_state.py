@@ -14,7 +14,7 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.train_step import TrainState
 from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.train_state import places, state_target, trained_shapes
+from proreflow_jax.run.train_state import parameter_shardings, state_target, trained_shapes
 from proreflow_jax.runtime import optimizer, stacks
 from proreflow_jax.runtime.stacks import Table
 
@@ -22,8 +22,11 @@ from proreflow_jax.runtime.stacks import Table
 def trained_table(experiment: Experiment) -> Table:
     """What lies together of what is trained: tensors of one shape that live and decay alike."""
     shapes = trained_shapes(experiment)
-    where, decays = places(experiment.config, experiment.mesh, shapes), optimizer.decays(experiment.config.optimizer, shapes)
-    return stacks.table(shapes, {name: (where[name].spec, decays[name]) for name in shapes})
+    where, decays = (
+        parameter_shardings(experiment.config, experiment.mesh, shapes),
+        optimizer.decays(experiment.config.optimizer, shapes),
+    )
+    return stacks.stack_table(shapes, {name: (where[name].spec, decays[name]) for name in shapes})
 
 
 def hold(experiment: Experiment, state: TrainState) -> TrainState:
@@ -65,9 +68,9 @@ def _stacked(experiment: Experiment, frozen: Frozen, stack: Callable[..., Params
 def _frozen_tables(experiment: Experiment) -> dict[str, Table]:
     """By component; all but the UNet lie whole on every device."""
     networks = experiment.base.networks
-    where = places(experiment.config, experiment.mesh, networks["unet"].shapes)
+    where = parameter_shardings(experiment.config, experiment.mesh, networks["unet"].shapes)
     kinds = {"unet": {name: place.spec for name, place in where.items()}}
-    return {name: stacks.table(n.shapes, kinds.get(name, dict.fromkeys(n.shapes))) for name, n in networks.items()}
+    return {name: stacks.stack_table(n.shapes, kinds.get(name, dict.fromkeys(n.shapes))) for name, n in networks.items()}
 
 
 def _networks(frozen: Frozen, tables: Mapping[str, Table], change: Callable[[Params, Table, str], Params]) -> Frozen:

@@ -18,7 +18,7 @@ from proreflow_jax.run.experiment import PAIR_KEY, Experiment, Weights, run_key
 from proreflow_jax.runtime import mesh, optimizer
 
 
-def places(config: ConfigDict, machine: Mesh, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def parameter_shardings(config: ConfigDict, machine: Mesh, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """Where a network's parameters live, by --config.mesh.rules: {name: sharding}."""
     return mesh.shardings(machine, mesh.specs(_rules(config), {name: shape.shape for name, shape in shapes.items()}, machine))
 
@@ -30,7 +30,7 @@ def _rules(config: ConfigDict) -> list[tuple[str, Any]]:
 def trained_shapes(experiment: Experiment) -> Mapping[str, jax.ShapeDtypeStruct]:
     """What a stage trains: all weights of the UNet, or low-rank factors. Raises ValueError for a regex without a layer."""
     l, shapes = experiment.config.student.lora, experiment.networks.unet.shapes
-    return lora_factors.shapes(shapes, l.layers, l.rank) if l.rank else shapes
+    return lora_factors.factor_shapes(shapes, l.layers, l.rank) if l.rank else shapes
 
 
 def lora_scale(config: ConfigDict) -> float:

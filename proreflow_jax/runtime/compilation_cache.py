@@ -28,7 +28,7 @@ def keep_programs(folder: str) -> None:
         location = _made(location.expanduser().absolute())
     else:
         paths.check_reachable(location)
-        gcs.prepare()
+        gcs.prepare_gcs()
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own part of it writes to disks alone
     jax.config.update("jax_compilation_cache_dir", str(location))
     compilation_cache.reset_cache()  # jax opens the folder once

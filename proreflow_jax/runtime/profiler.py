@@ -22,7 +22,7 @@ FIELD = "--config.profile.steps"
 STEP = "train"  # the name under which a step stands in the trace
 
 
-def check_steps(steps: Sequence[int]) -> None:
+def check_traced_steps(steps: Sequence[int]) -> None:
     """Raises ValueError, one line, unless `steps` is () or the (first, last) step that is traced."""
     whole = all(type(step) is int for step in steps)
     if len(steps) and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
@@ -36,11 +36,11 @@ class Trace:
 
     Args:
       folder: where the trace goes; made when it begins.
-      steps: (first, last), as `check_steps` wants them; the first step of a run is 1. (): nothing is recorded.
+      steps: (first, last), as `check_traced_steps` wants them; the first step of a run is 1. (): nothing is recorded.
     """
 
     def __init__(self, folder: str | Path | ObjectPath = "", steps: Sequence[int] = ()) -> None:
-        check_steps(steps)
+        check_traced_steps(steps)
         self._folder, self._steps = located(folder), tuple(steps)
         self._open: ExitStack | None = None  # of the trace under way
 

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 Table = Mapping[str, tuple[str, ...]]
 
 
-def table(shapes: Mapping[str, Any], kinds: Mapping[str, Hashable]) -> Table:
+def stack_table(shapes: Mapping[str, Any], kinds: Mapping[str, Hashable]) -> Table:
     """What may lie together: arrays of one shape and dtype, and of one kind, such as where they live."""
     found: dict[Hashable, list[str]] = {}
     for name, value in shapes.items():

@@ -222,7 +222,7 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+def plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what JSON makes of a dict (tuples become lists), so that it compares equal to itself read back.
 
     Raises:
@@ -234,7 +234,7 @@ def plain(value: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"not plain JSON ({one_line(error)}): {one_line(repr(value))}") from error
 
 
-def digest(value: Mapping[str, Any]) -> str:
+def json_digest(value: Mapping[str, Any]) -> str:
     """Returns the SHA-256 of a dict of plain JSON, in hex; the order of its fields does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -245,7 +245,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def size(path: Any) -> int | None:
+def file_size(path: Any) -> int | None:
     """Returns the bytes of a file, or None if there is none."""
     try:
         return path.stat().st_size if not isinstance(path, Path) or path.is_file() else None

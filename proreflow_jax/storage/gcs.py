@@ -185,7 +185,7 @@ def check_bucket(path: ObjectPath, write: bool) -> None:
 @functools.cache
 def client() -> Any:
     """The client of this process, by the machine's own credentials. Raises ValueError where it is not installed."""
-    prepare()
+    prepare_gcs()
     try:
         import gcsfs  # noqa: F401 - orbax reaches it through etils
         from google.cloud import storage
@@ -194,7 +194,7 @@ def client() -> Any:
     return storage.Client()
 
 
-def prepare() -> None:
+def prepare_gcs() -> None:
     """Before orbax opens gs:// through gcsfs: listings always asked anew, and the plain JSON API.
 
     Other processes, and tensorstore in this one, write what a kept listing would not show.
