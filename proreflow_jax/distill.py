@@ -33,7 +33,7 @@ def distill(config: ConfigDict) -> None:
         first(lambda: _keep_config(experiment.run / "config.json", config))
         for stage in experiment.stages:
             with job_lock(stage.folder):
-                if config.pairs.mode == "stored":
+                if not stage.online:
                     pairs.make_stage_pairs(experiment, stage)
                 train.train_stage(experiment, stage)
         for stage in exported:

@@ -17,7 +17,7 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
     """The verb: all records of one stage, published when the last one is there."""
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
-    if config.pairs.mode != "stored":
+    if chosen.online:
         raise UserError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
     check_ready(experiment, chosen)
     with job_lock(chosen.folder):

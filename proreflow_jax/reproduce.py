@@ -12,7 +12,8 @@ from proreflow_jax import RunFailed, UserError
 from proreflow_jax.reproduction import report
 from proreflow_jax.reproduction.cells import _spawn, _work, check_grid, make_cells
 from proreflow_jax.run import cli
-from proreflow_jax.run.open import open_experiment, open_source
+from proreflow_jax.run.dataset import open_source
+from proreflow_jax.run.open import open_experiment
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def reproduce(config: ConfigDict, workers: int) -> None:
     cells = make_cells(experiment)
     missing = [cell for cell in cells if not cell.path(".json").is_file()]
     log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
-    open_source(experiment)  # written before workers look for it
+    open_source(config, experiment.base)  # written before workers look for it
     if workers > 1 and len(missing) > 1:
         _spawn(min(workers, len(missing)))
     elif missing:

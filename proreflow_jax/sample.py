@@ -18,7 +18,6 @@ from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.run.open import open_experiment
-from proreflow_jax.run.recipes import student_flow
 from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def sample(
     if path.suffix.lower() != ".png" or isinstance(path, Path) and not path.parent.is_dir():
         raise UserError(f"--out={out} must be a .png file in a folder that exists")
     steps = steps or (stage if stage else BASE_STEPS)
-    sampler.check_sampling(steps, student_flow(config, chosen) if chosen else experiment.flow)
+    sampler.check_sampling(steps, chosen.student if chosen else experiment.flow)
     weights = load_weights(experiment, chosen)
 
     n, encode = experiment.networks, experiment.base.tokenizer.encode

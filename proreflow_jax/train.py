@@ -19,7 +19,7 @@ def train(config: ConfigDict, stage: int) -> None:
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
     check_ready(experiment, chosen)
-    if config.pairs.mode == "stored" and not (chosen.folder / "pairs" / records.MANIFEST).is_file():
+    if not chosen.online and not (chosen.folder / "pairs" / records.MANIFEST).is_file():
         raise MissingFile(f"{chosen.folder / 'pairs'} holds no finished pairs: run make_pairs --stage={stage} first")
     with job_lock(chosen.folder):
         train_stage(experiment, chosen)

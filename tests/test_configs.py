@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax.flow import windows
-from proreflow_jax.reflow.stages import plan_stages
+from proreflow_jax.reflow.stages import check_counts
 from proreflow_jax.run import check_config
 from proreflow_jax.runtime import mesh
 
@@ -63,7 +63,8 @@ def check(c: ConfigDict, devices: int) -> None:
     machine = Machine(dict(zip(mesh.AXES, mesh._fill(tuple(c.mesh[axis] for axis in mesh.AXES), devices), strict=True)))
     check_config.check_config(c, machine)
     check_config.check_export(c)
-    assert {stage.windows for stage in plan_stages(c.stages, Path("run"))} >= set(c.export.stages)
+    check_counts(c.stages)
+    assert set(c.stages) >= set(c.export.stages)
     for before, count in zip((c.stages[0], *c.stages), c.stages, strict=False):
         steps = c.pairs.steps if before == count else c.pairs.substeps * before // count
         windows.check_steps(steps, 1000 // count)

@@ -217,6 +217,41 @@ def test_permitted_imports_are_no_breach(tmp_path):
     assert layering(tmp_path) == []
 
 
+WORKED_OUT = re.compile(
+    r"\b(teacher_flow|student_flow|pair_recipe|loss_recipe|state_target|state_places|trained_shapes|parent_stage|places)\("
+)
+
+
+def asking(root: Path, block: str, field: str) -> set[str]:
+    """The files that compare a config's <block>.<field> with something."""
+    files = set()
+    for path in (root / PACKAGE).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = (
+                [part for part in ast.walk(node) if isinstance(part, ast.Attribute)] if isinstance(node, ast.Compare) else []
+            )
+            if any(part.attr == field and ast.unparse(part.value).split(".")[-1] == block for part in parts):
+                files.add(str(path.relative_to(root / PACKAGE)))
+    return files
+
+
+def test_what_a_stage_is_is_worked_out_in_run_alone():
+    rooms = [path for room in MAY if room != "run" for path in (ROOT / PACKAGE / room).rglob("*.py")]
+    lines = [f"{path.relative_to(ROOT)}: {line}" for path in [*rooms, *verbs(ROOT)] for line in path.read_text().splitlines()]
+    assert [line for line in lines if WORKED_OUT.search(line)] == []
+
+
+@pytest.mark.parametrize(("block", "field"), [("pairs", "mode"), ("data", "kind")])
+def test_few_files_ask_for_a_mode(block, field):
+    assert 0 < len(asking(ROOT, block, field)) <= 3
+
+
+def test_who_asks_for_a_mode_is_seen(tmp_path):
+    write(tmp_path, "proreflow_jax/jobs/a.py", "def f(config):\n    return config.data.kind in ('digits',)\n")
+    write(tmp_path, "proreflow_jax/jobs/b.py", "def f(data):\n    return data.kind\n")
+    assert asking(tmp_path, "data", "kind") == {"jobs/a.py"}
+
+
 def test_the_library_contains_nothing_forbidden():
     assert forbidden(ROOT) == []
 

@@ -13,9 +13,8 @@ from test_verbs_pod import run_pod
 from verb import run, tiny_config, tiny_flags
 
 from proreflow_jax.data import records
-from proreflow_jax.jobs import pairs as pairss
 from proreflow_jax.perf import jobs
-from proreflow_jax.run import open
+from proreflow_jax.run import dataset, open
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
 
@@ -186,6 +185,6 @@ def test_plan_counts_what_the_cache_hands_over(place, start):
     }
     config = tiny_config(place.folder, place.model, **fields)
     real, shapes = open.open_experiment(config), open.open_outline(config, jax.devices())
-    rows = pairss.read_rows(real, open.open_source(real), np.arange(16))
+    rows = dataset.read_rows(real.config, real.base.tokenizer, dataset.open_source(real.config, real.base), np.arange(16))
     assert rows.keys() == {"index", "ids", "text"} | ({"mean", "std"} if start == "data" else set())
     assert described(jobs.prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))

@@ -16,12 +16,11 @@ import verb
 from full_size import SD_15, SDXL, VAE
 
 from configs.digits import get_config
-from proreflow_jax.jobs import pairs
 from proreflow_jax.models import network
 from proreflow_jax.perf import chips, estimate, flops, hlo_cost, make_it_fit, plan_report, tpu_compile
 from proreflow_jax.perf import jobs as perf_jobs
 from proreflow_jax.perf.jobs import Job, argument_bytes, frozen_shapes, jobs, prompt_shapes, record_shapes, storage
-from proreflow_jax.run import config_fields, open, train_state
+from proreflow_jax.run import config_fields, dataset, lineage, open
 from proreflow_jax.runtime import mesh
 
 CHIP = chips.CHIPS["v5e"]
@@ -193,12 +192,12 @@ def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model
     real = open.open_experiment(verb.tiny_config(tmp_path, model, **fields))
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only, **fields), jax.devices())
     stage, online = real.stages[0], "pairs__mode" in fields
-    teacher = real.base.params["unet"] if online else {}
-    arrays = train_state.frozen_arrays(real, teacher, stage, online)._replace(key=None)
+    teacher = real.unet.params() if online else {}
+    arrays = lineage.frozen_arrays(real, stage, teacher, online)._replace(key=None)
     made = frozen_shapes(shapes, stage, online, online)._replace(key=None)
     assert described(made) == described(arrays)
 
-    rows = pairs.read_rows(real, open.open_source(real), np.arange(16))
+    rows = dataset.read_rows(real.config, real.base.tokenizer, dataset.open_source(real.config, real.base), np.arange(16))
     assert described(prompt_shapes(shapes, 16)) == described(mesh.put_batch(real.mesh, rows, 16))
 
 

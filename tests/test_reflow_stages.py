@@ -10,6 +10,7 @@ import pytest
 import tiny
 from tiny import quick_jit
 
+from configs.digits import get_config
 from proreflow_jax.flow import prediction, windows
 from proreflow_jax.flow.parameterization import Parameterization, as_epsilon, make_step
 from proreflow_jax.flow.schedule import Schedule, grid_time, make_schedule, timestep
@@ -17,6 +18,7 @@ from proreflow_jax.reflow import stages
 from proreflow_jax.reflow.identity import check_identity, identity_gap
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.sampler import check_sampling, decode, sample_latents
+from proreflow_jax.run.recipes import plan_stages
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
@@ -34,10 +36,12 @@ NOISE = jax.random.normal(jax.random.key(5), (4, *tiny.LATENT))
 
 
 def test_stages_come_in_order_each_from_the_one_before():
-    plan = stages.plan_stages((8, 4, 2), Path("run"))
+    plan = plan_stages(get_config(), Path("run"), EPSILON, tiny.LATENT)
     assert [stage.windows for stage in plan] == [8, 4, 2]
     assert [stage.folder for stage in plan] == [Path("run/stage-8"), Path("run/stage-4"), Path("run/stage-2")]
-    assert [stage.parent for stage in plan] == [None, plan[0].folder, plan[1].folder]
+    assert [stage.parent for stage in plan] == [stage.maker for stage in plan] == [None, plan[0], plan[1]]
+    assert [stage.teacher for stage in plan] == [EPSILON, plan[0].student, plan[1].student]
+    assert [stage.pairs.steps for stage in plan] == [8, 8, 8]  # 8 solver steps; then 4 Euler steps in each of two old windows
     assert stages.find_stage(plan, 4) is plan[1]
 
 
@@ -54,13 +58,13 @@ def test_stages_come_in_order_each_from_the_one_before():
 )
 def test_a_chain_that_cannot_be_is_refused(counts, words):
     with pytest.raises(ValueError, match=words) as caught:
-        stages.plan_stages(counts, Path("run"))
+        stages.check_counts(counts)
     assert "\n" not in str(caught.value) and "--config.stages" in str(caught.value)
 
 
 def test_an_unknown_stage_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match=r"--stage=5 is not a stage.*\[8, 4\]"):
-        stages.find_stage(stages.plan_stages((8, 4), Path("run")), 5)
+    with pytest.raises(ValueError, match=r"--stage=5 is not a stage.*\[8, 4, 2\]"):
+        stages.find_stage(plan_stages(get_config(), Path("run"), EPSILON, tiny.LATENT), 5)
 
 
 def gap(n, path="linear", schedule=SCHEDULE, unet=TOYS.unet, reading="ddim_eps"):

@@ -105,7 +105,7 @@ def test_a_teachers_forwards_are_those_that_the_network_is_asked(small, fields):
     experiment, seen = counted(reopen(base, changed(base.config, method(4, **fields))))
     stage, programs = experiment.stages[0], make_programs(experiment)
     cost = budget(experiment, stage)
-    stage_pairs(experiment, stage, base.base.params["unet"], cost.examples, programs)
+    stage_pairs(experiment, stage, base.unet.params(), cost.examples, programs)
     jax.effects_barrier()
     assert sum(seen) == cost.forwards - cost.updates * 3 * experiment.config.train.batch
 
@@ -159,7 +159,7 @@ def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
     experiment = open_experiment(small())
     programs = make_programs(experiment)
     start = cell_inputs(experiment, 0, programs, score_digits.make_digits_judge(8))
-    base = experiment.base.params["unet"]
+    base = experiment.unet.params()
     student, _ = measure_student(experiment, base, Parameterization("ddim_eps", 4), programs, start)
     teacher, _ = measure_student(experiment, base, experiment.flow, programs, start)
     for steps in ("1", "2", "4"):

@@ -29,8 +29,9 @@ from proreflow_jax.jobs import score_coco
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow.predict import make_predict
-from proreflow_jax.reflow.stages import DONE, Stage, plan_stages
-from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights
+from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.run.experiment import BaseUNet, Experiment, Weights
+from proreflow_jax.run.recipes import EVALUATION_KEY, plan_stages
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
 
@@ -62,7 +63,7 @@ def load_weights(real: Callable, experiment: Experiment, stage: Stage | None) ->
     """A toy's student is its teacher with larger weights; other experiments load theirs."""
     if not isinstance(experiment.base, SimpleNamespace):
         return real(experiment, stage)
-    params = {name: value * (1.1 if stage else 1.0) for name, value in experiment.base.params["unet"].items()}
+    params = {name: value * (1.1 if stage else 1.0) for name, value in experiment.unet.params().items()}
     return Weights(params, Parameterization("ddim_eps", 2) if stage else experiment.flow, "student" if stage else "teacher")
 
 
@@ -95,16 +96,18 @@ def toy(made: Made, name: str, devices: int = 2, fsdp: int = 1, **fields: object
     base = SimpleNamespace(
         tokenizer=SimpleNamespace(encode=encode),
         text=frozen.text,
-        params={"unet": frozen.teacher, "vae": frozen.vae},
+        params={"vae": frozen.vae},
         networks={},
         scheduler=tiny.BETAS,
         latent_shape=tiny.LATENT,
     )
     run, machine = Path(c.root) / name, mesh.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
-    for stage in plan_stages(c.stages, run):
+    flow, unet = Parameterization("epsilon"), BaseUNet(lambda: frozen.teacher)
+    plan = plan_stages(c, run, flow, tiny.LATENT)
+    for stage in plan:
         stage.folder.mkdir(parents=True, exist_ok=True)
-        (stage.folder / DONE).touch()
-    return Experiment(c, run, base, networks, Parameterization("epsilon"), plan_stages(c.stages, run), machine)
+        stage.done.touch()
+    return Experiment(c, run, base, unet, networks, flow, plan, None, machine)
 
 
 def kept(made: Made, name: str) -> dict[str, bytes]:
@@ -141,7 +144,9 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
     experiment = toy(made, "single", devices=1)
     split, n, base = coco.open_official(*made.coco, 2017), experiment.networks, experiment.base
     texts, clip = coco.first_captions(split, COUNT), clip_score.load_clip(Path(made.flags["clip"]))
-    predict = lambda z, t, context: make_predict(n.unet, {k: 1.1 * v for k, v in base.params["unet"].items()})(z, t, context)
+    predict = lambda z, t, context: make_predict(n.unet, {k: 1.1 * v for k, v in experiment.unet.params().items()})(
+        z, t, context
+    )
     against = n.condition(base.text, base.tokenizer.encode([""]))
     nodes = windows.sampling_nodes(2, 2).astype(np.float32)
 
@@ -233,7 +238,7 @@ def test_without_clip_it_says_so(made, whole):
 
 def test_a_students_missing_stage_is_named_before_anything_is_drawn(made):
     experiment = toy(made, "missing")
-    (experiment.run / "stage-2" / DONE).unlink()
+    (experiment.run / "stage-2" / "DONE.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"stage-2/DONE\.json is missing: run distill"):
         score_coco.score_coco(experiment)
     assert not (experiment.run / "scores").exists()

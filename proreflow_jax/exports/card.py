@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proreflow_jax.exports.formats import Format
-from proreflow_jax.reflow.stages import DONE, Stage
+from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run import base_model
 from proreflow_jax.run.config_fields import field_value
 from proreflow_jax.run.experiment import Experiment, Weights
@@ -38,7 +38,7 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Fo
 
 def _lineage(experiment: Experiment, stage: Stage) -> dict[str, str]:
     """Digests of the weights from the base model to the student, by the name of what holds them."""
-    done = [atomic.read_json(other.folder / DONE) for other in experiment.stages if other.windows >= stage.windows]
+    done = [atomic.read_json(other.done) for other in experiment.stages if other.windows >= stage.windows]
     return {"base": done[0]["parent"]} | {f"stage-{one['flow']['windows']}": one["digest"] for one in done}
 
 

@@ -21,8 +21,10 @@ from proreflow_jax.pretrained.sources import ModelSource
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights, run_key
+from proreflow_jax.run.dataset import is_digits
+from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
 from proreflow_jax.storage import atomic
 
 try:
@@ -83,7 +85,7 @@ def _with_lora(experiment: Experiment, folder: Path) -> Params:
 def _prompts(experiment: Experiment) -> list[str]:
     from proreflow_jax.data import digits
 
-    if experiment.config.data.kind == "digits":
+    if is_digits(experiment.config):
         return [digits.caption(i, 0) for i in range(COUNT)]
     return [f"a photograph, number {i}" for i in range(COUNT)]
 

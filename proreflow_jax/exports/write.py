@@ -18,7 +18,6 @@ from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
-from proreflow_jax.run.train_state import lora_scale
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
 from proreflow_jax.storage import atomic, paths
 
@@ -135,7 +134,7 @@ def _single_tensors(
     if wanted.form == "single-file":
         return _as(single_file(experiment, student), wanted.dtype), {}
     if wanted.form == "lora" and trained.factors:  # it is one already
-        factors = lora_factors.to_lora(trained.factors, lora_scale(experiment.config))
+        factors = lora_factors.to_lora(trained.factors, experiment.layout.scale)
         return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
     change = lora_file.delta(student, base.source.tensors("unet"))
     if wanted.form == "delta":
@@ -156,7 +155,7 @@ def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[
     base = experiment.base
     by_mark = base.source.family == "xl" and experiment.flow.prediction == "v_prediction"
     marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}
-    parts = {name: unet if name == "unet" else weights.to_torch(params) for name, params in base.params.items()}
+    parts = {"unet": unet} | {name: weights.to_torch(params) for name, params in base.params.items()}
     return marks | {
         name: tensor
         for part, tensors in parts.items()

@@ -16,10 +16,11 @@ from proreflow_jax.jobs.write_records import batched, begin_records, publish_rec
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.run import dataset
 from proreflow_jax.run.check_config import check_data_resolution
-from proreflow_jax.run.dataset import here, made_by
+from proreflow_jax.run.dataset import has_images, made_by, open_source
 from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.open import open_experiment, open_source
+from proreflow_jax.run.open import open_experiment
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.storage import paths
@@ -34,7 +35,7 @@ def cache(config: ConfigDict, out: str) -> None:
     folder = _folder(config, out)
     experiment = open_experiment(config)
     check_cacheable(experiment)
-    source = open_source(experiment)
+    source = open_source(config, experiment.base)
     plan = cache_plan(experiment, len(source))
     records.shard_count(plan)
     with job_lock(folder):
@@ -51,7 +52,7 @@ def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
         raise UserError(f"{OUT} is empty: name the folder of the cache")
-    if config.data.kind in (kinds.CACHED, *kinds.WITHOUT_IMAGES):
+    if not has_images(config):
         raise UserError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
     folder = paths.parse_path(out, OUT)
     paths.check_reachable(folder)
@@ -74,10 +75,10 @@ def check_cacheable(experiment: Experiment) -> None:
 def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
     """What may not change while a cache is under way, and what its readers compare: the data, the model, the records."""
     c = experiment.config
-    data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in kinds.UNCOUNTED}
+    data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in dataset.FREE}
     kept = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": made_by(experiment.base, c.cache.text)}
     shards = {"records": cached.NAME, "examples": examples, "shard_size": c.cache.shard_size}
-    return shards | kept | data | kinds.data_identity(here(c.data))
+    return shards | kept | data | dataset.identity(c)
 
 
 def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:

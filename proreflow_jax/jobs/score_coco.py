@@ -27,10 +27,10 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.reflow.predict import text_context
-from proreflow_jax.reflow.stages import DONE, find_stage
-from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights
+from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
-from proreflow_jax.run.recipes import student_flow
+from proreflow_jax.run.recipes import EVALUATION_KEY
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import check_alone
@@ -170,9 +170,9 @@ def _rows(experiment: Experiment) -> list[ScoreRow]:
     rows = [ScoreRow("teacher", 0, experiment.flow, steps) for steps in e.teacher_steps]
     for count, steps in e.student_steps:
         stage = find_stage(experiment.stages, count)
-        if not (stage.folder / DONE).is_file():
-            raise MissingFile(f"{stage.folder / DONE} is missing: run distill, or leave it out of evaluate.student_steps")
-        rows.append(ScoreRow(f"{count}-window student", count, student_flow(experiment.config, stage), steps))
+        if not stage.done.is_file():
+            raise MissingFile(f"{stage.done} is missing: run distill, or leave it out of evaluate.student_steps")
+        rows.append(ScoreRow(f"{count}-window student", count, stage.student, steps))
     for row in rows:
         sampler.check_sampling(row.steps, row.flow)
     return rows

@@ -22,8 +22,10 @@ from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights, run_key
+from proreflow_jax.run.dataset import is_digits
+from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays
 from proreflow_jax.storage import atomic
@@ -59,7 +61,7 @@ class DigitsJudge(NamedTuple):
 def check_digits(experiment: Experiment) -> None:
     """Raises ValueError, one line, for a table that cannot be made."""
     config = experiment.config
-    if config.data.kind != "digits":
+    if not is_digits(config):
         raise UserError(
             f"--config.data.kind={config.data.kind}: --config.evaluate.protocol=digits is for data.kind=digits alone, "
             "take coco2017-5k or coco2014-30k"

@@ -19,9 +19,9 @@ from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import make_step
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.run.experiment import EVALUATION_KEY, Experiment, Weights, run_key
+from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
-from proreflow_jax.run.recipes import student_flow
+from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic
 
@@ -121,7 +121,7 @@ def _errors(
     experiment: Experiment, n: int, base: Weights, student: Weights, walks: list, given: StudyInputs
 ) -> dict[str, dict[str, Any]]:
     """Relative error and cosine to the base model's chords, of the student and of the untrained one (the base read as it)."""
-    flow = student_flow(experiment.config, find_stage(experiment.stages, n))
+    flow = find_stage(experiment.stages, n).student
     log.info("study: velocity errors in %d windows", n)
     schedule, step = experiment.networks.schedule, (len(given.nodes) - 1) // n
     found: dict[str, dict[str, Any]] = {}

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from proreflow_jax.data import loader, records
-from proreflow_jax.jobs import pairs, train
+from proreflow_jax.jobs import train
 from proreflow_jax.perf import jobs
 from proreflow_jax.pretrained import tokenizer
 from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.run.dataset import open_source, read_rows
 from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.open import open_source
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
 
@@ -40,10 +40,10 @@ def rate(experiment: Experiment, stage: Stage, job: str, steps: int) -> dict[str
     steps = max(steps, LEAST)
     with ExitStack() as stack:
         made = stack.enter_context(tempfile.TemporaryDirectory())
-        stored = job == "train" and experiment.config.pairs.mode == "stored"
+        stored = job == "train" and not stage.online
         source, what = _records(experiment, stage, Path(made)) if stored else _captions(experiment)
         rows = experiment.config.train.batch if job == "train" else experiment.config.pairs.batch
-        open_ = train.batches_from(experiment, source, 0) if stored else _prompts(_tokenizing(experiment), source, rows)
+        open_ = train.batches_from(experiment, stage, source, 0) if stored else _prompts(_tokenizing(experiment), source, rows)
         found = loader.rows_per_second(_arrived(stack.enter_context(open_)), steps, rows)
     return {"input": what, "rows": steps * rows, "rows_per_second": found}
 
@@ -62,14 +62,14 @@ def _arrived(batches: Iterator[tuple[int, Any]]) -> Iterator[Any]:
 def _prompts(experiment: Experiment, source: loader.Source, b: int) -> Iterator[Iterator[tuple[int, Any]]]:
     """Numbered prompts (and images) on the mesh, as pairs are made of them."""
     own = mesh.own_rows(experiment.mesh, b)
-    read = lambda step: pairs.read_rows(experiment, source, step * b + own)
+    read = lambda step: read_rows(experiment.config, experiment.base.tokenizer, source, step * b + own)
     with loader.Ahead(read, count(), depth=2) as batches:
         yield ((step, mesh.put_batch(experiment.mesh, rows, b)) for step, rows in enumerate(batches))
 
 
 def _captions(experiment: Experiment) -> tuple[loader.Source, str]:
-    data, images = experiment.config.data, experiment.config.pairs.start == "data"
-    return open_source(experiment), f"captions{' and images' if images else ''}, --config.data.kind={data.kind}"
+    config, images = experiment.config, " and images" if experiment.config.pairs.start == "data" else ""
+    return open_source(config, experiment.base), f"captions{images}, --config.data.kind={config.data.kind}"
 
 
 def _tokenizing(experiment: Experiment) -> Experiment:

@@ -14,17 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import cached, kinds
+from proreflow_jax.data import cached
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.perf import flops, tpu_compile
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run import cli, stacked_state
-from proreflow_jax.run.dataset import encodes
-from proreflow_jax.run.experiment import Experiment, run_key
-from proreflow_jax.run.recipes import student_flow, teacher_flow
-from proreflow_jax.run.train_state import parameter_shardings, state_target, trained_shapes
+from proreflow_jax.run import cli, train_state
+from proreflow_jax.run.dataset import encodes, is_cached
+from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.runtime import mesh
 
 JOBS = ("pairs", "train", "sample")
@@ -56,7 +54,7 @@ def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) 
     """
     plain = plain or experiment
     made = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
-    return made if experiment.config.pairs.mode == "online" else {"pairs": pairs_job(experiment, stage, plain), **made}
+    return made if stage.online else {"pairs": pairs_job(experiment, stage, plain), **made}
 
 
 def wanted(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
@@ -72,32 +70,32 @@ def wanted(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
 def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """make_pairs: one batch of trajectories."""
     config = experiment.config
-    b, flow = config.pairs.batch, teacher_flow(experiment, stage)
-    jitted = pairs.jit_pairs(experiment, stage, flow)
+    b, machine = config.pairs.batch, experiment.mesh
+    jitted = pairs.jit_pairs(stage, experiment.networks, machine)
     arguments = frozen_shapes(experiment, stage, True, encodes(config)), prompt_shapes(experiment, b)
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
-    useful = partial(_counted, pairs.jit_pairs(plain, stage, flow), arguments)
+    useful = partial(_counted, pairs.jit_pairs(stage, plain.networks, machine), arguments)
     return Job("pairs", stage.windows, jitted, arguments, (FROZEN, BATCH), b, b // mesh.ways(experiment.mesh), calls, useful)
 
 
 def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """train: one update."""
-    config, online = experiment.config, experiment.config.pairs.mode == "online"
+    config, layout, online = experiment.config, experiment.layout, stage.online
     b = config.train.batch
     frozen = frozen_shapes(experiment, stage, online, online and encodes(config))
-    held = stacked_state.held_frozen_shapes(experiment, frozen)
+    held = train_state.frozen_shapes(layout, frozen)
     batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
-    key = _key(experiment, partial(run_key, config, 0, 0))
-    arguments, rest = (stacked_state.held_shapes(experiment), held, batch, key), (state_target(experiment), frozen, batch, key)
-    hold = lambda made: (stacked_state.hold(experiment, made[0]), stacked_state.hold_frozen(experiment, made[1]), *made[2:])
+    key = _key(experiment, stage)
+    arguments, rest = (train_state.stacked_shapes(layout), held, batch, key), (layout.target, frozen, batch, key)
+    hold = lambda made: (train_state.stacked(layout, made[0]), train_state.stack_frozen(layout, made[1]), *made[2:])
     at_once = b // mesh.ways(experiment.mesh) // config.train.accumulation
     draw, loss = train.step_parts(plain, stage)
 
     def useful() -> float:
         drawn = jax.eval_shape(draw, frozen, batch, key)
         backward = 1 if config.student.lora.rank else 2  # no gradients of the weights beside the factors
-        student = trained_shapes(experiment), frozen.base, drawn
+        student = layout.shapes, frozen.base, drawn
         return _counted(draw, (frozen, batch, key)) + (1 + backward) * _counted(loss, student)
 
     classes = (STATE, FROZEN, BATCH, BATCH)
@@ -111,7 +109,7 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     b = -(-e.batch // mesh.ways(experiment.mesh)) * mesh.ways(experiment.mesh)
     named = protocols.PROTOCOLS.get(e.protocol)
     guidance = float(e.guidance or (named.guidance if named else WITHOUT_PROTOCOL))
-    options = student_flow(experiment.config, stage), stage.windows, guidance
+    options = stage.student, stage.windows, guidance
     frozen = frozen_shapes(experiment, stage, True, True)
     split = partial(_shape, mesh.batch_sharding(machine))
     rows = {"number": split((b,), np.uint32), "ids": split((b, base.tokenizer.length), np.int32)}
@@ -127,10 +125,10 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
 
 
 def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae: bool) -> Frozen:
-    """`train_state.frozen_arrays`, as shapes with shardings."""
+    """`lineage.frozen_arrays`, as shapes with shardings."""
     base, config = experiment.base, experiment.config
     whole = partial(_everywhere, experiment)
-    by_rules = parameter_shardings(config, experiment.mesh, base.unet.shapes)
+    by_rules = train_state.parameter_shardings(config, experiment.mesh, base.unet.shapes)
     unet = {name: _shape(by_rules[name], shape.shape, shape.dtype) for name, shape in base.unet.shapes.items()}
     text = {name: encoder.shapes for name, encoder in base.networks.items() if name in base.text}
     return Frozen(
@@ -138,7 +136,7 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
         vae=whole(base.vae.shapes) if with_vae else {},
         teacher=unet if teacher else {},
         empty=_shape(mesh.replicated(experiment.mesh), (base.tokenizer.length,), np.int32),
-        key=_key(experiment, partial(run_key, config, 0, 0)),
+        key=_key(experiment, stage),
         base=unet if config.student.lora.rank else {},
     )
 
@@ -152,7 +150,7 @@ def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStr
         rows["image"] = split((b, base.resolution, base.resolution, 3), np.uint8)
     elif config.pairs.start == "data":
         rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in cached.LATENTS}
-    if config.data.kind == kinds.CACHED and config.cache.text:
+    if is_cached(config) and config.cache.text:
         told = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
         kept = {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
         rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in kept.items()}
@@ -181,8 +179,8 @@ def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
     record = {name: shape.shape[1:] for name, shape in record_shapes(experiment, stage).items()}
     width = {"states": jnp.dtype(config.pairs.storage).itemsize, "first": 4, "ids": 4}
     one = sum(width[name] * int(np.prod(shape)) for name, shape in record.items())
-    stored = config.pairs.examples if config.pairs.mode == "stored" else 0
-    state = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state_target(experiment)))
+    stored = 0 if stage.online else config.pairs.examples
+    state = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(experiment.layout.target))
     return {"pairs": one * stored, "checkpoints": state * config.checkpoint.keep}
 
 
@@ -207,6 +205,5 @@ def _everywhere(experiment: Experiment, tree: Mapping[str, Any]) -> Any:
     return jax.tree.map(lambda shape: _shape(whole, shape.shape, shape.dtype), dict(tree))
 
 
-def _key(experiment: Experiment, draw: Callable[[], jax.Array]) -> jax.ShapeDtypeStruct:
-    made = jax.eval_shape(draw)
-    return _shape(mesh.replicated(experiment.mesh), made.shape, made.dtype)
+def _key(experiment: Experiment, stage: Stage) -> jax.ShapeDtypeStruct:
+    return _shape(mesh.replicated(experiment.mesh), stage.train_key.shape, stage.train_key.dtype)

@@ -1,6 +1,6 @@
 """A whole Stable Diffusion as one value: networks, parameters, tokenizer, scheduler config."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ from proreflow_jax.models.compute import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
 from proreflow_jax.pretrained import sharded_load, sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
-from proreflow_jax.pretrained.weights import Shapes
 
 MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
 OWN = (0, 0)  # a size that means the model's own resolution
@@ -67,22 +66,22 @@ def _pixels(networks: dict[str, Network]) -> int:
 
 def load_pipeline(
     source: sources.ModelSource | str | Path,
-    place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]] | None = None,
     prediction_type: str = "",
     original_size: tuple[int, int] = OWN,
     crop: tuple[int, int] = OWN,
     target_size: tuple[int, int] = OWN,
     compute: Compute = PLAIN,
+    with_unet: bool = True,
 ) -> Pipeline:
     """Reads a model.
 
     Args:
       source: from `sources`, or a diffusers folder.
-      place: the UNet's shapes -> where its parameters live, of which each process then reads its own part; None: in numpy.
       prediction_type: of the UNet where the scheduler's config does not say it right; "" leaves it.
       original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left); sizes (0, 0) are
         the model's own resolution.
       compute: how UNet and VAE are computed, bound to their networks.
+      with_unet: False leaves the UNet's weights to `read_unet`.
 
     Raises:
       FileNotFoundError: a folder or file is not there; names it and --config.model.path.
@@ -95,13 +94,16 @@ def load_pipeline(
     tokenizer = load_tokenizer(*folders)
     scheduler = source.config("scheduler")
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
-    params = {name: read(name) for name in networks if name != "unet" or place is None}
-    if place is not None:
-        shapes = networks["unet"].shapes
-        params["unet"] = sharded_load.place(source.tensors("unet"), shapes, place(shapes), f"{source.origin / 'unet'}")
+    params = {name: read(name) for name in networks if name != "unet" or with_unet}
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def read_unet(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """The UNet's weights, born where they live: each process reads its own part. Raises UserError as `load_pipeline`."""
+    source, shapes = base.source, base.unet.shapes
+    return sharded_load.place(source.tensors("unet"), shapes, shardings, f"{source.origin / 'unet'}")
 
 
 def outline_pipeline(

@@ -21,17 +21,15 @@ from proreflow_jax.evaluation import classifier, frechet, trajectory
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs import score_digits
-from proreflow_jax.jobs.pairs import read_rows
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs, train_step
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run.dataset import encodes
-from proreflow_jax.run.experiment import EVALUATION_KEY, TRAIN_KEY, Experiment, run_key
-from proreflow_jax.run.open import open_source
-from proreflow_jax.run.recipes import loss_recipe, pair_recipe, student_flow, teacher_flow
-from proreflow_jax.run.train_state import frozen_arrays
+from proreflow_jax.run.dataset import encodes, open_source, read_rows
+from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.lineage import frozen_arrays
+from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
 from proreflow_jax.runtime import mesh, optimizer
 from proreflow_jax.runtime.metrics import check_finite
 
@@ -83,9 +81,9 @@ def budget(experiment: Experiment, stage: Stage) -> Spent:
     `pair_share` of it goes to the teacher, rounded down to whole batches of pairs, the rest to updates.
     Raises ValueError if that is not enough for one batch of pairs and one update.
     """
-    config, recipe = experiment.config, pair_recipe(experiment, stage)
+    config, recipe = experiment.config, stage.pairs
     share = config.reproduce.forwards // len(experiment.stages)
-    calls = 1 if teacher_flow(experiment, stage).windows else CALLS.get(recipe.solver, 1)
+    calls = 1 if stage.teacher.windows else CALLS.get(recipe.solver, 1)
     crossed = recipe.windows if recipe.start == "noise" else 1
     cost = recipe.steps * crossed * calls * (1 if recipe.guidance == 1 else 2)
     examples = int(config.reproduce.pair_share * share / cost) // config.pairs.batch * config.pairs.batch
@@ -148,27 +146,26 @@ def train_student(experiment: Experiment, programs: Programs, store: dict[Any, A
 
     store: keeps the pairs that the base model made, for other methods that need the same; their cost counts all the same.
     """
-    config, base = experiment.config, experiment.base.params["unet"]
+    config, base = experiment.config, experiment.unet.params()
     params, spent = base, []
     for stage in experiment.stages:
         cost = budget(experiment, stage)
-        teacher, flow = teacher_flow(experiment, stage), student_flow(config, stage)
-        if teacher.windows:
+        if stage.maker:
             made = stage_pairs(experiment, stage, params, cost.examples, programs)
         else:
-            same = (config.seed, cost.examples, pair_recipe(experiment, stage))
+            same = (config.seed, cost.examples, stage.pairs)
             made = store[same] = store.get(same) or stage_pairs(experiment, stage, base, cost.examples, programs)
-        loss = loss_recipe(config)
+        loss = stage.loss
         numbers = Numbers(loss.alpha, loss.window_start_prob, cost.updates)
         loss = loss._replace(alpha=0.0, window_start_prob=0.0)  # what the compiled program depends on
-        frozen = frozen_arrays(experiment, {}, stage, with_vae=False)
+        frozen = frozen_arrays(experiment, stage, {}, with_vae=False)
         rule = optimizer.make({**config.optimizer, "steps": cost.updates})
         fresh = train_step.init_state({name: jnp.array(value) for name, value in params.items()}, rule, config.train.ema > 0)
         now = jax.device_put(fresh, mesh.replicated(experiment.mesh))
-        key, order = run_key(config, TRAIN_KEY, stage.windows), _order(config.seed, cost, config.train.batch)
+        order = _order(config.seed, cost, config.train.batch)
         for rows in order:
             batch = mesh.put_batch(experiment.mesh, {name: values[rows] for name, values in made.items()}, len(rows))
-            now, found = programs.update(now, frozen, batch, key, numbers, flow=flow, loss=loss)
+            now, found = programs.update(now, frozen, batch, stage.train_key, numbers, flow=stage.student, loss=loss)
         check_finite(cost.updates, {"loss": float(found["loss"])})
         params = train_step.averaged(now)
         spent.append(cost)
@@ -186,14 +183,14 @@ def stage_pairs(
     experiment: Experiment, stage: Stage, teacher: Params, count: int, programs: Programs
 ) -> Mapping[str, np.ndarray]:
     """Records 0 to count - 1 of a stage, stacked."""
-    config, recipe = experiment.config, pair_recipe(experiment, stage)
-    source = open_source(experiment)
-    frozen = frozen_arrays(experiment, teacher, stage, with_vae=encodes(config))
+    config = experiment.config
+    read = partial(read_rows, config, experiment.base.tokenizer, open_source(config, experiment.base))
+    frozen = frozen_arrays(experiment, stage, teacher, with_vae=encodes(config))
     parts = []
     for begin in range(0, count, config.pairs.batch):
-        rows = read_rows(experiment, source, np.arange(begin, begin + config.pairs.batch))
+        rows = read(np.arange(begin, begin + config.pairs.batch))
         batch = mesh.put_batch(experiment.mesh, rows, config.pairs.batch)
-        parts.append(jax.device_get(programs.pairs(frozen, batch, recipe=recipe, flow=teacher_flow(experiment, stage))))
+        parts.append(jax.device_get(programs.pairs(frozen, batch, recipe=stage.pairs, flow=stage.teacher)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -204,7 +201,7 @@ def cell_inputs(experiment: Experiment, seed: int, programs: Programs, judge: sc
     noise = jax.random.normal(
         jax.random.fold_in(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
     )
-    base = experiment.base.params["unet"]
+    base = experiment.unet.params()
     latents, images = score_digits.sample_rows(programs.draw, base, experiment.flow, noise, ids, e.teacher_steps[0], e.batch)
     return CellInputs(noise, ids, labels, latents, _moments(judge, images), judge)
 

@@ -26,13 +26,11 @@ from proreflow_jax.reproduction.cell import (
     cell_inputs,
     make_programs,
     measure_student,
-    student_flow,
     train_student,
 )
 from proreflow_jax.run import cli, config_fields
 from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.lineage import base_weights
 from proreflow_jax.run.open import reopen
 from proreflow_jax.storage import atomic, lock, paths
 
@@ -65,9 +63,9 @@ class Cell(NamedTuple):
 
 def check_grid(experiment: Experiment, workers: int) -> None:
     """Raises ValueError, one line, for a grid that cannot be carried out, whatever its methods are."""
-    config, r = experiment.config, experiment.config.reproduce
+    r = experiment.config.reproduce
     score_digits.check_digits(experiment)
-    if config.pairs.mode != "stored" or config.student.lora.rank:
+    if experiment.stages[0].online or experiment.layout.scale:
         raise UserError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
@@ -83,7 +81,7 @@ def check_grid(experiment: Experiment, workers: int) -> None:
 
 def make_cells(experiment: Experiment) -> list[Cell]:
     """All cells, a whole table of one seed after the other. Raises ValueError for a method that cannot be carried out."""
-    config, base = experiment.config, base_weights(experiment).digest
+    config, base = experiment.config, experiment.unet.digest()
     rows = [("base model", "teacher", {}), *config.reproduce.methods]
     cells = []
     for seed in config.reproduce.seeds:
@@ -131,10 +129,10 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
 def _make(cell: Cell, programs: Programs, given: CellInputs, store: dict[Any, Any]) -> None:
     """Trains and measures one cell, and writes its JSON last."""
     began, experiment = time.monotonic(), cell.experiment
-    params, flow, spent = experiment.base.params["unet"], experiment.flow, []
+    params, flow, spent = experiment.unet.params(), experiment.flow, []
     if cell.group != "base model":
         params, spent = train_student(experiment, programs, store)
-        flow = student_flow(experiment.config, experiment.stages[-1])
+        flow = experiment.stages[-1].student
     trained = time.monotonic() - began
     numbers, images = measure_student(experiment, params, flow, programs, given)
     # images of each number of steps below one another

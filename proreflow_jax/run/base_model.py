@@ -1,9 +1,7 @@
 """--config.model.path -> the base model, whatever form it lies in: a diffusers folder, a single file, or a hub id."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -11,7 +9,6 @@ from proreflow_jax import UserError
 from proreflow_jax.flow.parameterization import DIFFUSION
 from proreflow_jax.models.compute import Compute
 from proreflow_jax.pretrained import hub, pipeline, sources
-from proreflow_jax.pretrained.weights import Shapes
 from proreflow_jax.run.check_config import check_choice
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
@@ -48,11 +45,9 @@ def compute(config: ConfigDict, machine: Mesh) -> Compute:
     return Compute(config.model.attention, config.train.remat, mesh.platform(machine), machine)
 
 
-def load_base_model(
-    config: ConfigDict, machine: Mesh, place: Callable[[Shapes], Mapping[str, jax.sharding.Sharding]]
-) -> pipeline.Pipeline:
-    """Reads the base model as the config says; `place`, and what is raised, as in `find_base_model` and `load_pipeline`."""
-    return pipeline.load_pipeline(find_base_model(config), place, **_reading(config, machine))
+def load_base_model(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:
+    """Reads the base model as the config says, without the UNet's weights. Raises as `find_base_model`, `load_pipeline`."""
+    return pipeline.load_pipeline(find_base_model(config), **_reading(config, machine), with_unet=False)
 
 
 def outline_base_model(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:

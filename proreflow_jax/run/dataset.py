@@ -4,37 +4,53 @@ import hashlib
 from functools import partial
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import kinds, records
-from proreflow_jax.data.loader import Source
+from proreflow_jax.data import cached, kinds, records
+from proreflow_jax.data.loader import Source, epoch_places, read_items
 from proreflow_jax.pretrained.pipeline import Pipeline
+from proreflow_jax.pretrained.tokenizer import PromptTokenizer
 from proreflow_jax.runtime.checkpoint import digest, fold
 from proreflow_jax.runtime.processes import first
 from proreflow_jax.storage import paths
 
 DATA = "--config.data.path"
+FREE = kinds.UNCOUNTED  # fields of the block `data` that a resumed stage may change
 PROBES = ("", "a", "Dogs", "ö 12")  # prompts by which tokenizers are told apart; few tokens each
 
 
 def open_source(config: ConfigDict, base: Pipeline) -> Source:
     """The captions, and images or their latents, of the config, as random access.
 
-    Raises ValueError or FileNotFoundError, one line, for bad data, and for a cache that another base model made.
+    Raises UserError, one line, for bad data, and for a cache that another base model made.
     """
-    data = here(config.data)
-    if data.kind == "digits":  # it writes them
+    data = _here(config.data)
+    if is_digits(config):  # they are written by process 0
         first(partial(kinds.open_data, data))
     source = kinds.open_data(data)
-    if data.kind == kinds.CACHED:
+    if is_cached(config):
         check_cache(records.read_plan(data.path), base, data.path)
     return source
 
 
-def here(data: ConfigDict) -> ConfigDict:
-    """The block `data` with a path of this machine: what lies on an object store as one file or folder is copied."""
-    if "://" not in data.path or data.kind in kinds.SHARDED:  # which no copy is made of, and `sources` says so
+def check_source(config: ConfigDict, base: Pipeline) -> None:
+    """Raises as `open_source`, and writes nothing: the digits are written by the job itself."""
+    if is_digits(config):
+        paths.parse_local(config.data.path, DATA)
+    else:
+        open_source(config, base)
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """What a stage's plan says of the data, beside the block `data`: hashes of what the pairs depend on."""
+    return kinds.data_identity(_here(config.data))
+
+
+def _here(data: ConfigDict) -> ConfigDict:
+    """The block `data` with a path of this machine: a file or folder of an object store is copied."""
+    if "://" not in data.path or data.kind in kinds.SHARDED:  # no copy is made of shards, and `kinds` says so
         return data
     location = paths.parse_path(data.path, DATA)
     local = data.copy_and_resolve_references().unlock()
@@ -42,9 +58,36 @@ def here(data: ConfigDict) -> ConfigDict:
     return local
 
 
+def is_digits(config: ConfigDict) -> bool:
+    """Whether the data are the handwritten digits, which jobs write themselves."""
+    return config.data.kind == "digits"
+
+
+def is_cached(config: ConfigDict) -> bool:
+    """Whether the data are latents that the verb `cache` made."""
+    return config.data.kind == kinds.CACHED
+
+
+def has_images(config: ConfigDict) -> bool:
+    """Whether the data have images of their own: no prompts alone, no latents."""
+    return config.data.kind not in (kinds.CACHED, *kinds.WITHOUT_IMAGES)
+
+
 def encodes(config: ConfigDict) -> bool:
     """Whether pairs are made from images, which the autoencoder has to encode."""
-    return config.pairs.start == "data" and config.data.kind != kinds.CACHED
+    return config.pairs.start == "data" and not is_cached(config)
+
+
+def read_rows(config: ConfigDict, tokenizer: PromptTokenizer, source: Source, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs of examples by their number: number p reads item p of the source's shuffled epochs.
+
+    Returns index (b,), ids (b, s); if pairs start from data image (b, h, w, 3) uint8, or of a cache mean and std (b, h, w, c);
+    and the text states that a cache holds, text (b, s, d) and pooled (b, p).
+    """
+    items = read_items(source, epoch_places(numbers, config.seed, len(source)))
+    rows = {"index": numbers.astype(np.int32), "ids": tokenizer.encode([item["caption"] for item in items])}
+    fields = cached.TEXTS + (("image", *cached.LATENTS) if config.pairs.start == "data" else ())
+    return rows | {name: np.stack([item[name] for item in items]) for name in fields if name in items[0]}
 
 
 def made_by(base: Pipeline, text: bool) -> dict[str, Any]:

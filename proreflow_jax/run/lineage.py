@@ -8,15 +8,23 @@ import jax
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.data import kinds
 from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.models.network import Params
+from proreflow_jax.pretrained import lora_factors
+from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import DONE, Stage
 from proreflow_jax.reflow.train_step import averaged
 from proreflow_jax.run import dataset
 from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.train_state import state_target, whole_weights
+from proreflow_jax.run.train_state import whole_weights
+from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 from proreflow_jax.storage import atomic
+
+FREE = (  # fields that a resumed stage may change, beside those of `dataset.FREE`
+    "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *dataset.FREE,
+)  # fmt: skip
+PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the config that pairs depend on
 
 
 def guidance_contract(config: ConfigDict) -> dict[str, Any]:
@@ -37,38 +45,52 @@ def guidance_contract(config: ConfigDict) -> dict[str, Any]:
     return dict(teacher=scale, prompt_dropout=dropped, unconditional=branch, recommended=recommended, why=why)
 
 
-FREE = (  # fields that a resumed stage may change
-    "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *kinds.UNCOUNTED,
-)  # fmt: skip
-
-
-def base_weights(experiment: Experiment) -> Weights:
-    """The base model's UNet."""
-    params = experiment.base.params["unet"]
-    return Weights(params, experiment.flow, fold(digest(params)))
-
-
 def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     """The finished student of a stage (its average where there is one), or the base model for None.
 
-    Raises FileNotFoundError if the stage is not done, ValueError if its weights are not those its DONE.json names.
+    Raises MissingFile if the stage is not done, UserError if its weights are not those its DONE.json names.
     """
     if stage is None:
-        return base_weights(experiment)
-    if not (stage.folder / DONE).is_file():
-        raise MissingFile(f"{stage.folder / DONE} is missing: run distill, or train --stage={stage.windows}")
-    done = atomic.read_json(stage.folder / DONE)
+        return Weights(experiment.unet.params(), experiment.flow, experiment.unet.digest())
+    check_done(stage)
+    done, layout = atomic.read_json(stage.done), experiment.layout
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
-        state = checkpoints.restore(done["step"], state_target(experiment)).state
-    trained = averaged(state)
-    found = fold(digest(trained))
-    if found != done["digest"]:
+        trained = averaged(checkpoints.restore(done["step"], layout.target).state)
+    actual = fold(digest(trained))
+    if actual != done["digest"]:
         raise UserError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
-    if not experiment.config.student.lora.rank:
-        return Weights(trained, Parameterization(**done["flow"]), found)
-    add = partial(whole_weights, config=experiment.config)
-    params = jax.jit(add)(trained, experiment.base.params["unet"])
-    return Weights(params, Parameterization(**done["flow"]), found, trained)
+    flow = Parameterization(**done["flow"])
+    if not layout.scale:
+        return Weights(trained, flow, actual)
+    params = jax.jit(partial(whole_weights, layout))(trained, experiment.unet.params())
+    return Weights(params, flow, actual, trained)
+
+
+def check_done(stage: Stage) -> None:
+    """Raises MissingFile, one line, if a stage is not done."""
+    if not stage.done.is_file():
+        raise MissingFile(f"{stage.done} is missing: run distill, or train --stage={stage.windows}")
+
+
+def first_weights(experiment: Experiment, parent: Weights) -> Params:
+    """What training starts from: the parent's weights; of a LoRA its factors, or new ones that add nothing."""
+    if not experiment.layout.scale:
+        return parent.params
+    lora, key = experiment.config.student.lora, jax.random.key(experiment.config.seed)
+    return parent.factors or lora_factors.init(experiment.networks.unet.shapes, lora.layers, lora.rank, key)
+
+
+def frozen_arrays(experiment: Experiment, stage: Stage, teacher: Params, with_vae: bool) -> Frozen:
+    """The arrays that a stage's jobs read and never change, on every device. teacher: {} where no pairs are made."""
+    base, put = experiment.base, partial(jax.device_put, device=mesh.replicated(experiment.mesh))
+    return Frozen(
+        text=put(base.text),
+        vae=put(base.params["vae"]) if with_vae else {},
+        teacher=teacher,
+        empty=put(base.tokenizer.encode([""])[0]),
+        key=stage.pair_key,
+        base=experiment.unet.params() if experiment.layout.scale else {},
+    )
 
 
 def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +102,7 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
-    plan |= kinds.data_identity(dataset.here(config.data))
+    plan |= dataset.identity(config)
     return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
 
 

@@ -1,12 +1,20 @@
-"""What a stage does, by the config: who teaches, how networks are read, how pairs are made, what is compared."""
+"""The stages of a config as values: the one place where the config's words become recipes, teachers and keys."""
 
+import jax
 from ml_collections import ConfigDict
 
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.loss import LossRecipe
-from proreflow_jax.reflow.pairs import PairRecipe
+from proreflow_jax.reflow.pairs import PairRecipe, check_pair_steps
 from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.storage.paths import Location
+
+PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
+
+
+def run_key(config: ConfigDict, purpose: int, windows: int) -> jax.Array:
+    """The one key of a job, from the run's seed, what it is for, and the stage."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), purpose), windows)
 
 
 def loss_recipe(config: ConfigDict) -> LossRecipe:
@@ -14,41 +22,52 @@ def loss_recipe(config: ConfigDict) -> LossRecipe:
     return LossRecipe(**config.loss, dtype=config.model.dtype)
 
 
-def student_flow(config: ConfigDict, stage: Stage) -> Parameterization:
-    """How the student of a stage is read."""
-    return Parameterization(config.student.prediction, stage.windows, config.student.path)
+def plan_stages(config: ConfigDict, run: Location, base: Parameterization, latent: tuple[int, int, int]) -> list[Stage]:
+    """The stages of a run in order; their counts are those that `check_counts` lets pass.
+
+    Args:
+      run: the run's folder.
+      base: how the base model is parameterized.
+      latent: (h, w, c) of one image's latents.
+
+    Raises UserError, one line, if a teacher cannot cross the windows in the steps that the config asks for.
+    """
+    stages: list[Stage] = []
+    for count in config.stages:
+        parent = stages[-1] if stages else None
+        maker = None if config.pairs.teacher == "base" else parent
+        teacher = maker.student if maker else base
+        stage = Stage(
+            windows=count,
+            folder=run / f"stage-{count}",
+            parent=parent,
+            maker=maker,
+            online=config.pairs.mode == "online",
+            student=Parameterization(config.student.prediction, count, config.student.path),
+            teacher=teacher,
+            pairs=_pair_recipe(config, count, teacher, latent),
+            loss=loss_recipe(config),
+            pair_key=run_key(config, PAIR_KEY, count),
+            train_key=run_key(config, TRAIN_KEY, count),
+        )
+        check_pair_steps(stage.pairs, teacher)
+        stages.append(stage)
+    return stages
 
 
-def _made_by_base(config: ConfigDict, stage: Stage) -> bool:
-    return stage.parent is None or config.pairs.teacher == "base"
-
-
-def teacher_flow(experiment: Experiment, stage: Stage) -> Parameterization:
-    """How the network that makes a stage's pairs is read."""
-    if _made_by_base(experiment.config, stage):
-        return experiment.flow
-    before = experiment.stages[[s.windows for s in experiment.stages].index(stage.windows) - 1]
-    return student_flow(experiment.config, before)
-
-
-def pair_recipe(experiment: Experiment, stage: Stage) -> PairRecipe:
-    """How a stage's pairs are made. Teacher steps a window grow as windows merge, so the solver's step stays the same."""
-    config, teacher = experiment.config, teacher_flow(experiment, stage)
-    per_window = config.pairs.steps * experiment.stages[0].windows // stage.windows
+def _pair_recipe(config: ConfigDict, count: int, teacher: Parameterization, latent: tuple[int, int, int]) -> PairRecipe:
+    """How the pairs of `count` windows are made. Steps a window grow as windows merge, so the solver's step stays the same."""
     if teacher.windows:
-        per_window = config.pairs.substeps * teacher.windows // stage.windows
+        steps = config.pairs.substeps * teacher.windows // count
+    else:
+        steps = config.pairs.steps * config.stages[0] // count
     return PairRecipe(
-        windows=stage.windows,
+        windows=count,
         start=config.pairs.start,
-        steps=per_window,
+        steps=steps,
         solver=config.pairs.solver,
         guidance=1.0 if teacher.windows else config.pairs.guidance,  # a student has learned it already
         dropout=config.pairs.prompt_dropout,
-        latent=experiment.base.latent_shape,
+        latent=latent,
         dtype=config.model.teacher_dtype,
     )
-
-
-def parent_stage(experiment: Experiment, stage: Stage) -> Stage | None:
-    """The stage a stage starts from; None is the base model."""
-    return next((other for other in experiment.stages if other.folder == stage.parent), None)
