@@ -17,7 +17,6 @@ from proreflow_jax.data.images import LINE_LIMIT, check_index
 from proreflow_jax.storage import atomic
 
 NAME = "cache"  # what the plan calls these records
-LATENTS, TEXTS = ("mean", "std"), ("text", "pooled")
 
 
 def padded(captions: Sequence[str]) -> UInt8[np.ndarray, "b {LINE_LIMIT}"]:
@@ -40,8 +39,8 @@ class Cached:
     ValueError if it is damaged or another's.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.name, folder = str(folder), Path(folder).expanduser()
+    def __init__(self, path: str | Path) -> None:
+        self.name, folder = str(path), Path(path).expanduser()
         if not (folder / records.PLAN).is_file():
             raise MissingFile(f"{folder} holds no cache: --config.data.path must name the --out of the verb cache")
         self.plan = records.read_plan(folder)
@@ -60,6 +59,6 @@ class Cached:
         return {**found, "caption": found["caption"].tobytes().decode("utf-8")}
 
 
-def cache_identity(folder: str | Path) -> dict[str, str]:
+def cache_identity(path: str | Path) -> dict[str, str]:
     """What tells a cache from another in the same place: its shards' names and hashes."""
-    return {"cache": atomic.sha256(Path(folder).expanduser() / records.MANIFEST)}
+    return {"cache": atomic.sha256(Path(path).expanduser() / records.MANIFEST)}

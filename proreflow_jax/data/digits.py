@@ -20,6 +20,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
 from proreflow_jax import UserError
+from proreflow_jax.data import captions
 from proreflow_jax.storage import atomic
 
 GRID = 8  # pixels a side in the source
@@ -105,6 +106,12 @@ def write_dataset(folder: str | os.PathLike, size: int = 32, seed: int = 0) -> P
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def open_digits(path: str, split: str, image_key: str, caption_key: str, resolution: int) -> captions.ImageCaptions:
+    """The digits as `captions.open_tfds` reads them; written first if the folder is not there."""
+    write_dataset(path, resolution, seed=0)
+    return captions.open_tfds(path, split, image_key, caption_key, resolution)
 
 
 def _sklearn_digits() -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:

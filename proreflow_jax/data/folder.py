@@ -5,6 +5,7 @@ Order is that of the file names, or of the rows of the metadata, whatever the fi
 """
 
 import csv
+import hashlib
 import json
 import os
 import stat
@@ -88,6 +89,14 @@ def open_image_folder(path: str, caption_key: str) -> FolderImages:
         lost = f"{len(missing)} images that are not there, such as {missing[0]!r}"
         raise MissingFile(f"{folder / there[0]} names {lost}: see --config.data.path")
     return FolderImages(folder, names, captions, caption_key)
+
+
+def folder_identity(path: str, caption_key: str) -> dict[str, str]:
+    """The hash of the metadata's bytes, or without metadata of the images' names. Raises as `open_image_folder` does."""
+    folder = Path(path).expanduser()
+    facts = [atomic.sha256(folder / name) for name in METADATA if (folder / name).is_file()]
+    facts = facts or open_image_folder(path, caption_key).names
+    return {"folder": hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
 
 
 def read_regular(path: Path, most: int) -> bytes:

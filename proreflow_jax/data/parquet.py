@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proreflow_jax import UserError
+from proreflow_jax.data import webdataset
 from proreflow_jax.data.images import Original, Unusable, check_index, first_caption
-from proreflow_jax.data.webdataset import find_shards
 from proreflow_jax.storage import atomic
 
 KEPT_BYTES = 1 << 30  # of row groups kept in memory, of a process
@@ -81,7 +81,7 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
         ValueError: pyarrow is not installed; a file that is no parquet; no such column; a column of another type; row groups
             that are too large; a folder with several splits.
     """
-    paths = find_shards(path, ".parquet")
+    paths = webdataset.find_shards(path, ".parquet")
     if len(there := sorted({split for file in paths for split in SPLITS if file.name.startswith(f"{split}-")})) > 1:
         mend = f"name one by --config.data.path={Path(path) / there[0]}-*.parquet"
         raise UserError(f"{path} holds files of several splits, {' and '.join(there)}: {mend}")
@@ -90,6 +90,11 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
     if not len(rows):
         raise UserError(f"{path} holds no row in {len(paths)} parquet files: see --config.data.path")
     return rows
+
+
+def shards_identity(path: str) -> dict[str, str]:
+    """The hash of the files' names and sizes. Raises as `webdataset.find_shards` does."""
+    return webdataset.shards_identity(path, ".parquet")
 
 
 def _pyarrow() -> Any:

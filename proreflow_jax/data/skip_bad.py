@@ -6,8 +6,6 @@ process, and a resumed run, reads the same; and how many threads read changes no
 
 import logging
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from proreflow_jax import UserError
@@ -17,6 +15,12 @@ NAMED = 5  # bad examples that are named in the log and in the error; the others
 PROBES = 16  # examples looked at when a source is opened
 
 log = logging.getLogger(__name__)
+
+
+def open_usable(source: Any, max_bad: float) -> "Usable":
+    """`Usable` of a source that has good examples: it is probed first. Raises ValueError, one line, as `probe` does."""
+    probe(source)
+    return Usable(source, max_bad)
 
 
 class Usable:
@@ -79,26 +83,3 @@ def probe(source: Any) -> None:
             first = first or error
     if first is not None:
         raise UserError(f"none of {count} examples all over {source.name} is good, the first: {first}") from first
-
-
-class Threaded:
-    """A source whose examples are read and decoded by several threads at once; Pillow decodes without Python's lock.
-
-    Args:
-        source: random access, read from several threads at once.
-        threads: their number, >= 1. They end with the process.
-    """
-
-    def __init__(self, source: Any, threads: int) -> None:
-        self._source = source
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[index]
-
-    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The examples in the order of the indices. Raises what the source raised at the first that failed."""
-        return list(self._pool.map(self._source.__getitem__, indices))

@@ -118,6 +118,13 @@ def find_shards(path: str, suffix: str = ".tar") -> list[Path]:
     return found
 
 
+def shards_identity(path: str, suffix: str = ".tar") -> dict[str, str]:
+    """The hash of the shards' names and sizes. Raises as `find_shards` does."""
+    shards = find_shards(path, suffix)
+    rows = [[shard.name, shard.stat().st_size] for shard in shards]
+    return {"shards": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+
+
 def expand_braces(pattern: str) -> list[str]:
     """Expands {00000..00099} and {a,b} as a shell does. Raises ValueError if more than SHARD_LIMIT names result."""
     pieces = _BRACES.split(pattern)  # text, inside, text, inside, ..., text

@@ -81,9 +81,9 @@ def _with_lora(experiment: Experiment, folder: Path) -> Params:
 
 
 def _prompts(experiment: Experiment) -> list[str]:
-    from proreflow_jax.data import digits
+    from proreflow_jax.data import digits, kinds
 
-    if experiment.config.data.kind == "digits":
+    if kinds.is_demo(experiment.config.data):
         return [digits.caption(i, 0) for i in range(COUNT)]
     return [f"a photograph, number {i}" for i in range(COUNT)]
 

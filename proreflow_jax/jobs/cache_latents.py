@@ -51,7 +51,7 @@ def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
         raise UserError(f"{OUT} is empty: name the folder of the cache")
-    if config.data.kind in (kinds.CACHED, *kinds.WITHOUT_IMAGES):
+    if not kinds.has_images(config.data):
         raise UserError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
     folder = paths.parse_path(out, OUT)
     paths.check_reachable(folder)
@@ -88,10 +88,10 @@ def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict
     networks, base, c = experiment.networks, experiment.base, experiment.config.cache
 
     def encode(vae: Params, text: dict[str, Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = dict(zip(cached.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
+        found = dict(zip(kinds.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
         if c.text:
             told = text_context(networks.condition, text, batch["ids"])
-            found |= {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
+            found |= {name: value for name, value in zip(kinds.TEXTS, told, strict=False) if value is not None}
         kept = {name: value.astype(jnp.dtype(c.storage)) for name, value in found.items()}
         return kept | {"caption": batch["caption"]}
 

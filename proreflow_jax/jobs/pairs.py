@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proreflow_jax.data import cached, loader, records
+from proreflow_jax.data import kinds, loader, records
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs.write_records import batched, begin_records, write_records
 from proreflow_jax.reflow import pairs
@@ -81,5 +81,5 @@ def read_rows(experiment: Experiment, source: loader.Source, numbers: np.ndarray
     config = experiment.config
     items = loader.read_items(source, loader.epoch_places(numbers, config.seed, len(source)))
     rows = {"index": numbers.astype(np.int32), "ids": experiment.base.tokenizer.encode([item["caption"] for item in items])}
-    wanted = cached.TEXTS + (("image", *cached.LATENTS) if config.pairs.start == "data" else ())
+    wanted = kinds.TEXTS + (("image", *kinds.LATENTS) if config.pairs.start == "data" else ())
     return rows | {name: np.stack([item[name] for item in items]) for name in wanted if name in items[0]}

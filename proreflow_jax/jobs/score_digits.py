@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import digits
+from proreflow_jax.data import digits, kinds
 from proreflow_jax.evaluation import classifier, frechet, report
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization, make_step
@@ -59,7 +59,7 @@ class DigitsJudge(NamedTuple):
 def check_digits(experiment: Experiment) -> None:
     """Raises ValueError, one line, for a table that cannot be made."""
     config = experiment.config
-    if config.data.kind != "digits":
+    if not kinds.is_demo(config.data):
         raise UserError(
             f"--config.data.kind={config.data.kind}: --config.evaluate.protocol=digits is for data.kind=digits alone, "
             "take coco2017-5k or coco2014-30k"

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import cached, kinds
+from proreflow_jax.data import kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.perf import flops, tpu_compile
@@ -151,10 +151,10 @@ def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStr
     if encodes(config):
         rows["image"] = split((b, base.resolution, base.resolution, 3), np.uint8)
     elif config.pairs.start == "data":
-        rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in cached.LATENTS}
-    if config.data.kind == kinds.CACHED and config.cache.text:
+        rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in kinds.LATENTS}
+    if kinds.has_latents(config.data) and config.cache.text:
         told = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
-        kept = {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
+        kept = {name: value for name, value in zip(kinds.TEXTS, told, strict=False) if value is not None}
         rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in kept.items()}
     return rows
 

@@ -24,10 +24,10 @@ def open_source(config: ConfigDict, base: Pipeline) -> Source:
     Raises ValueError or FileNotFoundError, one line, for bad data, and for a cache that another base model made.
     """
     data = here(config.data)
-    if data.kind == "digits":  # it writes them
+    if kinds.is_demo(data):  # it writes them
         first(partial(kinds.open_data, data))
     source = kinds.open_data(data)
-    if data.kind == kinds.CACHED:
+    if kinds.has_latents(data):
         check_cache(records.read_plan(data.path), base, data.path)
     return source
 
@@ -38,13 +38,13 @@ def here(data: ConfigDict) -> ConfigDict:
         return data
     location = paths.parse_path(data.path, DATA)
     local = data.copy_and_resolve_references().unlock()
-    local.path = str(paths.parse_local(data.path, DATA) if data.kind == "digits" else paths.local_copy(location, DATA))
+    local.path = str(paths.parse_local(data.path, DATA) if kinds.is_demo(data) else paths.local_copy(location, DATA))
     return local
 
 
 def encodes(config: ConfigDict) -> bool:
     """Whether pairs are made from images, which the autoencoder has to encode."""
-    return config.pairs.start == "data" and config.data.kind != kinds.CACHED
+    return config.pairs.start == "data" and not kinds.has_latents(config.data)
 
 
 def made_by(base: Pipeline, text: bool) -> dict[str, Any]:

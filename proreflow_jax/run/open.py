@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile
+from proreflow_jax.data import kinds
 from proreflow_jax.data.loader import Source
 from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization
 from proreflow_jax.flow.schedule import from_config
@@ -81,7 +82,7 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     before = parent_stage(experiment, stage)
     if before is not None and not (before.folder / DONE).is_file():
         raise MissingFile(f"{before.folder / DONE} is missing: run distill, or train --stage={before.windows}")
-    if experiment.config.data.kind == "digits":
+    if kinds.is_demo(experiment.config.data):
         paths.parse_local(experiment.config.data.path, dataset.DATA)
     else:
         open_source(experiment)
