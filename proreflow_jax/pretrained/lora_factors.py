@@ -6,7 +6,7 @@ own rank is capped. The factors are flat parameters of their own, named as in pe
   linear  W (in, out)         X.lora_A.weight (in, r)        X.lora_B.weight (r, out)
   conv    W (h, w, in, out)   X.lora_A.weight (h, w, in, r)  X.lora_B.weight (1, 1, r, out)
 
-so `weights.to_torch` makes torch's factors of them, and `to_lora` the same as `lora` writes them, without an SVD.
+so `weights.to_torch` makes torch's factors of them, and `lora_file.to_lora` the layers of a file, without an SVD.
 """
 
 import math
@@ -22,10 +22,9 @@ from jaxtyping import Array, Key
 
 from proreflow_jax import UserError
 from proreflow_jax.models.network import Params
-from proreflow_jax.pretrained import lora_file
-from proreflow_jax.pretrained.weights import TABLE, Shapes, listing, to_torch
+from proreflow_jax.pretrained.weights import TABLE, Shapes, listing
 
-A, B = f".{lora_file.A}", f".{lora_file.B}"
+A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def _factorable(name: str, shape: tuple[int, ...]) -> bool:
@@ -98,7 +97,7 @@ def scale_of(rank: int, alpha: float) -> float:
     return alpha / rank if alpha else 1.0
 
 
-def _pairs(factors: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def factor_pairs(factors: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name of the weight: (A, B)}. Raises ValueError, one line, for names that do not come in such pairs."""
     stems = sorted({name.removesuffix(part) for part in (A, B) for name in factors if name.endswith(part)})
     known = {stem + part for stem in stems for part in (A, B)}
@@ -113,7 +112,7 @@ def add(base: Params, factors: Params, scale: float) -> Params:
     Computed in float32 (also where the device's default is less) and given in the base's dtypes. Gradients reach the
     factors alone. Raises ValueError, one line, if the base lacks a layer or has it in another shape.
     """
-    pairs = _pairs(factors)
+    pairs = factor_pairs(factors)
     fits = lambda w, a, b: w.shape == (*a.shape[:-1], b.shape[-1]) and a.shape[-1] == b.shape[-2]
     wrong = [
         f"{n} {base[n].shape} by {a.shape} and {b.shape}"
@@ -129,12 +128,3 @@ def add(base: Params, factors: Params, scale: float) -> Params:
 
     fixed = jax.lax.stop_gradient(base)
     return {name: weight(value, *pairs[name]) if name in pairs else value for name, value in fixed.items()}
-
-
-def to_lora(factors: Mapping[str, Any], scale: float) -> dict[str, lora_file.Factors]:
-    """Exactly these factors in torch's layout, for `lora.to_kohya` and `lora.to_diffusers`: the adapter as a file.
-
-    A file counts alpha / r by each layer's own r, so a layer gets alpha = scale * r, capped or not: what `add` computes
-    with this scale. Raises ValueError as `add` does for names that are no pairs.
-    """
-    return {name: lora_file.Factors(up, down, scale * down.shape[0]) for name, (down, up) in _pairs(to_torch(factors)).items()}

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proreflow_jax import UserError
-from proreflow_jax.pretrained.weights import listing
+from proreflow_jax.pretrained.lora_factors import factor_pairs
+from proreflow_jax.pretrained.weights import listing, to_torch
 
 Tensors = Mapping[str, np.ndarray]
 DOWN, UP = "lora_down.weight", "lora_up.weight"  # kohya's names
-A, B = "lora_A.weight", "lora_B.weight"  # peft's, and so diffusers', names of the same
 OUTER = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}  # SDXL: as all readers know it
 WORST = 5  # layers named in the report
 
@@ -189,25 +189,14 @@ def _scaled(layer: Factors, alpha: float, dtype: Any) -> tuple[np.ndarray, np.nd
     return tuple(np.ascontiguousarray(root * part, dtype) for part in (layer.up, layer.down))
 
 
-def to_diffusers(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """A file for diffusers alone: `unet.<module>.lora_A.weight` (down) and `.lora_B.weight` (up).
+def to_lora(factors: Mapping[str, Any], scale: float) -> dict[str, Factors]:
+    """Trained factors (see `lora_factors`) in torch's layout, exactly: no SVD.
 
-    It has no place for an alpha, diffusers takes alpha = rank in every layer; so other alphas go into the factors.
+    A file counts alpha / r by each layer's own r, so a layer gets alpha = scale * r, capped or not: what `lora_factors.add`
+    computes with this scale. Raises ValueError, one line, for names that do not come in pairs.
     """
-    tensors = {}
-    for name, layer in sorted(factors.items()):
-        stem = f"unet.{name.removesuffix('.weight')}"
-        tensors[f"{stem}.{B}"], tensors[f"{stem}.{A}"] = _scaled(layer, layer.down.shape[0], dtype)
-    return tensors
-
-
-def from_diffusers(tensors: Tensors) -> dict[str, Factors]:
-    """The inverse of `to_diffusers`; alpha = rank. Raises ValueError that lists the names it does not know."""
-    stems = {name.removesuffix(f".{A}") for name in tensors if name.startswith("unet.") and name.endswith(f".{A}")}
-    known = {f"{stem}.{part}" for stem in stems for part in (A, B)}
-    _refuse("not a LoRA of a UNet for diffusers", {"missing": known - tensors.keys(), "unexpected": tensors.keys() - known})
-    layer = lambda stem: Factors(tensors[f"{stem}.{B}"], tensors[f"{stem}.{A}"], float(tensors[f"{stem}.{A}"].shape[0]))
-    return {f"{stem.removeprefix('unet.')}.weight": layer(stem) for stem in sorted(stems)}
+    pairs = factor_pairs(to_torch(factors))
+    return {name: Factors(up, down, scale * down.shape[0]) for name, (down, up) in pairs.items()}
 
 
 def kohya_name(name: str) -> str:

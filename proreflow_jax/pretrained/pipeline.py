@@ -11,7 +11,7 @@ from proreflow_jax import UserError
 from proreflow_jax.models import conditioning
 from proreflow_jax.models.compute import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
-from proreflow_jax.pretrained import sharded_load, sources, weights
+from proreflow_jax.pretrained import sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
 from proreflow_jax.pretrained.weights import Shapes
 
@@ -98,7 +98,7 @@ def load_pipeline(
     params = {name: read(name) for name in networks if name != "unet" or place is None}
     if place is not None:
         shapes = networks["unet"].shapes
-        params["unet"] = sharded_load.place(source.tensors("unet"), shapes, place(shapes), f"{source.origin / 'unet'}")
+        params["unet"] = weights.place(source.tensors("unet"), shapes, place(shapes), f"{source.origin / 'unet'}")
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
