@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -140,14 +141,14 @@ SIZES = [(1, 2), (8, 8), (32, 299), (299, 299), (300, 64), (512, 768)]
 def test_the_resize_of_tensorflow_1(fidelity, size):
     images = picture(*size)
     want = fidelity.interpolate_bilinear_2d_like_tensorflow1x(to_torch(images).float(), (299, 299), align_corners=False)
-    same(inception.prepare_inception(images, "tf1"), (want - 128) / 128, 1e-5)
+    same(inception.prepare_inception(jnp.asarray(images), "tf1"), (want - 128) / 128, 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_resize_of_torch(size):
     images = picture(*size)
     want = F.interpolate(to_torch(images).float() / 255, (299, 299), mode="bilinear", align_corners=False)
-    same(inception.prepare_inception(images, "torch"), 2 * want - 1, 1e-5)
+    same(inception.prepare_inception(jnp.asarray(images), "torch"), 2 * want - 1, 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -155,7 +156,7 @@ def test_the_resize_of_clean_fid_is_pils_bicubic_in_float(size):
     images = picture(*size)
     planes = [Image.fromarray(images[0, ..., c].astype(np.float32), "F") for c in range(3)]
     want = np.stack([np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
-    np.testing.assert_allclose(inception.prepare_inception(images, "clean")[0] * 128 + 128, want, atol=1e-3)
+    np.testing.assert_allclose(inception.prepare_inception(jnp.asarray(images), "clean")[0] * 128 + 128, want, atol=1e-3)
 
 
 @pytest.mark.parametrize("resize", inception.RESIZES)

@@ -36,7 +36,7 @@ def _name(path: tuple) -> str:
     return ".".join([*head, TORCH_NAME.get(leaf, leaf)])  # a bare parameter keeps its own name
 
 
-class _OneKey:
+class _OneKey(nnx.Rngs):
     """Stands in for nnx.Rngs where only shapes are asked for: its counters, traced, cost time quadratic in the tensors."""
 
     def __init__(self, key: Key[Array, ""]) -> None:
