@@ -53,10 +53,10 @@ class Cached:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         check_index(index, len(self))
-        found = self._records[index]
-        if int(found.pop("index", -1)) != index:
+        record = self._records[index]
+        if int(record.pop("index", -1)) != index:
             raise UserError(f"{self.name} holds another record where number {index} belongs: {records.REDO}")
-        return {**found, "caption": found["caption"].tobytes().decode("utf-8")}
+        return {**record, "caption": record["caption"].tobytes().decode("utf-8")}
 
 
 def cache_identity(path: str | Path) -> dict[str, str]:

@@ -180,5 +180,5 @@ def _kind(feature: Any) -> str:
 def _check_shard(path: Path, count: int) -> None:
     if not path.is_file():
         raise MissingFile(f"{path} is missing although dataset_info.json counts it: see --config.data.path")
-    if (held := record_plan.count_records(path)) != count:
-        raise UserError(f"{path} holds {held} examples where dataset_info.json says {count}: see --config.data.path")
+    if (records := record_plan.count_records(path)) != count:
+        raise UserError(f"{path} holds {records} examples where dataset_info.json says {count}: see --config.data.path")

@@ -75,10 +75,10 @@ def open_official(captions: Path, images: Path, year: int) -> Split:
         raise MissingFile(f"{images} is not a folder: {IMAGES} must name the one with val{year}'s images")
     mend = f"{CAPTIONS} must name captions_val{year}.json"
     try:
-        found = json.loads(captions.read_bytes())
-        said = found["info"]["year"]
-        names = {int(row["id"]): str(row["file_name"]) for row in found["images"]}
-        rows = [Caption(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in found["annotations"]]
+        content = json.loads(captions.read_bytes())
+        said = content["info"]["year"]
+        names = {int(row["id"]): str(row["file_name"]) for row in content["images"]}
+        rows = [Caption(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in content["annotations"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = atomic.one_line(f"{type(error).__name__}: {error}")
         raise UserError(

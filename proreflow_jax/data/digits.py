@@ -120,8 +120,8 @@ def _sklearn_digits() -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("the digits come with scikit-learn: `pip install 'proreflow_jax[demo]'`") from error
-    held = load_digits()
-    return held.images, held.target.astype(np.int64)
+    digits = load_digits()
+    return digits.images, digits.target.astype(np.int64)
 
 
 def _enlarge(image: Float[np.ndarray, "8 8"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -175,9 +175,9 @@ def _is_good(folder: Path, size: int, seed: int) -> bool:
     if not (folder / STAMP).is_file():
         raise UserError(f"{folder} is taken by something else than the digits: set --config.data.path to a new folder")
     stamp = atomic.read_json(folder / STAMP)
-    for name, asked in (("size", size), ("seed", seed)):
-        if stamp.get(name) != asked:
-            raise UserError(f"{folder} holds digits of {name} {stamp.get(name)}, not {asked}: set another --config.data.path")
+    for name, value in (("size", size), ("seed", seed)):
+        if stamp.get(name) != value:
+            raise UserError(f"{folder} holds digits of {name} {stamp.get(name)}, not {value}: set another --config.data.path")
     shard = folder / Path(str(stamp.get("shard"))).name
     if not shard.is_file() or atomic.sha256(shard) != stamp.get("sha256"):
         raise UserError(f"{shard} is damaged: delete {folder} and run again")

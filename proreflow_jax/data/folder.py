@@ -102,11 +102,11 @@ def folder_identity(path: str, caption_key: str) -> dict[str, str]:
 def read_regular(path: Path, most: int) -> bytes:
     """A file's bytes. Raises Unusable if it is longer than `most` bytes, or no regular file: a pipe would keep us waiting."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise Unusable(f"{path.name!r} is no file")
-        if found.st_size > most:
-            raise Unusable(f"{path.name!r} has {found.st_size} bytes, over the limit of {most}")
+        if status.st_size > most:
+            raise Unusable(f"{path.name!r} has {status.st_size} bytes, over the limit of {most}")
         return file.readall()
 
 
@@ -123,14 +123,14 @@ def _walk(folder: Path) -> Iterator[str]:
 def _metadata(path: Path, caption_key: str) -> tuple[list[str], list[Any]]:
     """(file names, captions as they stand) of the rows."""
     rows = _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path)
-    names, captions, seen = [], [], False
+    names, captions, has_column = [], [], False
     for where, row in rows:
         names.append(_inside(where, row.get("file_name")))
         captions.append(row.get(caption_key))
-        seen = seen or caption_key in row
+        has_column = has_column or caption_key in row
     if not names:
         raise UserError(f"{path} names no image: see --config.data.path")
-    if not seen:
+    if not has_column:
         raise UserError(f"{path} has no column {caption_key!r}: set --config.data.caption_key")
     return names, captions
 

@@ -63,7 +63,7 @@ class ParquetRows:
         table = _read_group(file, number, self._keys)
         with self._lock:
             self._kept[group] = table
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
+            while len(self._kept) > 1 and sum(entry.nbytes for entry in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
         return table
 
@@ -166,11 +166,11 @@ def _is_text(kind: Any) -> bool:
 
 
 def _image_bytes(value: Any) -> bytes:
-    held = value.as_py()
-    held = held.get("bytes") if isinstance(held, dict) else held
-    if not held:
+    content = value.as_py()
+    content = content.get("bytes") if isinstance(content, dict) else content
+    if not content:
         raise Unusable("no bytes of an image (a path in its place is not followed)")
-    return held
+    return content
 
 
 def _text(value: Any) -> Any:

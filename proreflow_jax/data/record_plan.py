@@ -31,10 +31,10 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         atomic.write_json(folder / PLAN, plan, replace=False)
-    held = read_plan(folder)
-    for name in [*plan, *(name for name in held if name not in plan)]:
-        if name not in held or name not in plan or held[name] != plan[name]:
-            old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (held, plan))
+    fixed = read_plan(folder)
+    for name in [*plan, *(name for name in fixed if name not in plan)]:
+        if name not in fixed or name not in plan or fixed[name] != plan[name]:
+            old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (fixed, plan))
             raise UserError(
                 f"{folder / PLAN} was fixed with {name} = {old} and this run says {new}: "
                 f"take another folder by {flag}, or give the config its old value back"

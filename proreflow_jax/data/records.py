@@ -142,8 +142,8 @@ def _write_records(draft: Path, path: Any, examples: Iterable[Mapping[str, Any]]
     if written != count:
         raise UserError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
     atomic.sync(draft)
-    if (held := record_plan.count_records(draft)) != count:
-        raise OSError(f"{path} holds {held} of {count} examples just written: look at the disk, {AGAIN}")
+    if (count_on_disk := record_plan.count_records(draft)) != count:
+        raise OSError(f"{path} holds {count_on_disk} of {count} examples just written: look at the disk, {AGAIN}")
 
 
 @contextmanager
@@ -236,8 +236,8 @@ def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
     for shard, row in enumerate(rows):
         if not _is_row(row, plan, shard):
             name = row.get("name") if isinstance(row, dict) else row
-            asked = f"{shard_name(plan, shard)} with {len(shard_range(plan, shard))} examples"
-            raise UserError(f"{path} lists {name!r} where {asked} belongs: {REDO}")
+            expected = f"{shard_name(plan, shard)} with {len(shard_range(plan, shard))} examples"
+            raise UserError(f"{path} lists {name!r} where {expected} belongs: {REDO}")
     return rows
 
 
@@ -253,11 +253,11 @@ def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> Non
         raise MissingFile(f"{path} is missing: {AGAIN}")
     if path.stat().st_size != row["bytes"]:
         raise UserError(f"{path} is {path.stat().st_size} bytes long and was written with {row['bytes']}: {REDO}")
-    if hashes and (found := atomic.sha256(path)) != row["sha256"]:
-        why = f"holds the bytes of {hashes[found]}" if found in hashes else "is damaged or foreign (its hash differs)"
+    if hashes and (digest := atomic.sha256(path)) != row["sha256"]:
+        why = f"holds the bytes of {hashes[digest]}" if digest in hashes else "is damaged or foreign (its hash differs)"
         raise UserError(f"{path} {why}: {REDO}")
-    if (held := record_plan.count_records(path)) != row["count"]:
-        raise UserError(f"{path} holds {held} examples and was written with {row['count']}: {REDO}")
+    if (count := record_plan.count_records(path)) != row["count"]:
+        raise UserError(f"{path} holds {count} examples and was written with {row['count']}: {REDO}")
 
 
 # --- markers ----------------------------------------------------------------------------------------------------------
@@ -285,8 +285,8 @@ def _marker(folder: Any, plan: dict[str, Any], shard: int) -> dict[str, Any] | N
 
 
 def _is_row(row: Any, plan: Mapping[str, Any], shard: int) -> bool:
-    asked = {"name": shard_name(plan, shard), "count": len(shard_range(plan, shard))}
+    expected = {"name": shard_name(plan, shard), "count": len(shard_range(plan, shard))}
     shape = {"name": str, "count": int, "bytes": int, "sha256": str}
     if not isinstance(row, dict) or {name: type(value) for name, value in row.items()} != shape:
         return False
-    return all(row[name] == value for name, value in asked.items())
+    return all(row[name] == value for name, value in expected.items())

@@ -60,11 +60,11 @@ class Usable:
         with self._lock:
             if index in self.bad:
                 return
-            count, named = len(self.bad) + 1, [*list(self.bad.values())[: NAMED - 1], why]
+            count, reasons = len(self.bad) + 1, [*list(self.bad.values())[: NAMED - 1], why]
             if count > self._most or count == len(self):
                 self._over = (
                     f"{count} of {len(self)} examples of {self.name} are bad, --config.data.max_bad={self._max_bad} allows "
-                    f"{self._most}: {'; '.join(named)}"
+                    f"{self._most}: {'; '.join(reasons)}"
                 )
             self.bad[index] = why if count <= NAMED else ""
         if count <= NAMED and not self._over:

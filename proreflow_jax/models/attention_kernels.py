@@ -40,9 +40,9 @@ def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width
     scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla",
     "chunked" and "cached" are taken everywhere.
     """
-    wanted = compute.attention
-    if wanted in ("xla", "chunked", "cached"):
-        return wanted
+    form = compute.attention
+    if form in ("xla", "chunked", "cached"):
+        return form
     if tokens != keys or tokens < FUSED_TOKENS:
         return "xla"
     fits = {
@@ -50,7 +50,7 @@ def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width
         "splash": lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
         "cudnn": width % 8 == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
     }
-    fused = FUSED.get(compute.platform, "") if wanted == "auto" else wanted
+    fused = FUSED.get(compute.platform, "") if form == "auto" else form
     if fits.get(fused):
         return fused
     ways = compute.mesh.shape["data"] * compute.mesh.shape["fsdp"] if compute.mesh else 1

@@ -34,8 +34,8 @@ PLAIN = Compute()
 
 def _products(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
     """Convolutions and products with weights are kept; scores are not, as their products have batch axes."""
-    kept = SAVED.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or kept(primitive, *arguments, **parameters)
+    keeps_products = SAVED.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or keeps_products(primitive, *arguments, **parameters)
 
 
 POLICIES: dict[str, Any] = {  # what the forward pass keeps of each ResNet and transformer block, beside its inputs

@@ -48,8 +48,8 @@ def make_conditioner(encoders: Mapping[str, Network], sizes: tuple[int, ...], ze
         states = [encoder.apply(params[name], part) for (name, encoder), part in zip(encoders.items(), parts, strict=True)]
         texts, pooled = jnp.concatenate([s.penultimate for s in states], axis=-1), states[-1].pooled
         if zeroed is not None:
-            told = jnp.any(ids != zeroed, axis=1)
-            texts, pooled = texts * told[:, None, None], pooled * told[:, None]
+            not_empty = jnp.any(ids != zeroed, axis=1)
+            texts, pooled = texts * not_empty[:, None, None], pooled * not_empty[:, None]
         return Context(texts, pooled, jnp.tile(jnp.asarray(sizes, jnp.float32), (ids.shape[0], 1)))
 
     return both
@@ -68,6 +68,8 @@ def check_fit(unet: Mapping[str, Any], encoders: Mapping[str, Network], origin: 
     if added:
         last = list(encoders.values())[-1]
         pooled = last.shapes["text_projection.weight"].shape[1] if "text_projection.weight" in last.shapes else widths[-1]
-        asked, given = unet["projection_class_embeddings_input_dim"], pooled + 6 * unet["addition_time_embed_dim"]
-        if asked != given:
-            raise UserError(f"{origin}: the UNet reads {asked} numbers beside the text, SDXL base gives {given} (a refiner?)")
+        expected, present = unet["projection_class_embeddings_input_dim"], pooled + 6 * unet["addition_time_embed_dim"]
+        if expected != present:
+            raise UserError(
+                f"{origin}: the UNet reads {expected} numbers beside the text, SDXL base gives {present} (a refiner?)"
+            )

@@ -60,8 +60,8 @@ def network(build: Callable[[nnx.Rngs], nnx.Module], config: dict) -> Network:
     shapes = {name: jax.ShapeDtypeStruct(flat[path].get_value().shape, jnp.float32) for name, path in paths.items()}
 
     def init(key: Key[Array, ""]) -> Params:
-        made = dict(nnx.to_flat_state(nnx.state(build(nnx.Rngs(key)))))
-        return {name: made[path].get_value() for name, path in paths.items()}
+        arrays = dict(nnx.to_flat_state(nnx.state(build(nnx.Rngs(key)))))
+        return {name: arrays[path].get_value() for name, path in paths.items()}
 
     def apply(params: Params, *inputs: Any, method: str = "__call__", **keywords: Any) -> Any:
         leaves = [(path, flat[path].replace(params[name])) for name, path in paths.items()]

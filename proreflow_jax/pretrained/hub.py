@@ -64,17 +64,17 @@ def download(repo: str, revision: str, configs_only: bool = False, flag: str = "
 
     try:
         with _explained(repo, revision, flag):
-            found = _on_hub(repo, revision)
+            repository = _on_hub(repo, revision)
     except ConnectionError as error:
         return _from_cache(repo, revision, configs_only, flag, str(error))
     with _explained(repo, revision, flag), disable_progress_bars():
-        groups = _groups(found, configs_only, flag)
+        groups = _groups(repository, configs_only, flag)
         names = [name for group in groups.values() for name in group]
-        state = hf.snapshot_download(repo, revision=found.commit, allow_patterns=_exactly(names), dry_run=True)
-    _log_plan(found, revision, groups, {info.filename for info in state if info.is_cached})
-    _check_disk(sum(found.sizes[info.filename] for info in state if not info.is_cached))
+        state = hf.snapshot_download(repo, revision=repository.commit, allow_patterns=_exactly(names), dry_run=True)
+    _log_plan(repository, revision, groups, {info.filename for info in state if info.is_cached})
+    _check_disk(sum(repository.sizes[info.filename] for info in state if not info.is_cached))
     with _explained(repo, revision, flag, ": run the same command again, complete files are kept"):
-        return Path(hf.snapshot_download(repo, revision=found.commit, allow_patterns=_exactly(names)))
+        return Path(hf.snapshot_download(repo, revision=repository.commit, allow_patterns=_exactly(names)))
 
 
 def _on_hub(repo: str, revision: str) -> Repository:
@@ -114,32 +114,32 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
     return folder
 
 
-def _groups(found: Repository, configs_only: bool, flag: str) -> dict[str, list[str]]:
+def _groups(repository: Repository, configs_only: bool, flag: str) -> dict[str, list[str]]:
     """What is needed: {component: paths}, "" for what lies beside them. Raises ValueError, one line."""
-    where = f"{flag}={found.repo}"
-    if INDEX not in found.sizes:
+    where = f"{flag}={repository.repo}"
+    if INDEX not in repository.sizes:
         raise UserError(
             f"{where} is no diffusers repository: it holds no {INDEX}; a single file of it must be downloaded first"
         )
-    index = _read_object(found.read(INDEX), f"{where}: {INDEX}")
-    groups = {"": [path for path in found.sizes if path == INDEX or re.match(r"LICENSE[^/]*$", path)]}
+    index = _read_object(repository.read(INDEX), f"{where}: {INDEX}")
+    groups = {"": [path for path in repository.sizes if path == INDEX or re.match(r"LICENSE[^/]*$", path)]}
     for component in [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]]:
-        own = [path.rpartition("/")[2] for path in found.sizes if path.rpartition("/")[0] == component]
+        own = [path.rpartition("/")[2] for path in repository.sizes if path.rpartition("/")[0] == component]
         names = sorted(name for name in own if name.endswith(TEXTS) and ".index." not in name)
         if not configs_only:
-            names += _weights(found, component, set(own), where)
+            names += _weights(repository, component, set(own), where)
         groups[component] = [f"{component}/{name}" for name in names]
     return {component: paths for component, paths in groups.items() if paths}
 
 
-def _weights(found: Repository, component: str, own: set[str], where: str) -> list[str]:
+def _weights(repository: Repository, component: str, own: set[str], where: str) -> list[str]:
     """Names of the files with a component's weights: one file, or an index and what it names; [] where it has none."""
     for variant in VARIANTS:
         for stem in STEMS:
             if (whole := f"{stem}{variant}.safetensors") in own:
                 return [whole]
             if (index := f"{stem}.safetensors.index{variant}.json") in own:
-                listing = _read_object(found.read(f"{component}/{index}"), f"{where}: {component}/{index}")
+                listing = _read_object(repository.read(f"{component}/{index}"), f"{where}: {component}/{index}")
                 table = listing.get("weight_map")
                 shards = {str(name) for name in table.values()} if isinstance(table, dict) else set()
                 if not shards or shards - own:
@@ -161,17 +161,17 @@ def _exactly(names: list[str]) -> list[str]:
     return [glob.escape(name) for name in names]
 
 
-def _log_plan(found: Repository, revision: str, groups: Mapping[str, list[str]], cached: set[str]) -> None:
+def _log_plan(repository: Repository, revision: str, groups: Mapping[str, list[str]], cached: set[str]) -> None:
     """One line for all, one for each component: bytes, how many of them are here, the file that is most of it."""
     row = lambda paths: (
-        readable_size(sum(found.sizes[p] for p in paths)),
-        readable_size(sum(found.sizes[p] for p in paths if p in cached)),
+        readable_size(sum(repository.sizes[p] for p in paths)),
+        readable_size(sum(repository.sizes[p] for p in paths if p in cached)),
     )
     every = [path for group in groups.values() for path in group]
-    what = f"{found.repo} at {revision} ({found.commit[:8]})"
+    what = f"{repository.repo} at {revision} ({repository.commit[:8]})"
     log.info("%s: %d files, %s, of which %s are in the cache %s", what, len(every), *row(every), constants.HF_HUB_CACHE)
     for component, paths in groups.items():
-        largest = max(paths, key=found.sizes.__getitem__).rpartition("/")[2]
+        largest = max(paths, key=repository.sizes.__getitem__).rpartition("/")[2]
         log.info("  %-18s %9s, %9s in the cache  %s", component or "(beside them)", *row(paths), largest)
 
 
@@ -236,10 +236,10 @@ def contents(folder: Path) -> dict[str, int]:
         raise MissingFile(f"--folder={folder} does not exist: name a folder that export wrote")
     if not (folder / CARD).is_file():
         raise UserError(f"--folder={folder} holds no {CARD}: only a folder that export or merge wrote is uploaded")
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
-    if links := [str(name) for name, path in found.items() if path.is_symlink()]:
+    entries = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    if links := [str(name) for name, path in entries.items() if path.is_symlink()]:
         raise UserError(f"--folder={folder} holds the link {links[0]}: upload a folder of plain files")
-    shown = {name: path for name, path in found.items() if not any(part[0] == "." for part in name.parts)}
+    shown = {name: path for name, path in entries.items() if not any(part[0] == "." for part in name.parts)}
     return {name.as_posix(): path.stat().st_size for name, path in shown.items() if path.is_file()}
 
 

@@ -40,8 +40,8 @@ def _matching(weights: Shapes, layers: str) -> list[str]:
         raise UserError(f"{flag} is not a regular expression: {error}") from None
     if not matched:
         raise UserError(f"{flag} matches none of {len(weights)} weights, such as {min(weights, default='')}")
-    if found := [name for name in matched if _factorable(name, weights[name].shape)]:
-        return found
+    if factorable := [name for name in matched if _factorable(name, weights[name].shape)]:
+        return factorable
     raise UserError(f"{flag} must match linear or convolution weights, and matches {listing('others', matched)[0]}")
 
 
@@ -58,13 +58,13 @@ def factor_shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.Shap
     """
     if rank < 1:
         raise UserError(f"--config.student.lora.rank={rank} must be at least 1")
-    made = {}
+    shapes = {}
     for name in _matching(weights, layers):
         (*head, out), stem = weights[name].shape, name.removesuffix(".weight")
         r = min(rank, math.prod(head), out)
-        made[stem + A] = jax.ShapeDtypeStruct((*head, r), jnp.float32)
-        made[stem + B] = jax.ShapeDtypeStruct((*(1 for _ in head[:-1]), r, out), jnp.float32)
-    return made
+        shapes[stem + A] = jax.ShapeDtypeStruct((*head, r), jnp.float32)
+        shapes[stem + B] = jax.ShapeDtypeStruct((*(1 for _ in head[:-1]), r, out), jnp.float32)
+    return shapes
 
 
 def init(weights: Shapes, layers: str, rank: int, key: Key[Array, ""]) -> dict[str, np.ndarray]:

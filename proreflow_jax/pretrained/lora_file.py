@@ -33,8 +33,8 @@ class Factors(NamedTuple):
 
 def _refuse(title: str, problems: Mapping[str, Iterable[str]]) -> None:
     """One ValueError with every kind of problem, if there is any."""
-    if found := [part for kind, names in problems.items() for part in listing(kind, names)]:
-        raise UserError(f"{title}: {'; '.join(found)}")
+    if parts := [part for kind, names in problems.items() for part in listing(kind, names)]:
+        raise UserError(f"{title}: {'; '.join(parts)}")
 
 
 def _sum(left: Tensors, right: Tensors, scale: float, names: tuple[str, str], dtype: Any = None) -> dict[str, np.ndarray]:
@@ -130,9 +130,9 @@ def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dic
     Raises:
       ValueError: a rank < 1; nothing to decompose; a value that is not finite.
     """
-    for wanted in (rank, *ranks):
-        if wanted < 1:
-            raise UserError(f"rank {wanted}: a LoRA has a rank of at least 1 (--rank)")
+    for one in (rank, *ranks):
+        if one < 1:
+            raise UserError(f"rank {one}: a LoRA has a rank of at least 1 (--rank)")
     factors, spectra = {}, {}
     for name, change in _layers(delta):
         up, down, spectra[name] = _truncate(_matrix(change), rank)
@@ -149,7 +149,7 @@ def _report(
     delta: Tensors, factors: Mapping[str, Factors], spectra: Mapping[str, np.ndarray], ranks: Sequence[int]
 ) -> dict[str, Any]:
     energies = [_kept(spectra.values(), rank) for rank in ranks]
-    (rank, energy, error), *others = [(r, kept, float(np.sqrt(1 - kept))) for r, kept in zip(ranks, energies, strict=True)]
+    (rank, energy, error), *others = [(r, share, float(np.sqrt(1 - share))) for r, share in zip(ranks, energies, strict=True)]
     rest = [value for name, value in delta.items() if name not in factors and np.any(value)]
     lost, carried = sum(map(_energy, rest)), float(sum(s.sum() for s in spectra.values()))
     shares = {name: _kept([s], rank) for name, s in spectra.items()}
@@ -178,8 +178,8 @@ def apply_factors(base: Tensors, factors: Mapping[str, Factors], scale: float = 
 
     Raises ValueError, one line that lists them, if the base lacks a layer or has it in another shape.
     """
-    made = {name: product(layer) for name, layer in factors.items()}
-    changed = _sum({name: base[name] for name in base if name in made}, made, scale, ("base", "LoRA"))
+    changes = {name: product(layer) for name, layer in factors.items()}
+    changed = _sum({name: base[name] for name in base if name in changes}, changes, scale, ("base", "LoRA"))
     return {name: changed[name] if name in changed else base[name] for name in base}
 
 

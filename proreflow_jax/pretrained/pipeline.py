@@ -162,9 +162,9 @@ def _network(source: sources.ModelSource, component: str, compute: Compute) -> N
 
 
 def _check_channels(networks: dict[str, Network], origin: str) -> None:
-    taken, given = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
-    if taken != given:
+    unet_channels, vae_channels = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
+    if unet_channels != vae_channels:
         raise UserError(
-            f"{origin}: the UNet takes {taken} channels, the VAE gives {given}: models for inpainting or editing "
-            "are not distilled, name a text-to-image --config.model.path"
+            f"{origin}: the UNet takes {unet_channels} channels, the VAE gives {vae_channels}: models for inpainting or "
+            "editing are not distilled, name a text-to-image --config.model.path"
         )

@@ -84,10 +84,10 @@ def family(names: Iterable[str]) -> str:
       ValueError: no mark of a family is among the names.
     """
     names = list(names)
-    for found, component in MARKED.items():
-        prefix = PREFIXES[found][component]
+    for candidate, component in MARKED.items():
+        prefix = PREFIXES[candidate][component]
         if any(name.startswith(prefix) and MARK.fullmatch(name, len(prefix)) for name in names):
-            return found
+            return candidate
     looked = ", ".join(f"{PREFIXES[name][last]}*token_embedding.weight ({name})" for name, last in MARKED.items())
     raise UserError(f"not a single file of SD 1.x, 2.x or XL: its {len(names)} names (as {names[:2]}) lack {looked}")
 
@@ -131,10 +131,10 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
       ValueError: one line with the component's names that are unknown; none found; an unknown family or component.
     """
     prefix, table = _prefix(component, family), _table(component, config, family)
-    found = [name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - may be a file
-    if not found:
+    names = [name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - may be a file
+    if not names:
         raise UserError(f"{component} ({family}): the file has no names that begin with {prefix}")
-    here = {n: prefix + n for n in found if not (component.startswith("text") and _unused(n, config, family))}
+    here = {n: prefix + n for n in names if not (component.startswith("text") and _unused(n, config, family))}
     if component == "text_encoder" and "embeddings.token_embedding.weight" in here:  # some old v1 files
         here = {f"text_model.{n}": source for n, source in here.items()}
     renamed = _renamed(here, {there: here for here, there in table.items()}, f"{component} ({family})")
@@ -250,12 +250,12 @@ def _today(component: str, names: Iterable[str]) -> dict[str, str]:
     """{diffusers' name of today: the name as given}."""
     names = [name for name in names if not IGNORED.search(name)]
     bare = component.startswith("text") and "final_layer_norm.weight" in names
-    found = {f"text_model.{n}" if bare and not n.startswith("text_") else n: n for n in names}
+    today = {f"text_model.{n}" if bare and not n.startswith("text_") else n: n for n in names}
     if component == "vae":
-        found = {OLD_NAME.sub(lambda old: OLD[old[0]], name): name for name in names}
-    if twice := sorted(set(names) - set(found.values())):
+        today = {OLD_NAME.sub(lambda old: OLD[old[0]], name): name for name in names}
+    if twice := sorted(set(names) - set(today.values())):
         raise UserError(f"{component}: {twice[0]} is there twice, under its old name and that of today")
-    return found
+    return today
 
 
 def _parts(name: str) -> list[str]:
@@ -269,18 +269,18 @@ def _stacks(names: set[str], table: Table) -> dict[str, list[str]]:
 
 
 def _renamed(names: Iterable[str], table: Table, origin: str) -> dict[str, str]:
-    found, left = {}, []
+    renamed, left = {}, []
     for name in names:
         inner = UNET_INNER.fullmatch(name)
         if name in table:
-            found[name] = table[name]
+            renamed[name] = table[name]
         elif inner and inner["stem"] in table:
-            found[name] = table[inner["stem"]] + inner["rest"]
+            renamed[name] = table[inner["stem"]] + inner["rest"]
         else:
             left.append(name)
     if left:
         raise UserError(f"{origin}: {listing('names left over, which its config.json gives no place', left)[0]}")
-    return found
+    return renamed
 
 
 def _merge(component: str, name: str, parts: Sequence[np.ndarray]) -> np.ndarray:

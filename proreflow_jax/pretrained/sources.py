@@ -127,10 +127,10 @@ def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
     except (ValueError, TypeError):
         raise UserError(f"{folder / INDEX} is not a JSON object: {rule}") from None
     for component, known in CLASSES.items():
-        found = _class(index, component)
-        if found not in known and (found or component != "text_encoder_2"):
+        class_name = _class(index, component)
+        if class_name not in known and (class_name or component != "text_encoder_2"):
             is_of = f"{folder / INDEX} is of a {index.get('_class_name')}"
-            what = f"its {component} is a {found}" if found else f"it has no {component}"
+            what = f"its {component} is a {class_name}" if class_name else f"it has no {component}"
             raise UserError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
@@ -158,5 +158,5 @@ def open_file(path: Path, like: Path) -> ModelSource:
     family, beside = file_family(path), open_folder(like, LIKE)
     if beside.family != family:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
-    kept = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
-    return ModelSource(like, kept, family, path, weights.Tensors([path]))
+    index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
+    return ModelSource(like, index, family, path, weights.Tensors([path]))

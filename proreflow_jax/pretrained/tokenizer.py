@@ -100,8 +100,8 @@ def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
 
     def encode(prompts: Sequence[str]) -> Int[np.ndarray, "b s"]:
         rows = np.full((len(prompts), length), pad_id, np.int32)
-        for row, found in zip(rows, tokenizer.encode_batch(list(prompts)), strict=True):
-            ids = found.ids
+        for row, encoding in zip(rows, tokenizer.encode_batch(list(prompts)), strict=True):
+            ids = encoding.ids
             if len(ids) > length:
                 if not warned:
                     log.warning("a prompt of %d tokens is cut to the model's %d (said once)", len(ids), length)

@@ -70,14 +70,14 @@ def platform(mesh: Mesh) -> str:
 
 
 def _fill(axes: tuple[int, ...], devices: int, slices: int = 1) -> tuple[int, ...]:
-    named = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
+    flags = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
     if any(size < 1 and size != -1 for size in axes) or axes.count(-1) > 1:
-        raise UserError(f"{named}: every axis must be positive, and at most one may be -1 (takes what is left)")
+        raise UserError(f"{flags}: every axis must be positive, and at most one may be -1 (takes what is left)")
     known = math.prod(size for size in axes if size != -1)
     filled = tuple(devices // known if size == -1 else size for size in axes)
     if math.prod(filled) != devices:
         where = "this machine" if slices == 1 else f"each of --config.mesh.slices={slices}"
-        raise UserError(f"{named} do not multiply to the {devices} devices of {where}: set one of them to -1")
+        raise UserError(f"{flags} do not multiply to the {devices} devices of {where}: set one of them to -1")
     return filled
 
 
@@ -203,11 +203,11 @@ def initialize_distributed() -> bool:
     it. Call it before jax looks for devices. A lost process ends the job after HEARTBEAT_SECONDS. Raises ValueError if the
     variables are partial.
     """
-    named = {key: os.environ.get(f"JAX_{key}") or os.environ.get(key) for key in JOB}
-    if not any(named.values()) and not _on_tpu_slice():
+    variables = {key: os.environ.get(f"JAX_{key}") or os.environ.get(key) for key in JOB}
+    if not any(variables.values()) and not _on_tpu_slice():
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    arguments = _job(named) if any(named.values()) else {}
+    arguments = _job(variables) if any(variables.values()) else {}
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return True
 
@@ -221,8 +221,8 @@ def _on_tpu_slice() -> bool:
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES") or os.environ.get("TPU_PROCESS_ADDRESSES")
     if hosts:
         return "," in hosts
-    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",") and "TPU_SKIP_MDS_QUERY" not in os.environ
-    return wanted and find_spec("libtpu") is not None and _has_tpu_chips(PCI)
+    tpu_allowed = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",") and "TPU_SKIP_MDS_QUERY" not in os.environ
+    return tpu_allowed and find_spec("libtpu") is not None and _has_tpu_chips(PCI)
 
 
 def _has_tpu_chips(bus: Path) -> bool:
@@ -231,11 +231,11 @@ def _has_tpu_chips(bus: Path) -> bool:
     return any(read(device / "vendor") == GOOGLE and read(device / "device") in TPU_CHIPS for device in devices)
 
 
-def _job(named: Mapping[str, str | None]) -> dict[str, str | int]:
-    missing = [key for key in JOB if not named[key]]
+def _job(variables: Mapping[str, str | None]) -> dict[str, str | int]:
+    missing = [key for key in JOB if not variables[key]]
     if missing:
         raise UserError(f"{' and '.join(missing)} not set: a job of several processes needs {', '.join(JOB)}")
-    address, processes, index = (str(named[key]) for key in JOB)
+    address, processes, index = (str(variables[key]) for key in JOB)
     if not (processes.isdigit() and index.isdigit() and int(index) < int(processes)):
         raise UserError(f"NUM_PROCESSES={processes}, PROCESS_ID={index}: need whole numbers with PROCESS_ID below")
     job = {"coordinator_address": address, "num_processes": int(processes), "process_id": int(index)}
@@ -250,9 +250,9 @@ def first_match(rules: Sequence[tuple[str, Any]], names: Iterable[str], flag: st
     Raises ValueError, one line, naming every name no rule matches.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    found = {name: [value for pattern, value in compiled if pattern.search(name)][:1] for name in names}
+    matches = {name: [value for pattern, value in compiled if pattern.search(name)][:1] for name in names}
 
-    lost = [name for name, values in found.items() if not values]
+    lost = [name for name, values in matches.items() if not values]
     if lost:
         raise UserError(f"no rule of {flag} matches {', '.join(lost)}: end the table with ('.*', ...)")
-    return {name: values[0] for name, values in found.items()}
+    return {name: values[0] for name, values in matches.items()}

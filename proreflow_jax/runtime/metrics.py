@@ -139,7 +139,7 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
     wrong = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
     if not wrong:
         return
-    windows = sorted({int(found[1]) for name in wrong if (found := WINDOW.search(name))})
+    windows = sorted({int(match[1]) for name in wrong if (match := WINDOW.search(name))})
     where = f" in window {', '.join(map(str, windows))}" if windows else ""
     values = ", ".join(f"{name}={value}" for name, value in wrong.items())
     raise FloatingPointError(f"step {step}{where}: {values}; lower --config.optimizer.learning_rate or clip_norm")
@@ -150,9 +150,9 @@ def keep_until(path: str | Path, step: int) -> None:
     path = Path(path)
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
     with drafted(path) as draft:
-        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -20,10 +20,10 @@ Table = Mapping[str, tuple[str, ...]]
 
 def stack_table(shapes: Mapping[str, Any], kinds: Mapping[str, Hashable]) -> Table:
     """What may lie together: arrays of one shape and dtype, and of one kind, such as where they live."""
-    found: dict[Hashable, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for name, value in shapes.items():
-        found.setdefault((tuple(value.shape), jnp.dtype(value.dtype), kinds[name]), []).append(name)
-    return {names[0]: tuple(names) for names in found.values()}
+        groups.setdefault((tuple(value.shape), jnp.dtype(value.dtype), kinds[name]), []).append(name)
+    return {names[0]: tuple(names) for names in groups.values()}
 
 
 def stack(tree: PyTree, *tables: Table) -> PyTree:
@@ -50,10 +50,10 @@ def stack_arrays(tree: PyTree, *tables: Table, dtype: Any = None, consume: bool 
 
     def put(params: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
         places = tuple((first, _behind_one(params[first].sharding)) for first in table)
-        made = _program(_joined, tuple(table.items()), dtype, places)(dict(params))
+        stacked = _program(_joined, tuple(table.items()), dtype, places)(dict(params))
         if consume:
             jax.tree.map(lambda x: x.delete(), dict(params))
-        return made
+        return stacked
 
     return _each(tree, {frozenset(_names(t)): partial(put, table=t) for t in tables})
 

@@ -93,8 +93,8 @@ class ObjectPath:
     def iterdir(self) -> Iterator["ObjectPath"]:
         prefix = self._prefix()
         with _told(self):
-            found = client().list_blobs(self.bucket, prefix=prefix, delimiter="/")
-            names = {blob.name for blob in found if blob.name != prefix} | {name.rstrip("/") for name in found.prefixes}
+            blobs = client().list_blobs(self.bucket, prefix=prefix, delimiter="/")
+            names = {blob.name for blob in blobs if blob.name != prefix} | {name.rstrip("/") for name in blobs.prefixes}
         yield from (ObjectPath(self.bucket, name) for name in sorted(names))
 
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:

@@ -75,20 +75,20 @@ def hold_lease(folder: ObjectPath) -> Iterator[None]:
 
 def _take_lease(mark: ObjectPath, record: dict[str, Any], folder: ObjectPath) -> int:
     """Makes the lock, or takes over that of a holder who is no more; its generation."""
-    data, told = json.dumps(record).encode(), False
-    seen = 0
+    data, announced = json.dumps(record).encode(), False
+    generation = 0
     while True:
         try:
-            return mark.put(data, generation=seen)
+            return mark.put(data, generation=generation)
         except FileExistsError:
-            seen, holder = _look(mark)
+            generation, holder = _look(mark)
         if holder.get("token") == record["token"]:  # the answer to a put that succeeded was lost
-            return seen
-        alive = _runs_here(holder) if seen else False
+            return generation
+        alive = _runs_here(holder) if generation else False
         if alive is None:
-            if not told:
+            if not announced:
                 log.info("%s: locked by %s; waiting up to %.0f s to see whether it lives", folder, _name(holder), EXPIRY_S)
-            told, alive = True, _is_renewed(mark, seen)
+            announced, alive = True, _is_renewed(mark, generation)
         if alive:
             raise Locked(f"{folder} is in use by {_name(holder)}: stop it, or choose another run folder")
 
@@ -97,12 +97,12 @@ def _look(mark: ObjectPath) -> tuple[int, dict[str, Any]]:
     """(generation, record) of the lock; (0, {}) if it is gone."""
     try:
         data, generation = mark.read()
-        held = json.loads(data)
+        record = json.loads(data)
     except FileNotFoundError:
         return 0, {}
     except ValueError:
         return generation, {}
-    return generation, held if isinstance(held, dict) else {}
+    return generation, record if isinstance(record, dict) else {}
 
 
 def _is_renewed(mark: ObjectPath, generation: int) -> bool:
@@ -183,10 +183,10 @@ def _machine() -> str:
 def _started(process: object) -> str:
     """When a process began, in ticks of its machine; empty if it does not run, or is dead and only not yet buried."""
     try:
-        told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if told[0] in "ZX" else told[19]
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _runs_here(holder: dict[str, Any]) -> bool | None:
