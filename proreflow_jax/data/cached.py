@@ -1,4 +1,4 @@
-"""A dataset whose images went through a model's autoencoder already (and captions, if wished, through its text encoders).
+"""A dataset of latents in place of images, and of text states if wished, computed by a model beforehand.
 
 The verb `cache` writes it as records, one for each example of the source, in the source's order. So the numbers of the
 examples, and with them order, noise and pairs, are those of the images themselves.
@@ -25,7 +25,7 @@ def padded(captions: Sequence[str]) -> UInt8[np.ndarray, "b {LINE_LIMIT}"]:
 
 
 def record(index: int, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The record of example `index`: its number, its caption's bytes, and what was computed of it."""
+    """The record of example `index`: its number, its caption's bytes, its latents and text states."""
     words = np.frombuffer(row["caption"].tobytes().rstrip(b"\0"), np.uint8)
     return {**row, "index": np.array(index, np.int64), "caption": words}
 
@@ -33,10 +33,10 @@ def record(index: int, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 class Cached:
     """`source[i] -> {"caption": str, "mean", "std": (h, w, c)}`, and if kept "text" (s, d), SDXL's "pooled" (p,).
 
-    Of the records' dtype; `mean` and `std` are the autoencoder's own, not scaled. `plan` says what they were made of.
+    Of the records' dtype; `mean` and `std` are the autoencoder's own, not scaled. `plan` names the data and the model.
 
-    Raises: FileNotFoundError or ValueError, one line, if the folder holds no finished cache; where an example is taken,
-    ValueError if it is damaged or another's.
+    Raises: FileNotFoundError or ValueError, one line, if the folder holds no finished cache. Taking an example raises
+    ValueError if its record is damaged or of another example.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,5 +60,5 @@ class Cached:
 
 
 def cache_identity(path: str | Path) -> dict[str, str]:
-    """What tells a cache from another in the same place: its shards' names and hashes."""
+    """The hash of the manifest, which lists the shards' names and hashes."""
     return {"cache": atomic.sha256(Path(path).expanduser() / records.MANIFEST)}

@@ -1,8 +1,8 @@
 """Images with captions from a prepared tfds dataset: random access, plain numpy.
 
 A dataset folder may come from a stranger. Its metadata can name modules that tfds would import and paths outside the
-folder. So the metadata is read here first and refused by our own rules, and records are taken as raw bytes; images and
-captions are judged by data/images.py. TensorFlow is not needed.
+folder. So this file checks the metadata by our own rules first, and takes records as raw bytes. data/images.py checks images
+and captions. TensorFlow is not needed.
 """
 
 import os
@@ -39,7 +39,7 @@ class ImageCaptions:
 
     Args:
         records: random access to serialized tf.Example bytes.
-        name: what messages call the dataset (its folder).
+        name: the dataset's folder, for messages.
         image_key: the feature with the encoded image.
         caption_key: the feature with the text; a path such as "captions/text" reaches into a sequence.
         resolution: side of the square in pixels.
@@ -103,7 +103,7 @@ def open_tfds(path: str | os.PathLike, split: str, image_key: str, caption_key: 
 
 
 def check_metadata(folder: str | os.PathLike) -> None:
-    """Refuses a tfds folder whose metadata names foreign modules or paths outside it, before tfds reads a byte.
+    """Refuses a tfds folder with metadata that names foreign modules or outside paths. tfds has read nothing by then.
 
     Raises:
         FileNotFoundError: no such folder, or no prepared dataset in it.
@@ -151,7 +151,7 @@ def _check_name(path: Path, name: str) -> None:
 
 
 def _check_keys(folder: Path, features: Any, image_key: str, caption_key: str) -> None:
-    """Compares the two keys with the dataset's flat feature names, and the features' kinds with what is read here."""
+    """Compares the two keys with the dataset's flat feature names, and checks the features' kinds."""
     flat = _flatten(features)
     for flag, key in (("image_key", image_key), ("caption_key", caption_key)):
         if key not in flat:

@@ -44,10 +44,10 @@ class Split(NamedTuple):
 
 
 def open_split(captions: str, images: str, year: int) -> Split:
-    """Opens what two flags name.
+    """Opens the captions and images that two flags name.
 
     Args:
-      captions: the official captions_val<year>.json; not asked for where `images` is a folder of tfds.
+      captions: the official captions_val<year>.json; not needed if `images` is a folder of tfds.
       images: the folder with the official images, or a folder that tfds prepared.
       year: of the release that the protocol rests on.
 
@@ -151,7 +151,7 @@ def first_captions(split: Split, count: int) -> list[str]:
 def drawn_captions(split: Split, count: int) -> list[str]:
     """`count` captions out of all, without replacement, by seed 0; fewer are the first of more.
 
-    By numpy's RandomState, whose numbers are promised never to change.
+    Drawn by numpy's RandomState: its numbers are promised never to change.
     """
     order = np.random.RandomState(DRAW_SEED).permutation(len(split.captions))
     return _enough([split.captions[i].text for i in order], count)

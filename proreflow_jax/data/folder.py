@@ -1,7 +1,7 @@
 """A folder of images with captions: a .txt or .json beside each image, or one metadata.jsonl / metadata.csv for all.
 
 The latter is Hugging Face's `imagefolder`. Its file names come from a stranger: one that leads out of the folder is refused.
-Order is that of the file names, or of the rows of the metadata, whatever the file system says.
+Order is that of the file names, or of the rows of the metadata, never the file system's.
 """
 
 import csv
@@ -111,7 +111,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Images below a folder, as paths relative to it with "/"; what begins with a dot is hidden."""
+    """Images below a folder, as relative paths with "/". Names that begin with a dot are hidden."""
     for here, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".")]
         start = Path(here).relative_to(folder).as_posix()

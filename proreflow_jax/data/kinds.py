@@ -1,10 +1,10 @@
-"""The kinds of datasets: what a config's block `data` may name, and how one is opened.
+"""The kinds of datasets that a config's block `data` may name, and opening one.
 
 Every kind is random access to {"caption", "image"}, to latents in place of the image, or to captions alone. So the order of
 examples, resuming, and any number of processes are the loader's work and the same for all kinds.
 
-A kind's reader is imported when a dataset of that kind is opened, by its name in a table: readers bring libraries that take
-seconds to import or may be absent (tfds, pyarrow), and a run needs one of them at most.
+A table names each kind's reader, which is imported when a dataset of that kind is opened. A run needs one reader at most.
+Some need libraries that take seconds to import (tfds) or may be absent (pyarrow).
 """
 
 from importlib import import_module
@@ -62,7 +62,7 @@ def data_identity(data: Any) -> dict[str, str]:
     """One hash that tells a dataset from another under the same name, by its kind; {} for tfds and digits.
 
     A prompts file is known by its bytes, a cache by its manifest, shards by their names and sizes, a folder by its metadata or
-    its file names. A stage that is under way refuses another dataset: the numbers of its examples would mean others.
+    its file names. A stage that has begun refuses another dataset: its example numbers would mean other examples.
     """
     return _call(IDENTITIES[data.kind], data) if data.kind in IDENTITIES else {}
 

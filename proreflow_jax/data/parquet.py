@@ -1,7 +1,7 @@
 """Images and captions in parquet files, as Hugging Face lays out a dataset: one column of image bytes, one of text.
 
-Parquet is made for reading in order: what is read at once is a row group, whole. So random access costs a row group an image,
-unless it is among those kept in memory. Files whose groups are large are refused with the line that mends them.
+Parquet is made for reading in order: a row group is read whole. So random access costs a row group an image, unless it is
+among those kept in memory. Files with large groups are refused, with advice in the error.
 """
 
 import threading
@@ -22,7 +22,7 @@ SPLITS = ("train", "validation", "test")  # how Hugging Face begins the names of
 
 
 class _File(NamedTuple):
-    """A file whose metadata was read: it is parsed once, and the file is opened again for every group."""
+    """A file and its metadata. The metadata is parsed once; the file is opened again for every group."""
 
     path: Path
     metadata: Any
@@ -74,7 +74,7 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
     Args:
         path: a folder with .parquet files of one split, or a pattern such as data/train-*.parquet.
         image_key: the column of images: {bytes, path}, or the bytes themselves. A path is never followed.
-        caption_key: the column of text, or of lists of text, whose first is taken.
+        caption_key: the column of text, or of lists of text (the first is taken).
 
     Raises:
         FileNotFoundError: no such folder or file.

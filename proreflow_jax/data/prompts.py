@@ -17,8 +17,8 @@ class Prompts:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not UTF-8, is longer than LINE_LIMIT bytes or holds control characters (its number is
-            named), or no caption at all.
+        ValueError: no caption at all, or a line that is no UTF-8, is longer than LINE_LIMIT bytes or holds control
+            characters. The error names the line's number.
     """
 
     def __init__(self, path: str | os.PathLike, flag: str = "--config.data.path") -> None:

@@ -1,6 +1,6 @@
-"""Pair records: what the teacher produced, kept in ArrayRecord shards that a student can trust; a cache (`cached`) likewise.
+"""Pair records: a teacher's states in ArrayRecord shards that a student can trust; a cache (`cached`) likewise.
 
-A folder of pairs is written by any number of processes that come and go, and is read only when it is whole:
+Any number of processes that come and go write a folder of pairs. It is read only when it is whole:
 
     plan.json                                  fixed at the first start; another plan is refused
     pairs-00003-of-00016.array_record          examples [3 S, 4 S), always the same bytes
@@ -8,9 +8,9 @@ A folder of pairs is written by any number of processes that come and go, and is
     MANIFEST.json                              all of these together, once every marker is valid; readers demand it
 
 A shard is written to a temporary name, closed, synced, re-opened and counted, hashed, renamed, and only then marked
-done: a process killed at any moment costs at most the shard it was at. Writers also take a folder in an object store
-(see `files`): a shard is then made on this machine and uploaded whole. Readers want a local copy. One example is one
-safetensors blob, a dict of numpy arrays (states (m+1, h, w, c), first (), ids (length,)); nothing is ever unpickled.
+done: a kill at any moment costs at most one shard of that process. Writers also take a folder in an object store (see
+`files`): a shard is then made on this machine and uploaded whole. Readers want a local copy. One example is one safetensors
+blob, a dict of numpy arrays (states (m+1, h, w, c), first (), ids (length,)); nothing is ever unpickled.
 """
 
 import os
@@ -65,7 +65,7 @@ REDO = f"delete it and {AGAIN}"
 
 
 def missing_shards(folder: Any, plan: Mapping[str, Any]) -> list[int]:
-    """Returns the shards without a valid marker, ascending: the work that is left."""
+    """Returns the shards without a valid marker, ascending: the remaining work."""
     plan = atomic.plain_json(plan)
     return [shard for shard, row in enumerate(_markers(paths.parse_path(folder), plan)) if row is None]
 
@@ -74,7 +74,7 @@ def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iter
     """Writes one whole shard and marks it done; equal examples give equal bytes, whoever writes them.
 
     Args:
-        folder: a folder whose plan was fixed by `fix_plan`.
+        folder: holds a plan, by `fix_plan`.
         plan: that plan.
         shard: which shard; its examples are those of `shard_range(plan, shard)`, in this order.
         examples: one dict of numpy arrays each; of a dtype in DTYPES.
@@ -95,7 +95,7 @@ def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iter
 
 
 def publish(folder: Any, plan: Mapping[str, Any]) -> bool:
-    """Writes MANIFEST.json if every shard is marked done, and returns whether they are. Any process may call it, any time.
+    """Writes MANIFEST.json if every shard is marked done, and returns whether all are. Any process may call it at any time.
 
     A manifest that says the same already stays as it is.
     """
@@ -117,7 +117,7 @@ def _says(path: Any, value: dict[str, Any]) -> bool:
 
 
 def clean(folder: Any) -> list[str]:
-    """Removes the temporaries that dead writers left and returns their names. Call it before this process writes."""
+    """Removes the temporaries of dead writers and returns their names. Call it before this process writes."""
     folder = paths.parse_path(folder)
     stale = atomic.stale_temporaries(folder) if isinstance(folder, Path) else []
     for path in stale:
@@ -179,9 +179,9 @@ def _decode(blob: bytes) -> dict[str, np.ndarray]:
 class PairRecords:
     """Random access to a finished folder of pairs: `len(records)`, `records[i] -> {name: array}`, `records.plan`.
 
-    Opening demands MANIFEST.json and compares it with the plan, with the names and sizes in the folder and with every
-    shard's number of records; with verify=True also with every shard's hash (at the disk's speed; on a pod let one
-    process do it).
+    Opening demands MANIFEST.json and compares it with the plan, with the names and sizes in the folder, and with every
+    shard's number of records. verify=True compares every shard's hash too, at the disk's speed: on a pod let one process do
+    it.
 
     Raises:
         FileNotFoundError: no plan, no manifest, or a shard of it is missing.
@@ -225,7 +225,7 @@ class PairRecords:
 
 
 def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The manifest's rows, in shard order, after every field was compared with what the plan asks for."""
+    """The manifest's rows, in shard order, each compared with the plan."""
     path = folder / MANIFEST
     manifest = atomic.read_json(path)
     if manifest.get("plan") != atomic.json_digest(plan):
@@ -264,7 +264,7 @@ def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> Non
 
 
 def _markers(folder: Any, plan: dict[str, Any]) -> list[dict[str, Any] | None]:
-    """Every shard's row, or None; several are asked for at once, since in an object store each answer takes its time."""
+    """Every shard's row, or None. Reads run in parallel, since each takes its time in an object store."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda shard: _marker(folder, plan, shard), range(shard_count(plan))))
 

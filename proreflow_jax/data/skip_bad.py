@@ -1,4 +1,4 @@
-"""A source that goes on where an example is not good: it gives the next good one in its place, counts and names it.
+"""A source that replaces a bad example by the next good one, counts bad examples and names them.
 
 Item i of a source of n is its first good example among i, i + 1, ... (modulo n). That depends on the examples alone, so every
 process, and a resumed run, reads the same; and how many threads read changes nothing either.
@@ -24,7 +24,7 @@ def open_usable(source: Any, max_bad: float) -> "Usable":
 
 
 class Usable:
-    """`source[i]`, or the next example that is good; `bad` is {index: what is wrong}, as far as it was met.
+    """`source[i]`, or the next good example. `bad` is {index: defect} of the bad examples so far.
 
     Args:
         source: random access to examples, with a `name`; raises `Unusable` for one that is not good.
@@ -56,7 +56,7 @@ class Usable:
             index = (index + 1) % len(self)  # ends: where all are bad, more are than max_bad allows
 
     def _note(self, index: int, why: str) -> None:
-        """Enters a bad example; what ends the run is set before, so no thread that finds it entered goes on."""
+        """Enters a bad example. The error that ends the run is set first, so every thread that sees the entry stops."""
         with self._lock:
             if index in self.bad:
                 return
@@ -73,7 +73,7 @@ class Usable:
 
 
 def probe(source: Any) -> None:
-    """Looks at a few examples all over a source. Raises ValueError if not one of them is good, with the reason of the first."""
+    """Reads a few examples all over a source. Raises ValueError with the first defect if all of them are bad."""
     first, count = None, min(PROBES, len(source))
     for place in range(count):
         try:

@@ -2,7 +2,7 @@
 
 A sample is the members of one shard that share a name up to its first dot, "000042.jpg" and "000042.txt". Names of members are
 keys and nothing else: nothing is unpacked, no name becomes a path, links are ignored. The index of a shard lies in a cache
-folder under a name made of the shard's path, size and time of change; a shard that changed finds no index and gets a new one.
+folder. Its name holds the shard's path, size and time of change, so a changed shard gets a new index.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _expand_stars(path: Path) -> list[Path]:
-    """A path whose last part may be a glob; without one, the path itself."""
+    """The files of a path with a glob in its last part; without a glob, the path itself."""
     return sorted(path.parent.glob(path.name)) if any(star in path.name for star in "*?[") else [path]
 
 

@@ -1,6 +1,6 @@
 """How networks are computed on a machine: the forms of softmax attention, which one is taken, what is recomputed.
 
-None of it changes what is computed. `Compute` is bound when a network is built (`network.make_unet(config, compute)`), so
+All forms compute the same attention. `Compute` is bound when a network is built (`network.make_unet(config, compute)`), so
 each block knows its form without globals, and two networks of one process may differ. It holds the mesh because a splash
 kernel is opaque to the partitioner: `jax.shard_map` gives each device its own rows and heads.
 

@@ -1,4 +1,4 @@
-"""How networks are computed: form of attention, what the backward pass keeps, which devices."""
+"""The way networks are computed: form of attention, arrays kept for the backward pass, devices."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +20,7 @@ def in_turn(blocks: Sequence[Any], call: Callable[[Any, Array], Array], h: Array
 
 
 class Compute(NamedTuple):
-    """What a network is told of the machine it runs on; statics, from the config and the mesh."""
+    """A network's machine: static values from the config and the mesh."""
 
     attention: str = "xla"  # one of FORMS; "auto": by platform and shape, see `choose`
     remat: str = "none"  # one of POLICIES: what the backward pass makes again
@@ -47,7 +47,7 @@ POLICIES: dict[str, Any] = {  # what the forward pass keeps of each ResNet and t
 
 
 def rerun(remat: str, function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs); its backward pass makes again what POLICIES[remat] does not keep. Without one it costs nothing."""
+    """function(*inputs). The backward pass recomputes what POLICIES[remat] does not keep. Without one it costs nothing."""
     if remat == "none":
         return function(*inputs)
     return jax.checkpoint(function, policy=POLICIES[remat])(*inputs)

@@ -23,7 +23,7 @@ SCANNED = 4  # equal blocks in a row from which a TPU program has a loop over th
 
 
 class Network(NamedTuple):
-    """One network: what its parameters look like, how they begin, what it computes."""
+    """One network: shapes of its parameters, their initial values, its forward pass."""
 
     shapes: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[Key[Array, ""]], Params]
@@ -37,7 +37,7 @@ def _name(path: tuple) -> str:
 
 
 class _OneKey(nnx.Rngs):
-    """Stands in for nnx.Rngs where only shapes are asked for: its counters, traced, cost time quadratic in the tensors."""
+    """nnx.Rngs for tracing shapes. The counters of a real one cost time quadratic in the number of tensors."""
 
     def __init__(self, key: Key[Array, ""]) -> None:
         self._key = key
@@ -91,7 +91,7 @@ def cast(params: Params, dtype: Any) -> Params:
 def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
     """apply(params, latents (b,h,w,c), timesteps (b,), context (b,s,d)[, pooled, time_ids]) -> (b,h,w,c).
 
-    `compute` says how, not what, is computed: the forms of attention, what a backward pass makes again.
+    `compute` changes the form of attention and the arrays that a backward pass recomputes, not the result.
     """
     compute = compute._replace(repeat=scanned) if compute.platform == "tpu" else compute
     return network(lambda rngs: layers.gathering(unet.UNet(unet.architecture(config), rngs, compute), compute), config)

@@ -1,6 +1,6 @@
 """The SD family's UNet (diffusers' UNet2DConditionModel), built from its config.json.
 
-SD 1.5, 2.1 and SDXL are other numbers of one architecture: `architecture` reads them, refuses what it does not know.
+SD 1.5, 2.1 and SDXL are one architecture with other numbers: `architecture` reads the numbers and refuses unknown ones.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """The Hugging Face hub: an id owner/name -> a local diffusers folder, and an export -> a repository there.
 
-Only what a diffusers folder needs is fetched, after its size was logged; what was fetched once is read without a network.
+Only the files of a diffusers folder are fetched, after their size was logged. Later starts read them without a network.
 Tokens are huggingface_hub's own business (HF_TOKEN or `hf auth login`): nothing here reads, logs or stores one.
 """
 
@@ -88,7 +88,7 @@ def _on_hub(repo: str, revision: str) -> Repository:
 
 
 def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason: str) -> Path:
-    """The folder as an earlier download left it, if it is complete."""
+    """The folder of an earlier download, if it is complete."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     what = f"{reason}, and the cache {constants.HF_HUB_CACHE} does not hold {repo} at {revision}"
@@ -115,7 +115,7 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
 
 
 def _groups(repository: Repository, configs_only: bool, flag: str) -> dict[str, list[str]]:
-    """What is needed: {component: paths}, "" for what lies beside them. Raises ValueError, one line."""
+    """The files to fetch: {component: paths}, "" for files beside the components. Raises ValueError, one line."""
     where = f"{flag}={repository.repo}"
     if INDEX not in repository.sizes:
         raise UserError(
@@ -133,7 +133,7 @@ def _groups(repository: Repository, configs_only: bool, flag: str) -> dict[str, 
 
 
 def _weights(repository: Repository, component: str, own: set[str], where: str) -> list[str]:
-    """Names of the files with a component's weights: one file, or an index and what it names; [] where it has none."""
+    """Names of the files with a component's weights: one file, or an index and its shards; [] if there are none."""
     for variant in VARIANTS:
         for stem in STEMS:
             if (whole := f"{stem}{variant}.safetensors") in own:
@@ -176,7 +176,7 @@ def _log_plan(repository: Repository, revision: str, groups: Mapping[str, list[s
 
 
 def _check_disk(needed: int) -> None:
-    """Raises OSError before a download that cannot end."""
+    """Raises OSError if the whole download does not fit. huggingface_hub only warns, for each file when its turn comes."""
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     if needed > (free := shutil.disk_usage(there).free):
@@ -195,7 +195,7 @@ def readable_size(count: int) -> str:
 
 @contextmanager
 def _explained(repo: str, revision: str, flag: str, again: str = "") -> Iterator[None]:
-    """What the library raises becomes one line: ValueError for what the user can mend, ConnectionError for the rest.
+    """Turns the library's errors into one line: ValueError for errors that the user can mend, ConnectionError for the rest.
 
     `again` is added where the connection broke off.
     """
@@ -244,7 +244,7 @@ def contents(folder: Path) -> dict[str, int]:
 
 
 def upload_folder(folder: Path, repo: str, private: bool) -> str:
-    """Sends an export to the hub in one commit, so that nobody sees half a model; returns the repository's address.
+    """Sends an export to the hub in one commit, so half a model is never visible. Returns the repository's address.
 
     The repository is made if it is not there. Hidden files stay behind.
 

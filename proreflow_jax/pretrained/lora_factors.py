@@ -46,7 +46,7 @@ def _matching(weights: Shapes, layers: str) -> list[str]:
 
 
 def factor_shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the factors look like; float32.
+    """Names and shapes of the factors; float32.
 
     Args:
       weights: the network's, from `Network.shapes`.
@@ -71,8 +71,8 @@ def init(weights: Shapes, layers: str, rank: int, key: Key[Array, ""]) -> dict[s
     """Factors to start from, on the host: A normal, B zero, so that the start is the base model (Hu et al. 2021, sec. 4.1).
 
     A's variance is 1 / (3 fan_in), that of peft's and kohya's uniform draw (Kaiming with a = sqrt 5), so their learning
-    rates hold. Numpy draws from the key's bits and the name: nothing compiles (an op for each of hundreds of tensors takes
-    XLA long), and a layer starts the same whatever other layers are chosen. Arguments and errors as of `factor_shapes`.
+    rates hold. Numpy draws from the key's bits and the name. Nothing compiles (XLA takes long for hundreds of small ops), and
+    a layer starts the same for any choice of other layers. Arguments and errors as of `factor_shapes`.
     """
     seed = [int(word) for word in np.ravel(jax.device_get(jax.random.key_data(key)))]
 

@@ -94,8 +94,8 @@ def _layers(delta: Tensors) -> Iterator[tuple[str, np.ndarray]]:
 def _truncate(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(m, n) -> up (m, r), down (r, n), all squared singular values; up @ down is the best approximation, balanced.
 
-    The singular vectors of the smaller side are eigenvectors of its Gram matrix. float64 there resolves singular values
-    down to 1e-8 of the largest, below float32's own rounding, and up @ down is an exact projection whatever they are.
+    The singular vectors of the smaller side are eigenvectors of its Gram matrix. float64 there resolves singular values down
+    to 1e-8 of the largest, below float32's own rounding. up @ down is an exact projection in any case.
     """
     lying = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     squares, vectors = np.linalg.eigh(lying @ lying.T)
@@ -113,12 +113,12 @@ def _kept(spectra: Collection[np.ndarray], rank: int) -> float:
 
 
 def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """The best LoRA of a delta, and what it keeps.
+    """The best LoRA of a delta, and a report of the share that it keeps.
 
     Args:
       delta: {torch name: (out, in) or (out, in, kh, kw) array}; other tensors (biases, norms) cannot be carried.
       rank: of every layer, capped at the layer's full rank min(out, in*kh*kw).
-      ranks: others, whose energy and error are reported too.
+      ranks: other ranks to report energy and error for.
 
     Returns:
       factors: by the name of the weight, float32, with alpha = the layer's rank; none for weights that did not change.
@@ -192,8 +192,8 @@ def _scaled(layer: Factors, alpha: float, dtype: Any) -> tuple[np.ndarray, np.nd
 def to_lora(factors: Mapping[str, Any], scale: float) -> dict[str, Factors]:
     """Trained factors (see `lora_factors`) in torch's layout, exactly: no SVD.
 
-    A file counts alpha / r by each layer's own r, so a layer gets alpha = scale * r, capped or not: what `lora_factors.add`
-    computes with this scale. Raises ValueError, one line, for names that do not come in pairs.
+    A file counts alpha / r by each layer's own r. So a layer gets alpha = scale * r, capped or not, as `lora_factors.add`
+    with this scale. Raises ValueError, one line, for names that do not come in pairs.
     """
     pairs = factor_pairs(to_torch(factors))
     return {name: Factors(up, down, scale * down.shape[0]) for name, (down, up) in pairs.items()}
@@ -208,8 +208,8 @@ def kohya_name(name: str) -> str:
 def to_kohya(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """A file that diffusers, A1111 and ComfyUI read: `<kohya name>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-    All layers get one alpha, that of most of them, and the factors take up the difference: diffusers (0.42) finds a layer's
-    rank in its shapes but loses the alpha of an attention layer when alphas differ.
+    All layers get one alpha, that of most of them, and the factors take up the difference. diffusers (0.42) finds a layer's
+    rank in its shapes, but loses the alpha of an attention layer if alphas differ.
     """
     alpha = Counter(layer.alpha for layer in factors.values()).most_common(1)[0][0] if factors else 0.0
     tensors = {}

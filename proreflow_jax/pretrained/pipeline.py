@@ -80,7 +80,7 @@ def load_pipeline(
       source: from `sources`, or a diffusers folder.
       place: the UNet's shapes -> where its parameters live, of which each process then reads its own part; None: in numpy.
       prediction_type: of the UNet where the scheduler's config does not say it right; "" leaves it.
-      original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left); sizes (0, 0) are
+      original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left). Sizes (0, 0) mean
         the model's own resolution.
       compute: how UNet and VAE are computed, bound to their networks.
 
@@ -112,9 +112,9 @@ def outline_pipeline(
     target_size: tuple[int, int] = OWN,
     compute: Compute = PLAIN,
 ) -> Pipeline:
-    """A model of which only the config.json files are there: `params` are shapes, every prompt is a row of zeros.
+    """A model by its config.json files alone: `params` are shapes, every prompt is a row of zeros.
 
-    Arguments and what is raised are those of `load_pipeline`.
+    Arguments and errors are those of `load_pipeline`.
     """
     networks = _networks(source, compute)
     length = sum(encoder.config.get("max_position_embeddings", 77) for encoder in _encoders(networks).values())

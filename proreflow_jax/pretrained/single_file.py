@@ -97,8 +97,8 @@ def to_original(component: str, tensors: Mapping[str, np.ndarray], config: Mappi
 
     Args:
       component: unet, vae, text_encoder or (xl) text_encoder_2.
-      tensors: {diffusers' name: array in torch's layout}; text encoders with or without `text_model.`, VAEs with the
-        attention names of today or of old diffusers. `position_ids` is left out.
+      tensors: {diffusers' name: array in torch's layout}. Text encoders may lack `text_model.`, VAEs may have the attention
+        names of old diffusers. `position_ids` is left out.
       config: the component's config.json.
       family: "v1", "v2" or "xl".
 
@@ -120,8 +120,8 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
     """One component of a single file; the inverse of `to_original`.
 
     Args:
-      tensors: the whole file, {name: array in torch's layout}. A tensor is asked for when its part of the result is; those of
-        other components, EMA weights and schedule buffers never.
+      tensors: the whole file, {name: array in torch's layout}. A tensor is read with its part of the result. Tensors of other
+        components, EMA weights and schedule buffers are never read.
       component, config, family: as in `to_original`.
 
     Returns:
@@ -142,7 +142,7 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
 
 
 class Renamed(Mapping[str, np.ndarray]):
-    """A component of a single file under diffusers' names, each tensor read when it is asked for."""
+    """A component of a single file under diffusers' names; tensors are read on access."""
 
     def __init__(self, component: str, tensors: Mapping[str, np.ndarray], where: dict[str, tuple[str, str]]) -> None:
         self._component, self._tensors, self._where = component, tensors, where

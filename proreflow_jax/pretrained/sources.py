@@ -1,7 +1,7 @@
-"""Where a model's components lie: in a diffusers folder, or in one file of the original layout with a folder beside it.
+"""The source of a model's components: a diffusers folder, or one file of the original layout with a folder beside it.
 
-A single file holds weights only. What it does not say (sizes, tokenizer, noise schedule) comes from a diffusers folder of
-the same family, as in diffusers' own `from_single_file`.
+A single file holds weights only. Sizes, tokenizer and noise schedule come from a diffusers folder of the same family, as in
+diffusers' own `from_single_file`.
 """
 
 import json
@@ -59,11 +59,11 @@ class ModelSource(NamedTuple):
 
     @property
     def origin(self) -> Path:
-        """What the user named."""
+        """The path that the user named."""
         return self.file or self.folder
 
     def config(self, component: str) -> dict:
-        """config.json of a component; the scheduler's with what a single file says of itself.
+        """config.json of a component; the scheduler's includes the marks in a single file.
 
         Raises FileNotFoundError or ValueError, one line, if it is not there or not that of such a component.
         """
@@ -75,7 +75,7 @@ class ModelSource(NamedTuple):
         return config
 
     def tensors(self, component: str) -> Mapping[str, np.ndarray]:
-        """Weights of a component in diffusers' names and torch's layout, each read when it is asked for.
+        """Weights of a component in diffusers' names and torch's layout, read on access.
 
         Raises FileNotFoundError or ValueError, one line.
         """

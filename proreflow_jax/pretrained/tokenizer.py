@@ -70,10 +70,10 @@ def _text(value: str | dict | None, default: str) -> str:
 def load_tokenizer(*folders: Path) -> PromptTokenizer:
     """Reads the tokenizer of a diffusers folder, or SDXL's two.
 
-    Returns a PromptTokenizer whose `encode` gives ids (b, length) int32, padded as the folder says, cut to length with the
-    end token kept; the first cut prompt is named in a warning. Two tokenizers' ids lie side by side, `length` is the sum.
-    Raises FileNotFoundError when a folder holds no tokenizer, ValueError when its padding or end token has no id, or when two
-    are not of one length.
+    Returns a PromptTokenizer: `encode` gives ids (b, length) int32, padded as the folder says. Longer prompts are cut and
+    keep the end token; the first one is named in a warning. Two tokenizers' ids lie side by side, `length` is the sum. Raises
+    FileNotFoundError if a folder holds no tokenizer. Raises ValueError if the padding or end token has no id, or if two
+    tokenizers differ in length.
     """
     warned: list[bool] = []
     each = [_load(folder, warned) for folder in folders]

@@ -110,7 +110,7 @@ def only_half(folder: Path) -> bool:
 
 
 def file_name(component: str) -> str:
-    """What diffusers (transformers for text encoders) calls the one file of a component's weights."""
+    """The file name of a component's weights in diffusers (in transformers for text encoders)."""
     return f"{STEMS[component.startswith('text_encoder')]}.safetensors"
 
 
@@ -141,8 +141,8 @@ def _shards(index: Path) -> list[Path]:
 def read_tensors(folder: Path) -> Tensors:
     """All tensors of one component, torch names and layout, as they lie on disk: one file or sharded, any precision.
 
-    Where there are several, full precision is taken before fp16 and that before bf16. Raises FileNotFoundError or
-    ValueError, one line; pickled weights are refused with what converts them.
+    Of several precisions the first there is taken: full, fp16, bf16. Raises FileNotFoundError or ValueError, one line.
+    Pickled weights are refused; the error says how to convert them.
     """
     return Tensors(_files(folder))
 
@@ -167,9 +167,9 @@ def from_torch(
     """Torch tensors -> parameters in our layout.
 
     Args:
-      tensors: {torch name: array in torch's layout}; text encoders with or without the `text_model.` prefix, VAEs with
-        the attention names of today or of old diffusers.
-      shapes: what the network expects, from `Network.shapes`.
+      tensors: {torch name: array in torch's layout}. Text encoders may lack the `text_model.` prefix, VAEs may have the
+        attention names of old diffusers.
+      shapes: of the network, from `Network.shapes`.
       origin: where the tensors come from, for the error.
       dtype: of the result.
 

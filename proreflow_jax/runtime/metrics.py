@@ -4,7 +4,7 @@ metrics.jsonl is the record; everything else is a view. After a resume the lines
 so the file of a killed run equals that of a run never killed. The loop dispatches step n and then hands in the
 numbers of step n - 1: nothing here touches the device.
 
-An object store has no appending: there the files are written on this machine and put whole by `publish`, before every
+An object store cannot append. There the files are written on this machine, and `publish` puts them whole before every
 checkpoint and at the end. A kill loses the lines past the last checkpoint, which the resumed run writes again.
 """
 
@@ -73,7 +73,7 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close everything: what was written stays, whatever happened."""
+        """Close all files; their lines stay."""
         for resource in (self._bar, self._writer, self._file):
             if resource is not None:
                 resource.close()
@@ -89,7 +89,7 @@ class Metrics:
             self._scratch.cleanup()
 
     def publish(self) -> None:
-        """In an object store, put what was written so far; elsewhere it is there already."""
+        """In an object store, put the files as they are now. Elsewhere do nothing."""
         if self._home and self._active:
             if self._writer is not None:
                 self._writer.flush()

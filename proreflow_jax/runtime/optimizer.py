@@ -1,6 +1,6 @@
 """AdamW with a schedule, every number from the config; and the average of parameters (EMA).
 
-Parameters are flat dicts {torch name: array}, so what decays is an ordered (regex, bool) table over names.
+Parameters are flat dicts {torch name: array}, so weight decay is an ordered (regex, bool) table over names.
 """
 
 from collections.abc import Callable, Iterable

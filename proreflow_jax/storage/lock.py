@@ -74,7 +74,7 @@ def hold_lease(folder: ObjectPath) -> Iterator[None]:
 
 
 def _take_lease(mark: ObjectPath, record: dict[str, Any], folder: ObjectPath) -> int:
-    """Makes the lock, or takes over that of a holder who is no more; its generation."""
+    """Makes the lock, or takes over the lock of a dead holder. Returns its generation."""
     data, announced = json.dumps(record).encode(), False
     generation = 0
     while True:
@@ -106,7 +106,7 @@ def _look(mark: ObjectPath) -> tuple[int, dict[str, Any]]:
 
 
 def _is_renewed(mark: ObjectPath, generation: int) -> bool:
-    """Whether the lock becomes a new generation within EXPIRY_S; False too if it goes away."""
+    """Whether the holder renews the lock within EXPIRY_S; False too if the lock is deleted."""
     deadline = time.monotonic() + EXPIRY_S
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
@@ -133,7 +133,7 @@ class _Beat(threading.Thread):
                 log.warning("%s", error)
 
     def _after_refusal(self) -> None:
-        """Ends the process unless the refused renewal is our own whose answer was lost."""
+        """Ends the process, unless the lock holds our own record: a renewal that succeeded and whose answer was lost."""
         try:
             data, generation = self._mark.read()
         except FileNotFoundError:
@@ -172,7 +172,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """One start of one machine, and its view of process numbers; empty where that cannot be told."""
+    """The machine's boot and its view of process numbers; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -181,7 +181,7 @@ def _machine() -> str:
 
 
 def _started(process: object) -> str:
-    """When a process began, in ticks of its machine; empty if it does not run, or is dead and only not yet buried."""
+    """When a process began, in ticks of its machine; empty if the process is gone or a zombie."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -190,7 +190,7 @@ def _started(process: object) -> str:
 
 
 def _runs_here(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder, if it is of this machine, still runs; None for another machine's."""
+    """Whether a holder on this machine still runs; None for a holder on another machine."""
     if not holder.get("machine") or holder["machine"] != _machine():
         return None
     return bool(holder.get("started")) and _started(holder.get("process")) == holder["started"]
