@@ -16,7 +16,7 @@ from proreflow_jax.data import records
 from proreflow_jax.data.images import LINE_LIMIT, check_index
 from proreflow_jax.storage import atomic
 
-NAME = "cache"  # what the plan calls these records
+NAME = "cache"  # of these records in the plan
 
 
 def padded(captions: Sequence[str]) -> UInt8[np.ndarray, "b {LINE_LIMIT}"]:
@@ -46,7 +46,7 @@ class Cached:
         self.plan = records.read_plan(folder)
         if self.plan.get("records") != NAME:
             raise UserError(f"{folder} holds other records than a cache: see --config.data.path")
-        self._records = records.PairRecords(folder, verify=False)  # each record says which it is, and its bytes are checked
+        self._records = records.PairRecords(folder, verify=False)  # each record has its number and a checksum
 
     def __len__(self) -> int:
         return len(self._records)

@@ -36,7 +36,7 @@ WORDINGS = (
     "the figure {figure}, written by hand",
     "{word}",
 )
-STAMP = "digits.json"  # what the folder was made from, and its shard's hash
+STAMP = "digits.json"  # size and seed of the dataset, and its shard's hash
 
 
 def load_digits(size: int = 32) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:

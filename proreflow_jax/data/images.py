@@ -20,7 +20,7 @@ from proreflow_jax.storage import atomic
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel; others have no one meaning
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # by which layouts of files know an image
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of images in layouts of files
 PIXEL_LIMIT = 64 << 20  # a 8192 x 8192 picture
 BYTE_LIMIT = 64 << 20
 LINE_LIMIT = 4096  # bytes of a caption; CLIP reads 77 tokens

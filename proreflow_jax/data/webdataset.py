@@ -200,7 +200,7 @@ def build_index(shard: Path, extension: str) -> Int[np.ndarray, "n 4"]:
                 if member.offset_data + member.size > size:
                     raise UserError(f"cut inside of {member.name!r}")
                 _note(samples, member, extension)
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # tarfile keeps all members otherwise
             file.seek(tar.offset)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise UserError(f"cut or damaged at byte {tar.offset}, where the next header or the end mark belongs")

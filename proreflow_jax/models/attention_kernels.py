@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 from proreflow_jax.models.compute import ATTENTION, Compute
 
 FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "splash")
-FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # what "auto" takes on a platform
+FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # the kernel that "auto" takes on a platform
 FUSED_TOKENS = 1024  # self-attention from here on goes to it; below, scores are small
 LANES = 128  # of a TPU's registers: the last axis of a kernel's operands comes in multiples of it
-WIDEST = 256  # padded head width whose blocks fit a TPU's VMEM
+WIDEST = 256  # largest padded head width: its blocks fit a TPU's VMEM
 BLOCK = 1024  # queries and keys that splash holds at once; 2,048 exceeds v5e's VMEM
 CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that has them
-SMALL_SCORES = 256 << 20  # bytes of one device's scores up to which "auto" makes them whole
+SMALL_SCORES = 256 << 20  # bytes of one device's scores; "auto" makes larger ones in blocks
 CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
 CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
 

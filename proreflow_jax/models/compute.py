@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-ATTENTION = "attention"  # name of attention's outputs, by which a policy keeps them
+ATTENTION = "attention"  # name of attention's outputs, for policies that keep them
 SAVED = jax.checkpoint_policies
 
 
@@ -23,7 +23,7 @@ class Compute(NamedTuple):
     """A network's machine: static values from the config and the mesh."""
 
     attention: str = "xla"  # one of FORMS; "auto": by platform and shape, see `choose`
-    remat: str = "none"  # one of POLICIES: what the backward pass makes again
+    remat: str = "none"  # one of POLICIES: arrays that the backward pass recomputes
     platform: str = "cpu"  # of the devices that will run it: "cpu", "gpu", "tpu"
     mesh: Mesh | None = None  # axes data, fsdp (rows) and tensor (heads); None: one device
     repeat: Callable[..., Array] = in_turn  # how a row of equal blocks is run
@@ -38,7 +38,7 @@ def _products(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
     return primitive.name == "conv_general_dilated" or keeps_products(primitive, *arguments, **parameters)
 
 
-POLICIES: dict[str, Any] = {  # what the forward pass keeps of each ResNet and transformer block, beside its inputs
+POLICIES: dict[str, Any] = {  # kept by the forward pass of each ResNet and transformer block, beside its inputs
     "none": None,  # all that the backward pass reads
     "products": SAVED.save_from_both_policies(_products, SAVED.save_only_these_names(ATTENTION)),
     "attention": SAVED.save_only_these_names(ATTENTION),

@@ -26,7 +26,7 @@ MEND = "convert the published file to .safetensors again, or name another --conf
 
 Kernel = tuple[int, int]
 Conv = tuple[str, int, Kernel, int]  # name, channels out, kernel, stride; padded by half the kernel unless it strides
-Branch = tuple[str | Conv | tuple[Conv, ...], ...]  # pools by name, convolutions, and forks whose results are joined
+Branch = tuple[str | Conv | tuple[Conv, ...], ...]  # pools by name, convolutions, and forks; the results of a fork are joined
 
 
 def conv(name: str, outputs: int, kernel: Kernel | int = 1, stride: int = 1) -> Conv:

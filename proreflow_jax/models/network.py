@@ -19,7 +19,7 @@ Params = dict[str, Float[Array, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 TORCH_NAME |= {"mean": "running_mean", "var": "running_var"}  # of a batch norm
 
-SCANNED = 4  # equal blocks in a row from which a TPU program has a loop over them
+SCANNED = 4  # from so many equal blocks in a row a TPU program loops over them
 
 
 class Network(NamedTuple):

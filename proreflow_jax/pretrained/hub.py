@@ -22,7 +22,7 @@ from proreflow_jax import MissingFile, UserError
 log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it writes every address, signed ones too
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-FILES = (".safetensors", ".ckpt")  # endings of a single file, which looks like an id where it is missing
+FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
 INDEX, CARD = "model_index.json", "reflow.json"
 TEXTS = (".json", ".txt")
 STEMS = ("diffusion_pytorch_model", "model")
@@ -80,7 +80,7 @@ def download(repo: str, revision: str, configs_only: bool = False, flag: str = "
 def _on_hub(repo: str, revision: str) -> Repository:
     """Asks the hub. The second request notes in the cache which commit the revision is: without a network it says so."""
     api = hf.HfApi()
-    api.model_info(repo, revision=revision)  # raises where there is no network; the next one would take what it noted before
+    api.model_info(repo, revision=revision)  # raises without a network; the next line would take the commit of an earlier start
     commit = api.resolve_revision(repo, revision=revision)
     tree = api.list_repo_tree(repo, revision=commit.resolved, recursive=True)
     sizes = {entry.path: entry.size for entry in tree if isinstance(entry, hf.RepoFile)}
@@ -99,7 +99,7 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
         raise MissingFile(f"{what}: {mend}") from None
     try:
         sizes = {entry.path: entry.size for entry in hf.get_cached_repo_tree(repo, revision=revision)}
-    except CachedRepoTreeNotFoundError:  # older versions of the library kept no listing: then what is there is all
+    except CachedRepoTreeNotFoundError:  # older versions of the library stored no listing: the files there count as all
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
     def here(name: str) -> Path:

@@ -27,7 +27,7 @@ class Pipeline(NamedTuple):
     params: dict[str, dict[str, Any]]  # component -> {torch name: numpy array}; the UNet's on its devices where they were named
     tokenizer: PromptTokenizer
     condition: conditioning.Conditioner
-    scheduler: dict  # scheduler_config.json: betas and what the network predicts
+    scheduler: dict  # scheduler_config.json: betas and prediction type
 
     @property
     def unet(self) -> Network:

@@ -19,16 +19,16 @@ from proreflow_jax import UserError
 from proreflow_jax.pretrained.weights import IGNORED, OLD, OLD_NAME, listing
 
 UNET, VAE, XL = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders"
-PREFIXES = {  # family -> component -> what its names begin with
+PREFIXES = {  # family -> component -> prefix of its names
     "v1": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.transformer."},
     "v2": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.model."},
     "xl": {"unet": UNET, "vae": VAE, "text_encoder": f"{XL}.0.transformer.", "text_encoder_2": f"{XL}.1.model."},
 }
-MARKED = {"xl": "text_encoder_2", "v2": "text_encoder", "v1": "text_encoder"}  # whose token embedding tells the family
+MARKED = {"xl": "text_encoder_2", "v2": "text_encoder", "v1": "text_encoder"}  # has the token embedding
 MARK = re.compile(r"(text_model\.embeddings\.|embeddings\.)?token_embedding\.weight")  # old v1 files lack text_model
 
 Modules = dict[str, str]  # diffusers -> original, without weight or bias
-Table = dict[str, str]  # names without prefix; those that end with a dot are a UNet's transformers
+Table = dict[str, str]  # names without prefix; a dot at the end: a transformer of the UNet
 
 
 def _leaves(modules: Modules) -> Table:
@@ -52,7 +52,7 @@ UNET_BLOCKS = {  # config field -> (with attention, without), the only kinds tha
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-UNET_INNER = re.compile(  # inside a transformer, where both layouts agree; what precedes stands in the table, with its dot
+UNET_INNER = re.compile(  # inside a transformer both layouts agree; the table has the name before it, with its dot
     r"(?P<stem>.*?\.)(?P<rest>(norm|proj_in|proj_out|transformer_blocks\.\d+\."
     r"(norm[123]|attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))\.(weight|bias))"
 )

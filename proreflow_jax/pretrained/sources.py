@@ -24,7 +24,7 @@ CLASSES = {  # of the networks, in model_index.json and in their own config.json
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
 TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-FIELDS = {  # without which no network can be built
+FIELDS = {  # that every network needs
     "unet": (
         *("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim"),
         *("in_channels", "out_channels", "cross_attention_dim", "sample_size"),

@@ -96,7 +96,7 @@ def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
     pad_id, end_id = tokenizer.token_to_id(pad), tokenizer.token_to_id(END)
     if pad_id is None or end_id is None:
         raise UserError(f"{folder}: {(pad if pad_id is None else END)!r} is no token of the vocabulary: --config.model.path")
-    tokenizer.add_special_tokens([pad])  # SD 2.1 pads with "!", which then is this token inside prompts too
+    tokenizer.add_special_tokens([pad])  # SD 2.1 pads with "!": so "!" in a prompt is this token too
 
     def encode(prompts: Sequence[str]) -> Int[np.ndarray, "b s"]:
         rows = np.full((len(prompts), length), pad_id, np.int32)

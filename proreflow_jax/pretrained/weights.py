@@ -294,6 +294,6 @@ def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one .safetensors file as diffusers and transformers expect it."""
     path.touch()
-    mode = path.stat().st_mode  # as the user's umask has it: safetensors (0.8) lets nobody else read what it writes
+    mode = path.stat().st_mode  # by the user's umask; safetensors (0.8) writes files for their owner alone
     save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(mode)

@@ -19,7 +19,7 @@ from proreflow_jax.storage.paths import parse_path as located
 
 log = logging.getLogger(__name__)
 FIELD = "--config.profile.steps"
-STEP = "train"  # the name under which a step stands in the trace
+STEP = "train"  # name of a step in the trace
 
 
 def check_traced_steps(steps: Sequence[int]) -> None:

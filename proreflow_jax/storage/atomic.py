@@ -26,9 +26,9 @@ from proreflow_jax.storage.gcs import WRITING, ObjectPath
 from proreflow_jax.storage.lock import hold_lease
 from proreflow_jax.storage.paths import Location
 
-STALE_S = 3600.0  # seconds without a write after which another machine's draft is nobody's
+STALE_S = 3600.0  # seconds without a write after which another machine's writer counts as dead
 JSON_LIMIT = 16 << 20  # bytes; no metadata file of ours or of tfds comes near the limit
-DRAFT, ASIDE = "tmp", "old"  # kinds of names beside a destination: what will replace it, what is being replaced
+DRAFT, ASIDE = "tmp", "old"  # kinds of names beside a destination: its replacement, and the old one during the swap
 
 
 def read_json(path: str | Location) -> dict[str, Any]:

@@ -24,7 +24,7 @@ EXTRA = "pip install 'proreflow_jax[gcs]'"
 RIGHTS = "roles/storage.objectUser and storage.buckets.get"
 QUICK_S = 20.0  # a first look at a bucket gives up after so long; work under way is tried again for two minutes
 STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "ABORTED")
-CLIENTS = ("google.", "gcsfs.", "aiohttp.", "requests.", "urllib3.")  # whose errors are of the way to the store
+CLIENTS = ("google.", "gcsfs.", "aiohttp.", "requests.", "urllib3.")  # modules of errors about network and rights
 
 
 class Listed(SimpleNamespace):
