@@ -25,7 +25,7 @@ READERS = {  # kind: (file:function of this folder, the fields of `data` that it
 }
 IDENTITIES = {  # likewise: the function that tells a dataset from another under the same name
     "webdataset": ("webdataset:shards_identity", ("path",)),
-    "parquet": ("parquet:shards_identity", ("path",)),
+    "parquet": ("parquet:parquet_identity", ("path",)),
     "folder": ("folder:folder_identity", ("path", "caption_key")),
     "prompts": ("prompts:prompts_identity", ("path",)),
     "cached": ("cached:cache_identity", ("path",)),

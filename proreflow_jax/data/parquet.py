@@ -92,7 +92,7 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
     return rows
 
 
-def shards_identity(path: str) -> dict[str, str]:
+def parquet_identity(path: str) -> dict[str, str]:
     """The hash of the files' names and sizes. Raises as `webdataset.find_shards` does."""
     return webdataset.shards_identity(path, ".parquet")
 
