@@ -39,7 +39,7 @@ def optimizer(learning_rate: float, warmup_steps: int, schedule: str = "cosine",
 
 
 def stable_diffusion(name: str) -> ConfigDict:
-    """What sd15, sd21, sdxl and finetune have alike; each file adds what was decided for it, and says why.
+    """What digits, sd15, sd21, sdxl and finetune have alike; each file adds what was decided for it, and says why.
 
     Left to the file: model.path, data.resolution, student.prediction, the block optimizer, and the amounts of work:
     pairs.{examples, shard_size, batch} and train.{steps, batch, accumulation}.
@@ -100,10 +100,10 @@ def _method(c: ConfigDict) -> None:
     c.student.lora.layers = r"attn\d\.to_(q|k|v|out\.0)\.weight$"  # regex, found in the names of the weights that get factors
 
     c.pairs = ConfigDict()
-    c.pairs.mode = "stored"  # 16 to 20 readings pay for a record's 32 teacher forwards; "online" pays them at every step
+    c.pairs.mode = "stored"  # make_pairs writes records, read 16 to 20 times; "online": the teacher runs inside the train step
     c.pairs.start = "noise"  # whole trajectories, no images needed; "data" (PeRFlow): one window from noised images
     c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
-    c.pairs.solver = "ddim"  # of the diffusion teacher [paper]
+    c.pairs.solver = "ddim"  # of the diffusion teacher: "ddim" [paper], "euler", "heun", "dpmpp_2m"
     c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
     c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
     c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
@@ -111,7 +111,7 @@ def _method(c: ConfigDict) -> None:
     c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
 
     c.loss = ConfigDict()
-    c.loss.space = "velocity"  # what is compared [paper]
+    c.loss.space = "velocity"  # what is compared: "velocity" [paper] or "output" (noise matching, PeRFlow)
     c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
     c.loss.balance = "fixed"  # alpha as it is [paper], or "auto": in units of each target's direction_weight
     c.loss.huber = 0.0  # delta of a pseudo-Huber in place of the squared error; 0: squared error [paper]

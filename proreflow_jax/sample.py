@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from proreflow_jax import UserError
-from proreflow_jax.data.captions import Prompts
+from proreflow_jax.data.prompts import Prompts
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import find_stage

@@ -12,7 +12,7 @@ WORDS = ("a dog", "größe 日本", 'two, "quoted" words', "four", "x" * 4096)
 
 def example(i):
     rng = np.random.default_rng(i)
-    return {name: rng.standard_normal((4, 4, 2)).astype(np.float16) for name in cached.LATENTS}
+    return {name: rng.standard_normal((4, 4, 2)).astype(np.float16) for name in kinds.LATENTS}
 
 
 def finished(folder, plan=PLAN):

@@ -16,7 +16,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
-from proreflow_jax.data import captions, images, loader
+from proreflow_jax.data import captions, images, loader, prompts
 
 F = tfds.features
 TEXTS = [["a dog", "ein Hund"], ["a cat on a mat"], ["one", "two", "three"], ["größe 日本"], ["e"]]
@@ -280,7 +280,7 @@ def test_broken_metadata_is_one_line(coco, name, text):
 def test_prompts_come_line_by_line_without_blanks(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa dog\r\n\n  größe 日本 👩‍🚀 \n\t\na\tb\nlast".encode())
-    source = captions.Prompts(path)
+    source = prompts.Prompts(path)
     assert [source[i] for i in range(len(source))] == [
         {"caption": text} for text in ("a dog", "größe 日本 👩‍🚀", "a\tb", "last")
     ]
@@ -303,24 +303,24 @@ def test_a_bad_prompt_is_named_by_its_line(tmp_path, line, why):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"good\n\n" + line + b"\nmore\n")
     with pytest.raises(ValueError) as error:
-        captions.Prompts(path)
+        prompts.Prompts(path)
     refused(error, f"{path}, line 3", why, "--config.data.path")
 
 
 def test_a_prompt_at_the_limit_is_taken_and_an_endless_line_is_not_read(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"x" * images.LINE_LIMIT + b"\r\n")
-    assert len(captions.Prompts(path)) == 1
+    assert len(prompts.Prompts(path)) == 1
     with open(path, "wb") as file:
         file.truncate(1 << 33)  # 8 GiB of zeros that take no room
     with pytest.raises(ValueError, match="line 1 is longer"):
-        captions.Prompts(path)
+        prompts.Prompts(path)
 
 
 def test_no_prompts_are_refused_with_the_flag(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="--prompts"):
-        captions.Prompts(tmp_path / "empty.txt", flag="--prompts")
+        prompts.Prompts(tmp_path / "empty.txt", flag="--prompts")
     for path in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(FileNotFoundError, match="--config.data.path"):
-            captions.Prompts(path)
+            prompts.Prompts(path)

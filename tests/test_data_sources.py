@@ -1,8 +1,10 @@
 """Every layout of images and captions gives the same examples in the same order, and bad ones are replaced alike by all."""
 
+import inspect
 import itertools
 import logging
 import os
+import subprocess
 import sys
 import threading
 
@@ -170,6 +172,27 @@ def test_braces_expand_as_in_a_shell():
     for bomb in ("{0..999999999}", "{0..999}{0..999}", "{5..4}"):
         with pytest.raises(ValueError, match="--config.data.path"):
             webdataset.expand_braces(bomb)
+
+
+# --- the table of kinds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, fields", [*kinds.READERS.values(), *kinds.IDENTITIES.values()])
+def test_every_row_names_a_function_that_takes_these_fields_in_this_order(name, fields):
+    taken = inspect.signature(kinds._function(name)).parameters
+    assert tuple(taken)[: len(fields)] == fields
+    assert all(taken[name].default is not inspect.Parameter.empty for name in tuple(taken)[len(fields) :])
+
+
+def test_no_reader_is_imported_before_a_dataset_is_opened():
+    code = """
+import sys
+from proreflow_jax.data import kinds
+readers = {name.split(":")[0] for name, _ in kinds.READERS.values()}
+assert not [name for name in readers if f"proreflow_jax.data.{name}" in sys.modules]
+assert not {"tensorflow_datasets", "pyarrow", "PIL", "sklearn"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- around -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Images with captions from a prepared tfds dataset, or captions alone from a text file: random access, plain numpy.
+"""Images with captions from a prepared tfds dataset: random access, plain numpy.
 
 A dataset folder may come from a stranger. Its metadata can name modules that tfds would import and paths outside the
-folder. So the metadata is read here first and refused by our own rules, and records are taken as raw bytes; images and
-captions are judged by data/images.py. TensorFlow is not needed.
+folder. So this file checks the metadata by our own rules first, and takes records as raw bytes. data/images.py checks images
+and captions. TensorFlow is not needed.
 """
 
 import os
@@ -19,11 +19,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import record_plan
 from proreflow_jax.data.images import (
-    LINE_LIMIT,
     Unusable,
     check_index,
     check_resolution,
-    control_character,
     decode_image,
     first_caption,
 )
@@ -34,9 +32,6 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _TEMPLATE = re.compile(r"(?:[A-Za-z0-9._-]|\{(?:DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})*")
 
 
-# --- images and captions ----------------------------------------------------------------------------------------------
-
-
 class ImageCaptions:
     """`source[i] -> {"image": uint8 (res, res, 3), "caption": str}`, with the image's first caption.
 
@@ -44,7 +39,7 @@ class ImageCaptions:
 
     Args:
         records: random access to serialized tf.Example bytes.
-        name: what messages call the dataset (its folder).
+        name: the dataset's folder, for messages.
         image_key: the feature with the encoded image.
         caption_key: the feature with the text; a path such as "captions/text" reaches into a sequence.
         resolution: side of the square in pixels.
@@ -75,11 +70,11 @@ class ImageCaptions:
             raise kind(f"{self.name} (--config.data.path), record {index}: {atomic.one_line(error)}") from error
 
 
-def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key: str, resolution: int) -> ImageCaptions:
+def open_tfds(path: str | os.PathLike, split: str, image_key: str, caption_key: str, resolution: int) -> ImageCaptions:
     """Opens one split of a dataset that tfds prepared as ArrayRecord.
 
     Args:
-        folder: holds dataset_info.json, features.json and the shards; local or mounted, e.g.
+        path: a folder with dataset_info.json, features.json and the shards; local or mounted, e.g.
             ~/tensorflow_datasets/coco_captions/2014/1.1.0.
         split: as in tfds: "train", "train[:1%]".
         image_key, caption_key, resolution: see `ImageCaptions`.
@@ -88,7 +83,7 @@ def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key
         FileNotFoundError: no such folder, or a shard is missing.
         ValueError: metadata that is broken or reaches outside, no such split or feature, a short shard.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(path).expanduser()
     check_resolution(resolution)
     check_metadata(folder)
     try:
@@ -108,7 +103,7 @@ def open_tfds(folder: str | os.PathLike, split: str, image_key: str, caption_key
 
 
 def check_metadata(folder: str | os.PathLike) -> None:
-    """Refuses a tfds folder whose metadata names foreign modules or paths outside it, before tfds reads a byte.
+    """Refuses a tfds folder with metadata that names foreign modules or outside paths. tfds has read nothing by then.
 
     Raises:
         FileNotFoundError: no such folder, or no prepared dataset in it.
@@ -156,7 +151,7 @@ def _check_name(path: Path, name: str) -> None:
 
 
 def _check_keys(folder: Path, features: Any, image_key: str, caption_key: str) -> None:
-    """Compares the two keys with the dataset's flat feature names, and the features' kinds with what is read here."""
+    """Compares the two keys with the dataset's flat feature names, and checks the features' kinds."""
     flat = _flatten(features)
     for flag, key in (("image_key", image_key), ("caption_key", caption_key)):
         if key not in flat:
@@ -185,55 +180,5 @@ def _kind(feature: Any) -> str:
 def _check_shard(path: Path, count: int) -> None:
     if not path.is_file():
         raise MissingFile(f"{path} is missing although dataset_info.json counts it: see --config.data.path")
-    if (held := record_plan.count_records(path)) != count:
-        raise UserError(f"{path} holds {held} examples where dataset_info.json says {count}: see --config.data.path")
-
-
-# --- captions alone ---------------------------------------------------------------------------------------------------
-
-
-class Prompts:
-    """Captions from a text file, one a line: `source[i] -> {"caption": str}`. Blank lines are skipped, ends stripped.
-
-    Args:
-        path: the file, in UTF-8.
-        flag: the flag that names it, for messages.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is not UTF-8, is longer than LINE_LIMIT bytes or holds control characters (its number is
-            named), or no caption at all.
-    """
-
-    def __init__(self, path: str | os.PathLike, flag: str = "--config.data.path") -> None:
-        path = Path(path).expanduser()
-        if not path.is_file():
-            raise MissingFile(f"{path} is not a file: {flag} must name a text file with one prompt a line")
-        self._prompts = []
-        with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 2), b""), 1):
-                prompt = _prompt(line, f"{path}, line {number}", flag)
-                if prompt:
-                    self._prompts.append(prompt)
-        if not self._prompts:
-            raise UserError(f"{path} holds no prompt: {flag} must name a text file with one prompt a line")
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"prompt {index} is outside 0 .. {len(self) - 1}")
-        return {"caption": self._prompts[index]}
-
-
-def _prompt(line: bytes, where: str, flag: str) -> str:
-    if len(line.rstrip(b"\r\n")) > LINE_LIMIT:
-        raise UserError(f"{where} is longer than {LINE_LIMIT} bytes: shorten it ({flag})")
-    try:
-        text = line.decode("utf-8").removeprefix("\ufeff").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8 ({flag})") from error
-    if control_character(text):
-        raise UserError(f"{where} holds a control character: take it out ({flag})")
-    return text
+    if (records := record_plan.count_records(path)) != count:
+        raise UserError(f"{path} holds {records} examples where dataset_info.json says {count}: see --config.data.path")

@@ -44,10 +44,10 @@ class Split(NamedTuple):
 
 
 def open_split(captions: str, images: str, year: int) -> Split:
-    """Opens what two flags name.
+    """Opens the captions and images that two flags name.
 
     Args:
-      captions: the official captions_val<year>.json; not asked for where `images` is a folder of tfds.
+      captions: the official captions_val<year>.json; not needed if `images` is a folder of tfds.
       images: the folder with the official images, or a folder that tfds prepared.
       year: of the release that the protocol rests on.
 
@@ -75,10 +75,10 @@ def open_official(captions: Path, images: Path, year: int) -> Split:
         raise MissingFile(f"{images} is not a folder: {IMAGES} must name the one with val{year}'s images")
     mend = f"{CAPTIONS} must name captions_val{year}.json"
     try:
-        found = json.loads(captions.read_bytes())
-        said = found["info"]["year"]
-        names = {int(row["id"]): str(row["file_name"]) for row in found["images"]}
-        rows = [Caption(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in found["annotations"]]
+        content = json.loads(captions.read_bytes())
+        said = content["info"]["year"]
+        names = {int(row["id"]): str(row["file_name"]) for row in content["images"]}
+        rows = [Caption(int(row["id"]), int(row["image_id"]), str(row["caption"]).strip()) for row in content["annotations"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = atomic.one_line(f"{type(error).__name__}: {error}")
         raise UserError(
@@ -151,7 +151,7 @@ def first_captions(split: Split, count: int) -> list[str]:
 def drawn_captions(split: Split, count: int) -> list[str]:
     """`count` captions out of all, without replacement, by seed 0; fewer are the first of more.
 
-    By numpy's RandomState, whose numbers are promised never to change.
+    Drawn by numpy's RandomState: its numbers are promised never to change.
     """
     order = np.random.RandomState(DRAW_SEED).permutation(len(split.captions))
     return _enough([split.captions[i].text for i in order], count)

@@ -20,6 +20,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.splits import SplitDict
 
 from proreflow_jax import UserError
+from proreflow_jax.data import captions
 from proreflow_jax.storage import atomic
 
 GRID = 8  # pixels a side in the source
@@ -35,7 +36,7 @@ WORDINGS = (
     "the figure {figure}, written by hand",
     "{word}",
 )
-STAMP = "digits.json"  # what the folder was made from, and its shard's hash
+STAMP = "digits.json"  # size and seed of the dataset, and its shard's hash
 
 
 def load_digits(size: int = 32) -> tuple[UInt8[np.ndarray, "n size size 3"], Int[np.ndarray, " n"]]:
@@ -107,14 +108,20 @@ def write_dataset(folder: str | os.PathLike, size: int = 32, seed: int = 0) -> P
     return folder
 
 
+def open_digits(path: str, split: str, image_key: str, caption_key: str, resolution: int) -> captions.ImageCaptions:
+    """The digits as `captions.open_tfds` reads them; written first if the folder is not there."""
+    write_dataset(path, resolution, seed=0)
+    return captions.open_tfds(path, split, image_key, caption_key, resolution)
+
+
 def _sklearn_digits() -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]]:
     """Images in 0 .. 16 and labels."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("the digits come with scikit-learn: `pip install 'proreflow_jax[demo]'`") from error
-    held = load_digits()
-    return held.images, held.target.astype(np.int64)
+    digits = load_digits()
+    return digits.images, digits.target.astype(np.int64)
 
 
 def _enlarge(image: Float[np.ndarray, "8 8"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -168,9 +175,9 @@ def _is_good(folder: Path, size: int, seed: int) -> bool:
     if not (folder / STAMP).is_file():
         raise UserError(f"{folder} is taken by something else than the digits: set --config.data.path to a new folder")
     stamp = atomic.read_json(folder / STAMP)
-    for name, asked in (("size", size), ("seed", seed)):
-        if stamp.get(name) != asked:
-            raise UserError(f"{folder} holds digits of {name} {stamp.get(name)}, not {asked}: set another --config.data.path")
+    for name, value in (("size", size), ("seed", seed)):
+        if stamp.get(name) != value:
+            raise UserError(f"{folder} holds digits of {name} {stamp.get(name)}, not {value}: set another --config.data.path")
     shard = folder / Path(str(stamp.get("shard"))).name
     if not shard.is_file() or atomic.sha256(shard) != stamp.get("sha256"):
         raise UserError(f"{shard} is damaged: delete {folder} and run again")

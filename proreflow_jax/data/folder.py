@@ -1,10 +1,11 @@
 """A folder of images with captions: a .txt or .json beside each image, or one metadata.jsonl / metadata.csv for all.
 
 The latter is Hugging Face's `imagefolder`. Its file names come from a stranger: one that leads out of the folder is refused.
-Order is that of the file names, or of the rows of the metadata, whatever the file system says.
+Order is that of the file names, or of the rows of the metadata, never the file system's.
 """
 
 import csv
+import hashlib
 import json
 import os
 import stat
@@ -90,19 +91,27 @@ def open_image_folder(path: str, caption_key: str) -> FolderImages:
     return FolderImages(folder, names, captions, caption_key)
 
 
+def folder_identity(path: str, caption_key: str) -> dict[str, str]:
+    """The hash of the metadata's bytes, or without metadata of the images' names. Raises as `open_image_folder` does."""
+    folder = Path(path).expanduser()
+    facts = [atomic.sha256(folder / name) for name in METADATA if (folder / name).is_file()]
+    facts = facts or open_image_folder(path, caption_key).names
+    return {"folder": hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """A file's bytes. Raises Unusable if it is longer than `most` bytes, or no regular file: a pipe would keep us waiting."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise Unusable(f"{path.name!r} is no file")
-        if found.st_size > most:
-            raise Unusable(f"{path.name!r} has {found.st_size} bytes, over the limit of {most}")
+        if status.st_size > most:
+            raise Unusable(f"{path.name!r} has {status.st_size} bytes, over the limit of {most}")
         return file.readall()
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Images below a folder, as paths relative to it with "/"; what begins with a dot is hidden."""
+    """Images below a folder, as relative paths with "/". Names that begin with a dot are hidden."""
     for here, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".")]
         start = Path(here).relative_to(folder).as_posix()
@@ -114,14 +123,14 @@ def _walk(folder: Path) -> Iterator[str]:
 def _metadata(path: Path, caption_key: str) -> tuple[list[str], list[Any]]:
     """(file names, captions as they stand) of the rows."""
     rows = _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path)
-    names, captions, seen = [], [], False
+    names, captions, has_column = [], [], False
     for where, row in rows:
         names.append(_inside(where, row.get("file_name")))
         captions.append(row.get(caption_key))
-        seen = seen or caption_key in row
+        has_column = has_column or caption_key in row
     if not names:
         raise UserError(f"{path} names no image: see --config.data.path")
-    if not seen:
+    if not has_column:
         raise UserError(f"{path} has no column {caption_key!r}: set --config.data.caption_key")
     return names, captions
 

@@ -1,8 +1,8 @@
-"""Bytes from strangers -> pixels and captions: what is taken, what is refused, before any of it is decoded.
+"""Bytes from strangers -> pixels and captions, with limits that are checked before anything is decoded.
 
 An image may be a bomb, a caption may be anything. An image is opened with a list of formats and a limit on its pixels before
-any of it is decoded. What is wrong with one example alone is raised as `Unusable`: the example may then be replaced by
-another (data/skip_bad.py); every other error ends the run.
+any of it is decoded. A defect of one example is raised as `Unusable`: another example may take its place (data/skip_bad.py).
+Every other error ends the run.
 """
 
 import io
@@ -20,7 +20,7 @@ from proreflow_jax.storage import atomic
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel; others have no one meaning
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # by which layouts of files know an image
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of images in layouts of files
 PIXEL_LIMIT = 64 << 20  # a 8192 x 8192 picture
 BYTE_LIMIT = 64 << 20
 LINE_LIMIT = 4096  # bytes of a caption; CLIP reads 77 tokens
@@ -30,7 +30,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 class Unusable(ValueError):
-    """One example's image or caption cannot be used. What its bytes say, so every process finds the same."""
+    """One example's image or caption is bad. Its bytes decide that, so every process decides alike."""
 
 
 class Original(NamedTuple):

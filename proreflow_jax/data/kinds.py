@@ -1,84 +1,92 @@
-"""The block `data` of a config -> a source of images and captions, or of captions alone, that is read by threads.
+"""The kinds of datasets that a config's block `data` may name, and opening one.
 
-Every kind is random access to the same thing, {"caption", "image"}, or what was computed of it: so the order of examples,
-resuming, and any number of processes are the loader's alone and the same for all kinds.
+Every kind is random access to {"caption", "image"}, to latents in place of the image, or to captions alone. So the order of
+examples, resuming, and any number of processes are the loader's work and the same for all kinds.
+
+A table names each kind's reader, which is imported when a dataset of that kind is opened. A run needs one reader at most.
+Some need libraries that take seconds to import (tfds) or may be absent (pyarrow).
 """
 
-import hashlib
-import json
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 from proreflow_jax import UserError
-from proreflow_jax.data import cached, captions, digits
-from proreflow_jax.data.folder import METADATA, open_image_folder
-from proreflow_jax.data.images import Pictures
-from proreflow_jax.data.parquet import open_parquet
-from proreflow_jax.data.skip_bad import Threaded, Usable, probe
-from proreflow_jax.data.webdataset import find_shards, open_webdataset
-from proreflow_jax.storage import atomic
+from proreflow_jax.data.loader import Threaded
 
-KINDS = ("digits", "tfds", "webdataset", "parquet", "folder", "prompts", "cached")
+TFDS = ("path", "split", "image_key", "caption_key", "resolution")
+READERS = {  # kind: (file:function of this folder, the fields of `data` that it takes); in the order that errors list
+    "digits": ("digits:open_digits", TFDS),
+    "tfds": ("captions:open_tfds", TFDS),
+    "webdataset": ("webdataset:open_webdataset", ("path", "caption_key", "cache")),
+    "parquet": ("parquet:open_parquet", ("path", "image_key", "caption_key")),
+    "folder": ("folder:open_image_folder", ("path", "caption_key")),
+    "prompts": ("prompts:Prompts", ("path",)),
+    "cached": ("cached:Cached", ("path",)),
+}
+IDENTITIES = {  # likewise: the function that tells a dataset from another under the same name
+    "webdataset": ("webdataset:shards_identity", ("path",)),
+    "parquet": ("parquet:parquet_identity", ("path",)),
+    "folder": ("folder:folder_identity", ("path", "caption_key")),
+    "prompts": ("prompts:prompts_identity", ("path",)),
+    "cached": ("cached:cache_identity", ("path",)),
+}
+KINDS = tuple(READERS)
 CACHED = "cached"  # latents in place of images
 WITHOUT_IMAGES = ("prompts",)
-SHARDED = ("webdataset", "parquet", "folder")  # many files, read where they lie
+SHARDED = ("webdataset", "parquet", "folder")  # many files, read where they lie; their images are encoded
 UNCOUNTED = ("data.max_bad", "data.threads", "data.cache")  # fields that change no example: a resumed run may change them
+LATENTS, TEXTS = ("mean", "std"), ("text", "pooled")  # fields of a cached example
 
 
 def open_data(data: Any) -> Threaded:
-    """Opens what the block names: `len`, `[i] -> {"caption": str, "image": uint8 (res, res, 3)}`, `read_many(indices)`.
+    """Opens a dataset: `len`, `[i] -> {"caption": str, "image": uint8 (res, res, 3)}`, `read_many(indices)`.
 
-    Of the kind "cached" the items have no image; see `cached.Cached`.
+    Examples of the kind "cached" have latents in place of the image; see `cached.Cached`. Prompts have captions alone.
 
     Args:
         data: has the fields kind, path, split, image_key, caption_key, resolution, max_bad, threads, cache; see configs.
 
     Raises: FileNotFoundError or ValueError, one line; see the kinds' own open functions.
     """
-    if data.kind == "prompts":
-        return Threaded(captions.Prompts(data.path), data.threads)
-    if data.kind == CACHED:
-        return Threaded(cached.Cached(data.path), data.threads)
-    pictures = _pictures(data)
-    probe(pictures)
-    return Threaded(Usable(pictures, data.max_bad), data.threads)
-
-
-def _pictures(data: Any) -> Any:
-    """The source of a kind with images, as it is: what is not good raises Unusable."""
-    if data.kind == "digits":
-        digits.write_dataset(data.path, data.resolution, seed=0)
-    if data.kind in ("digits", "tfds"):
-        return captions.open_tfds(data.path, data.split, data.image_key, data.caption_key, data.resolution)
-    if "://" in str(data.path):
+    if data.kind in SHARDED and "://" in str(data.path):
         raise UserError(f"{data.path}: --config.data.kind={data.kind} reads files: mount the bucket, or copy it to a disk")
-    openers = {
-        "webdataset": lambda: open_webdataset(data.path, data.caption_key, data.cache),
-        "parquet": lambda: open_parquet(data.path, data.image_key, data.caption_key),
-        "folder": lambda: open_image_folder(data.path, data.caption_key),
-    }
-    return Pictures(openers[data.kind](), data.resolution)
+    source = _call(READERS[data.kind], data)
+    if data.kind in SHARDED:
+        source = _function("images:Pictures")(source, data.resolution)
+    if has_images(data):
+        source = _function("skip_bad:open_usable")(source, data.max_bad)
+    return Threaded(source, data.threads)
 
 
 def data_identity(data: Any) -> dict[str, str]:
-    """What tells a dataset from another under the same name: {} for tfds and digits, else one hash, by its kind.
+    """One hash that tells a dataset from another under the same name, by its kind; {} for tfds and digits.
 
-    Of a prompts file its bytes; of a cache its manifest; of shards their names and sizes; of a folder its metadata, or the
-    names in it. A stage that is under way refuses another: the numbers of its examples would mean others.
+    A prompts file is known by its bytes, a cache by its manifest, shards by their names and sizes, a folder by its metadata or
+    its file names. A stage that has begun refuses another dataset: its example numbers would mean other examples.
     """
-    if data.kind == "prompts":
-        return {"prompts": atomic.sha256(Path(data.path))}
-    if data.kind == CACHED:
-        return cached.cache_identity(data.path)
-    if data.kind in ("webdataset", "parquet"):
-        shards = find_shards(data.path, ".tar" if data.kind == "webdataset" else ".parquet")
-        return {"shards": _hash([[shard.name, shard.stat().st_size] for shard in shards])}
-    if data.kind == "folder":
-        folder = Path(data.path).expanduser()
-        held = [atomic.sha256(folder / name) for name in METADATA if (folder / name).is_file()]
-        return {"folder": _hash(held or open_image_folder(data.path, data.caption_key).names)}
-    return {}
+    return _call(IDENTITIES[data.kind], data) if data.kind in IDENTITIES else {}
 
 
-def _hash(value: list) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def is_demo(data: Any) -> bool:
+    """Whether the dataset is the demo's digits, which the job itself writes."""
+    return data.kind == "digits"
+
+
+def has_latents(data: Any) -> bool:
+    """Whether examples are cached latents."""
+    return data.kind == CACHED
+
+
+def has_images(data: Any) -> bool:
+    """Whether examples have images."""
+    return data.kind not in (CACHED, *WITHOUT_IMAGES)
+
+
+def _call(row: tuple[str, tuple[str, ...]], data: Any) -> Any:
+    name, fields = row
+    return _function(name)(*(getattr(data, field) for field in fields))
+
+
+def _function(name: str) -> Any:
+    file, function = name.split(":")
+    return getattr(import_module(f"proreflow_jax.data.{file}"), function)

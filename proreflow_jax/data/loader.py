@@ -1,9 +1,8 @@
 """Global batches by position: row r of step s is item s B + r of an endless sequence of shuffled epochs.
 
-The sequence depends on the seed and the source's length alone, not on how many processes read it or where they began,
-so a resumed run needs one integer (the step) and any number of processes sees the same global batch. Each process reads
-its own row range; batches are built ahead in threads, whose errors come up where the batch is taken. Threads are enough: the
-codecs decode without Python's lock, which is held for a sixth of an image's time at most (docs/data.md has the numbers).
+The sequence depends on the seed and the source's length alone. So a resumed run needs one integer (the step), and any number
+of processes sees the same global batch. Each process reads its own rows. Threads build batches ahead; their errors are raised
+where the batch is taken. Threads are enough: the codecs decode without Python's lock (docs/data.md has the numbers).
 """
 
 import time
@@ -39,7 +38,7 @@ def shuffled_position(step: int, row: int, batch: int) -> int:
 
 @lru_cache(maxsize=2)  # an order of 10 million takes seconds, and every batch asks for it
 def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " length"]:
-    """Returns the order of one epoch: the ranks of counter-based random words. It is kept, so it cannot be written to.
+    """Returns the order of one epoch: the ranks of counter-based random words. The array is cached, and so read-only.
 
     Philox's raw words are the part of numpy's random numbers that is promised to stay the same in later releases.
     """
@@ -61,8 +60,31 @@ def read_items(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
     return many(indices) if many else [source[index] for index in indices]
 
 
+class Threaded:
+    """A source with several threads that read and decode examples; Pillow decodes without Python's lock.
+
+    Args:
+        source: random access, read from several threads at once.
+        threads: number of threads, >= 1. They end with the process.
+    """
+
+    def __init__(self, source: Any, threads: int) -> None:
+        self._source = source
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[index]
+
+    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples in the order of the indices. Raises the source's error for the first bad one."""
+        return list(self._pool.map(self._source.__getitem__, indices))
+
+
 class Ahead:
-    """Iterator over make(0th), make(1st), ... of `numbers`, in their order, some of them made before they are asked for.
+    """Iterator over make(number) of `numbers`, in their order. Threads make some results ahead.
 
     Args:
         make: from a number, in a thread; several may run at once.
@@ -96,7 +118,7 @@ class Ahead:
             raise
 
     def close(self) -> None:
-        """Ends the iteration: results not begun are dropped, those being made are waited for."""
+        """Ends the iteration: drops results that are not begun, waits for the others."""
         self._open = False
         self._made.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -121,7 +143,7 @@ class Loader(Ahead):
         keep: names of the fields to keep; all of them by default.
 
     Raises (at once): ValueError for a size out of range or an empty source.
-    Raises (where the batch is taken): what the source raised, or ValueError if examples do not stack.
+    Raises (where the batch is taken): the source's error, or ValueError if examples do not stack.
     """
 
     def __init__(
@@ -145,7 +167,7 @@ class Loader(Ahead):
 
 
 def rows_per_second(batches: Iterator[Any], steps: int, rows: int) -> float:
-    """Reads `steps` batches of `rows` rows as fast as they come: what the input can give one process, to bench it by.
+    """Reads `steps` batches of `rows` rows as fast as possible: the rate of one process's input, for benchmarks.
 
     The first batch is read before the clock starts. Take many steps: a loader has made a few of them by then.
     """

@@ -1,7 +1,7 @@
 """Images and captions in parquet files, as Hugging Face lays out a dataset: one column of image bytes, one of text.
 
-Parquet is made for reading in order: what is read at once is a row group, whole. So random access costs a row group an image,
-unless it is among those kept in memory. Files whose groups are large are refused with the line that mends them.
+Parquet is made for reading in order: a row group is read whole. So random access costs a row group an image, unless it is
+among those kept in memory. Files with large groups are refused, with advice in the error.
 """
 
 import threading
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proreflow_jax import UserError
+from proreflow_jax.data import webdataset
 from proreflow_jax.data.images import Original, Unusable, check_index, first_caption
-from proreflow_jax.data.webdataset import find_shards
 from proreflow_jax.storage import atomic
 
 KEPT_BYTES = 1 << 30  # of row groups kept in memory, of a process
@@ -22,7 +22,7 @@ SPLITS = ("train", "validation", "test")  # how Hugging Face begins the names of
 
 
 class _File(NamedTuple):
-    """A file whose metadata was read: it is parsed once, and the file is opened again for every group."""
+    """A file and its metadata. The metadata is parsed once; the file is opened again for every group."""
 
     path: Path
     metadata: Any
@@ -63,7 +63,7 @@ class ParquetRows:
         table = _read_group(file, number, self._keys)
         with self._lock:
             self._kept[group] = table
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
+            while len(self._kept) > 1 and sum(entry.nbytes for entry in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
         return table
 
@@ -74,14 +74,14 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
     Args:
         path: a folder with .parquet files of one split, or a pattern such as data/train-*.parquet.
         image_key: the column of images: {bytes, path}, or the bytes themselves. A path is never followed.
-        caption_key: the column of text, or of lists of text, whose first is taken.
+        caption_key: the column of text, or of lists of text (the first is taken).
 
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: pyarrow is not installed; a file that is no parquet; no such column; a column of another type; row groups
             that are too large; a folder with several splits.
     """
-    paths = find_shards(path, ".parquet")
+    paths = webdataset.find_shards(path, ".parquet")
     if len(there := sorted({split for file in paths for split in SPLITS if file.name.startswith(f"{split}-")})) > 1:
         mend = f"name one by --config.data.path={Path(path) / there[0]}-*.parquet"
         raise UserError(f"{path} holds files of several splits, {' and '.join(there)}: {mend}")
@@ -90,6 +90,11 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
     if not len(rows):
         raise UserError(f"{path} holds no row in {len(paths)} parquet files: see --config.data.path")
     return rows
+
+
+def parquet_identity(path: str) -> dict[str, str]:
+    """The hash of the files' names and sizes. Raises as `webdataset.find_shards` does."""
+    return webdataset.shards_identity(path, ".parquet")
 
 
 def _pyarrow() -> Any:
@@ -161,11 +166,11 @@ def _is_text(kind: Any) -> bool:
 
 
 def _image_bytes(value: Any) -> bytes:
-    held = value.as_py()
-    held = held.get("bytes") if isinstance(held, dict) else held
-    if not held:
+    content = value.as_py()
+    content = content.get("bytes") if isinstance(content, dict) else content
+    if not content:
         raise Unusable("no bytes of an image (a path in its place is not followed)")
-    return held
+    return content
 
 
 def _text(value: Any) -> Any:

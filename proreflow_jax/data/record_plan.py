@@ -1,7 +1,7 @@
-"""The plan of a folder of records: which example lies in which shard, fixed once and for all readers and writers.
+"""The plan of a folder of records: which example lies in which shard. It is fixed at the first start.
 
-Shard s holds the examples [s S, (s + 1) S), whoever makes it and however many processes there are; so a shard's bytes
-depend on the plan alone, and a folder that was begun under one plan refuses another.
+Shard s holds the examples [s S, (s + 1) S), on any number of processes. So a shard's bytes depend on the plan alone, and a
+folder with one plan refuses another.
 """
 
 import json
@@ -20,8 +20,8 @@ PLAN = "plan.json"
 def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") -> None:
     """Writes `plan` to folder/plan.json at the first start; later starts must bring the same plan.
 
-    Of the plan's fields this file reads `examples`, `shard_size` and, where they are no pairs, `records` (what they are
-    called); the others (seed, model digest, solver, ...) are opaque. `flag` names another folder.
+    This file reads the fields `examples`, `shard_size` and, for records that are no pairs, their name `records`. The other
+    fields (seed, model digest, solver, ...) are opaque. `flag` is the flag that names another folder.
 
     Raises:
         ValueError: the folder holds another plan (the first differing field is named), or the plan is no plain JSON.
@@ -31,10 +31,10 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         atomic.write_json(folder / PLAN, plan, replace=False)
-    held = read_plan(folder)
-    for name in [*plan, *(name for name in held if name not in plan)]:
-        if name not in held or name not in plan or held[name] != plan[name]:
-            old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (held, plan))
+    fixed = read_plan(folder)
+    for name in [*plan, *(name for name in fixed if name not in plan)]:
+        if name not in fixed or name not in plan or fixed[name] != plan[name]:
+            old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (fixed, plan))
             raise UserError(
                 f"{folder / PLAN} was fixed with {name} = {old} and this run says {new}: "
                 f"take another folder by {flag}, or give the config its old value back"

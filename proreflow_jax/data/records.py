@@ -1,6 +1,6 @@
-"""Pair records: what the teacher produced, kept in ArrayRecord shards that a student can trust; a cache (`cached`) likewise.
+"""Pair records: a teacher's states in ArrayRecord shards that a student can trust; a cache (`cached`) likewise.
 
-A folder of pairs is written by any number of processes that come and go, and is read only when it is whole:
+Any number of processes that come and go write a folder of pairs. It is read only when it is whole:
 
     plan.json                                  fixed at the first start; another plan is refused
     pairs-00003-of-00016.array_record          examples [3 S, 4 S), always the same bytes
@@ -8,9 +8,9 @@ A folder of pairs is written by any number of processes that come and go, and is
     MANIFEST.json                              all of these together, once every marker is valid; readers demand it
 
 A shard is written to a temporary name, closed, synced, re-opened and counted, hashed, renamed, and only then marked
-done: a process killed at any moment costs at most the shard it was at. Writers also take a folder in an object store
-(see `files`): a shard is then made on this machine and uploaded whole. Readers want a local copy. One example is one
-safetensors blob, a dict of numpy arrays (states (m+1, h, w, c), first (), ids (length,)); nothing is ever unpickled.
+done: a kill at any moment costs at most one shard of that process. Writers also take a folder in an object store (see
+`files`): a shard is then made on this machine and uploaded whole. Readers want a local copy. One example is one safetensors
+blob, a dict of numpy arrays (states (m+1, h, w, c), first (), ids (length,)); nothing is ever unpickled.
 """
 
 import os
@@ -65,7 +65,7 @@ REDO = f"delete it and {AGAIN}"
 
 
 def missing_shards(folder: Any, plan: Mapping[str, Any]) -> list[int]:
-    """Returns the shards without a valid marker, ascending: the work that is left."""
+    """Returns the shards without a valid marker, ascending: the remaining work."""
     plan = atomic.plain_json(plan)
     return [shard for shard, row in enumerate(_markers(paths.parse_path(folder), plan)) if row is None]
 
@@ -74,7 +74,7 @@ def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iter
     """Writes one whole shard and marks it done; equal examples give equal bytes, whoever writes them.
 
     Args:
-        folder: a folder whose plan was fixed by `fix_plan`.
+        folder: holds a plan, by `fix_plan`.
         plan: that plan.
         shard: which shard; its examples are those of `shard_range(plan, shard)`, in this order.
         examples: one dict of numpy arrays each; of a dtype in DTYPES.
@@ -95,7 +95,7 @@ def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iter
 
 
 def publish(folder: Any, plan: Mapping[str, Any]) -> bool:
-    """Writes MANIFEST.json if every shard is marked done, and returns whether they are. Any process may call it, any time.
+    """Writes MANIFEST.json if every shard is marked done, and returns whether all are. Any process may call it at any time.
 
     A manifest that says the same already stays as it is.
     """
@@ -117,7 +117,7 @@ def _says(path: Any, value: dict[str, Any]) -> bool:
 
 
 def clean(folder: Any) -> list[str]:
-    """Removes the temporaries that dead writers left and returns their names. Call it before this process writes."""
+    """Removes the temporaries of dead writers and returns their names. Call it before this process writes."""
     folder = paths.parse_path(folder)
     stale = atomic.stale_temporaries(folder) if isinstance(folder, Path) else []
     for path in stale:
@@ -142,8 +142,8 @@ def _write_records(draft: Path, path: Any, examples: Iterable[Mapping[str, Any]]
     if written != count:
         raise UserError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
     atomic.sync(draft)
-    if (held := record_plan.count_records(draft)) != count:
-        raise OSError(f"{path} holds {held} of {count} examples just written: look at the disk, {AGAIN}")
+    if (count_on_disk := record_plan.count_records(draft)) != count:
+        raise OSError(f"{path} holds {count_on_disk} of {count} examples just written: look at the disk, {AGAIN}")
 
 
 @contextmanager
@@ -179,9 +179,9 @@ def _decode(blob: bytes) -> dict[str, np.ndarray]:
 class PairRecords:
     """Random access to a finished folder of pairs: `len(records)`, `records[i] -> {name: array}`, `records.plan`.
 
-    Opening demands MANIFEST.json and compares it with the plan, with the names and sizes in the folder and with every
-    shard's number of records; with verify=True also with every shard's hash (at the disk's speed; on a pod let one
-    process do it).
+    Opening demands MANIFEST.json and compares it with the plan, with the names and sizes in the folder, and with every
+    shard's number of records. verify=True compares every shard's hash too, at the disk's speed: on a pod let one process do
+    it.
 
     Raises:
         FileNotFoundError: no plan, no manifest, or a shard of it is missing.
@@ -225,7 +225,7 @@ class PairRecords:
 
 
 def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The manifest's rows, in shard order, after every field was compared with what the plan asks for."""
+    """The manifest's rows, in shard order, each compared with the plan."""
     path = folder / MANIFEST
     manifest = atomic.read_json(path)
     if manifest.get("plan") != atomic.json_digest(plan):
@@ -236,8 +236,8 @@ def _manifest_rows(folder: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
     for shard, row in enumerate(rows):
         if not _is_row(row, plan, shard):
             name = row.get("name") if isinstance(row, dict) else row
-            asked = f"{shard_name(plan, shard)} with {len(shard_range(plan, shard))} examples"
-            raise UserError(f"{path} lists {name!r} where {asked} belongs: {REDO}")
+            expected = f"{shard_name(plan, shard)} with {len(shard_range(plan, shard))} examples"
+            raise UserError(f"{path} lists {name!r} where {expected} belongs: {REDO}")
     return rows
 
 
@@ -253,18 +253,18 @@ def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> Non
         raise MissingFile(f"{path} is missing: {AGAIN}")
     if path.stat().st_size != row["bytes"]:
         raise UserError(f"{path} is {path.stat().st_size} bytes long and was written with {row['bytes']}: {REDO}")
-    if hashes and (found := atomic.sha256(path)) != row["sha256"]:
-        why = f"holds the bytes of {hashes[found]}" if found in hashes else "is damaged or foreign (its hash differs)"
+    if hashes and (digest := atomic.sha256(path)) != row["sha256"]:
+        why = f"holds the bytes of {hashes[digest]}" if digest in hashes else "is damaged or foreign (its hash differs)"
         raise UserError(f"{path} {why}: {REDO}")
-    if (held := record_plan.count_records(path)) != row["count"]:
-        raise UserError(f"{path} holds {held} examples and was written with {row['count']}: {REDO}")
+    if (count := record_plan.count_records(path)) != row["count"]:
+        raise UserError(f"{path} holds {count} examples and was written with {row['count']}: {REDO}")
 
 
 # --- markers ----------------------------------------------------------------------------------------------------------
 
 
 def _markers(folder: Any, plan: dict[str, Any]) -> list[dict[str, Any] | None]:
-    """Every shard's row, or None; several are asked for at once, since in an object store each answer takes its time."""
+    """Every shard's row, or None. Reads run in parallel, since each takes its time in an object store."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda shard: _marker(folder, plan, shard), range(shard_count(plan))))
 
@@ -285,8 +285,8 @@ def _marker(folder: Any, plan: dict[str, Any], shard: int) -> dict[str, Any] | N
 
 
 def _is_row(row: Any, plan: Mapping[str, Any], shard: int) -> bool:
-    asked = {"name": shard_name(plan, shard), "count": len(shard_range(plan, shard))}
+    expected = {"name": shard_name(plan, shard), "count": len(shard_range(plan, shard))}
     shape = {"name": str, "count": int, "bytes": int, "sha256": str}
     if not isinstance(row, dict) or {name: type(value) for name, value in row.items()} != shape:
         return False
-    return all(row[name] == value for name, value in asked.items())
+    return all(row[name] == value for name, value in expected.items())

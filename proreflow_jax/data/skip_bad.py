@@ -1,4 +1,4 @@
-"""A source that goes on where an example is not good: it gives the next good one in its place, counts and names it.
+"""A source that replaces a bad example by the next good one, counts bad examples and names them.
 
 Item i of a source of n is its first good example among i, i + 1, ... (modulo n). That depends on the examples alone, so every
 process, and a resumed run, reads the same; and how many threads read changes nothing either.
@@ -6,8 +6,6 @@ process, and a resumed run, reads the same; and how many threads read changes no
 
 import logging
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from proreflow_jax import UserError
@@ -19,8 +17,14 @@ PROBES = 16  # examples looked at when a source is opened
 log = logging.getLogger(__name__)
 
 
+def open_usable(source: Any, max_bad: float) -> "Usable":
+    """`Usable` of a source that has good examples: it is probed first. Raises ValueError, one line, as `probe` does."""
+    probe(source)
+    return Usable(source, max_bad)
+
+
 class Usable:
-    """`source[i]`, or the next example that is good; `bad` is {index: what is wrong}, as far as it was met.
+    """`source[i]`, or the next good example. `bad` is {index: defect} of the bad examples so far.
 
     Args:
         source: random access to examples, with a `name`; raises `Unusable` for one that is not good.
@@ -52,15 +56,15 @@ class Usable:
             index = (index + 1) % len(self)  # ends: where all are bad, more are than max_bad allows
 
     def _note(self, index: int, why: str) -> None:
-        """Enters a bad example; what ends the run is set before, so no thread that finds it entered goes on."""
+        """Enters a bad example. The error that ends the run is set first, so every thread that sees the entry stops."""
         with self._lock:
             if index in self.bad:
                 return
-            count, named = len(self.bad) + 1, [*list(self.bad.values())[: NAMED - 1], why]
+            count, reasons = len(self.bad) + 1, [*list(self.bad.values())[: NAMED - 1], why]
             if count > self._most or count == len(self):
                 self._over = (
                     f"{count} of {len(self)} examples of {self.name} are bad, --config.data.max_bad={self._max_bad} allows "
-                    f"{self._most}: {'; '.join(named)}"
+                    f"{self._most}: {'; '.join(reasons)}"
                 )
             self.bad[index] = why if count <= NAMED else ""
         if count <= NAMED and not self._over:
@@ -69,7 +73,7 @@ class Usable:
 
 
 def probe(source: Any) -> None:
-    """Looks at a few examples all over a source. Raises ValueError if not one of them is good, with the reason of the first."""
+    """Reads a few examples all over a source. Raises ValueError with the first defect if all of them are bad."""
     first, count = None, min(PROBES, len(source))
     for place in range(count):
         try:
@@ -79,26 +83,3 @@ def probe(source: Any) -> None:
             first = first or error
     if first is not None:
         raise UserError(f"none of {count} examples all over {source.name} is good, the first: {first}") from first
-
-
-class Threaded:
-    """A source whose examples are read and decoded by several threads at once; Pillow decodes without Python's lock.
-
-    Args:
-        source: random access, read from several threads at once.
-        threads: their number, >= 1. They end with the process.
-    """
-
-    def __init__(self, source: Any, threads: int) -> None:
-        self._source = source
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[index]
-
-    def read_many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The examples in the order of the indices. Raises what the source raised at the first that failed."""
-        return list(self._pool.map(self._source.__getitem__, indices))

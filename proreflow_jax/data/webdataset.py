@@ -2,7 +2,7 @@
 
 A sample is the members of one shard that share a name up to its first dot, "000042.jpg" and "000042.txt". Names of members are
 keys and nothing else: nothing is unpacked, no name becomes a path, links are ignored. The index of a shard lies in a cache
-folder under a name made of the shard's path, size and time of change; a shard that changed finds no index and gets a new one.
+folder. Its name holds the shard's path, size and time of change, so a changed shard gets a new index.
 """
 
 import hashlib
@@ -104,18 +104,25 @@ def find_shards(path: str, suffix: str = ".tar") -> list[Path]:
     """
     whole = Path(path).expanduser()
     if whole.is_dir():
-        found = sorted(file for file in whole.iterdir() if file.name.endswith(suffix) and not file.name.startswith("."))
-        if not found:
+        files = sorted(file for file in whole.iterdir() if file.name.endswith(suffix) and not file.name.startswith("."))
+        if not files:
             raise MissingFile(f"{whole} holds no {suffix} file: --config.data.path must name a folder or pattern of them")
-        return found
+        return files
     if whole.is_file():
         return [whole]
-    found = [file for name in expand_braces(path) for file in _expand_stars(Path(name).expanduser())]
-    missing = [file for file in found if not file.is_file()]
-    if missing or not found:
-        which = f"{len(missing)} of {len(found)} files are missing, such as {missing[0]}" if missing else "no file is so named"
+    files = [file for name in expand_braces(path) for file in _expand_stars(Path(name).expanduser())]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        which = f"{len(missing)} of {len(files)} files are missing, such as {missing[0]}" if missing else "no file is so named"
         raise MissingFile(f"{path}: {which}: --config.data.path must name a folder or pattern of {suffix} files")
-    return found
+    return files
+
+
+def shards_identity(path: str, suffix: str = ".tar") -> dict[str, str]:
+    """The hash of the shards' names and sizes. Raises as `find_shards` does."""
+    shards = find_shards(path, suffix)
+    rows = [[shard.name, shard.stat().st_size] for shard in shards]
+    return {"shards": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -136,13 +143,13 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _expand_stars(path: Path) -> list[Path]:
-    """A path whose last part may be a glob; without one, the path itself."""
+    """The files of a path with a glob in its last part; without a glob, the path itself."""
     return sorted(path.parent.glob(path.name)) if any(star in path.name for star in "*?[") else [path]
 
 
 def _stat(file: Path | int) -> tuple[int, int]:
-    found = os.stat(file)
-    return found.st_size, found.st_mtime_ns
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 # --- the index of a shard ---------------------------------------------------------------------------------------------
@@ -151,24 +158,24 @@ def _stat(file: Path | int) -> tuple[int, int]:
 def _index(shard: Path, stat: tuple[int, int], caption_key: str, cache: Path) -> Int[np.ndarray, "n 4"]:
     """A shard's index: kept, or built and then kept. A cache that cannot be written only costs time."""
     extension, _ = caption_file(caption_key)
-    asked = [VERSION, str(shard.resolve()), *stat, extension]
-    kept = cache.expanduser() / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.index"
-    table = _read_index(kept)
+    key = [VERSION, str(shard.resolve()), *stat, extension]
+    path = cache.expanduser() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.index"
+    table = _read_index(path)
     if table is None:
         table = build_index(shard, extension)
-        _write_index(kept, table)
+        _write_index(path, table)
     return table
 
 
 def _read_index(path: Path) -> Int[np.ndarray, "n 4"] | None:
     """An index as `_write_index` left it; None if it is absent or not whole."""
     try:
-        kept = path.read_bytes()
+        content = path.read_bytes()
     except OSError:
         return None
-    if hashlib.sha256(kept[32:]).digest() != kept[:32] or (len(kept) - 32) % (8 * WIDTH):
+    if hashlib.sha256(content[32:]).digest() != content[:32] or (len(content) - 32) % (8 * WIDTH):
         return None
-    return np.frombuffer(kept, "<i8", offset=32).reshape(-1, WIDTH)
+    return np.frombuffer(content, "<i8", offset=32).reshape(-1, WIDTH)
 
 
 def _write_index(path: Path, table: Int[np.ndarray, "n 4"]) -> None:
@@ -193,14 +200,14 @@ def build_index(shard: Path, extension: str) -> Int[np.ndarray, "n 4"]:
                 if member.offset_data + member.size > size:
                     raise UserError(f"cut inside of {member.name!r}")
                 _note(samples, member, extension)
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # tarfile keeps all members otherwise
             file.seek(tar.offset)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise UserError(f"cut or damaged at byte {tar.offset}, where the next header or the end mark belongs")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         raise UserError(f"{shard} is not a whole uncompressed tar ({atomic.one_line(error)}): {mend}") from error
-    rows = [[*found[min(found.keys() & set(EXTENSIONS), key=EXTENSIONS.index)], *found.get(extension, (0, -1))]
-            for found in samples.values() if found.keys() & set(EXTENSIONS)]  # fmt: skip
+    rows = [[*places[min(places.keys() & set(EXTENSIONS), key=EXTENSIONS.index)], *places.get(extension, (0, -1))]
+            for places in samples.values() if places.keys() & set(EXTENSIONS)]  # fmt: skip
     return np.array(rows, np.int64).reshape(-1, WIDTH)
 
 

@@ -21,7 +21,6 @@ from proreflow_jax.pretrained.sources import ModelSource
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run.dataset import is_digits
 from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
@@ -83,9 +82,9 @@ def _with_lora(experiment: Experiment, folder: Path) -> Params:
 
 
 def _prompts(experiment: Experiment) -> list[str]:
-    from proreflow_jax.data import digits
+    from proreflow_jax.data import digits, kinds
 
-    if is_digits(experiment.config):
+    if kinds.is_demo(experiment.config.data):
         return [digits.caption(i, 0) for i in range(COUNT)]
     return [f"a photograph, number {i}" for i in range(COUNT)]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from proreflow_jax.exports.card import CARD, PAGE, card_page, make_card
 from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, student_scheduler_config
-from proreflow_jax.pretrained import lora_factors, lora_file, weights
+from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.pretrained.single_file import to_original
 from proreflow_jax.pretrained.sources import INDEX, ModelSource
 from proreflow_jax.reflow.stages import Stage
@@ -134,7 +134,7 @@ def _single_tensors(
     if wanted.form == "single-file":
         return _as(single_file(experiment, student), wanted.dtype), {}
     if wanted.form == "lora" and trained.factors:  # it is one already
-        factors = lora_factors.to_lora(trained.factors, experiment.layout.scale)
+        factors = lora_file.to_lora(trained.factors, experiment.layout.scale)
         return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
     change = lora_file.delta(student, base.source.tensors("unet"))
     if wanted.form == "delta":

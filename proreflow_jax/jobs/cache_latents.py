@@ -18,7 +18,7 @@ from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.run import dataset
 from proreflow_jax.run.check_config import check_data_resolution
-from proreflow_jax.run.dataset import has_images, made_by, open_source
+from proreflow_jax.run.dataset import made_by, open_source
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_experiment
 from proreflow_jax.runtime import mesh
@@ -52,7 +52,7 @@ def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
         raise UserError(f"{OUT} is empty: name the folder of the cache")
-    if not has_images(config):
+    if not kinds.has_images(config.data):
         raise UserError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
     folder = paths.parse_path(out, OUT)
     paths.check_reachable(folder)
@@ -89,10 +89,10 @@ def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict
     networks, base, c = experiment.networks, experiment.base, experiment.config.cache
 
     def encode(vae: Params, text: dict[str, Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = dict(zip(cached.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
+        found = dict(zip(kinds.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
         if c.text:
             told = text_context(networks.condition, text, batch["ids"])
-            found |= {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
+            found |= {name: value for name, value in zip(kinds.TEXTS, told, strict=False) if value is not None}
         kept = {name: value.astype(jnp.dtype(c.storage)) for name, value in found.items()}
         return kept | {"caption": batch["caption"]}
 

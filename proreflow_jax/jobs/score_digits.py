@@ -15,14 +15,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import digits
+from proreflow_jax.data import digits, kinds
 from proreflow_jax.evaluation import classifier, frechet, report
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization, make_step
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.run.dataset import is_digits
 from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
@@ -61,7 +60,7 @@ class DigitsJudge(NamedTuple):
 def check_digits(experiment: Experiment) -> None:
     """Raises ValueError, one line, for a table that cannot be made."""
     config = experiment.config
-    if not is_digits(config):
+    if not kinds.is_demo(config.data):
         raise UserError(
             f"--config.data.kind={config.data.kind}: --config.evaluate.protocol=digits is for data.kind=digits alone, "
             "take coco2017-5k or coco2014-30k"

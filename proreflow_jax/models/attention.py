@@ -25,7 +25,7 @@ def heads_attention(
 
 
 def padded_heads(linear: nnx.Linear, x: Float[Array, "b s c"], heads: int, scale: float = 1.0) -> Float[Array, "b h s l"]:
-    """What a linear layer projects, times `scale`, as heads of full lanes: its weights get zero columns, not its result."""
+    """A linear layer's result times `scale`, as heads of full lanes: the weights get the zero columns."""
     w, bias = layers.weights_of(linear, x)
     w = _pad_lanes(scale * w.reshape(x.shape[-1], heads, -1))  # scaling the result would be a pass over it
     out = jnp.einsum("bsc,chl->bhsl", x, w, preferred_element_type=jnp.float32)

@@ -1,6 +1,6 @@
 """How networks are computed on a machine: the forms of softmax attention, which one is taken, what is recomputed.
 
-None of it changes what is computed. `Compute` is bound when a network is built (`network.make_unet(config, compute)`), so
+All forms compute the same attention. `Compute` is bound when a network is built (`network.make_unet(config, compute)`), so
 each block knows its form without globals, and two networks of one process may differ. It holds the mesh because a splash
 kernel is opaque to the partitioner: `jax.shard_map` gives each device its own rows and heads.
 
@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 from proreflow_jax.models.compute import ATTENTION, Compute
 
 FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "splash")
-FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # what "auto" takes on a platform
+FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # the kernel that "auto" takes on a platform
 FUSED_TOKENS = 1024  # self-attention from here on goes to it; below, scores are small
 LANES = 128  # of a TPU's registers: the last axis of a kernel's operands comes in multiples of it
-WIDEST = 256  # padded head width whose blocks fit a TPU's VMEM
+WIDEST = 256  # largest padded head width: its blocks fit a TPU's VMEM
 BLOCK = 1024  # queries and keys that splash holds at once; 2,048 exceeds v5e's VMEM
 CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that has them
-SMALL_SCORES = 256 << 20  # bytes of one device's scores up to which "auto" makes them whole
+SMALL_SCORES = 256 << 20  # bytes of one device's scores; "auto" makes larger ones in blocks
 CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
 CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
 
@@ -40,9 +40,9 @@ def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width
     scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla",
     "chunked" and "cached" are taken everywhere.
     """
-    wanted = compute.attention
-    if wanted in ("xla", "chunked", "cached"):
-        return wanted
+    form = compute.attention
+    if form in ("xla", "chunked", "cached"):
+        return form
     if tokens != keys or tokens < FUSED_TOKENS:
         return "xla"
     fits = {
@@ -50,7 +50,7 @@ def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width
         "splash": lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
         "cudnn": width % 8 == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
     }
-    fused = FUSED.get(compute.platform, "") if wanted == "auto" else wanted
+    fused = FUSED.get(compute.platform, "") if form == "auto" else form
     if fits.get(fused):
         return fused
     ways = compute.mesh.shape["data"] * compute.mesh.shape["fsdp"] if compute.mesh else 1

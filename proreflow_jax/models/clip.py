@@ -18,7 +18,7 @@ ACTIVATIONS = {
 
 
 class TextStates(NamedTuple):
-    """What the family's UNets take from a text encoder."""
+    """The outputs of a text encoder that the family's UNets take."""
 
     last: Float[Array, "b s d"]  # after the final norm: SD 1.5 and 2.1
     penultimate: Float[Array, "b s d"]  # before the last layer, no norm: SDXL

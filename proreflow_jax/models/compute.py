@@ -1,4 +1,4 @@
-"""How networks are computed: form of attention, what the backward pass keeps, which devices."""
+"""The way networks are computed: form of attention, arrays kept for the backward pass, devices."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-ATTENTION = "attention"  # name of attention's outputs, by which a policy keeps them
+ATTENTION = "attention"  # name of attention's outputs, for policies that keep them
 SAVED = jax.checkpoint_policies
 
 
@@ -20,10 +20,10 @@ def in_turn(blocks: Sequence[Any], call: Callable[[Any, Array], Array], h: Array
 
 
 class Compute(NamedTuple):
-    """What a network is told of the machine it runs on; statics, from the config and the mesh."""
+    """A network's machine: static values from the config and the mesh."""
 
     attention: str = "xla"  # one of FORMS; "auto": by platform and shape, see `choose`
-    remat: str = "none"  # one of POLICIES: what the backward pass makes again
+    remat: str = "none"  # one of POLICIES: arrays that the backward pass recomputes
     platform: str = "cpu"  # of the devices that will run it: "cpu", "gpu", "tpu"
     mesh: Mesh | None = None  # axes data, fsdp (rows) and tensor (heads); None: one device
     repeat: Callable[..., Array] = in_turn  # how a row of equal blocks is run
@@ -34,11 +34,11 @@ PLAIN = Compute()
 
 def _products(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
     """Convolutions and products with weights are kept; scores are not, as their products have batch axes."""
-    kept = SAVED.dots_with_no_batch_dims_saveable
-    return primitive.name == "conv_general_dilated" or kept(primitive, *arguments, **parameters)
+    keeps_products = SAVED.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or keeps_products(primitive, *arguments, **parameters)
 
 
-POLICIES: dict[str, Any] = {  # what the forward pass keeps of each ResNet and transformer block, beside its inputs
+POLICIES: dict[str, Any] = {  # kept by the forward pass of each ResNet and transformer block, beside its inputs
     "none": None,  # all that the backward pass reads
     "products": SAVED.save_from_both_policies(_products, SAVED.save_only_these_names(ATTENTION)),
     "attention": SAVED.save_only_these_names(ATTENTION),
@@ -47,7 +47,7 @@ POLICIES: dict[str, Any] = {  # what the forward pass keeps of each ResNet and t
 
 
 def rerun(remat: str, function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs); its backward pass makes again what POLICIES[remat] does not keep. Without one it costs nothing."""
+    """function(*inputs). The backward pass recomputes what POLICIES[remat] does not keep. Without one it costs nothing."""
     if remat == "none":
         return function(*inputs)
     return jax.checkpoint(function, policy=POLICIES[remat])(*inputs)

@@ -1,4 +1,4 @@
-"""Token ids -> what a UNet is told: text states, and for SDXL the pooled state and the sizes of micro-conditioning.
+"""Token ids -> a UNet's conditioning: text states, and for SDXL the pooled state and the sizes of micro-conditioning.
 
 SD 1.x and 2.x read the last states of one encoder. SDXL (Podell et al. 2023, sec. 2.1 and 2.2) reads the states before the
 last layer of two encoders side by side, the second's pooled state, and six numbers about the image.
@@ -16,7 +16,7 @@ from proreflow_jax.models.network import Network, Params
 
 
 class Context(NamedTuple):
-    """What a UNet is told beside latents and time, one row an example; a tree of arrays, None where the model takes none."""
+    """A UNet's conditioning, one row an example: a tree of arrays, None where the model takes none."""
 
     states: Float[Array, "b s d"]
     pooled: Float[Array, "b p"] | None = None
@@ -37,7 +37,7 @@ def make_conditioner(encoders: Mapping[str, Network], sizes: tuple[int, ...], ze
     Args:
       encoders: one text encoder, or SDXL's two in order; ids of their tokenizers lie side by side.
       sizes: SDXL's (original height, width, crop top, left, target height, width), in pixels.
-      zeroed: ids (s,) of the prompt whose states SDXL takes as zeros: the empty one (`force_zeros_for_empty_prompt`).
+      zeroed: ids (s,) of the empty prompt, if SDXL takes its states as zeros (`force_zeros_for_empty_prompt`).
     """
     if len(encoders) == 1:
         ((name, encoder),) = encoders.items()
@@ -48,8 +48,8 @@ def make_conditioner(encoders: Mapping[str, Network], sizes: tuple[int, ...], ze
         states = [encoder.apply(params[name], part) for (name, encoder), part in zip(encoders.items(), parts, strict=True)]
         texts, pooled = jnp.concatenate([s.penultimate for s in states], axis=-1), states[-1].pooled
         if zeroed is not None:
-            told = jnp.any(ids != zeroed, axis=1)
-            texts, pooled = texts * told[:, None, None], pooled * told[:, None]
+            not_empty = jnp.any(ids != zeroed, axis=1)
+            texts, pooled = texts * not_empty[:, None, None], pooled * not_empty[:, None]
         return Context(texts, pooled, jnp.tile(jnp.asarray(sizes, jnp.float32), (ids.shape[0], 1)))
 
     return both
@@ -68,6 +68,8 @@ def check_fit(unet: Mapping[str, Any], encoders: Mapping[str, Network], origin: 
     if added:
         last = list(encoders.values())[-1]
         pooled = last.shapes["text_projection.weight"].shape[1] if "text_projection.weight" in last.shapes else widths[-1]
-        asked, given = unet["projection_class_embeddings_input_dim"], pooled + 6 * unet["addition_time_embed_dim"]
-        if asked != given:
-            raise UserError(f"{origin}: the UNet reads {asked} numbers beside the text, SDXL base gives {given} (a refiner?)")
+        expected, present = unet["projection_class_embeddings_input_dim"], pooled + 6 * unet["addition_time_embed_dim"]
+        if expected != present:
+            raise UserError(
+                f"{origin}: the UNet reads {expected} numbers beside the text, SDXL base gives {present} (a refiner?)"
+            )

@@ -26,7 +26,7 @@ MEND = "convert the published file to .safetensors again, or name another --conf
 
 Kernel = tuple[int, int]
 Conv = tuple[str, int, Kernel, int]  # name, channels out, kernel, stride; padded by half the kernel unless it strides
-Branch = tuple[str | Conv | tuple[Conv, ...], ...]  # pools by name, convolutions, and forks whose results are joined
+Branch = tuple[str | Conv | tuple[Conv, ...], ...]  # pools by name, convolutions, and forks; the results of a fork are joined
 
 
 def conv(name: str, outputs: int, kernel: Kernel | int = 1, stride: int = 1) -> Conv:
@@ -154,7 +154,7 @@ def _convs(step: str | Conv | tuple[Conv, ...]) -> tuple[Conv, ...]:
 
 
 class Inception(nnx.Module):
-    """Images -> the 2,048 features of the last pool; `logits` goes on to the class scores."""
+    """Images -> the 2,048 features of the last pool."""
 
     def __init__(self, resize: str, rngs: nnx.Rngs) -> None:
         self.resize = resize
@@ -165,6 +165,7 @@ class Inception(nnx.Module):
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, (3, 3), 1, (0, 0), rngs)
         for name, (inputs, branches) in BLOCKS.items():
             setattr(self, name, Block(inputs, branches, rngs))
+        # The published file holds this layer, and conversion is total. FID does not use class scores.
         self.fc = nnx.Linear(FEATURES, CLASSES, precision=EXACT, rngs=rngs)
 
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
@@ -175,10 +176,6 @@ class Inception(nnx.Module):
         for name in BLOCKS:
             x = getattr(self, name)(x)
         return x.mean(axis=(1, 2))
-
-    def logits(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 1008"]:
-        """Class scores, of which the Inception score is made."""
-        return self.fc(self(images))
 
 
 def tf1_matrix(inputs: int, outputs: int) -> Float[np.ndarray, "o i"]:
@@ -230,7 +227,7 @@ def prepare_inception(images: UInt8[Array, "b h w 3"], resize: str) -> Float[Arr
 
 
 def make_inception(resize: str = "tf1") -> network.Network:
-    """apply(params, images uint8 (b,h,w,3)) -> features (b,2048) float32; method="logits" -> (b,1008).
+    """apply(params, images uint8 (b,h,w,3)) -> features (b,2048) float32.
 
     Args:
       resize: how images come to 299 x 299, a name of `RESIZES`.

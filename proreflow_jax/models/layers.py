@@ -16,7 +16,7 @@ from proreflow_jax.models.compute import Compute, gather
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1, padding: int | str = -1) -> nnx.Conv:
-    """A 2-D convolution with torch's symmetric padding (half the kernel unless told)."""
+    """A 2-D convolution with torch's symmetric padding, by default half the kernel."""
     pad = size // 2 if padding == -1 else padding
     return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=pad, rngs=rngs)
 
@@ -112,8 +112,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbour doubling, cropped to `shape` (height, width) where the skip is odd, then a 3x3 convolution.
 
-    Twice the size is computed at the small size: a 3x3 kernel over doubled pixels sees 2x2 different ones, which ones
-    depends on the parity of row and column. Four kernels of summed weights do 4/9 of the work.
+    Doubling is computed at the small size. A 3x3 kernel over doubled pixels sees 2x2 different ones, by the parity of row and
+    column. Four kernels of summed weights do 4/9 of the work.
     """
 
     def __init__(self, channels: int, rngs: nnx.Rngs) -> None:

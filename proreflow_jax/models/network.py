@@ -19,11 +19,11 @@ Params = dict[str, Float[Array, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 TORCH_NAME |= {"mean": "running_mean", "var": "running_var"}  # of a batch norm
 
-SCANNED = 4  # equal blocks in a row from which a TPU program has a loop over them
+SCANNED = 4  # from so many equal blocks in a row a TPU program loops over them
 
 
 class Network(NamedTuple):
-    """One network: what its parameters look like, how they begin, what it computes."""
+    """One network: shapes of its parameters, their initial values, its forward pass."""
 
     shapes: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[Key[Array, ""]], Params]
@@ -36,8 +36,8 @@ def _name(path: tuple) -> str:
     return ".".join([*head, TORCH_NAME.get(leaf, leaf)])  # a bare parameter keeps its own name
 
 
-class _OneKey:
-    """Stands in for nnx.Rngs where only shapes are asked for: its counters, traced, cost time quadratic in the tensors."""
+class _OneKey(nnx.Rngs):
+    """nnx.Rngs for tracing shapes. The counters of a real one cost time quadratic in the number of tensors."""
 
     def __init__(self, key: Key[Array, ""]) -> None:
         self._key = key
@@ -60,8 +60,8 @@ def network(build: Callable[[nnx.Rngs], nnx.Module], config: dict) -> Network:
     shapes = {name: jax.ShapeDtypeStruct(flat[path].get_value().shape, jnp.float32) for name, path in paths.items()}
 
     def init(key: Key[Array, ""]) -> Params:
-        made = dict(nnx.to_flat_state(nnx.state(build(nnx.Rngs(key)))))
-        return {name: made[path].get_value() for name, path in paths.items()}
+        arrays = dict(nnx.to_flat_state(nnx.state(build(nnx.Rngs(key)))))
+        return {name: arrays[path].get_value() for name, path in paths.items()}
 
     def apply(params: Params, *inputs: Any, method: str = "__call__", **keywords: Any) -> Any:
         leaves = [(path, flat[path].replace(params[name])) for name, path in paths.items()]
@@ -91,7 +91,7 @@ def cast(params: Params, dtype: Any) -> Params:
 def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
     """apply(params, latents (b,h,w,c), timesteps (b,), context (b,s,d)[, pooled, time_ids]) -> (b,h,w,c).
 
-    `compute` says how, not what, is computed: the forms of attention, what a backward pass makes again.
+    `compute` changes the form of attention and the arrays that a backward pass recomputes, not the result.
     """
     compute = compute._replace(repeat=scanned) if compute.platform == "tpu" else compute
     return network(lambda rngs: layers.gathering(unet.UNet(unet.architecture(config), rngs, compute), compute), config)

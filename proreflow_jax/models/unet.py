@@ -1,6 +1,6 @@
 """The SD family's UNet (diffusers' UNet2DConditionModel), built from its config.json.
 
-SD 1.5, 2.1 and SDXL are other numbers of one architecture: `architecture` reads them, refuses what it does not know.
+SD 1.5, 2.1 and SDXL are one architecture with other numbers: `architecture` reads the numbers and refuses unknown ones.
 """
 
 from typing import NamedTuple
@@ -130,16 +130,16 @@ class DownBlock(nnx.Module):
             self.downsamplers = nnx.List([Downsample(width, rngs)])
 
     def __call__(self, x: Array, embedding: Array, context: Array) -> tuple[Array, list[Array]]:
-        kept = []
+        skips = []
         for i, resnet in enumerate(self.resnets):
             x = rerun(self.remat, ResnetBlock.__call__, resnet, x, embedding)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
-            kept.append(x)
+            skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
-            kept.append(x)
-        return x, kept
+            skips.append(x)
+        return x, skips
 
 
 class MidBlock(nnx.Module):
@@ -171,13 +171,13 @@ class UpBlock(nnx.Module):
         if not last:
             self.upsamplers = nnx.List([Upsample(width, rngs)])
 
-    def __call__(self, x: Array, kept: list[Array], embedding: Array, context: Array) -> Array:
+    def __call__(self, x: Array, skips: list[Array], embedding: Array, context: Array) -> Array:
         for i, resnet in enumerate(self.resnets):
-            x = rerun(self.remat, _joined, resnet, x, kept.pop(), embedding)
+            x = rerun(self.remat, _joined, resnet, x, skips.pop(), embedding)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, kept[-1].shape[1:3])
+            x = self.upsamplers[0](x, skips[-1].shape[1:3])
         return x
 
 
@@ -227,11 +227,11 @@ class UNet(nnx.Module):
     ) -> Float[Array, "b h w o"]:
         embedding = self._embed(x, timesteps, pooled, time_ids)
         x = self.conv_in(x)
-        kept = [x]
+        skips = [x]
         for block in self.down_blocks:
             x, states = block(x, embedding, context)
-            kept += states
+            skips += states
         x = self.mid_block(x, embedding, context)
         for block in self.up_blocks:
-            x = block(x, kept, embedding, context)
+            x = block(x, skips, embedding, context)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -14,14 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import cached
+from proreflow_jax.data import kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.perf import flops, tpu_compile
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run import cli, train_state
-from proreflow_jax.run.dataset import encodes, is_cached
+from proreflow_jax.run.dataset import encodes
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.runtime import mesh
 
@@ -149,10 +149,10 @@ def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStr
     if encodes(config):
         rows["image"] = split((b, base.resolution, base.resolution, 3), np.uint8)
     elif config.pairs.start == "data":
-        rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in cached.LATENTS}
-    if is_cached(config) and config.cache.text:
+        rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in kinds.LATENTS}
+    if kinds.has_latents(config.data) and config.cache.text:
         told = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
-        kept = {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
+        kept = {name: value for name, value in zip(kinds.TEXTS, told, strict=False) if value is not None}
         rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in kept.items()}
     return rows
 

@@ -1,6 +1,6 @@
 """The Hugging Face hub: an id owner/name -> a local diffusers folder, and an export -> a repository there.
 
-Only what a diffusers folder needs is fetched, after its size was logged; what was fetched once is read without a network.
+Only the files of a diffusers folder are fetched, after their size was logged. Later starts read them without a network.
 Tokens are huggingface_hub's own business (HF_TOKEN or `hf auth login`): nothing here reads, logs or stores one.
 """
 
@@ -22,7 +22,7 @@ from proreflow_jax import MissingFile, UserError
 log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it writes every address, signed ones too
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-FILES = (".safetensors", ".ckpt")  # endings of a single file, which looks like an id where it is missing
+FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
 INDEX, CARD = "model_index.json", "reflow.json"
 TEXTS = (".json", ".txt")
 STEMS = ("diffusion_pytorch_model", "model")
@@ -64,23 +64,23 @@ def download(repo: str, revision: str, configs_only: bool = False, flag: str = "
 
     try:
         with _explained(repo, revision, flag):
-            found = _on_hub(repo, revision)
+            repository = _on_hub(repo, revision)
     except ConnectionError as error:
         return _from_cache(repo, revision, configs_only, flag, str(error))
     with _explained(repo, revision, flag), disable_progress_bars():
-        groups = _groups(found, configs_only, flag)
+        groups = _groups(repository, configs_only, flag)
         names = [name for group in groups.values() for name in group]
-        state = hf.snapshot_download(repo, revision=found.commit, allow_patterns=_exactly(names), dry_run=True)
-    _log_plan(found, revision, groups, {info.filename for info in state if info.is_cached})
-    _check_disk(sum(found.sizes[info.filename] for info in state if not info.is_cached))
+        state = hf.snapshot_download(repo, revision=repository.commit, allow_patterns=_exactly(names), dry_run=True)
+    _log_plan(repository, revision, groups, {info.filename for info in state if info.is_cached})
+    _check_disk(sum(repository.sizes[info.filename] for info in state if not info.is_cached))
     with _explained(repo, revision, flag, ": run the same command again, complete files are kept"):
-        return Path(hf.snapshot_download(repo, revision=found.commit, allow_patterns=_exactly(names)))
+        return Path(hf.snapshot_download(repo, revision=repository.commit, allow_patterns=_exactly(names)))
 
 
 def _on_hub(repo: str, revision: str) -> Repository:
     """Asks the hub. The second request notes in the cache which commit the revision is: without a network it says so."""
     api = hf.HfApi()
-    api.model_info(repo, revision=revision)  # raises where there is no network; the next one would take what it noted before
+    api.model_info(repo, revision=revision)  # raises without a network; the next line would take the commit of an earlier start
     commit = api.resolve_revision(repo, revision=revision)
     tree = api.list_repo_tree(repo, revision=commit.resolved, recursive=True)
     sizes = {entry.path: entry.size for entry in tree if isinstance(entry, hf.RepoFile)}
@@ -88,7 +88,7 @@ def _on_hub(repo: str, revision: str) -> Repository:
 
 
 def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason: str) -> Path:
-    """The folder as an earlier download left it, if it is complete."""
+    """The folder of an earlier download, if it is complete."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     what = f"{reason}, and the cache {constants.HF_HUB_CACHE} does not hold {repo} at {revision}"
@@ -99,7 +99,7 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
         raise MissingFile(f"{what}: {mend}") from None
     try:
         sizes = {entry.path: entry.size for entry in hf.get_cached_repo_tree(repo, revision=revision)}
-    except CachedRepoTreeNotFoundError:  # older versions of the library kept no listing: then what is there is all
+    except CachedRepoTreeNotFoundError:  # older versions of the library stored no listing: the files there count as all
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
     def here(name: str) -> Path:
@@ -114,32 +114,32 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
     return folder
 
 
-def _groups(found: Repository, configs_only: bool, flag: str) -> dict[str, list[str]]:
-    """What is needed: {component: paths}, "" for what lies beside them. Raises ValueError, one line."""
-    where = f"{flag}={found.repo}"
-    if INDEX not in found.sizes:
+def _groups(repository: Repository, configs_only: bool, flag: str) -> dict[str, list[str]]:
+    """The files to fetch: {component: paths}, "" for files beside the components. Raises ValueError, one line."""
+    where = f"{flag}={repository.repo}"
+    if INDEX not in repository.sizes:
         raise UserError(
             f"{where} is no diffusers repository: it holds no {INDEX}; a single file of it must be downloaded first"
         )
-    index = _read_object(found.read(INDEX), f"{where}: {INDEX}")
-    groups = {"": [path for path in found.sizes if path == INDEX or re.match(r"LICENSE[^/]*$", path)]}
+    index = _read_object(repository.read(INDEX), f"{where}: {INDEX}")
+    groups = {"": [path for path in repository.sizes if path == INDEX or re.match(r"LICENSE[^/]*$", path)]}
     for component in [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]]:
-        own = [path.rpartition("/")[2] for path in found.sizes if path.rpartition("/")[0] == component]
+        own = [path.rpartition("/")[2] for path in repository.sizes if path.rpartition("/")[0] == component]
         names = sorted(name for name in own if name.endswith(TEXTS) and ".index." not in name)
         if not configs_only:
-            names += _weights(found, component, set(own), where)
+            names += _weights(repository, component, set(own), where)
         groups[component] = [f"{component}/{name}" for name in names]
     return {component: paths for component, paths in groups.items() if paths}
 
 
-def _weights(found: Repository, component: str, own: set[str], where: str) -> list[str]:
-    """Names of the files with a component's weights: one file, or an index and what it names; [] where it has none."""
+def _weights(repository: Repository, component: str, own: set[str], where: str) -> list[str]:
+    """Names of the files with a component's weights: one file, or an index and its shards; [] if there are none."""
     for variant in VARIANTS:
         for stem in STEMS:
             if (whole := f"{stem}{variant}.safetensors") in own:
                 return [whole]
             if (index := f"{stem}.safetensors.index{variant}.json") in own:
-                listing = _read_object(found.read(f"{component}/{index}"), f"{where}: {component}/{index}")
+                listing = _read_object(repository.read(f"{component}/{index}"), f"{where}: {component}/{index}")
                 table = listing.get("weight_map")
                 shards = {str(name) for name in table.values()} if isinstance(table, dict) else set()
                 if not shards or shards - own:
@@ -161,22 +161,22 @@ def _exactly(names: list[str]) -> list[str]:
     return [glob.escape(name) for name in names]
 
 
-def _log_plan(found: Repository, revision: str, groups: Mapping[str, list[str]], cached: set[str]) -> None:
+def _log_plan(repository: Repository, revision: str, groups: Mapping[str, list[str]], cached: set[str]) -> None:
     """One line for all, one for each component: bytes, how many of them are here, the file that is most of it."""
     row = lambda paths: (
-        readable_size(sum(found.sizes[p] for p in paths)),
-        readable_size(sum(found.sizes[p] for p in paths if p in cached)),
+        readable_size(sum(repository.sizes[p] for p in paths)),
+        readable_size(sum(repository.sizes[p] for p in paths if p in cached)),
     )
     every = [path for group in groups.values() for path in group]
-    what = f"{found.repo} at {revision} ({found.commit[:8]})"
+    what = f"{repository.repo} at {revision} ({repository.commit[:8]})"
     log.info("%s: %d files, %s, of which %s are in the cache %s", what, len(every), *row(every), constants.HF_HUB_CACHE)
     for component, paths in groups.items():
-        largest = max(paths, key=found.sizes.__getitem__).rpartition("/")[2]
+        largest = max(paths, key=repository.sizes.__getitem__).rpartition("/")[2]
         log.info("  %-18s %9s, %9s in the cache  %s", component or "(beside them)", *row(paths), largest)
 
 
 def _check_disk(needed: int) -> None:
-    """Raises OSError before a download that cannot end."""
+    """Raises OSError if the whole download does not fit. huggingface_hub only warns, for each file when its turn comes."""
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     if needed > (free := shutil.disk_usage(there).free):
@@ -195,7 +195,7 @@ def readable_size(count: int) -> str:
 
 @contextmanager
 def _explained(repo: str, revision: str, flag: str, again: str = "") -> Iterator[None]:
-    """What the library raises becomes one line: ValueError for what the user can mend, ConnectionError for the rest.
+    """Turns the library's errors into one line: ValueError for errors that the user can mend, ConnectionError for the rest.
 
     `again` is added where the connection broke off.
     """
@@ -236,15 +236,15 @@ def contents(folder: Path) -> dict[str, int]:
         raise MissingFile(f"--folder={folder} does not exist: name a folder that export wrote")
     if not (folder / CARD).is_file():
         raise UserError(f"--folder={folder} holds no {CARD}: only a folder that export or merge wrote is uploaded")
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
-    if links := [str(name) for name, path in found.items() if path.is_symlink()]:
+    entries = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    if links := [str(name) for name, path in entries.items() if path.is_symlink()]:
         raise UserError(f"--folder={folder} holds the link {links[0]}: upload a folder of plain files")
-    shown = {name: path for name, path in found.items() if not any(part[0] == "." for part in name.parts)}
+    shown = {name: path for name, path in entries.items() if not any(part[0] == "." for part in name.parts)}
     return {name.as_posix(): path.stat().st_size for name, path in shown.items() if path.is_file()}
 
 
 def upload_folder(folder: Path, repo: str, private: bool) -> str:
-    """Sends an export to the hub in one commit, so that nobody sees half a model; returns the repository's address.
+    """Sends an export to the hub in one commit, so half a model is never visible. Returns the repository's address.
 
     The repository is made if it is not there. Hidden files stay behind.
 

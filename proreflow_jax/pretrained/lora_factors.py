@@ -6,7 +6,7 @@ own rank is capped. The factors are flat parameters of their own, named as in pe
   linear  W (in, out)         X.lora_A.weight (in, r)        X.lora_B.weight (r, out)
   conv    W (h, w, in, out)   X.lora_A.weight (h, w, in, r)  X.lora_B.weight (1, 1, r, out)
 
-so `weights.to_torch` makes torch's factors of them, and `to_lora` the same as `lora` writes them, without an SVD.
+so `weights.to_torch` makes torch's factors of them, and `lora_file.to_lora` the layers of a file, without an SVD.
 """
 
 import math
@@ -22,10 +22,9 @@ from jaxtyping import Array, Key
 
 from proreflow_jax import UserError
 from proreflow_jax.models.network import Params
-from proreflow_jax.pretrained import lora_file
-from proreflow_jax.pretrained.weights import TABLE, Shapes, listing, to_torch
+from proreflow_jax.pretrained.weights import TABLE, Shapes, listing
 
-A, B = f".{lora_file.A}", f".{lora_file.B}"
+A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def _factorable(name: str, shape: tuple[int, ...]) -> bool:
@@ -41,13 +40,13 @@ def _matching(weights: Shapes, layers: str) -> list[str]:
         raise UserError(f"{flag} is not a regular expression: {error}") from None
     if not matched:
         raise UserError(f"{flag} matches none of {len(weights)} weights, such as {min(weights, default='')}")
-    if found := [name for name in matched if _factorable(name, weights[name].shape)]:
-        return found
+    if factorable := [name for name in matched if _factorable(name, weights[name].shape)]:
+        return factorable
     raise UserError(f"{flag} must match linear or convolution weights, and matches {listing('others', matched)[0]}")
 
 
 def factor_shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the factors look like; float32.
+    """Names and shapes of the factors; float32.
 
     Args:
       weights: the network's, from `Network.shapes`.
@@ -59,21 +58,21 @@ def factor_shapes(weights: Shapes, layers: str, rank: int) -> dict[str, jax.Shap
     """
     if rank < 1:
         raise UserError(f"--config.student.lora.rank={rank} must be at least 1")
-    made = {}
+    shapes = {}
     for name in _matching(weights, layers):
         (*head, out), stem = weights[name].shape, name.removesuffix(".weight")
         r = min(rank, math.prod(head), out)
-        made[stem + A] = jax.ShapeDtypeStruct((*head, r), jnp.float32)
-        made[stem + B] = jax.ShapeDtypeStruct((*(1 for _ in head[:-1]), r, out), jnp.float32)
-    return made
+        shapes[stem + A] = jax.ShapeDtypeStruct((*head, r), jnp.float32)
+        shapes[stem + B] = jax.ShapeDtypeStruct((*(1 for _ in head[:-1]), r, out), jnp.float32)
+    return shapes
 
 
 def init(weights: Shapes, layers: str, rank: int, key: Key[Array, ""]) -> dict[str, np.ndarray]:
     """Factors to start from, on the host: A normal, B zero, so that the start is the base model (Hu et al. 2021, sec. 4.1).
 
     A's variance is 1 / (3 fan_in), that of peft's and kohya's uniform draw (Kaiming with a = sqrt 5), so their learning
-    rates hold. Numpy draws from the key's bits and the name: nothing compiles (an op for each of hundreds of tensors takes
-    XLA long), and a layer starts the same whatever other layers are chosen. Arguments and errors as of `factor_shapes`.
+    rates hold. Numpy draws from the key's bits and the name. Nothing compiles (XLA takes long for hundreds of small ops), and
+    a layer starts the same for any choice of other layers. Arguments and errors as of `factor_shapes`.
     """
     seed = [int(word) for word in np.ravel(jax.device_get(jax.random.key_data(key)))]
 
@@ -98,7 +97,7 @@ def scale_of(rank: int, alpha: float) -> float:
     return alpha / rank if alpha else 1.0
 
 
-def _pairs(factors: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def factor_pairs(factors: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{name of the weight: (A, B)}. Raises ValueError, one line, for names that do not come in such pairs."""
     stems = sorted({name.removesuffix(part) for part in (A, B) for name in factors if name.endswith(part)})
     known = {stem + part for stem in stems for part in (A, B)}
@@ -113,7 +112,7 @@ def add(base: Params, factors: Params, scale: float) -> Params:
     Computed in float32 (also where the device's default is less) and given in the base's dtypes. Gradients reach the
     factors alone. Raises ValueError, one line, if the base lacks a layer or has it in another shape.
     """
-    pairs = _pairs(factors)
+    pairs = factor_pairs(factors)
     fits = lambda w, a, b: w.shape == (*a.shape[:-1], b.shape[-1]) and a.shape[-1] == b.shape[-2]
     wrong = [
         f"{n} {base[n].shape} by {a.shape} and {b.shape}"
@@ -129,12 +128,3 @@ def add(base: Params, factors: Params, scale: float) -> Params:
 
     fixed = jax.lax.stop_gradient(base)
     return {name: weight(value, *pairs[name]) if name in pairs else value for name, value in fixed.items()}
-
-
-def to_lora(factors: Mapping[str, Any], scale: float) -> dict[str, lora_file.Factors]:
-    """Exactly these factors in torch's layout, for `lora.to_kohya` and `lora.to_diffusers`: the adapter as a file.
-
-    A file counts alpha / r by each layer's own r, so a layer gets alpha = scale * r, capped or not: what `add` computes
-    with this scale. Raises ValueError as `add` does for names that are no pairs.
-    """
-    return {name: lora_file.Factors(up, down, scale * down.shape[0]) for name, (down, up) in _pairs(to_torch(factors)).items()}

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proreflow_jax import UserError
-from proreflow_jax.pretrained.weights import listing
+from proreflow_jax.pretrained.lora_factors import factor_pairs
+from proreflow_jax.pretrained.weights import listing, to_torch
 
 Tensors = Mapping[str, np.ndarray]
 DOWN, UP = "lora_down.weight", "lora_up.weight"  # kohya's names
-A, B = "lora_A.weight", "lora_B.weight"  # peft's, and so diffusers', names of the same
 OUTER = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}  # SDXL: as all readers know it
 WORST = 5  # layers named in the report
 
@@ -33,8 +33,8 @@ class Factors(NamedTuple):
 
 def _refuse(title: str, problems: Mapping[str, Iterable[str]]) -> None:
     """One ValueError with every kind of problem, if there is any."""
-    if found := [part for kind, names in problems.items() for part in listing(kind, names)]:
-        raise UserError(f"{title}: {'; '.join(found)}")
+    if parts := [part for kind, names in problems.items() for part in listing(kind, names)]:
+        raise UserError(f"{title}: {'; '.join(parts)}")
 
 
 def _sum(left: Tensors, right: Tensors, scale: float, names: tuple[str, str], dtype: Any = None) -> dict[str, np.ndarray]:
@@ -94,8 +94,8 @@ def _layers(delta: Tensors) -> Iterator[tuple[str, np.ndarray]]:
 def _truncate(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(m, n) -> up (m, r), down (r, n), all squared singular values; up @ down is the best approximation, balanced.
 
-    The singular vectors of the smaller side are eigenvectors of its Gram matrix. float64 there resolves singular values
-    down to 1e-8 of the largest, below float32's own rounding, and up @ down is an exact projection whatever they are.
+    The singular vectors of the smaller side are eigenvectors of its Gram matrix. float64 there resolves singular values down
+    to 1e-8 of the largest, below float32's own rounding. up @ down is an exact projection in any case.
     """
     lying = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     squares, vectors = np.linalg.eigh(lying @ lying.T)
@@ -113,12 +113,12 @@ def _kept(spectra: Collection[np.ndarray], rank: int) -> float:
 
 
 def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """The best LoRA of a delta, and what it keeps.
+    """The best LoRA of a delta, and a report of the share that it keeps.
 
     Args:
       delta: {torch name: (out, in) or (out, in, kh, kw) array}; other tensors (biases, norms) cannot be carried.
       rank: of every layer, capped at the layer's full rank min(out, in*kh*kw).
-      ranks: others, whose energy and error are reported too.
+      ranks: other ranks to report energy and error for.
 
     Returns:
       factors: by the name of the weight, float32, with alpha = the layer's rank; none for weights that did not change.
@@ -130,9 +130,9 @@ def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dic
     Raises:
       ValueError: a rank < 1; nothing to decompose; a value that is not finite.
     """
-    for wanted in (rank, *ranks):
-        if wanted < 1:
-            raise UserError(f"rank {wanted}: a LoRA has a rank of at least 1 (--rank)")
+    for one in (rank, *ranks):
+        if one < 1:
+            raise UserError(f"rank {one}: a LoRA has a rank of at least 1 (--rank)")
     factors, spectra = {}, {}
     for name, change in _layers(delta):
         up, down, spectra[name] = _truncate(_matrix(change), rank)
@@ -149,7 +149,7 @@ def _report(
     delta: Tensors, factors: Mapping[str, Factors], spectra: Mapping[str, np.ndarray], ranks: Sequence[int]
 ) -> dict[str, Any]:
     energies = [_kept(spectra.values(), rank) for rank in ranks]
-    (rank, energy, error), *others = [(r, kept, float(np.sqrt(1 - kept))) for r, kept in zip(ranks, energies, strict=True)]
+    (rank, energy, error), *others = [(r, share, float(np.sqrt(1 - share))) for r, share in zip(ranks, energies, strict=True)]
     rest = [value for name, value in delta.items() if name not in factors and np.any(value)]
     lost, carried = sum(map(_energy, rest)), float(sum(s.sum() for s in spectra.values()))
     shares = {name: _kept([s], rank) for name, s in spectra.items()}
@@ -178,8 +178,8 @@ def apply_factors(base: Tensors, factors: Mapping[str, Factors], scale: float = 
 
     Raises ValueError, one line that lists them, if the base lacks a layer or has it in another shape.
     """
-    made = {name: product(layer) for name, layer in factors.items()}
-    changed = _sum({name: base[name] for name in base if name in made}, made, scale, ("base", "LoRA"))
+    changes = {name: product(layer) for name, layer in factors.items()}
+    changed = _sum({name: base[name] for name in base if name in changes}, changes, scale, ("base", "LoRA"))
     return {name: changed[name] if name in changed else base[name] for name in base}
 
 
@@ -189,25 +189,14 @@ def _scaled(layer: Factors, alpha: float, dtype: Any) -> tuple[np.ndarray, np.nd
     return tuple(np.ascontiguousarray(root * part, dtype) for part in (layer.up, layer.down))
 
 
-def to_diffusers(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """A file for diffusers alone: `unet.<module>.lora_A.weight` (down) and `.lora_B.weight` (up).
+def to_lora(factors: Mapping[str, Any], scale: float) -> dict[str, Factors]:
+    """Trained factors (see `lora_factors`) in torch's layout, exactly: no SVD.
 
-    It has no place for an alpha, diffusers takes alpha = rank in every layer; so other alphas go into the factors.
+    A file counts alpha / r by each layer's own r. So a layer gets alpha = scale * r, capped or not, as `lora_factors.add`
+    with this scale. Raises ValueError, one line, for names that do not come in pairs.
     """
-    tensors = {}
-    for name, layer in sorted(factors.items()):
-        stem = f"unet.{name.removesuffix('.weight')}"
-        tensors[f"{stem}.{B}"], tensors[f"{stem}.{A}"] = _scaled(layer, layer.down.shape[0], dtype)
-    return tensors
-
-
-def from_diffusers(tensors: Tensors) -> dict[str, Factors]:
-    """The inverse of `to_diffusers`; alpha = rank. Raises ValueError that lists the names it does not know."""
-    stems = {name.removesuffix(f".{A}") for name in tensors if name.startswith("unet.") and name.endswith(f".{A}")}
-    known = {f"{stem}.{part}" for stem in stems for part in (A, B)}
-    _refuse("not a LoRA of a UNet for diffusers", {"missing": known - tensors.keys(), "unexpected": tensors.keys() - known})
-    layer = lambda stem: Factors(tensors[f"{stem}.{B}"], tensors[f"{stem}.{A}"], float(tensors[f"{stem}.{A}"].shape[0]))
-    return {f"{stem.removeprefix('unet.')}.weight": layer(stem) for stem in sorted(stems)}
+    pairs = factor_pairs(to_torch(factors))
+    return {name: Factors(up, down, scale * down.shape[0]) for name, (down, up) in pairs.items()}
 
 
 def kohya_name(name: str) -> str:
@@ -219,8 +208,8 @@ def kohya_name(name: str) -> str:
 def to_kohya(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """A file that diffusers, A1111 and ComfyUI read: `<kohya name>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-    All layers get one alpha, that of most of them, and the factors take up the difference: diffusers (0.42) finds a layer's
-    rank in its shapes but loses the alpha of an attention layer when alphas differ.
+    All layers get one alpha, that of most of them, and the factors take up the difference. diffusers (0.42) finds a layer's
+    rank in its shapes, but loses the alpha of an attention layer if alphas differ.
     """
     alpha = Counter(layer.alpha for layer in factors.values()).most_common(1)[0][0] if factors else 0.0
     tensors = {}

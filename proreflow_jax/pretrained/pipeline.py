@@ -11,7 +11,7 @@ from proreflow_jax import UserError
 from proreflow_jax.models import conditioning
 from proreflow_jax.models.compute import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
-from proreflow_jax.pretrained import sharded_load, sources, weights
+from proreflow_jax.pretrained import sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
 
 MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
@@ -26,7 +26,7 @@ class Pipeline(NamedTuple):
     params: dict[str, dict[str, Any]]  # component -> {torch name: numpy array}; the UNet's on its devices where they were named
     tokenizer: PromptTokenizer
     condition: conditioning.Conditioner
-    scheduler: dict  # scheduler_config.json: betas and what the network predicts
+    scheduler: dict  # scheduler_config.json: betas and prediction type
 
     @property
     def unet(self) -> Network:
@@ -78,7 +78,7 @@ def load_pipeline(
     Args:
       source: from `sources`, or a diffusers folder.
       prediction_type: of the UNet where the scheduler's config does not say it right; "" leaves it.
-      original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left); sizes (0, 0) are
+      original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left). Sizes (0, 0) mean
         the model's own resolution.
       compute: how UNet and VAE are computed, bound to their networks.
       with_unet: False leaves the UNet's weights to `read_unet`.
@@ -103,7 +103,7 @@ def load_pipeline(
 def read_unet(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
     """The UNet's weights, born where they live: each process reads its own part. Raises UserError as `load_pipeline`."""
     source, shapes = base.source, base.unet.shapes
-    return sharded_load.place(source.tensors("unet"), shapes, shardings, f"{source.origin / 'unet'}")
+    return weights.place(source.tensors("unet"), shapes, shardings, f"{source.origin / 'unet'}")
 
 
 def outline_pipeline(
@@ -114,9 +114,9 @@ def outline_pipeline(
     target_size: tuple[int, int] = OWN,
     compute: Compute = PLAIN,
 ) -> Pipeline:
-    """A model of which only the config.json files are there: `params` are shapes, every prompt is a row of zeros.
+    """A model by its config.json files alone: `params` are shapes, every prompt is a row of zeros.
 
-    Arguments and what is raised are those of `load_pipeline`.
+    Arguments and errors are those of `load_pipeline`.
     """
     networks = _networks(source, compute)
     length = sum(encoder.config.get("max_position_embeddings", 77) for encoder in _encoders(networks).values())
@@ -164,9 +164,9 @@ def _network(source: sources.ModelSource, component: str, compute: Compute) -> N
 
 
 def _check_channels(networks: dict[str, Network], origin: str) -> None:
-    taken, given = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
-    if taken != given:
+    unet_channels, vae_channels = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
+    if unet_channels != vae_channels:
         raise UserError(
-            f"{origin}: the UNet takes {taken} channels, the VAE gives {given}: models for inpainting or editing "
-            "are not distilled, name a text-to-image --config.model.path"
+            f"{origin}: the UNet takes {unet_channels} channels, the VAE gives {vae_channels}: models for inpainting or "
+            "editing are not distilled, name a text-to-image --config.model.path"
         )

@@ -19,16 +19,16 @@ from proreflow_jax import UserError
 from proreflow_jax.pretrained.weights import IGNORED, OLD, OLD_NAME, listing
 
 UNET, VAE, XL = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders"
-PREFIXES = {  # family -> component -> what its names begin with
+PREFIXES = {  # family -> component -> prefix of its names
     "v1": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.transformer."},
     "v2": {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model.model."},
     "xl": {"unet": UNET, "vae": VAE, "text_encoder": f"{XL}.0.transformer.", "text_encoder_2": f"{XL}.1.model."},
 }
-MARKED = {"xl": "text_encoder_2", "v2": "text_encoder", "v1": "text_encoder"}  # whose token embedding tells the family
+MARKED = {"xl": "text_encoder_2", "v2": "text_encoder", "v1": "text_encoder"}  # has the token embedding
 MARK = re.compile(r"(text_model\.embeddings\.|embeddings\.)?token_embedding\.weight")  # old v1 files lack text_model
 
 Modules = dict[str, str]  # diffusers -> original, without weight or bias
-Table = dict[str, str]  # names without prefix; those that end with a dot are a UNet's transformers
+Table = dict[str, str]  # names without prefix; a dot at the end: a transformer of the UNet
 
 
 def _leaves(modules: Modules) -> Table:
@@ -52,7 +52,7 @@ UNET_BLOCKS = {  # config field -> (with attention, without), the only kinds tha
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-UNET_INNER = re.compile(  # inside a transformer, where both layouts agree; what precedes stands in the table, with its dot
+UNET_INNER = re.compile(  # inside a transformer both layouts agree; the table has the name before it, with its dot
     r"(?P<stem>.*?\.)(?P<rest>(norm|proj_in|proj_out|transformer_blocks\.\d+\."
     r"(norm[123]|attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))\.(weight|bias))"
 )
@@ -84,10 +84,10 @@ def family(names: Iterable[str]) -> str:
       ValueError: no mark of a family is among the names.
     """
     names = list(names)
-    for found, component in MARKED.items():
-        prefix = PREFIXES[found][component]
+    for candidate, component in MARKED.items():
+        prefix = PREFIXES[candidate][component]
         if any(name.startswith(prefix) and MARK.fullmatch(name, len(prefix)) for name in names):
-            return found
+            return candidate
     looked = ", ".join(f"{PREFIXES[name][last]}*token_embedding.weight ({name})" for name, last in MARKED.items())
     raise UserError(f"not a single file of SD 1.x, 2.x or XL: its {len(names)} names (as {names[:2]}) lack {looked}")
 
@@ -97,8 +97,8 @@ def to_original(component: str, tensors: Mapping[str, np.ndarray], config: Mappi
 
     Args:
       component: unet, vae, text_encoder or (xl) text_encoder_2.
-      tensors: {diffusers' name: array in torch's layout}; text encoders with or without `text_model.`, VAEs with the
-        attention names of today or of old diffusers. `position_ids` is left out.
+      tensors: {diffusers' name: array in torch's layout}. Text encoders may lack `text_model.`, VAEs may have the attention
+        names of old diffusers. `position_ids` is left out.
       config: the component's config.json.
       family: "v1", "v2" or "xl".
 
@@ -120,8 +120,8 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
     """One component of a single file; the inverse of `to_original`.
 
     Args:
-      tensors: the whole file, {name: array in torch's layout}. A tensor is asked for when its part of the result is; those of
-        other components, EMA weights and schedule buffers never.
+      tensors: the whole file, {name: array in torch's layout}. A tensor is read with its part of the result. Tensors of other
+        components, EMA weights and schedule buffers are never read.
       component, config, family: as in `to_original`.
 
     Returns:
@@ -131,10 +131,10 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
       ValueError: one line with the component's names that are unknown; none found; an unknown family or component.
     """
     prefix, table = _prefix(component, family), _table(component, config, family)
-    found = [name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - may be a file
-    if not found:
+    names = [name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - may be a file
+    if not names:
         raise UserError(f"{component} ({family}): the file has no names that begin with {prefix}")
-    here = {n: prefix + n for n in found if not (component.startswith("text") and _unused(n, config, family))}
+    here = {n: prefix + n for n in names if not (component.startswith("text") and _unused(n, config, family))}
     if component == "text_encoder" and "embeddings.token_embedding.weight" in here:  # some old v1 files
         here = {f"text_model.{n}": source for n, source in here.items()}
     renamed = _renamed(here, {there: here for here, there in table.items()}, f"{component} ({family})")
@@ -142,7 +142,7 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
 
 
 class Renamed(Mapping[str, np.ndarray]):
-    """A component of a single file under diffusers' names, each tensor read when it is asked for."""
+    """A component of a single file under diffusers' names; tensors are read on access."""
 
     def __init__(self, component: str, tensors: Mapping[str, np.ndarray], where: dict[str, tuple[str, str]]) -> None:
         self._component, self._tensors, self._where = component, tensors, where
@@ -250,12 +250,12 @@ def _today(component: str, names: Iterable[str]) -> dict[str, str]:
     """{diffusers' name of today: the name as given}."""
     names = [name for name in names if not IGNORED.search(name)]
     bare = component.startswith("text") and "final_layer_norm.weight" in names
-    found = {f"text_model.{n}" if bare and not n.startswith("text_") else n: n for n in names}
+    today = {f"text_model.{n}" if bare and not n.startswith("text_") else n: n for n in names}
     if component == "vae":
-        found = {OLD_NAME.sub(lambda old: OLD[old[0]], name): name for name in names}
-    if twice := sorted(set(names) - set(found.values())):
+        today = {OLD_NAME.sub(lambda old: OLD[old[0]], name): name for name in names}
+    if twice := sorted(set(names) - set(today.values())):
         raise UserError(f"{component}: {twice[0]} is there twice, under its old name and that of today")
-    return found
+    return today
 
 
 def _parts(name: str) -> list[str]:
@@ -269,18 +269,18 @@ def _stacks(names: set[str], table: Table) -> dict[str, list[str]]:
 
 
 def _renamed(names: Iterable[str], table: Table, origin: str) -> dict[str, str]:
-    found, left = {}, []
+    renamed, left = {}, []
     for name in names:
         inner = UNET_INNER.fullmatch(name)
         if name in table:
-            found[name] = table[name]
+            renamed[name] = table[name]
         elif inner and inner["stem"] in table:
-            found[name] = table[inner["stem"]] + inner["rest"]
+            renamed[name] = table[inner["stem"]] + inner["rest"]
         else:
             left.append(name)
     if left:
         raise UserError(f"{origin}: {listing('names left over, which its config.json gives no place', left)[0]}")
-    return found
+    return renamed
 
 
 def _merge(component: str, name: str, parts: Sequence[np.ndarray]) -> np.ndarray:

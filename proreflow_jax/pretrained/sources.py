@@ -1,7 +1,7 @@
-"""Where a model's components lie: in a diffusers folder, or in one file of the original layout with a folder beside it.
+"""The source of a model's components: a diffusers folder, or one file of the original layout with a folder beside it.
 
-A single file holds weights only. What it does not say (sizes, tokenizer, noise schedule) comes from a diffusers folder of
-the same family, as in diffusers' own `from_single_file`.
+A single file holds weights only. Sizes, tokenizer and noise schedule come from a diffusers folder of the same family, as in
+diffusers' own `from_single_file`.
 """
 
 import json
@@ -24,7 +24,7 @@ CLASSES = {  # of the networks, in model_index.json and in their own config.json
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
 TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-FIELDS = {  # without which no network can be built
+FIELDS = {  # that every network needs
     "unet": (
         *("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim"),
         *("in_channels", "out_channels", "cross_attention_dim", "sample_size"),
@@ -59,11 +59,11 @@ class ModelSource(NamedTuple):
 
     @property
     def origin(self) -> Path:
-        """What the user named."""
+        """The path that the user named."""
         return self.file or self.folder
 
     def config(self, component: str) -> dict:
-        """config.json of a component; the scheduler's with what a single file says of itself.
+        """config.json of a component; the scheduler's includes the marks in a single file.
 
         Raises FileNotFoundError or ValueError, one line, if it is not there or not that of such a component.
         """
@@ -75,7 +75,7 @@ class ModelSource(NamedTuple):
         return config
 
     def tensors(self, component: str) -> Mapping[str, np.ndarray]:
-        """Weights of a component in diffusers' names and torch's layout, each read when it is asked for.
+        """Weights of a component in diffusers' names and torch's layout, read on access.
 
         Raises FileNotFoundError or ValueError, one line.
         """
@@ -127,10 +127,10 @@ def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
     except (ValueError, TypeError):
         raise UserError(f"{folder / INDEX} is not a JSON object: {rule}") from None
     for component, known in CLASSES.items():
-        found = _class(index, component)
-        if found not in known and (found or component != "text_encoder_2"):
+        class_name = _class(index, component)
+        if class_name not in known and (class_name or component != "text_encoder_2"):
             is_of = f"{folder / INDEX} is of a {index.get('_class_name')}"
-            what = f"its {component} is a {found}" if found else f"it has no {component}"
+            what = f"its {component} is a {class_name}" if class_name else f"it has no {component}"
             raise UserError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
@@ -158,5 +158,5 @@ def open_file(path: Path, like: Path) -> ModelSource:
     family, beside = file_family(path), open_folder(like, LIKE)
     if beside.family != family:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
-    kept = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
-    return ModelSource(like, kept, family, path, weights.Tensors([path]))
+    index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
+    return ModelSource(like, index, family, path, weights.Tensors([path]))

@@ -70,10 +70,10 @@ def _text(value: str | dict | None, default: str) -> str:
 def load_tokenizer(*folders: Path) -> PromptTokenizer:
     """Reads the tokenizer of a diffusers folder, or SDXL's two.
 
-    Returns a PromptTokenizer whose `encode` gives ids (b, length) int32, padded as the folder says, cut to length with the
-    end token kept; the first cut prompt is named in a warning. Two tokenizers' ids lie side by side, `length` is the sum.
-    Raises FileNotFoundError when a folder holds no tokenizer, ValueError when its padding or end token has no id, or when two
-    are not of one length.
+    Returns a PromptTokenizer: `encode` gives ids (b, length) int32, padded as the folder says. Longer prompts are cut and
+    keep the end token; the first one is named in a warning. Two tokenizers' ids lie side by side, `length` is the sum. Raises
+    FileNotFoundError if a folder holds no tokenizer. Raises ValueError if the padding or end token has no id, or if two
+    tokenizers differ in length.
     """
     warned: list[bool] = []
     each = [_load(folder, warned) for folder in folders]
@@ -96,12 +96,12 @@ def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
     pad_id, end_id = tokenizer.token_to_id(pad), tokenizer.token_to_id(END)
     if pad_id is None or end_id is None:
         raise UserError(f"{folder}: {(pad if pad_id is None else END)!r} is no token of the vocabulary: --config.model.path")
-    tokenizer.add_special_tokens([pad])  # SD 2.1 pads with "!", which then is this token inside prompts too
+    tokenizer.add_special_tokens([pad])  # SD 2.1 pads with "!": so "!" in a prompt is this token too
 
     def encode(prompts: Sequence[str]) -> Int[np.ndarray, "b s"]:
         rows = np.full((len(prompts), length), pad_id, np.int32)
-        for row, found in zip(rows, tokenizer.encode_batch(list(prompts)), strict=True):
-            ids = found.ids
+        for row, encoding in zip(rows, tokenizer.encode_batch(list(prompts)), strict=True):
+            ids = encoding.ids
             if len(ids) > length:
                 if not warned:
                     log.warning("a prompt of %d tokens is cut to the model's %d (said once)", len(ids), length)

@@ -1,12 +1,12 @@
-"""safetensors <-> parameters, total in both directions: every name and shape fits, or one error says which does not.
+"""safetensors <-> parameters, total in both directions: every name and shape fits, or one error lists those that do not.
 
 Torch keeps convolutions as (out, in, h, w) and linear weights as (out, in); ours are (h, w, in, out) and (in, out).
-Embedding tables are the same in both. Files are read tensor by tensor, so that a model never lies in memory twice.
+Embedding tables are the same in both. Files are read tensor by tensor, so a model never lies in memory twice.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from proreflow_jax import MissingFile, UserError
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Index = tuple[slice, ...]
+Part = Callable[[Index], np.ndarray]  # a slice of one tensor, both in torch's layout
 
 TABLE = re.compile(r"(token|position)_embedding\.weight$")
 IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that old text encoders stored
@@ -54,9 +56,9 @@ def read_config(folder: Path) -> dict:
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of some safetensors files: named at once, each read when it is asked for, whole or in part.
+    """The tensors of some safetensors files. Names are read at once, values on access, whole or in part.
 
-    A file is opened anew for every tensor: it is mapped into memory, and what was read would stay there until it is closed.
+    A file is opened anew for every tensor: the pages of an open file stay mapped in memory.
     Raises ValueError, one line, for a file that is missing or broken, or a tensor in eight bits.
     """
 
@@ -78,10 +80,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The entries of a tensor at one slice for each of torch's axes; only they are read."""
         with _opened(path := self._where[name]) as file:
-            found = file.get_slice(name)
-            if (kind := found.get_dtype()).startswith(EIGHT_BITS):
+            stored = file.get_slice(name)
+            if (kind := stored.get_dtype()).startswith(EIGHT_BITS):
                 raise UserError(f"{path} keeps {name} in {kind}, too coarse to distil: name a float16 or float32 file of it")
-            return found[index] if index else found[...]
+            return stored[index] if index else stored[...]
 
     def __contains__(self, name: object) -> bool:
         return name in self._where  # Mapping's own would read the tensor
@@ -108,7 +110,7 @@ def only_half(folder: Path) -> bool:
 
 
 def file_name(component: str) -> str:
-    """What diffusers (transformers for text encoders) calls the one file of a component's weights."""
+    """The file name of a component's weights in diffusers (in transformers for text encoders)."""
     return f"{STEMS[component.startswith('text_encoder')]}.safetensors"
 
 
@@ -139,8 +141,8 @@ def _shards(index: Path) -> list[Path]:
 def read_tensors(folder: Path) -> Tensors:
     """All tensors of one component, torch names and layout, as they lie on disk: one file or sharded, any precision.
 
-    Where there are several, full precision is taken before fp16 and that before bf16. Raises FileNotFoundError or
-    ValueError, one line; pickled weights are refused with what converts them.
+    Of several precisions the first there is taken: full, fp16, bf16. Raises FileNotFoundError or ValueError, one line.
+    Pickled weights are refused; the error says how to convert them.
     """
     return Tensors(_files(folder))
 
@@ -150,10 +152,6 @@ def order(name: str, axes: int) -> tuple[int, ...]:
     if axes == 4:
         return (2, 3, 1, 0)
     return (1, 0) if axes == 2 and not TABLE.search(name) else tuple(range(axes))
-
-
-def _to_torch(name: str, tensor: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(tensor.transpose(np.argsort(order(name, tensor.ndim))))
 
 
 def listing(kind: str, rows: Iterable[str]) -> list[str]:
@@ -169,72 +167,133 @@ def from_torch(
     """Torch tensors -> parameters in our layout.
 
     Args:
-      tensors: {torch name: array in torch's layout}; text encoders with or without the `text_model.` prefix, VAEs with
-        the attention names of today or of old diffusers.
-      shapes: what the network expects, from `Network.shapes`.
+      tensors: {torch name: array in torch's layout}. Text encoders may lack the `text_model.` prefix, VAEs may have the
+        attention names of old diffusers.
+      shapes: of the network, from `Network.shapes`.
       origin: where the tensors come from, for the error.
       dtype: of the result.
 
     Raises:
       ValueError: one line with every kind of mismatch: missing, unexpected, of another shape, not finite.
     """
-    named, wrong, broken, params = names_today(tensors, shapes), {}, [], {}
-    for name in [name for name in shapes if name in named]:
-        tensor = tensors[named[name]]
+    stored, misshapen, not_finite, params = names_today(tensors, shapes), {}, [], {}
+    for name in [name for name in shapes if name in stored]:
+        tensor = tensors[stored[name]]
         tensor = tensor.transpose(order(name, tensor.ndim))
         if tensor.shape != shapes[name].shape:
-            wrong[name] = tensor.shape
+            misshapen[name] = tensor.shape
         elif not finite(tensor):
-            broken.append(name)
+            not_finite.append(name)
         params[name] = np.ascontiguousarray(tensor, dtype)
-    check_tensors(origin, shapes, named, wrong, broken)
+    check_tensors(origin, shapes, stored, misshapen, not_finite)
     return params
+
+
+def place(
+    tensors: Mapping[str, np.ndarray],
+    shapes: Shapes,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    origin: str,
+    dtype: Any = np.float32,
+) -> dict[str, jax.Array]:
+    """`from_torch` onto a mesh: each process reads its own shards and nothing else.
+
+    A slice of a parameter, its axes in torch's order, is a slice of the file. So a model that lies over four machines is read
+    once in all, and no host holds more than its part and one tensor. Devices that hold the same slice share one reading.
+
+    Args:
+      tensors, shapes, origin, dtype: see `from_torch`. Mappings other than `Tensors` are read whole, one tensor at a time.
+      shardings: {our name: where it lies}.
+
+    Raises:
+      ValueError: as `from_torch`. Names, and shapes that stand in the file, are compared before anything is read. Only the
+        processes that read a number see that it is not finite.
+    """
+    stored = names_today(tensors, shapes)
+    listed = [name for name in shapes if name in stored] if isinstance(tensors, Tensors) else []
+    in_file = {name: _ours(name, tensors.shape(stored[name])) for name in listed}
+    check_tensors(origin, shapes, stored, {name: shape for name, shape in in_file.items() if shape != shapes[name].shape}, ())
+    placed, misshapen, not_finite = {}, {}, []
+    for name, expected in shapes.items():
+        shape, part = _source(tensors, stored[name])
+        if _ours(name, shape) != expected.shape:
+            misshapen[name] = _ours(name, shape)
+            continue
+        read = _reader(name, part, dtype, not_finite)
+        placed[name] = jax.make_array_from_callback(expected.shape, shardings[name], read, dtype=dtype)
+    check_tensors(origin, shapes, stored, misshapen, not_finite)
+    return placed
+
+
+def _ours(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in order(name, len(shape)))
+
+
+def _source(tensors: Mapping[str, np.ndarray], name: str) -> tuple[tuple[int, ...], Part]:
+    """(shape, how to read a part) of one tensor."""
+    if isinstance(tensors, Tensors):
+        return tensors.shape(name), lambda index: tensors.part(name, index)
+    whole = tensors[name]
+    return whole.shape, whole.__getitem__
+
+
+def _reader(name: str, part: Part, dtype: Any, not_finite: list[str]) -> Callable[[Index], np.ndarray]:
+    """The callback of one array: a slice of ours -> its numbers, read once."""
+    read: dict[tuple, np.ndarray] = {}
+
+    def callback(index: Index) -> np.ndarray:
+        key = tuple((axis.start, axis.stop) for axis in index)
+        if key not in read:
+            axes = order(name, len(index))
+            values = part(tuple(index[axes.index(axis)] for axis in range(len(axes)))).transpose(axes)
+            if not finite(values) and name not in not_finite:
+                not_finite.append(name)
+            read[key] = np.ascontiguousarray(values, dtype)
+        return read[key]
+
+    return callback
 
 
 def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
     """{name as in `shapes`: name as in the file}, for names of today and of old files; constants are left out."""
-    named = {OLD_NAME.sub(lambda found: OLD[found[0]], name): name for name in tensors if not IGNORED.search(name)}
-    if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in named:
-        return {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in named.items()}
-    return named
+    stored = {OLD_NAME.sub(lambda match: OLD[match[0]], name): name for name in tensors if not IGNORED.search(name)}
+    if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in stored:
+        return {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
+    return stored
 
 
 def check_tensors(
-    origin: str, shapes: Shapes, named: Iterable[str], wrong: Mapping[str, tuple[int, ...]], broken: Iterable[str]
+    origin: str, shapes: Shapes, stored: Iterable[str], misshapen: Mapping[str, tuple[int, ...]], not_finite: Iterable[str]
 ) -> None:
-    """Raises ValueError, one line with every kind of mismatch.
+    """Raises ValueError, one line with every kind of mismatch between a file and the `shapes` that a network expects.
 
-    Args:
-      origin: where the tensors come from.
-      shapes: what the network expects.
-      named: what was found, from `names_today`.
-      wrong: {name: shape found, in our layout} where it is not the one expected.
-      broken: names of tensors that are not finite.
+    `origin` names the file, `stored` its names (see `names_today`), `misshapen` its shapes, in our layout, that do not fit.
     """
-    shape = [f"{name} {found} instead of {shapes[name].shape}" for name, found in wrong.items()]
+    shape_rows = [f"{name} {shape} instead of {shapes[name].shape}" for name, shape in misshapen.items()]
     kinds = [
-        *listing("missing", set(shapes).difference(named)),
-        *listing("unexpected", set(named).difference(shapes)),
-        *listing("of another shape (ours)", shape),
-        *listing("not finite", broken),
+        *listing("missing", set(shapes).difference(stored)),
+        *listing("unexpected", set(stored).difference(shapes)),
+        *listing("of another shape (ours)", shape_rows),
+        *listing("not finite", not_finite),
     ]
     if kinds:
         raise UserError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {REPLACE}")
 
 
 def finite(tensor: np.ndarray) -> bool:
-    """Whether all its numbers are."""
+    """Whether all numbers of a tensor are finite."""
     return bool(np.isfinite(tensor if tensor.dtype in (np.float32, np.float64) else tensor.astype(np.float32)).all())
 
 
 def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Parameters -> torch's layout, ready for `save_tensors`; the inverse of `from_torch`."""
-    return {name: _to_torch(name, np.asarray(value, dtype)) for name, value in sorted(params.items())}
+    back = lambda name, tensor: np.ascontiguousarray(tensor.transpose(np.argsort(order(name, tensor.ndim))))
+    return {name: back(name, np.asarray(value, dtype)) for name, value in sorted(params.items())}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one .safetensors file as diffusers and transformers expect it."""
     path.touch()
-    mode = path.stat().st_mode  # as the user's umask has it: safetensors (0.8) lets nobody else read what it writes
+    mode = path.stat().st_mode  # by the user's umask; safetensors (0.8) writes files for their owner alone
     save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(mode)

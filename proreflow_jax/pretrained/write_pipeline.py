@@ -58,7 +58,7 @@ def unet_config(sizes: Mapping[str, Any], text: Mapping[str, Any], latent: tuple
 
 
 def text_config(sizes: Mapping[str, Any], vocabulary: int) -> dict:
-    """config.json of a CLIPTextModel whose vocabulary ends with the start and the end token."""
+    """config.json of a CLIPTextModel. The vocabulary ends with the start and the end token."""
     end = vocabulary + END_ID
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return {

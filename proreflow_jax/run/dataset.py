@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import cached, kinds, records
+from proreflow_jax.data import kinds, records
 from proreflow_jax.data.loader import Source, epoch_places, read_items
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer
@@ -27,17 +27,17 @@ def open_source(config: ConfigDict, base: Pipeline) -> Source:
     Raises UserError, one line, for bad data, and for a cache that another base model made.
     """
     data = _here(config.data)
-    if is_digits(config):  # they are written by process 0
+    if kinds.is_demo(data):  # process 0 writes them
         first(partial(kinds.open_data, data))
     source = kinds.open_data(data)
-    if is_cached(config):
+    if kinds.has_latents(data):
         check_cache(records.read_plan(data.path), base, data.path)
     return source
 
 
 def check_source(config: ConfigDict, base: Pipeline) -> None:
     """Raises as `open_source`, and writes nothing: the digits are written by the job itself."""
-    if is_digits(config):
+    if kinds.is_demo(config.data):
         paths.parse_local(config.data.path, DATA)
     else:
         open_source(config, base)
@@ -54,28 +54,13 @@ def _here(data: ConfigDict) -> ConfigDict:
         return data
     location = paths.parse_path(data.path, DATA)
     local = data.copy_and_resolve_references().unlock()
-    local.path = str(paths.parse_local(data.path, DATA) if data.kind == "digits" else paths.local_copy(location, DATA))
+    local.path = str(paths.parse_local(data.path, DATA) if kinds.is_demo(data) else paths.local_copy(location, DATA))
     return local
-
-
-def is_digits(config: ConfigDict) -> bool:
-    """Whether the data are the handwritten digits, which jobs write themselves."""
-    return config.data.kind == "digits"
-
-
-def is_cached(config: ConfigDict) -> bool:
-    """Whether the data are latents that the verb `cache` made."""
-    return config.data.kind == kinds.CACHED
-
-
-def has_images(config: ConfigDict) -> bool:
-    """Whether the data have images of their own: no prompts alone, no latents."""
-    return config.data.kind not in (kinds.CACHED, *kinds.WITHOUT_IMAGES)
 
 
 def encodes(config: ConfigDict) -> bool:
     """Whether pairs are made from images, which the autoencoder has to encode."""
-    return config.pairs.start == "data" and not is_cached(config)
+    return config.pairs.start == "data" and not kinds.has_latents(config.data)
 
 
 def read_rows(config: ConfigDict, tokenizer: PromptTokenizer, source: Source, numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -86,7 +71,7 @@ def read_rows(config: ConfigDict, tokenizer: PromptTokenizer, source: Source, nu
     """
     items = read_items(source, epoch_places(numbers, config.seed, len(source)))
     rows = {"index": numbers.astype(np.int32), "ids": tokenizer.encode([item["caption"] for item in items])}
-    fields = cached.TEXTS + (("image", *cached.LATENTS) if config.pairs.start == "data" else ())
+    fields = kinds.TEXTS + (("image", *kinds.LATENTS) if config.pairs.start == "data" else ())
     return rows | {name: np.stack([item[name] for item in items]) for name in fields if name in items[0]}
 
 

@@ -1,8 +1,8 @@
 """Compiled programs that outlive their process: jax's persistent compilation cache, in a folder or an object store.
 
-Compiling is minutes of a start, and the same at every start. Process 0 writes, all read. A program is kept if it took jax's
-JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS to compile (1), and is found again by the same code, jax, flags and devices. Whoever
-can write to the folder can have code run here, and XLA's programs for a CPU fit CPUs of one kind: see docs/storage.md.
+Compiling is minutes of a start, and the same at every start. Process 0 writes, all read. A program is kept if compiling took
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS (1). The same code, jax, flags and devices find it again. Whoever can write to the
+folder can have code run here, and XLA's programs for a CPU fit CPUs of one kind: see docs/storage.md.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""The mesh and what lies on it: axes (data, fsdp, tensor), (regex -> PartitionSpec) tables, batches, jax.distributed.
+"""The mesh: axes (data, fsdp, tensor), tables of (regex, PartitionSpec), batches, jax.distributed.
 
 A batch is split over data and fsdp; parameters over fsdp, and over tensor where a rule says so. Slices, whose network is
-slow, lie along data: between them go the gradients' sums and nothing else. Axes have type Auto: the partitioner derives what
-the rules leave open.
+slow, lie along data: between them go the gradients' sums and nothing else. Axes have type Auto: the partitioner derives the
+shardings that the rules leave open.
 """
 
 import math
@@ -38,11 +38,11 @@ Spec = PartitionSpec | str
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, slices: int = 1
 ) -> Mesh:
-    """A (slices x data, fsdp, tensor) mesh over all devices, or those given; one axis may be -1 and takes what is left.
+    """A (slices x data, fsdp, tensor) mesh over all devices, or those given; one axis may be -1: all that are left.
 
-    data, fsdp and tensor are of one slice. A TPU knows its slice, others are cut into `slices` equal runs, since what a GPU
-    calls its slice is its host (jax.make_mesh refuses several). Raises ValueError if the axes do not multiply to the devices of
-    a slice, or TPUs lie in another number of slices.
+    data, fsdp and tensor are of one slice. A TPU knows its slice. Other devices are cut into `slices` equal runs: a GPU's
+    slice_index is its host, and jax.make_mesh refuses several. Raises ValueError if the axes do not multiply to the devices
+    of a slice, or TPUs lie in another number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     groups = _slices(devices, slices)
@@ -65,19 +65,19 @@ def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]
 
 
 def platform(mesh: Mesh) -> str:
-    """What the devices of a mesh are, "cpu", "gpu" or "tpu": those it is compiled for, which need not be this machine's."""
+    """The kind of a mesh's devices, "cpu", "gpu" or "tpu": of the devices to compile for, on this machine or not."""
     return mesh.devices.flat[0].platform
 
 
 def _fill(axes: tuple[int, ...], devices: int, slices: int = 1) -> tuple[int, ...]:
-    named = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
+    flags = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
     if any(size < 1 and size != -1 for size in axes) or axes.count(-1) > 1:
-        raise UserError(f"{named}: every axis must be positive, and at most one may be -1 (takes what is left)")
+        raise UserError(f"{flags}: every axis must be positive, and at most one may be -1 (takes what is left)")
     known = math.prod(size for size in axes if size != -1)
     filled = tuple(devices // known if size == -1 else size for size in axes)
     if math.prod(filled) != devices:
         where = "this machine" if slices == 1 else f"each of --config.mesh.slices={slices}"
-        raise UserError(f"{named} do not multiply to the {devices} devices of {where}: set one of them to -1")
+        raise UserError(f"{flags} do not multiply to the {devices} devices of {where}: set one of them to -1")
     return filled
 
 
@@ -100,8 +100,8 @@ def fsdp_spec(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 def split_spec(value: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """A layer split over tensor by its outputs (`COLUMN`, the last dimension) or inputs (`ROW`, the last but one, no bias).
 
-    The largest other dimension that fsdp divides lies over fsdp. What tensor does not divide, it does not split. A column
-    layer before a row layer needs one sum over tensor (Shoeybi et al. 2019, sec. 3).
+    The largest other dimension that fsdp divides lies over fsdp. A dimension that tensor does not divide stays whole. A
+    column layer before a row layer needs one sum over tensor (Shoeybi et al. 2019, sec. 3).
     """
     size, d = mesh.shape["tensor"], len(shape) - (1 if value == COLUMN else 2)
     taken = {d: "tensor"} if size > 1 and d >= 0 and shape[d] and shape[d] % size == 0 else {}
@@ -152,7 +152,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @lru_cache(maxsize=64)
 def own_rows(mesh: Mesh, batch: int, process: int | None = None) -> Int[np.ndarray, " rows"]:
-    """The rows of a global batch that a process's devices hold, ascending; this process by default. It cannot be written to.
+    """The rows of a global batch that a process's devices hold, ascending; this process by default. The array is read-only.
 
     They need not be one range: a mesh follows the wires of a slice, a host's chips are neighbours in two or three directions.
     """
@@ -198,16 +198,15 @@ def check_batch(batch: int, accumulation: int, mesh: Mesh) -> None:
 def initialize_distributed() -> bool:
     """Join the other processes if the environment names them; True if this process is now part of a job.
 
-    Either JAX_COORDINATOR_ADDRESS (or COORDINATOR_ADDRESS), NUM_PROCESSES and PROCESS_ID (both also with the prefix
-    JAX_), or a TPU slice (`_on_tpu_slice`), where jax finds the rest. One process counts too: jax's preemption notice needs
-    it. Call it before jax looks for devices. A lost process ends the job after HEARTBEAT_SECONDS. Raises ValueError if the
-    variables are partial.
+    The environment names COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID (each may have the prefix JAX_). On a TPU slice
+    (`_on_tpu_slice`) jax finds them itself. One process counts too: jax's preemption notice needs it. Call it before jax
+    looks for devices. A lost process ends the job after HEARTBEAT_SECONDS. Raises ValueError if the variables are partial.
     """
-    named = {key: os.environ.get(f"JAX_{key}") or os.environ.get(key) for key in JOB}
-    if not any(named.values()) and not _on_tpu_slice():
+    variables = {key: os.environ.get(f"JAX_{key}") or os.environ.get(key) for key in JOB}
+    if not any(variables.values()) and not _on_tpu_slice():
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    arguments = _job(named) if any(named.values()) else {}
+    arguments = _job(variables) if any(variables.values()) else {}
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     return True
 
@@ -215,14 +214,14 @@ def initialize_distributed() -> bool:
 def _on_tpu_slice() -> bool:
     """Whether jax can find this job by itself: GKE's variables name several hosts, or this is a Cloud TPU VM.
 
-    A VM is known by its chips on the PCI bus, with libtpu installed; then jax asks Google's metadata server who the others are.
-    No other machine asks the network. TPU_SKIP_MDS_QUERY or a JAX_PLATFORMS without tpu say no.
+    A VM is known by its chips on the PCI bus, with libtpu installed. There jax asks Google's metadata server for the other
+    hosts. No other machine asks the network. TPU_SKIP_MDS_QUERY or a JAX_PLATFORMS without tpu say no.
     """
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES") or os.environ.get("TPU_PROCESS_ADDRESSES")
     if hosts:
         return "," in hosts
-    wanted = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",") and "TPU_SKIP_MDS_QUERY" not in os.environ
-    return wanted and find_spec("libtpu") is not None and _has_tpu_chips(PCI)
+    tpu_allowed = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",") and "TPU_SKIP_MDS_QUERY" not in os.environ
+    return tpu_allowed and find_spec("libtpu") is not None and _has_tpu_chips(PCI)
 
 
 def _has_tpu_chips(bus: Path) -> bool:
@@ -231,11 +230,11 @@ def _has_tpu_chips(bus: Path) -> bool:
     return any(read(device / "vendor") == GOOGLE and read(device / "device") in TPU_CHIPS for device in devices)
 
 
-def _job(named: Mapping[str, str | None]) -> dict[str, str | int]:
-    missing = [key for key in JOB if not named[key]]
+def _job(variables: Mapping[str, str | None]) -> dict[str, str | int]:
+    missing = [key for key in JOB if not variables[key]]
     if missing:
         raise UserError(f"{' and '.join(missing)} not set: a job of several processes needs {', '.join(JOB)}")
-    address, processes, index = (str(named[key]) for key in JOB)
+    address, processes, index = (str(variables[key]) for key in JOB)
     if not (processes.isdigit() and index.isdigit() and int(index) < int(processes)):
         raise UserError(f"NUM_PROCESSES={processes}, PROCESS_ID={index}: need whole numbers with PROCESS_ID below")
     job = {"coordinator_address": address, "num_processes": int(processes), "process_id": int(index)}
@@ -250,9 +249,9 @@ def first_match(rules: Sequence[tuple[str, Any]], names: Iterable[str], flag: st
     Raises ValueError, one line, naming every name no rule matches.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    found = {name: [value for pattern, value in compiled if pattern.search(name)][:1] for name in names}
+    matches = {name: [value for pattern, value in compiled if pattern.search(name)][:1] for name in names}
 
-    lost = [name for name, values in found.items() if not values]
+    lost = [name for name, values in matches.items() if not values]
     if lost:
         raise UserError(f"no rule of {flag} matches {', '.join(lost)}: end the table with ('.*', ...)")
-    return {name: values[0] for name, values in found.items()}
+    return {name: values[0] for name, values in matches.items()}

@@ -4,7 +4,7 @@ metrics.jsonl is the record; everything else is a view. After a resume the lines
 so the file of a killed run equals that of a run never killed. The loop dispatches step n and then hands in the
 numbers of step n - 1: nothing here touches the device.
 
-An object store has no appending: there the files are written on this machine and put whole by `publish`, before every
+An object store cannot append. There the files are written on this machine, and `publish` puts them whole before every
 checkpoint and at the end. A kill loses the lines past the last checkpoint, which the resumed run writes again.
 """
 
@@ -73,7 +73,7 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close everything: what was written stays, whatever happened."""
+        """Close all files; their lines stay."""
         for resource in (self._bar, self._writer, self._file):
             if resource is not None:
                 resource.close()
@@ -89,7 +89,7 @@ class Metrics:
             self._scratch.cleanup()
 
     def publish(self) -> None:
-        """In an object store, put what was written so far; elsewhere it is there already."""
+        """In an object store, put the files as they are now. Elsewhere do nothing."""
         if self._home and self._active:
             if self._writer is not None:
                 self._writer.flush()
@@ -139,7 +139,7 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
     wrong = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
     if not wrong:
         return
-    windows = sorted({int(found[1]) for name in wrong if (found := WINDOW.search(name))})
+    windows = sorted({int(match[1]) for name in wrong if (match := WINDOW.search(name))})
     where = f" in window {', '.join(map(str, windows))}" if windows else ""
     values = ", ".join(f"{name}={value}" for name, value in wrong.items())
     raise FloatingPointError(f"step {step}{where}: {values}; lower --config.optimizer.learning_rate or clip_norm")
@@ -150,9 +150,9 @@ def keep_until(path: str | Path, step: int) -> None:
     path = Path(path)
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step]
     with drafted(path) as draft:
-        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -1,6 +1,6 @@
 """AdamW with a schedule, every number from the config; and the average of parameters (EMA).
 
-Parameters are flat dicts {torch name: array}, so what decays is an ordered (regex, bool) table over names.
+Parameters are flat dicts {torch name: array}, so weight decay is an ordered (regex, bool) table over names.
 """
 
 from collections.abc import Callable, Iterable
@@ -87,8 +87,8 @@ def _checked(cfg: Any) -> dict[str, Any]:
     cfg = dict(cfg)
     unknown, missing = sorted(set(cfg) - set(FIELDS)), sorted(set(FIELDS) - set(cfg))
     if unknown or missing:
-        named = ", ".join(f"{FLAG}.{name}" for name in [*unknown, *missing])
-        raise UserError(f"{named}: unknown or missing; the fields are {', '.join(FIELDS)}")
+        flags = ", ".join(f"{FLAG}.{name}" for name in [*unknown, *missing])
+        raise UserError(f"{flags}: unknown or missing; the fields are {', '.join(FIELDS)}")
     traced = isinstance(cfg["steps"], jax.core.Tracer)  # then its value is the caller's business
     rules = {
         "schedule": (cfg["schedule"] in DECAY, f"one of {', '.join(DECAY)}"),

@@ -1,4 +1,4 @@
-"""What devices and host did in chosen steps, recorded by jax's profiler: a trace that TensorBoard and xprof show.
+"""Traces of chosen steps by jax's profiler, on devices and host, for TensorBoard and xprof.
 
 Only process 0 records, its own devices: all others run the same program. Python's own calls are left out, they would bury the
 rest. An object store gets the files when the trace ends; until then they lie on this machine.
@@ -19,7 +19,7 @@ from proreflow_jax.storage.paths import parse_path as located
 
 log = logging.getLogger(__name__)
 FIELD = "--config.profile.steps"
-STEP = "train"  # the name under which a step stands in the trace
+STEP = "train"  # name of a step in the trace
 
 
 def check_traced_steps(steps: Sequence[int]) -> None:
@@ -30,9 +30,9 @@ def check_traced_steps(steps: Sequence[int]) -> None:
 
 
 class Trace:
-    """Records the steps from first to last into `folder`/plugins/profile/<time>; a context manager, which ends a trace begun.
+    """Records the steps from first to last into `folder`/plugins/profile/<time>. A context manager: its end stops the trace.
 
-    A run that goes on between the two records what is left of them; one that is past them records nothing.
+    A run that resumes between the two records the remaining steps. A run that resumes later records nothing.
 
     Args:
       folder: where the trace goes; made when it begins.

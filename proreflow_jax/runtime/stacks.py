@@ -1,9 +1,9 @@
 """Arrays of one shape held as one: a call of a jitted function then hands over a few hundred arrays in place of thousands.
 
-A call costs the host microseconds an array, whatever lies in it: SD 1.5's state alone has 2,744 of them, of 49 shapes in each
-of its four trees. So a training loop keeps its state in stacks; at rest, and in a network, every array has its own name.
+A call costs the host microseconds an array of any size. SD 1.5's state has 2,744 arrays, of 49 shapes in each of its four
+trees. So a training loop keeps its state in stacks; at rest, and in a network, every array has its own name.
 
-A table says what lies together in a flat dict {name: array}: {first name: names in the order of the stack's leading axis}.
+A table groups the names of a flat dict {name: array}: {first name: names in the order of the stack's leading axis}.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -19,11 +19,11 @@ Table = Mapping[str, tuple[str, ...]]
 
 
 def stack_table(shapes: Mapping[str, Any], kinds: Mapping[str, Hashable]) -> Table:
-    """What may lie together: arrays of one shape and dtype, and of one kind, such as where they live."""
-    found: dict[Hashable, list[str]] = {}
+    """The table of a dict: arrays of one shape, dtype and kind (such as their sharding) lie together."""
+    groups: dict[Hashable, list[str]] = {}
     for name, value in shapes.items():
-        found.setdefault((tuple(value.shape), jnp.dtype(value.dtype), kinds[name]), []).append(name)
-    return {names[0]: tuple(names) for names in found.values()}
+        groups.setdefault((tuple(value.shape), jnp.dtype(value.dtype), kinds[name]), []).append(name)
+    return {names[0]: tuple(names) for names in groups.values()}
 
 
 def stack(tree: PyTree, *tables: Table) -> PyTree:
@@ -50,10 +50,10 @@ def stack_arrays(tree: PyTree, *tables: Table, dtype: Any = None, consume: bool 
 
     def put(params: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
         places = tuple((first, _behind_one(params[first].sharding)) for first in table)
-        made = _program(_joined, tuple(table.items()), dtype, places)(dict(params))
+        stacked = _program(_joined, tuple(table.items()), dtype, places)(dict(params))
         if consume:
             jax.tree.map(lambda x: x.delete(), dict(params))
-        return made
+        return stacked
 
     return _each(tree, {frozenset(_names(t)): partial(put, table=t) for t in tables})
 

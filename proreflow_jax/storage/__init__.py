@@ -1,1 +1,1 @@
-"""Where bytes lie: local and gs:// paths, files and folders that are whole or absent, locks, local copies."""
+"""Local and gs:// paths, files and folders that are whole or absent, locks, local copies."""

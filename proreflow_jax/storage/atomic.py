@@ -26,9 +26,9 @@ from proreflow_jax.storage.gcs import WRITING, ObjectPath
 from proreflow_jax.storage.lock import hold_lease
 from proreflow_jax.storage.paths import Location
 
-STALE_S = 3600.0  # seconds without a write after which another machine's draft is nobody's
+STALE_S = 3600.0  # seconds without a write after which another machine's writer counts as dead
 JSON_LIMIT = 16 << 20  # bytes; no metadata file of ours or of tfds comes near the limit
-DRAFT, ASIDE = "tmp", "old"  # kinds of names beside a destination: what will replace it, what is being replaced
+DRAFT, ASIDE = "tmp", "old"  # kinds of names beside a destination: its replacement, and the old one during the swap
 
 
 def read_json(path: str | Location) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def write_json(path: str | Location, value: Any, replace: bool = True) -> None:
 
 @contextmanager
 def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
-    """A local file's name to write to, which becomes `path` when the block ends well; else nothing is left of it.
+    """A local file to write, which becomes `path` when the block ends well. Nothing is left if the block fails.
 
     With replace=False a file that is there already stays as it is.
     """
@@ -110,7 +110,7 @@ def _check_free(path: Location, overwrite: bool) -> None:
 
 @contextmanager
 def _uploaded_folder(path: ObjectPath) -> Iterator[Path]:
-    """The folder's objects are those of the block, or it carries the mark WRITING, or nothing was changed."""
+    """Uploads the block's files. After a kill the folder is unchanged, or carries the mark WRITING."""
     with hold_lease(path), tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
         (path / WRITING).write_text("")
@@ -151,7 +151,7 @@ def _swap(draft: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Clears what killed writers of a folder left beside it; one that was moved aside and not replaced is put back."""
+    """Clears the remains of killed writers beside a folder. A folder that was moved aside and not replaced is put back."""
     for old in stale_temporaries(path.parent, path.name, ASIDE):
         shutil.rmtree(old) if path.exists() else os.rename(old, path)
     for draft in stale_temporaries(path.parent, path.name):
@@ -173,10 +173,10 @@ def temporary(path: Path, kind: str = DRAFT) -> Path:
 
 
 def stale_temporaries(folder: Path, name: str = "*", kind: str = DRAFT) -> list[Path]:
-    """The temporaries in a folder, of files or folders called `name` ("*": all), whose writers are gone; sorted.
+    """The temporaries of dead writers in a folder, sorted: of files or folders called `name` ("*": all).
 
-    Of this machine: those of processes that no longer run, and of this one's own id (so ask before writing). Of other
-    machines: those without a write for STALE_S seconds.
+    On this machine a writer is dead if its process no longer runs, or has this process's id (so call before writing). A
+    writer on another machine is dead after STALE_S seconds without a write.
     """
     form = re.compile(rf"\.{kind}\.(\d+)\.([A-Za-z0-9-]+)\.({'.+' if name == '*' else re.escape(name)})")
     matches = [(path, form.fullmatch(path.name)) for path in sorted(folder.glob(f".{kind}.*"))]
@@ -223,10 +223,10 @@ def one_line(error: BaseException | str) -> str:
 
 
 def plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what JSON makes of a dict (tuples become lists), so that it compares equal to itself read back.
+    """Returns a dict as JSON reads it back: tuples become lists. So it equals the stored one.
 
     Raises:
-        ValueError: it holds something JSON cannot carry: an array, a NaN, an object.
+        ValueError: a value is no JSON, such as an array, a NaN or an object.
     """
     try:
         return json.loads(json.dumps(dict(value), allow_nan=False))

@@ -1,8 +1,9 @@
 """A path in an object store, gs://bucket/name, with pathlib's words: the only file that speaks to Google Cloud Storage.
 
-What is put there is whole or absent, so a write needs no temporary and no rename. There are no folders, only names that begin
-alike: making one does nothing, and one exists while an object lies below it. Whatever the client raises becomes an OSError of
-one line that names the path. `ObjectPath` is no os.PathLike on purpose: `open` and `Path` would take it for a local file.
+An object is whole or absent, so a write needs no temporary and no rename. There are no folders, only names with a common
+beginning: `mkdir` does nothing, and a folder exists while an object lies below it. Every error of the client becomes an
+OSError of one line that names the path. `ObjectPath` is no os.PathLike on purpose: `open` and `Path` would take it for a
+local file.
 """
 
 import fnmatch
@@ -23,7 +24,7 @@ EXTRA = "pip install 'proreflow_jax[gcs]'"
 RIGHTS = "roles/storage.objectUser and storage.buckets.get"
 QUICK_S = 20.0  # a first look at a bucket gives up after so long; work under way is tried again for two minutes
 STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "ABORTED")
-CLIENTS = ("google.", "gcsfs.", "aiohttp.", "requests.", "urllib3.")  # whose errors are of the way to the store
+CLIENTS = ("google.", "gcsfs.", "aiohttp.", "requests.", "urllib3.")  # modules of errors about network and rights
 
 
 class Listed(SimpleNamespace):
@@ -63,7 +64,7 @@ class ObjectPath:
         return self.parent / name
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: names need no folder."""
+        """Does nothing: names need no folder."""
 
     def stat(self) -> SimpleNamespace:
         """st_size, in bytes, and generation of an object."""
@@ -93,8 +94,8 @@ class ObjectPath:
     def iterdir(self) -> Iterator["ObjectPath"]:
         prefix = self._prefix()
         with _told(self):
-            found = client().list_blobs(self.bucket, prefix=prefix, delimiter="/")
-            names = {blob.name for blob in found if blob.name != prefix} | {name.rstrip("/") for name in found.prefixes}
+            blobs = client().list_blobs(self.bucket, prefix=prefix, delimiter="/")
+            names = {blob.name for blob in blobs if blob.name != prefix} | {name.rstrip("/") for name in blobs.prefixes}
         yield from (ObjectPath(self.bucket, name) for name in sorted(names))
 
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
@@ -116,7 +117,7 @@ class ObjectPath:
     def put(self, data: bytes, replace: bool = True, generation: int | None = None, quick: bool = False) -> int:
         """Writes an object whole or not at all and returns its generation.
 
-        Raises FileExistsError if it is there already (replace=False), or is not of `generation` (0: not there).
+        Raises FileExistsError if the object exists (replace=False), or is not of `generation` (0: does not exist).
         """
         match = {"if_generation_match": generation} if generation is not None else {}
         match = match if replace else {"if_generation_match": 0}
@@ -131,12 +132,12 @@ class ObjectPath:
             self._blob().upload_from_filename(str(file), content_type="application/octet-stream", retry=_retry())
 
     def download(self, file: Path, generation: int) -> None:
-        """Writes this generation to a local file, checksums compared; FileNotFoundError if it is there no more."""
+        """Writes this generation to a local file, checksums compared. Raises FileNotFoundError if it is gone."""
         with _told(self):
             self._blob().download_to_filename(str(file), if_generation_match=generation)
 
     def unlink(self, missing_ok: bool = False, generation: int | None = None) -> None:
-        """Deletes an object; FileExistsError if it is not of `generation`."""
+        """Deletes an object. Raises FileExistsError if it is not of `generation`."""
         match = {} if generation is None else {"if_generation_match": generation}
         try:
             with _told(self):
@@ -171,9 +172,9 @@ class ObjectPath:
 
 
 def check_bucket(path: ObjectPath, write: bool) -> None:
-    """Asks for one name below the path, and for the bucket itself, as orbax does before it writes.
+    """Lists one name below the path, and reads the bucket's metadata, as orbax does before it writes.
 
-    Raises an OSError of one line, within QUICK_S or so, if it cannot be used.
+    Raises an OSError of one line, within about QUICK_S, if the bucket cannot be used.
     """
     options = {"retry": _retry(quick=True), "timeout": QUICK_S / 2}
     with _told(ObjectPath(path.bucket, "")):
@@ -184,7 +185,7 @@ def check_bucket(path: ObjectPath, write: bool) -> None:
 
 @functools.cache
 def client() -> Any:
-    """The client of this process, by the machine's own credentials. Raises ValueError where it is not installed."""
+    """The client of this process, with the machine's credentials. Raises ValueError if the library is not installed."""
     prepare_gcs()
     try:
         import gcsfs  # noqa: F401 - orbax reaches it through etils
@@ -195,9 +196,9 @@ def client() -> Any:
 
 
 def prepare_gcs() -> None:
-    """Before orbax opens gs:// through gcsfs: listings always asked anew, and the plain JSON API.
+    """Sets gcsfs up for orbax: no cached listings, and the plain JSON API. Call it before orbax opens gs://.
 
-    Other processes, and tensorstore in this one, write what a kept listing would not show.
+    A cached listing would hide files that other processes write, and those of tensorstore in this one.
     """
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from fsspec.config import conf
@@ -206,7 +207,7 @@ def prepare_gcs() -> None:
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Whether an error speaks of the way to the store (network, rights), not of the bytes that lie there."""
+    """Whether an error is about the network or rights, not about the stored bytes."""
     if isinstance(error, FileNotFoundError) or getattr(error, "code", None) in (404, "404"):
         return False
     if isinstance(error, PermissionError | ConnectionError | TimeoutError) or str(error).startswith((*STATUSES, "Forbidden:")):
@@ -215,7 +216,7 @@ def is_trouble(error: BaseException) -> bool:
 
 
 def _retry(quick: bool = False) -> Any:
-    """What is put or deleted here may be put or deleted twice: so it is tried again after any fault that passes."""
+    """The retry policy after passing faults. Every put and delete here may happen twice without harm."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     return DEFAULT_RETRY.with_timeout(QUICK_S) if quick else DEFAULT_RETRY

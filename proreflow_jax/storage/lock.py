@@ -74,21 +74,21 @@ def hold_lease(folder: ObjectPath) -> Iterator[None]:
 
 
 def _take_lease(mark: ObjectPath, record: dict[str, Any], folder: ObjectPath) -> int:
-    """Makes the lock, or takes over that of a holder who is no more; its generation."""
-    data, told = json.dumps(record).encode(), False
-    seen = 0
+    """Makes the lock, or takes over the lock of a dead holder. Returns its generation."""
+    data, announced = json.dumps(record).encode(), False
+    generation = 0
     while True:
         try:
-            return mark.put(data, generation=seen)
+            return mark.put(data, generation=generation)
         except FileExistsError:
-            seen, holder = _look(mark)
+            generation, holder = _look(mark)
         if holder.get("token") == record["token"]:  # the answer to a put that succeeded was lost
-            return seen
-        alive = _runs_here(holder) if seen else False
+            return generation
+        alive = _runs_here(holder) if generation else False
         if alive is None:
-            if not told:
+            if not announced:
                 log.info("%s: locked by %s; waiting up to %.0f s to see whether it lives", folder, _name(holder), EXPIRY_S)
-            told, alive = True, _is_renewed(mark, seen)
+            announced, alive = True, _is_renewed(mark, generation)
         if alive:
             raise Locked(f"{folder} is in use by {_name(holder)}: stop it, or choose another run folder")
 
@@ -97,16 +97,16 @@ def _look(mark: ObjectPath) -> tuple[int, dict[str, Any]]:
     """(generation, record) of the lock; (0, {}) if it is gone."""
     try:
         data, generation = mark.read()
-        held = json.loads(data)
+        record = json.loads(data)
     except FileNotFoundError:
         return 0, {}
     except ValueError:
         return generation, {}
-    return generation, held if isinstance(held, dict) else {}
+    return generation, record if isinstance(record, dict) else {}
 
 
 def _is_renewed(mark: ObjectPath, generation: int) -> bool:
-    """Whether the lock becomes a new generation within EXPIRY_S; False too if it goes away."""
+    """Whether the holder renews the lock within EXPIRY_S; False too if the lock is deleted."""
     deadline = time.monotonic() + EXPIRY_S
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
@@ -133,7 +133,7 @@ class _Beat(threading.Thread):
                 log.warning("%s", error)
 
     def _after_refusal(self) -> None:
-        """Ends the process unless the refused renewal is our own whose answer was lost."""
+        """Ends the process, unless the lock holds our own record: a renewal that succeeded and whose answer was lost."""
         try:
             data, generation = self._mark.read()
         except FileNotFoundError:
@@ -172,7 +172,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """One start of one machine, and its view of process numbers; empty where that cannot be told."""
+    """The machine's boot and its view of process numbers; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -181,16 +181,16 @@ def _machine() -> str:
 
 
 def _started(process: object) -> str:
-    """When a process began, in ticks of its machine; empty if it does not run, or is dead and only not yet buried."""
+    """When a process began, in ticks of its machine; empty if the process is gone or a zombie."""
     try:
-        told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if told[0] in "ZX" else told[19]
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _runs_here(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder, if it is of this machine, still runs; None for another machine's."""
+    """Whether a holder on this machine still runs; None for a holder on another machine."""
     if not holder.get("machine") or holder["machine"] != _machine():
         return None
     return bool(holder.get("started")) and _started(holder.get("process")) == holder["started"]

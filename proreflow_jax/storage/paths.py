@@ -1,4 +1,4 @@
-"""Where runs and models lie, by one word: a local or mounted path, or gs://bucket/name. Names that are safe in either."""
+"""Paths of runs and models, local, mounted or gs://bucket/name; names that are safe in both; local copies of gs:// paths."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 def parse_path(text: str | os.PathLike | ObjectPath, flag: str = "--config.root") -> Path | ObjectPath:
     """A path as a Path, or gs://bucket/name as an ObjectPath. Raises ValueError for any other url or a malformed name."""
-    found = URL.match(str(text))
-    if not found:
+    url = URL.match(str(text))
+    if not url:
         return Path(text)
-    if found[1] != SCHEME[:-3]:
-        raise UserError(f"{flag}={text} must be a local or mounted path or {SCHEME}bucket/folder: {found[1]}:// is not known")
-    bucket, _, key = found[2].partition("/")
+    if url[1] != SCHEME[:-3]:
+        raise UserError(f"{flag}={text} must be a local or mounted path or {SCHEME}bucket/folder: {url[1]}:// is not known")
+    bucket, _, key = url[2].partition("/")
     key = key.strip("/")
     if not BUCKET.fullmatch(bucket) or not key or any(part in ("", ".", "..") for part in key.split("/")):
         raise UserError(f"{flag}={text} must be {SCHEME}bucket/folder: a bucket's name and plain names below it")
@@ -35,14 +35,14 @@ Location = Path | ObjectPath
 
 
 def parse_local(text: str | os.PathLike, flag: str) -> Path:
-    """The path of what is written or read on this machine alone. Raises ValueError for a url."""
-    if isinstance(found := parse_path(text, flag), Path):
-        return found
+    """A path on this machine, for jobs that take no gs:// path. Raises ValueError for a url."""
+    if isinstance(location := parse_path(text, flag), Path):
+        return location
     raise UserError(f"{flag}={text} must be a folder of this machine: this job works on local and mounted folders only")
 
 
 def check_reachable(location: Location, write: bool = True) -> None:
-    """Looks at the bucket of a path. Raises ValueError or FileNotFoundError, one line, if it cannot be used; local: nothing."""
+    """Looks at the bucket of a path. Raises ValueError or FileNotFoundError, one line, if it cannot be used."""
     if isinstance(location, Path):
         return
     try:
@@ -71,8 +71,8 @@ STREAMS = 8  # objects read at once
 def local_copy(location: Location, flag: str = "") -> Path:
     """A local path as it is; a file or folder of an object store as a copy on this machine.
 
-    Raises FileNotFoundError (nothing there), ValueError (unfinished, no rights, names that leave the folder), OSError (disk,
-    or changed while it was read), one line.
+    Raises in one line: FileNotFoundError if there is nothing, ValueError if the folder is unfinished, forbidden or has names
+    that lead outside, OSError for the disk or if an object changed during the copy.
     """
     if isinstance(location, Path):
         return location
@@ -89,18 +89,18 @@ def local_copy(location: Location, flag: str = "") -> Path:
 def _listed(location: ObjectPath, flag: str) -> list[Listed]:
     """The objects of a copy, names relative to it; one of the empty name if it is a file."""
     if location.is_file():
-        found = location.stat()
-        return [Listed(name="", size=found.st_size, generation=found.generation)]
-    found = [item for item in location.objects() if not item.name.endswith("/")]
-    if any(item.name == WRITING for item in found):
+        status = location.stat()
+        return [Listed(name="", size=status.st_size, generation=status.generation)]
+    objects = [item for item in location.objects() if not item.name.endswith("/")]
+    if any(item.name == WRITING for item in objects):
         raise UserError(f"{location} is unfinished: its writer works or was stopped; run the command that writes it again")
-    found = [item for item in found if item.name.rpartition("/")[2] not in (LOCK, WRITING)]
-    if not found:
+    objects = [item for item in objects if item.name.rpartition("/")[2] not in (LOCK, WRITING)]
+    if not objects:
         raise MissingFile(f"{location} does not exist{f': {flag} must name a file or folder' if flag else ''}")
-    for item in found:
+    for item in objects:
         if "\\" in item.name or any(part in ("", ".", "..") for part in item.name.split("/")):
             raise UserError(f"{location} holds an object named {item.name!r}, which is no plain path: rename it")
-    return found
+    return objects
 
 
 def _cache() -> Path:
@@ -116,7 +116,7 @@ def _is_whole(place: Path, listed: list[Listed]) -> bool:
 
 
 def _make(location: ObjectPath, listed: list[Listed], place: Path) -> None:
-    """Copies what is not here yet; the copy appears whole."""
+    """Copies the missing objects. The copy appears whole."""
     blobs = {_blob(location, item): item for item in listed}
     missing = [blob for blob, item in blobs.items() if not _is_whole(blob, [Listed(name="", size=item.size)])]
     _check_room(location, sum(blobs[blob].size for blob in missing))
@@ -139,7 +139,7 @@ def _make(location: ObjectPath, listed: list[Listed], place: Path) -> None:
 
 
 def _blob(location: ObjectPath, item: Listed) -> Path:
-    """Where one generation of one object lies, whatever copies it is part of."""
+    """The local file of one generation of one object, shared by all copies."""
     name = location / item.name if item.name else location
     return _cache() / "objects" / hashlib.sha256(f"{name}#{item.generation}".encode()).hexdigest()[:32]
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from proreflow_jax.pretrained import sharded_load, weights
+from proreflow_jax.pretrained import weights
 from proreflow_jax.runtime import mesh
 
 SIZES = {  # in our layout
@@ -69,7 +69,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter:
 def test_any_mesh_holds_what_from_torch_gives(file, devices, rules):
     expected, where = weights.from_torch(file, SHAPES, "file"), shardings(devices, rules)
     for source in (file, torch_tensors()):
-        placed = sharded_load.place(source, SHAPES, where, "file")
+        placed = weights.place(source, SHAPES, where, "file")
         assert list(placed) == list(SHAPES)
         for name, value in placed.items():
             assert value.sharding == where[name] and value.dtype == np.float32
@@ -83,13 +83,13 @@ def test_half_precision_is_read_in_parts_too_and_may_stay_half(tmp_path, stored)
     save_file(torch_tensors(stored), tmp_path / "model.safetensors")
     file = weights.read_tensors(tmp_path)
     for dtype in (np.float32, stored):
-        placed = sharded_load.place(file, SHAPES, shardings(4), "file", dtype)
+        placed = weights.place(file, SHAPES, shardings(4), "file", dtype)
         expected = weights.from_torch(file, SHAPES, "file", dtype)
         assert all(value.dtype == dtype and np.array_equal(value, expected[name]) for name, value in placed.items())
 
 
 def test_each_device_of_four_costs_a_quarter_of_the_model(file, reads):
-    placed = sharded_load.place(file, SHAPES, shardings(4, axes=(1, 4, 1)), "file")
+    placed = weights.place(file, SHAPES, shardings(4, axes=(1, 4, 1)), "file")
     times = [count for key, count in reads.items() if isinstance(key, tuple)]
     model = sum(value.nbytes for value in torch_tensors().values())
     assert sum(count for key, count in reads.items() if isinstance(key, str)) == model
@@ -106,7 +106,7 @@ def test_a_process_reads_what_its_devices_hold_and_nothing_else(file, reads):
     expected = weights.from_torch(torch_tensors(), SHAPES, "file")
     for name, torch in weights.names_today(file, SHAPES).items():
         index = where[name].devices_indices_map(SIZES[name])[first]
-        read = sharded_load._reader(name, lambda at, torch=torch: file.part(torch, at), np.float32, [])
+        read = weights._reader(name, lambda at, torch=torch: file.part(torch, at), np.float32, [])
         assert np.array_equal(read(index), expected[name][index])
     model = sum(value.nbytes for value in torch_tensors().values())
     assert sum(count for key, count in reads.items() if isinstance(key, str)) == model // 4
@@ -114,10 +114,10 @@ def test_a_process_reads_what_its_devices_hold_and_nothing_else(file, reads):
 
 def test_what_several_devices_hold_is_read_once(file, reads):
     """Whole on eight devices: once. Split in two over four pairs of devices: each half once."""
-    sharded_load.place(file, SHAPES, shardings(8, "replicated"), "file")
+    weights.place(file, SHAPES, shardings(8, "replicated"), "file")
     assert {reads[name, "times"] for name in file} == {1}
     reads.clear()
-    sharded_load.place(file, SHAPES, shardings(8, axes=(4, 2, 1)), "file")
+    weights.place(file, SHAPES, shardings(8, axes=(4, 2, 1)), "file")
     assert {reads[name, "times"] for name in file} == {2}
     assert sum(reads[name] for name in file) == sum(value.nbytes for value in torch_tensors().values())
 
@@ -130,7 +130,7 @@ def test_a_plain_mapping_gives_each_tensor_once():
             taken.append(name)
             return super().__getitem__(name)
 
-    sharded_load.place(Lazy(torch_tensors()), SHAPES, shardings(8), "lazy")
+    weights.place(Lazy(torch_tensors()), SHAPES, shardings(8), "lazy")
     assert sorted(taken) == sorted(torch_tensors())
 
 
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_named_as_by_from_torch(tmp_path, change, needles, 
     save_file(tensors, tmp_path / "model.safetensors")
     source = weights.read_tensors(tmp_path) if lazy else tensors
     with pytest.raises(ValueError) as placed:
-        sharded_load.place(source, SHAPES, shardings(4, axes=(1, 4, 1)), "some/unet")
+        weights.place(source, SHAPES, shardings(4, axes=(1, 4, 1)), "some/unet")
     with pytest.raises(ValueError) as whole:
         weights.from_torch(source, SHAPES, "some/unet")
     assert str(placed.value) == str(whole.value) and "\n" not in str(placed.value)
@@ -166,5 +166,5 @@ def test_names_and_shapes_are_refused_before_anything_is_read(tmp_path, reads):
     for change in ({"stranger": np.zeros(1)}, {"linear.weight": np.zeros((3, 3))}):
         save_file(torch_tensors() | change, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=r"unexpected|another shape"):
-            sharded_load.place(weights.read_tensors(tmp_path), SHAPES, shardings(2), "some/unet")
+            weights.place(weights.read_tensors(tmp_path), SHAPES, shardings(2), "some/unet")
     assert not reads
