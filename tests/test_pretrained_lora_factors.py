@@ -130,7 +130,8 @@ def test_a_real_unet_computes_what_its_merged_weights_compute():
     factors = {name: 0.3 * value for name, value in draw(lora_factors.factor_shapes(unet.shapes, "", 3)).items()}
     merged = weights.from_torch(in_torch(base, factors, 1.5), unet.shapes, "merged")
     z, context = draw({"z": np.zeros((2, *tiny.LATENT)), "c": np.zeros((2, tiny.LENGTH, tiny.WIDTH))}, 3).values()
-    forward = tiny.quick_jit(lambda p, f, s: unet.apply(lora_factors.add(p, f, s), z, jnp.asarray([900.0, 20.0]), context))
+    inputs = (jnp.asarray(z), jnp.asarray([900.0, 20.0]), jnp.asarray(context))
+    forward = tiny.quick_jit(lambda p, f, s: unet.apply(lora_factors.add(p, f, s), *inputs))
     added, plain = forward(base, factors, 1.5), forward(base, factors, 0.0)
     assert np.abs(added - plain).max() > 0.1
     np.testing.assert_allclose(added, forward(merged, factors, 0.0), atol=1e-5 * np.abs(added).max())
@@ -209,9 +210,8 @@ def test_diffusers_draws_with_the_file_as_we_do_with_the_factors(tmp_path, rank,
     scale = lora_factors.scale_of(rank, alpha)
     factors = {name: 0.2 * value for name, value in draw(lora_factors.factor_shapes(unet.shapes, "", rank)).items()}
     z, context = draw({"z": np.zeros((2, *tiny.LATENT)), "c": np.zeros((2, tiny.LENGTH, tiny.WIDTH))}, 3).values()
-    ours = tiny.quick_jit(lambda f: unet.apply(lora_factors.add(base, f, scale), z, jnp.asarray([900.0, 20.0]), context))(
-        factors
-    )
+    inputs = (jnp.asarray(z), jnp.asarray([900.0, 20.0]), jnp.asarray(context))
+    ours = tiny.quick_jit(lambda f: unet.apply(lora_factors.add(base, f, scale), *inputs))(factors)
 
     given = torch.from_numpy(z.transpose(0, 3, 1, 2).copy()), torch.tensor([900, 20]), torch.from_numpy(context)
     answer = lambda: pipe.unet(*given).sample.detach().numpy().transpose(0, 2, 3, 1)

@@ -144,10 +144,9 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
     experiment = toy(made, "single", devices=1)
     split, n, base = coco.open_official(*made.coco, 2017), experiment.networks, experiment.base
     texts, clip = coco.first_captions(split, COUNT), clip_score.load_clip(Path(made.flags["clip"]))
-    predict = lambda z, t, context: make_predict(n.unet, {k: 1.1 * v for k, v in experiment.unet.params().items()})(
-        z, t, context
-    )
-    against = n.condition(base.text, base.tokenizer.encode([""]))
+    student = {name: 1.1 * value for name, value in experiment.unet.params().items()}
+    predict = lambda z, t, context: make_predict(n.unet, student)(z, t, context)
+    against = n.condition(base.text, jax.numpy.asarray(base.tokenizer.encode([""])))
     nodes = windows.sampling_nodes(2, 2).astype(np.float32)
 
     @jax.jit
@@ -166,7 +165,7 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
         np.round(np.clip(draw(i, base.tokenizer.encode([text]))[0] / 2 + 0.5, 0, 1) * 255) for i, text in enumerate(texts)
     ]
     drawn = np.stack([shape(np.asarray(image, np.uint8)) for image in images])
-    features = [network.apply(params, np.stack(part)) for part in (drawn, real)]
+    features = [network.apply(params, jax.numpy.asarray(np.stack(part))) for part in (drawn, real)]
     assert whole[1]["fid"][1] == pytest.approx(frechet.frechet_distance(*map(frechet.moments, features)), rel=1e-4)
     words = clip_score.read_tokenizer(Path(made.flags["clip"])).encode(texts)
     found = np.asarray(

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from proreflow_jax.models import clip, layers, unet, vae
 from proreflow_jax.models.compute import PLAIN, Compute, in_turn
 
-Params = dict[str, Float[Array, "..."]]
+Params = dict[str, Float[Array | np.ndarray, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 TORCH_NAME |= {"mean": "running_mean", "var": "running_var"}  # of a batch norm
 

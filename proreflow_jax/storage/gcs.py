@@ -3,7 +3,7 @@
 An object is whole or absent, so a write needs no temporary and no rename. There are no folders, only names with a common
 beginning: `mkdir` does nothing, and a folder exists while an object lies below it. Every error of the client becomes an
 OSError of one line that names the path. `ObjectPath` is no os.PathLike on purpose: `open` and `Path` would take it for a
-local file.
+local file. So etils.epath cannot stand here; it knows no generations and no conditional puts either.
 """
 
 import fnmatch
