@@ -88,15 +88,20 @@ def test_times_are_uniform_where_the_start_has_no_extra_weight():
     assert 124 - 4 * np.sqrt(248) < chi_square < 124 + 4 * np.sqrt(248)  # 124 degrees of freedom, four deviations
 
 
-@pytest.mark.parametrize(("n", "steps"), [(2, 4), (4, 10), (8, 4), (1, 8)])
+@pytest.mark.parametrize(("n", "steps"), [(2, 4), (4, 10), (8, 12), (8, 15), (4, 999), (8, 4), (1, 8)])
 def test_the_times_that_come_more_often_are_those_of_a_sampler(n, steps):
-    k = jnp.arange(20_000) % n
-    t, t_s, _ = draw_times(KEY, k, n, 1.0, steps)
-    inside = max(steps // n, 1)
-    nodes = np.round(1000 * windows.sampling_nodes(n * inside, n)[:-1]).astype(int)
-    seen = np.bincount(np.round(1000 * np.asarray(t, np.float64)).astype(int), minlength=1001)
-    assert set(np.flatnonzero(seen)) == set(nodes)
-    assert np.abs(seen[nodes] - 20_000 / len(nodes)).max() < 4 * np.sqrt(20_000 / len(nodes))
+    """Exactly the nodes of a sampler of so many steps, each as often as the others of its window; of no sampler the starts."""
+    count = 40_000
+    k = np.arange(count) % n
+    t = np.round(1000 * np.asarray(draw_times(KEY, jnp.asarray(k), n, 1.0, steps)[0], np.float64)).astype(int)
+    stops = np.round(1000 * windows.sampling_nodes(max(steps, n), n)[:-1]).astype(int)
+    for window in range(n):
+        start = 1000 - 1000 // n * window
+        inside = stops[(stops <= start) & (stops > start - 1000 // n)]
+        times, often = np.unique(t[k == window], return_counts=True)
+        assert set(times) == set(inside)
+        mean = count / n / len(inside)
+        assert np.abs(often - mean).max() < 5 * np.sqrt(mean)
 
 
 @pytest.mark.parametrize("scale", [0.1, 7.0])

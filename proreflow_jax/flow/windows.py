@@ -58,7 +58,19 @@ def nodes(t_s: Float[ArrayLike, "*b"], t_e: Float[ArrayLike, "*b"], steps: int) 
     known = not any(isinstance(i, jax.core.Tracer) for i in (start, end))
     check_steps(steps, int(jnp.min(start - end)) if known else GRID)
     j = jnp.arange(steps + 1).reshape((-1,) + (1,) * start.ndim)
-    return grid_time(start - ((start - end) * j + steps // 2) // steps, as_time(t_s).dtype)
+    return grid_time(start - steps_back(j, steps, start - end), as_time(t_s).dtype)
+
+
+def steps_back(
+    j: Int[ArrayLike, "*#b"], steps: Int[ArrayLike, "*#b"], width: Int[ArrayLike, "*#b"]
+) -> Int[np.ndarray, "*b"] | Int[Array, "*b"]:
+    """Grid steps from a window's start down to node j of `steps`, in a window of `width` grid steps."""
+    return (width * j + steps // 2) // steps
+
+
+def window_steps(k: Int[ArrayLike, "*b"], steps: int, n: int) -> Int[ArrayLike, "*b"]:
+    """How many of a sampler's `steps` lie in window k of n: a remainder goes to the noisiest windows, one each."""
+    return steps // n + (k < steps % n)
 
 
 def check_steps(steps: int, width: int) -> None:
@@ -73,17 +85,16 @@ def check_steps(steps: int, width: int) -> None:
 def sampling_nodes(steps: int, n: int) -> Float[np.ndarray, "steps_plus_1"]:
     """The steps + 1 times, float64, that an n-window student visits from 1 to 0: on the grid, every bound included.
 
-    Each window gets steps // n of them; a remainder goes to the noisiest windows, one each.
+    Window k holds `window_steps(k, steps, n)` of them, its start included.
     Raises ValueError if n does not divide 1000, if steps < n, or if steps > 1000.
     """
     check_windows(n)
     if steps < n:
         raise UserError(f"{steps} sampling steps, must be at least the number of windows, {n}; change --steps")
-    width = GRID // n
     if steps > GRID:
         raise UserError(f"{steps} sampling steps, must be at most the {GRID} steps of the grid; change --steps")
-    edges, shares = _bound_indices(n), [steps // n + (k < steps % n) for k in range(n)]
-    inner = [edge - (width * np.arange(m) + m // 2) // m for edge, m in zip(edges, shares, strict=False)]
+    counts = [window_steps(k, steps, n) for k in range(n)]
+    inner = [edge - steps_back(np.arange(m), m, GRID // n) for edge, m in zip(_bound_indices(n), counts, strict=False)]
     return np.concatenate([*inner, [0]]) / GRID
 
 

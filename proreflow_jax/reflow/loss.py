@@ -40,14 +40,14 @@ def draw_times(
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
     """(t, t_s, t_e), each (b,): grid times in (t_e, t_s] of window k of n.
 
-    With probability start_prob t is one of the times at which a sampler of start_steps steps stands (`windows.sampling_nodes`):
-    t_s itself where there are no more steps than windows.
+    With probability start_prob t is a node of a sampler of start_steps steps (`windows.sampling_nodes`) in that window, each
+    node with equal probability. With no more steps than windows the only node is t_s.
     """
     first, second, third = jax.random.split(key, 3)
-    width, inside = GRID // n, max(start_steps // n, 1)
+    width, nodes = GRID // n, jnp.maximum(windows.window_steps(k, start_steps, n), 1)
     back = jax.random.randint(first, k.shape, 0, width)
-    stop = (width * jax.random.randint(third, k.shape, 0, inside) + inside // 2) // inside
-    back = jnp.where(jax.random.bernoulli(second, start_prob, k.shape), stop, back)
+    node = windows.steps_back(jax.random.randint(third, k.shape, 0, nodes), nodes, width)
+    back = jnp.where(jax.random.bernoulli(second, start_prob, k.shape), node, back)
     i_s = GRID - k * width
     return grid_time(i_s - back), grid_time(i_s), grid_time(i_s - width)
 
