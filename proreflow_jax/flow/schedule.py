@@ -123,12 +123,6 @@ def grid_time(index: Int[ArrayLike, "..."], dtype: Any = None) -> Float[Array, "
     return jnp.asarray(_GRID_TIMES, dtype)[jnp.asarray(index)]
 
 
-def grid(t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
-    """The grid point nearest to t in [0, 1], same shape as t."""
-    x = position(t)
-    return grid_time(jnp.round(x).astype(jnp.int32), x.dtype)
-
-
 def per_example(t: Float[Array, "b"], z: Float[Array, "b *d"]) -> Float[Array, "b *ones"]:
     """t reshaped to (b, 1, ..., 1), so that it multiplies every entry of its example in z."""
     return jnp.reshape(t, jnp.shape(t) + (1,) * (jnp.ndim(z) - 1))
