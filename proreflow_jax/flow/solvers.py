@@ -1,8 +1,8 @@
 """How a state is carried from one time to the next, and one scan that does it many times.
 
 A step is a function (z, t, u, carry) -> (z_u, carry): z is (b, ...), t and u are (b,), u < t. `solve` scans it over the
-nodes. The carry is what a multistep method remembers: the last prediction of x0 and the time it was made at. One-step
-methods hand it through. In the coordinates (z/a, s/a) DDIM is Euler's method; the one named euler here is Euler's in t.
+nodes. The carry is the memory of a multistep method: its last prediction of x0 and the time of that prediction. One-step
+methods pass it on. In the coordinates (z/a, s/a) DDIM is Euler's method; the one named euler here is Euler's in t.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def heun_step(velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], 
     """One Heun step in t: two calls of velocity, second order (Karras et al. 2022, alg. 1); shape of z.
 
     As there, the step that ends at u = 0 is Euler's: the flow of a diffusion has no useful slope at its clean end.
-    velocity is also asked at u, so for a windowed student it must keep to the window that t lies in.
+    The second call is at u: the velocity of a windowed student must then be that of the window which holds t.
     """
     first = velocity(z, t)
     second = velocity(z + per_example(u - t, z) * first, u)

@@ -1,6 +1,7 @@
-"""Pairs (state at a window's noisy start, state at its clean end), made by a teacher; stored and online mode share this.
+"""A teacher's pairs (state at a window's noisy start, state at its clean end), for stored and online mode.
 
-Example i draws everything from fold_in(key, i), whichever process or batch makes it.
+A diffusion teacher crosses a window by its solver (PeRFlow alg. 1), the student of the stage before by its own windows
+(ProReflow sec. 3.2). Example i draws everything from fold_in(key, i), in any process and batch.
 """
 
 from collections.abc import Mapping

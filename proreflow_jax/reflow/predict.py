@@ -1,8 +1,4 @@
-"""A frozen network that carries states from noise towards data: a diffusion model by a solver, or a student by its windows.
-
-One step function serves both, so that pairs and samples are made by the same code (PeRFlow alg. 1 for a diffusion teacher,
-ProReflow sec. 3.2 for the student of the stage before).
-"""
+"""The forward pass of a UNet, of teacher and student alike, and its conditioning by prompts."""
 
 from collections.abc import Callable, Mapping
 
