@@ -9,7 +9,8 @@ import pytest
 from tiny import quick_jit
 
 from proreflow_jax.evaluation import trajectory
-from proreflow_jax.flow import losses, prediction, solvers, windows
+from proreflow_jax.flow import losses, solvers, windows
+from proreflow_jax.flow.parameterization import Parameterization, convert, ddim_jump
 from proreflow_jax.flow.schedule import make_schedule
 
 SCHEDULE = make_schedule("scaled_linear", 0.00085, 0.012)
@@ -34,9 +35,9 @@ def turning(z, t):
     return flat.reshape(SHAPE)
 
 
-def along(predict, steps, n, reading="velocity"):
-    nodes = windows.sampling_nodes(steps, n)
-    return nodes, *quick_jit(partial(trajectory.trajectory, SCHEDULE, predict, reading=reading, n=n))(Z, nodes)
+def along(predict, steps, n, prediction="velocity"):
+    nodes, student = windows.sampling_nodes(steps, n), Parameterization(prediction, n)
+    return nodes, *quick_jit(partial(trajectory.trajectory, student, SCHEDULE, predict))(Z, nodes)
 
 
 def euler(velocity):
@@ -114,7 +115,7 @@ def gaussian(kind):
 
     def predict(z, t):
         a, s = (f(t)[:, None, None, None] for f in (SCHEDULE.alpha, SCHEDULE.sigma))
-        return prediction.convert("epsilon", kind, SCHEDULE, z, s * z / (0.25 * a**2 + s**2), t)
+        return convert("epsilon", kind, SCHEDULE, z, s * z / (0.25 * a**2 + s**2), t)
 
     return predict
 
@@ -122,7 +123,7 @@ def gaussian(kind):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_diffusion_model_moves_along_its_flow_with_the_flows_velocity(kind):
     nodes = windows.sampling_nodes(200, 1)
-    states, v = quick_jit(partial(trajectory.trajectory, SCHEDULE, gaussian(kind), reading=kind))(Z, nodes)
+    states, v = quick_jit(partial(trajectory.trajectory, Parameterization(kind), SCHEDULE, gaussian(kind)))(Z, nodes)
     deviation = lambda t: np.sqrt(0.25 * SCHEDULE.alpha(t) ** 2 + SCHEDULE.sigma(t) ** 2)
     scale = deviation(nodes) / deviation(1.0)
     np.testing.assert_allclose(states[::20, 0], scale[::20, None, None, None] * Z[None, 0], rtol=2e-2, atol=1e-3)
@@ -131,13 +132,13 @@ def test_a_diffusion_model_moves_along_its_flow_with_the_flows_velocity(kind):
 
 
 def test_a_students_velocity_is_that_of_the_window_it_is_in():
-    velocity = trajectory.make_velocity(SCHEDULE, straight, "ddim_eps", 4, "linear")
-    for t, t_s, t_e in ((0.75, 0.75, 0.5), (0.6, 0.75, 0.5), (0.1, 0.25, 0.0)):
-        each = [jnp.full(3, x) for x in (t, t_s, t_e)]
-        want = prediction.to_velocity("ddim_eps", "linear", SCHEDULE, Z, C, *each)
-        np.testing.assert_allclose(velocity(Z, each[0]), want, rtol=1e-5)
+    student = Parameterization("ddim_eps", 4)
+    velocity = solvers.make_velocity(student, SCHEDULE, straight)
+    for t, k in ((0.75, 1), (0.6, 1), (0.1, 3)):
+        w = windows.at_start(jnp.full(3, k), 4)._replace(t=jnp.full(3, t))
+        np.testing.assert_allclose(velocity(Z, w.t), student.to_velocity(SCHEDULE, Z, C, w), rtol=1e-5)
     _, states, v = along(straight, 4, 4, "ddim_eps")
-    jump = prediction.ddim_jump(SCHEDULE, Z, C, jnp.ones(3), jnp.full(3, 0.75))
+    jump = ddim_jump(SCHEDULE, Z, C, jnp.ones(3), jnp.full(3, 0.75))
     np.testing.assert_allclose(states[1], jump, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(Z - 0.25 * v[0], jump, rtol=1e-4, atol=1e-5)
 
@@ -151,7 +152,7 @@ def bounds_of(states, predict=straight):
     n = len(states) - 1
 
     def velocity(z, t):
-        k, _, _ = windows.locate(t, n)
+        k = windows.locate(t, n).k
         chords = jnp.stack([(states[i + 1] - states[i]) * -n for i in range(n)])
         return predict(t)[:, None, None, None] * chords[k, jnp.arange(3)]
 
@@ -182,9 +183,9 @@ def test_an_error_at_window_starts_alone_is_seen_there_alone():
 
 
 def test_one_epsilon_has_no_error_on_the_first_order_path_but_on_the_line():
-    jump = lambda z, t, u: prediction.ddim_jump(SCHEDULE, z, C, jnp.full(3, t), jnp.full(3, u))
+    jump = lambda z, t, u: ddim_jump(SCHEDULE, z, C, jnp.full(3, t), jnp.full(3, u))
     states = jnp.stack([Z, jump(Z, 1.0, 0.5), jump(jump(Z, 1.0, 0.5), 0.5, 0.0)])
-    velocity = lambda path: trajectory.make_velocity(SCHEDULE, straight, "ddim_eps", 2, path)
+    velocity = lambda path: solvers.make_velocity(Parameterization("ddim_eps", 2, path), SCHEDULE, straight)
     times = trajectory.window_times(2, 4)
     for path in ("linear", "first_order"):
         assert np.max(errors(velocity(path), path, states, times)[0]) < 1e-3
@@ -269,5 +270,3 @@ def test_the_draws_of_two_steps_and_two_examples_differ():
 def test_distances_are_root_mean_squares():
     scale = jnp.array([0.0, 1.0, 2.0])[:, None, None, None]
     np.testing.assert_allclose(trajectory.distances(Z + scale, Z), [0, 1, 2], atol=1e-6)
-    np.testing.assert_allclose(trajectory.distance(Z + scale, Z), np.sqrt(5 / 3), rtol=1e-6)
-    assert trajectory.distance(jnp.stack([Z, Z + 1]), Z).shape == (2,)

@@ -18,7 +18,8 @@ diffusers = pytest.importorskip("diffusers")
 from proreflow_jax.exports import windowed_scheduler  # noqa: E402
 from proreflow_jax.exports.windowed_scheduler import WindowedFlowScheduler  # noqa: E402
 from proreflow_jax.flow import schedule, solvers, windows  # noqa: E402
-from proreflow_jax.flow.parameterization import Parameterization, make_step  # noqa: E402
+from proreflow_jax.flow.parameterization import Parameterization  # noqa: E402
+from proreflow_jax.flow.solvers import make_step  # noqa: E402
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 NOISE = schedule.make_schedule(**BETAS)

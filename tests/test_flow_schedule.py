@@ -76,12 +76,6 @@ def test_below_the_first_entry_nothing_changes():
     np.testing.assert_allclose(SD.rates(0.001)[1], SD.rates(0.001002)[1], rtol=1e-2)  # at the edge the limit from above
 
 
-def test_grid_rounds_to_the_nearest_grid_point():
-    t = jnp.array([0.0, 0.1234, 0.1237, 1.0])
-    np.testing.assert_array_equal(sch.grid(t), np.float32([0, 0.123, 0.124, 1]))
-    np.testing.assert_array_equal(sch.grid(jnp.asarray(GRID_TIMES)), GRID_TIMES.astype(np.float32))
-
-
 def test_low_precision_times_are_promoted():
     assert SD.alpha(jnp.asarray(0.5, jnp.bfloat16)).dtype == jnp.float32
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from proreflow_jax.flow import windows as win
-from proreflow_jax.flow.prediction import ddim_jump
+from proreflow_jax.flow.parameterization import ddim_jump
 from proreflow_jax.flow.schedule import make_schedule, timestep
 
 SD = make_schedule("scaled_linear", 0.00085, 0.012)
@@ -19,7 +19,8 @@ def test_windows_tile_the_unit_interval(n):
     b = win.bounds(n)
     assert b[0] == 1 and b[-1] == 0 and b.shape == (n + 1,)
     np.testing.assert_allclose(np.diff(b), -1 / n, rtol=1e-9)
-    k, t_s, t_e = win.locate(GRID_TIMES, n)
+    k, t, t_s, t_e = win.locate(GRID_TIMES, n)
+    np.testing.assert_array_equal(t, GRID_TIMES)
     assert np.all((t_e <= GRID_TIMES) & (t_s >= GRID_TIMES))
     assert np.all((t_e < GRID_TIMES) | (GRID_TIMES == 0))
     np.testing.assert_array_equal(t_s, b.astype(np.float32)[k])
@@ -29,16 +30,18 @@ def test_windows_tile_the_unit_interval(n):
 
 @pytest.mark.parametrize("n", DIVISORS)
 def test_a_bound_belongs_to_the_window_that_starts_there(n):
-    k, t_s, _ = win.locate(jnp.asarray(win.bounds(n), jnp.float32), n)
-    np.testing.assert_array_equal(k, [*range(n), n - 1])
-    np.testing.assert_array_equal(t_s[:-1], win.bounds(n)[:-1].astype(np.float32))
+    w = win.locate(jnp.asarray(win.bounds(n), jnp.float32), n)
+    np.testing.assert_array_equal(w.k, [*range(n), n - 1])
+    np.testing.assert_array_equal(w.t_s[:-1], win.bounds(n)[:-1].astype(np.float32))
+    starts = win.at_start(np.arange(n), n)
+    jax.tree.map(np.testing.assert_array_equal, starts, jax.tree.map(lambda x: x[:-1], w))
 
 
 def test_a_bound_that_lost_a_digit_is_still_a_bound():
     almost = jnp.nextafter(jnp.float32(0.875), jnp.float32(0))
-    assert win.locate(almost, 8)[0] == 1
-    assert win.locate(jnp.float32(0.8751), 8)[0] == 0
-    assert win.locate(jnp.float32(0.8749), 8)[0] == 1
+    assert win.locate(almost, 8).k == 1
+    assert win.locate(jnp.float32(0.8751), 8).k == 0
+    assert win.locate(jnp.float32(0.8749), 8).k == 1
 
 
 @pytest.mark.parametrize("n", [0, -4, 3, 6, 7, 16, 2000])
@@ -91,35 +94,35 @@ def test_sampling_nodes_refuse_a_wrong_count(steps, n):
 
 
 def _pair(n):
-    b = jnp.asarray(win.bounds(n), jnp.float32)
+    """(state, state, window) of each window."""
     z = jax.random.normal(jax.random.key(0), (2, n, 3, 2, 4))
-    return z[0], z[1], b[:-1], b[1:]
+    return z[0], z[1], win.at_start(jnp.arange(n), n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 1000])
 @pytest.mark.parametrize("path", win.PATHS)
 def test_both_paths_meet_both_ends(path, n):
-    z_s, z_e, t_s, t_e = _pair(n)
-    np.testing.assert_allclose(win.interpolate(path, SD, z_s, z_e, t_s, t_e, t_s), z_s, rtol=1e-6)
-    np.testing.assert_allclose(win.interpolate(path, SD, z_s, z_e, t_s, t_e, t_e), z_e, rtol=1e-6)
+    z_s, z_e, w = _pair(n)
+    np.testing.assert_allclose(win.interpolate(path, SD, z_s, z_e, w), z_s, rtol=1e-6)
+    np.testing.assert_allclose(win.interpolate(path, SD, z_s, z_e, w._replace(t=w.t_e)), z_e, rtol=1e-6)
 
 
 def test_the_linear_path_moves_by_the_chord():
-    z_s, z_e, t_s, t_e = _pair(4)
-    t = 0.3 * t_s + 0.7 * t_e
-    moved = z_s + win.chord(z_s, z_e, t_s, t_e) * (t - t_s)[:, None, None, None]
-    np.testing.assert_allclose(win.interpolate("linear", SD, z_s, z_e, t_s, t_e, t), moved, atol=1e-5)
+    z_s, z_e, w = _pair(4)
+    t = 0.3 * w.t_s + 0.7 * w.t_e
+    moved = z_s + win.chord(z_s, z_e, w.t_s, w.t_e) * (t - w.t_s)[:, None, None, None]
+    np.testing.assert_allclose(win.interpolate("linear", SD, z_s, z_e, w._replace(t=t)), moved, atol=1e-5)
 
 
 def test_ddim_with_one_epsilon_stays_on_the_first_order_path():
-    z_s, eps, t_s, t_e = _pair(4)
-    z_e = ddim_jump(SD, z_s, eps, t_s, t_e)
+    z_s, eps, w = _pair(4)
+    z_e = ddim_jump(SD, z_s, eps, w.t_s, w.t_e)
     for part in (0.1, 0.5, 0.96):
-        t = (1 - part) * t_s + part * t_e
-        expected = ddim_jump(SD, z_s, eps, t_s, t)
-        np.testing.assert_allclose(win.interpolate("first_order", SD, z_s, z_e, t_s, t_e, t), expected, atol=2e-5)
+        t = (1 - part) * w.t_s + part * w.t_e
+        expected = ddim_jump(SD, z_s, eps, w.t_s, t)
+        np.testing.assert_allclose(win.interpolate("first_order", SD, z_s, z_e, w._replace(t=t)), expected, atol=2e-5)
 
 
 def test_an_unknown_path_is_refused():
     with pytest.raises(ValueError, match=r"spline.*--config\.student\.path"):
-        win.interpolate("spline", SD, *_pair(2), jnp.array([0.7, 0.2]))
+        win.interpolate("spline", SD, *_pair(2))

@@ -35,6 +35,25 @@ WORDS = ("TODO", "FIXME", "XXX", "torch.load", "allow_pickle=True")
 BLOCKS = ("ConfigDict", "optimizer")  # calls that make a block of fields
 NAMED = re.compile(r"(?<![\w/.])((?:proreflow_jax|configs|tests|launch)/[\w/.-]*\w\.(?:py|md|json|sh|yaml))\b")
 MEGABYTE = 1 << 20
+POSITIONAL = 6  # parameters of a function; more are keyword-only, or fields of one value
+VALUES = {"flow", "jump", "loss", "parameterization", "reading", "recipe", "stage", "w", "window"}  # passed whole
+
+CROWDED = {  # "file function" that still breaks the row: take out what is mended
+    *("bench.py bench", "export.py export", "plan.py plan", "sample.py sample"),
+    *("data/loader.py __init__", "evaluation/figures.py _sides", "evaluation/figures.py lines"),
+    *(
+        "exports/windowed_scheduler.py __init__",
+        "exports/windowed_scheduler.py _velocity",
+    ),  # the first: fields of diffusers' config
+    *("jobs/pretrain.py _fit", "jobs/score_coco.py _generated", "jobs/score_coco.py _scores"),
+    *("jobs/score_digits.py sample_rows", "jobs/train.py _advance", "reproduction/cell.py update"),
+    *("models/attention.py __init__", "models/attention_kernels.py choose_attention", "models/unet.py __init__"),
+    "pretrained/pipeline.py load_pipeline",
+}
+UNPACKED = {  # "file *name", likewise
+    *("jobs/study_flow.py *labels", "perf/dummy_arrays.py *like", "perf/jobs.py *options"),
+    *("pretrained/tokenizer.py *around", "reflow/loop.py *pending"),
+}
 
 
 def imports(path: Path, package: str) -> set[str]:
@@ -124,6 +143,39 @@ def forbidden(root: Path) -> list[str]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "eval", "exec"):
                 found.append(f"{where}:{node.lineno} {node.func.id}")
     return found
+
+
+def crowded(root: Path) -> set[str]:
+    """ "file function" of every function of the package with more than POSITIONAL positional parameters."""
+    breaches = set()
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+                if len([name for name in names if name not in ("self", "cls")]) > POSITIONAL:
+                    breaches.add(f"{path.relative_to(root / PACKAGE)} {node.name}")
+    return breaches
+
+
+def unpacked(root: Path) -> set[str]:
+    """ "file *name" of every call that unpacks a value of VALUES, or a tuple that the same function wrote out.
+
+    Parameters that travel together are one value; arguments are written where they are passed.
+    """
+    breaches = set()
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            nodes = list(ast.walk(function))
+            assigned = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)]
+            tuples = {target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)}
+            for argument in (a for node in nodes if isinstance(node, ast.Call) for a in node.args):
+                if isinstance(argument, ast.Starred):
+                    name = ast.unparse(argument.value)
+                    if name in tuples or name.split(".")[-1] in VALUES:
+                        breaches.add(f"{path.relative_to(root / PACKAGE)} *{name}")
+    return breaches
 
 
 def uncommented(path: Path) -> list[str]:
@@ -270,6 +322,30 @@ def test_what_is_forbidden_is_seen(tmp_path, text, breach):
     write(tmp_path, "proreflow_jax/data/a.py", text)
     (line,) = forbidden(tmp_path)
     assert breach in line
+
+
+def test_functions_take_six_positional_parameters_at_most():
+    assert crowded(ROOT) == CROWDED
+
+
+def test_values_are_passed_whole():
+    assert unpacked(ROOT) == UNPACKED
+
+
+@pytest.mark.parametrize(
+    ("text", "breaches"),
+    [
+        ("def f(a, b, c, d, e, f, g):\n    pass\n", {"flow/a.py f"}),
+        ("class A:\n    def f(self, a, b, c, d, e, f, *, g):\n        pass\n", set()),
+        ("def f(x, reading):\n    return g(x, *reading)\n", {"flow/a.py *reading"}),
+        ("def f(weights):\n    return g(*weights.flow)\n", {"flow/a.py *weights.flow"}),
+        ("def f(p, x):\n    triple = (p.a, p.b, x)\n    return lambda: g(*triple)\n", {"flow/a.py *triple"}),
+        ("def f(x, *rest):\n    return g(*x.shape, *rest)\n", set()),
+    ],
+)
+def test_a_crowded_function_and_an_unpacked_value_are_seen(tmp_path, text, breaches):
+    write(tmp_path, "proreflow_jax/flow/a.py", text)
+    assert crowded(tmp_path) | unpacked(tmp_path) == breaches
 
 
 def test_every_field_of_every_config_is_explained():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tiny import quick_jit
 
-from proreflow_jax.flow import losses, prediction, windows
+from proreflow_jax.flow import losses, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.loss import SPACES, LossRecipe, check_loss, draw_examples, draw_times, reflow_loss
@@ -17,8 +17,8 @@ from proreflow_jax.reflow.loss import SPACES, LossRecipe, check_loss, draw_examp
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
 LOSS = LossRecipe("velocity", 1.0, "fixed", 0.0, 0.25, 0, "float32")
-READINGS = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]
-READINGS += [("ddim_v", "linear"), ("ddim_v", "first_order")]
+STUDENTS = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]
+STUDENTS += [("ddim_v", "linear"), ("ddim_v", "first_order")]
 KEY = jax.random.key(3)
 
 
@@ -57,14 +57,15 @@ def says(params, z, t, *told):
 
 def perfect(flow, x):
     """The output that a perfect student gives."""
-    place = (x["z"], x["v"], x["t"], x["t_s"], x["t_e"])
-    return {"out": quick_jit(partial(prediction.from_velocity, flow.prediction, flow.path, TOYS.schedule))(*place)}
+    return {"out": quick_jit(partial(flow.from_velocity, TOYS.schedule))(x["z"], x["v"], x["window"])}
 
 
 @pytest.mark.parametrize("n", [1, 8, 250])
 def test_times_lie_in_their_window_start_included_end_excluded(n):
     k = jnp.arange(20_000) % n
-    t, t_s, t_e = (np.round(1000 * np.asarray(x, np.float64), 3) for x in draw_times(KEY, k, n, 0.1))
+    w = draw_times(KEY, k, n, 0.1)
+    np.testing.assert_array_equal(w.k, k)
+    t, t_s, t_e = (np.round(1000 * np.asarray(x, np.float64), 3) for x in (w.t, w.t_s, w.t_e))
     np.testing.assert_array_equal(t_s, 1000 - 1000 // n * np.asarray(k))
     np.testing.assert_array_equal(t_e, t_s - 1000 // n)
     assert (t <= t_s).all() and (t > t_e).all()
@@ -74,29 +75,34 @@ def test_times_lie_in_their_window_start_included_end_excluded(n):
 @pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
 def test_window_starts_come_with_their_probability(p):
     width, count = 125, 200_000
-    t, t_s, _ = draw_times(KEY, jnp.zeros(count, jnp.int32), 8, p)
+    w = draw_times(KEY, jnp.zeros(count, jnp.int32), 8, p)
     want = p + (1 - p) / width
-    assert abs(float((t == t_s).mean()) - want) <= 4 * np.sqrt(want * (1 - want) / count)
+    assert abs(float((w.t == w.t_s).mean()) - want) <= 4 * np.sqrt(want * (1 - want) / count)
 
 
 def test_times_are_uniform_where_the_start_has_no_extra_weight():
     width, count = 125, 125_000
-    t, t_s, _ = draw_times(KEY, jnp.full(count, 5), 8, 0.0)
-    seen = np.bincount(np.round(1000 * np.asarray(t_s - t)).astype(int), minlength=width)
+    w = draw_times(KEY, jnp.full(count, 5), 8, 0.0)
+    seen = np.bincount(np.round(1000 * np.asarray(w.t_s - w.t)).astype(int), minlength=width)
     assert len(seen) == width
     chi_square = ((seen - count / width) ** 2 / (count / width)).sum()
     assert 124 - 4 * np.sqrt(248) < chi_square < 124 + 4 * np.sqrt(248)  # 124 degrees of freedom, four deviations
 
 
-@pytest.mark.parametrize(("n", "steps"), [(2, 4), (4, 10), (8, 4), (1, 8)])
+@pytest.mark.parametrize(("n", "steps"), [(2, 4), (4, 10), (8, 12), (8, 15), (4, 999), (8, 4), (1, 8)])
 def test_the_times_that_come_more_often_are_those_of_a_sampler(n, steps):
-    k = jnp.arange(20_000) % n
-    t, t_s, _ = draw_times(KEY, k, n, 1.0, steps)
-    inside = max(steps // n, 1)
-    nodes = np.round(1000 * windows.sampling_nodes(n * inside, n)[:-1]).astype(int)
-    seen = np.bincount(np.round(1000 * np.asarray(t, np.float64)).astype(int), minlength=1001)
-    assert set(np.flatnonzero(seen)) == set(nodes)
-    assert np.abs(seen[nodes] - 20_000 / len(nodes)).max() < 4 * np.sqrt(20_000 / len(nodes))
+    """Exactly the nodes of a sampler of so many steps, each as often as the others of its window; of no sampler the starts."""
+    count = 40_000
+    k = np.arange(count) % n
+    t = np.round(1000 * np.asarray(draw_times(KEY, jnp.asarray(k), n, 1.0, steps).t, np.float64)).astype(int)
+    stops = np.round(1000 * windows.sampling_nodes(max(steps, n), n)[:-1]).astype(int)
+    for window in range(n):
+        start = 1000 - 1000 // n * window
+        inside = stops[(stops <= start) & (stops > start - 1000 // n)]
+        times, often = np.unique(t[k == window], return_counts=True)
+        assert set(times) == set(inside)
+        mean = count / n / len(inside)
+        assert np.abs(often - mean).max() < 5 * np.sqrt(mean)
 
 
 @pytest.mark.parametrize("scale", [0.1, 7.0])
@@ -132,22 +138,22 @@ def test_an_example_is_one_window_of_its_record_and_lies_on_its_chord(m):
     flow, b = Parameterization("velocity", 8), 128
     rows = records(b, m, 8)
     x = jax.device_get(drawn(flow, rows))
-    k, first = np.asarray(x["k"]), np.asarray(rows["first"])
-    j = k - first
+    w, first = x["window"], np.asarray(rows["first"])
+    j = w.k - first
     assert (j >= 0).all() and (j < m).all() and len(set(j)) == m
     assert m == 8 or len(set(first)) > 1
     z_s, z_e = (np.asarray(rows["states"])[np.arange(b), i] for i in (j, j + 1))
-    np.testing.assert_allclose(x["t_s"], 1 - k / 8, atol=1e-7)
-    np.testing.assert_allclose(x["t_e"], 1 - (k + 1) / 8, atol=1e-7)
+    np.testing.assert_allclose(w.t_s, 1 - w.k / 8, atol=1e-7)
+    np.testing.assert_allclose(w.t_e, 1 - (w.k + 1) / 8, atol=1e-7)
     np.testing.assert_allclose(x["v"], (z_e - z_s) * -8, rtol=1e-4, atol=1e-5)
-    share = ((x["t_s"] - x["t"]) * 8).reshape(-1, 1, 1, 1)
+    share = ((w.t_s - w.t) * 8).reshape(-1, 1, 1, 1)
     np.testing.assert_allclose(x["z"], z_s + share * (z_e - z_s), rtol=1e-4, atol=1e-5)
 
 
 def test_windows_are_picked_evenly_and_context_is_the_prompts():
     flow, b = Parameterization("velocity", 4), 4000
     x = drawn(flow, records(b, 4, 4) | {"ids": jnp.broadcast_to(jnp.arange(8), (b, 8))})
-    assert np.abs(np.bincount(x["k"]) - 1000).max() < 4 * np.sqrt(1000 * 0.75)
+    assert np.abs(np.bincount(x["window"].k) - 1000).max() < 4 * np.sqrt(1000 * 0.75)
     np.testing.assert_array_equal(x["context"].states[5], FROZEN.text["text_encoder"]["table.weight"][:8])
 
 
@@ -161,11 +167,11 @@ def test_states_may_be_stored_in_half_precision():
     np.testing.assert_array_equal(x["v"], same["v"])
 
 
-@pytest.mark.parametrize("reading, path", READINGS)
+@pytest.mark.parametrize("prediction, path", STUDENTS)
 @pytest.mark.parametrize("space", SPACES)
-def test_a_perfect_student_has_no_loss(reading, path, space):
+def test_a_perfect_student_has_no_loss(prediction, path, space):
     """In float64, with the network itself an arithmetic fact."""
-    flow, loss = Parameterization(reading, 4, path), LOSS._replace(space=space)
+    flow, loss = Parameterization(prediction, 4, path), LOSS._replace(space=space)
     with jax.enable_x64(True):
         x = jax.tree.map(lambda v: v.astype(float) if v.dtype == jnp.float32 else v, drawn(flow))
         right = perfect(flow, x)
@@ -176,17 +182,16 @@ def test_a_perfect_student_has_no_loss(reading, path, space):
     np.testing.assert_allclose(metrics["window"]["cosine"], metrics["window"]["count"], rtol=1e-10)
 
 
-@pytest.mark.parametrize("reading, path", READINGS)
-def test_a_student_with_the_targets_output_lands_on_the_clean_end(reading, path):
+@pytest.mark.parametrize("prediction, path", STUDENTS)
+def test_a_student_with_the_targets_output_lands_on_the_clean_end(prediction, path):
     """Crossing the rest of the window from z_t with the perfect output ends at the pair's second state."""
-    flow, b = Parameterization(reading, 4, path), 32
+    flow, b = Parameterization(prediction, 4, path), 32
     rows = records(b, 4, 4)
     with jax.enable_x64(True):
         x = drawn(flow, rows)
-        place = (x["t"], x["t_e"], x["t_s"], x["t_e"])
-        move = quick_jit(partial(prediction.advance, reading, path, TOYS.schedule))
-        end = np.asarray(move(x["z"], perfect(flow, x)["out"], *place))
-        k = np.asarray(x["k"])
+        move = quick_jit(partial(flow.advance, TOYS.schedule))
+        end = np.asarray(move(x["z"], perfect(flow, x)["out"], x["window"], x["window"].t_e))
+        k = np.asarray(x["window"].k)
     np.testing.assert_allclose(end, np.asarray(rows["states"])[np.arange(b), k + 1], rtol=1e-5, atol=1e-6)
 
 
@@ -203,8 +208,8 @@ def test_a_window_holds_the_sums_of_its_own_examples():
     flow = Parameterization("velocity", 8)
     x = drawn(flow)
     _, metrics = evaluated(FROZEN.teacher, x, flow)
-    out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["t"] - 1, x["context"].states)
-    k = np.asarray(x["k"])
+    out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["window"].t - 1, x["context"].states)
+    k = np.asarray(x["window"].k)
     cosine = losses.cosine(out, x["v"])
     for name, rows in (("cosine", cosine), ("loss", losses.squared_error(out, x["v"]) + 1 - cosine)):
         want = [np.asarray(rows)[k == i].sum() for i in range(8)]
@@ -281,6 +286,6 @@ def test_a_loss_that_does_not_exist_is_refused(changes, words):
 def test_one_draw_serves_every_example_with_its_own_time_and_window():
     flow, loss = Parameterization("velocity", 8), LOSS._replace(window_start_prob=0.0)
     x, again, other = (jax.device_get(drawn(flow, loss=loss, key=key)) for key in (KEY, KEY, jax.random.key(4)))
-    assert len(set(x["t"])) > 25
+    assert len(set(x["window"].t)) > 25
     np.testing.assert_array_equal(again["z"], x["z"])
-    assert (other["k"] != x["k"]).any() and (other["t"] != x["t"]).any()
+    assert (other["window"].k != x["window"].k).any() and (other["window"].t != x["window"].t).any()

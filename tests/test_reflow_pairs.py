@@ -10,9 +10,9 @@ import tiny
 from tiny import quick_jit
 
 from proreflow_jax.flow import solvers, windows
-from proreflow_jax.flow.parameterization import Parameterization, make_step
-from proreflow_jax.flow.prediction import convert
+from proreflow_jax.flow.parameterization import Parameterization, convert
 from proreflow_jax.flow.schedule import grid_time
+from proreflow_jax.flow.solvers import make_step
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.pairs import PairRecipe
 from proreflow_jax.reflow.predict import make_predict, text_context
@@ -175,9 +175,9 @@ def test_guidance_changes_the_pairs_by_its_formula_and_one_does_not():
     np.testing.assert_allclose(strong[:, -1], states[-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("reading, path", [("velocity", "linear"), ("ddim_eps", "linear"), ("ddim_eps", "first_order")])
-def test_a_student_of_twice_the_windows_makes_pairs_by_its_own_sampler(reading, path):
-    student = Parameterization(reading, 8, path)
+@pytest.mark.parametrize("prediction, path", [("velocity", "linear"), ("ddim_eps", "linear"), ("ddim_eps", "first_order")])
+def test_a_student_of_twice_the_windows_makes_pairs_by_its_own_sampler(prediction, path):
+    student = Parameterization(prediction, 8, path)
     made = make(flow=student, steps=4)
     want = sampled(student, 16, made["ids"], made["states"][:, 0])
     np.testing.assert_allclose(made["states"][:, -1], want, rtol=1e-4, atol=1e-4)

@@ -11,9 +11,10 @@ import tiny
 from tiny import quick_jit
 
 from configs.digits import get_config
-from proreflow_jax.flow import prediction, windows
-from proreflow_jax.flow.parameterization import Parameterization, as_epsilon, make_step
+from proreflow_jax.flow import windows
+from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.flow.schedule import Schedule, grid_time, make_schedule, timestep
+from proreflow_jax.flow.solvers import as_epsilon, make_step
 from proreflow_jax.reflow import stages
 from proreflow_jax.reflow.identity import check_identity, identity_gap
 from proreflow_jax.reflow.predict import make_predict, text_context
@@ -67,15 +68,15 @@ def test_an_unknown_stage_is_named_with_those_there_are():
         stages.find_stage(plan_stages(get_config(), Path("run"), EPSILON, tiny.LATENT), 5)
 
 
-def gap(n, path="linear", schedule=SCHEDULE, unet=TOYS.unet, reading="ddim_eps"):
-    measure = quick_jit(partial(identity_gap, unet=unet, schedule=schedule, student=Parameterization(reading, n, path)))
+def gap(n, path="linear", schedule=SCHEDULE, unet=TOYS.unet, prediction="ddim_eps"):
+    measure = quick_jit(partial(identity_gap, unet=unet, schedule=schedule, student=Parameterization(prediction, n, path)))
     return float(measure(FROZEN.teacher, NOISE, contexts()[0]))
 
 
 @pytest.mark.parametrize("n, path", [(1, "linear"), (8, "linear"), (1000, "linear"), (4, "first_order")])
-@pytest.mark.parametrize("reading", prediction.JUMPS)
-def test_an_untrained_student_is_its_teacher_one_ddim_step_a_window(n, path, reading):
-    assert gap(n, path, reading=reading) <= 1e-5
+@pytest.mark.parametrize("prediction", JUMPS)
+def test_an_untrained_student_is_its_teacher_one_ddim_step_a_window(n, path, prediction):
+    assert gap(n, path, prediction=prediction) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
@@ -121,7 +122,7 @@ def test_the_identity_is_checked_only_where_it_holds_by_design():
     assert identity(student=Parameterization("velocity", 8)) is None
     assert identity(base=Parameterization("v_prediction")) is None
     assert identity(base=Parameterization("v_prediction"), student=Parameterization("ddim_v", 8)) <= 1e-5
-    assert gap(8, reading="velocity") > 0.01
+    assert gap(8, prediction="velocity") > 0.01
 
 
 def sampled(flow, steps, guidance=1):
@@ -135,8 +136,7 @@ def by_hand(flow, times, predict):
     z = NOISE
     for t, u in zip(times[:-1], times[1:], strict=True):
         t, u = jnp.full(4, t, jnp.float32), jnp.full(4, u, jnp.float32)
-        _, t_s, t_e = windows.locate(t, flow.windows)
-        z = prediction.advance(flow.prediction, flow.path, SCHEDULE, z, predict(z, t), t, u, t_s, t_e)
+        z = flow.advance(SCHEDULE, z, predict(z, t), windows.locate(t, flow.windows), u)
     return z
 
 
@@ -144,19 +144,19 @@ def student_predict(z, t):
     return tiny.toy_unet(FROZEN.teacher, z, timestep(t), contexts()[0].states)
 
 
-@pytest.mark.parametrize("reading, path", [("velocity", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")])
+@pytest.mark.parametrize("prediction, path", [("velocity", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")])
 @pytest.mark.parametrize("steps", [4, 6])
-def test_a_student_crosses_its_windows_one_after_another(reading, path, steps):
-    flow = Parameterization(reading, 4, path)
+def test_a_student_crosses_its_windows_one_after_another(prediction, path, steps):
+    flow = Parameterization(prediction, 4, path)
     times = windows.bounds(4) if steps == 4 else np.array([1000, 875, 750, 625, 500, 250, 0]) / 1000
     want = jax.jit(lambda: by_hand(flow, times, student_predict))()
     np.testing.assert_allclose(sampled(flow, steps), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("reading, kind", prediction.JUMPS.items())
-def test_an_untrained_ddim_student_samples_as_its_teacher_does(reading, kind):
+@pytest.mark.parametrize("prediction, kind", JUMPS.items())
+def test_an_untrained_ddim_student_samples_as_its_teacher_does(prediction, kind):
     np.testing.assert_allclose(
-        sampled(Parameterization(reading, 8), 8), sampled(Parameterization(kind), 8), rtol=1e-4, atol=1e-4
+        sampled(Parameterization(prediction, 8), 8), sampled(Parameterization(kind), 8), rtol=1e-4, atol=1e-4
     )
 
 
@@ -200,8 +200,8 @@ def test_a_student_step_stays_in_the_window_its_time_lies_in():
     flow = Parameterization("diff_eps", 4)
     step = make_step(flow, SCHEDULE, student_predict)
     t, u = jnp.full(4, grid_time(750)), jnp.full(4, grid_time(600))
-    ends = jnp.full(4, 0.75), jnp.full(4, 0.5)
-    want = prediction.advance("diff_eps", "linear", SCHEDULE, NOISE, student_predict(NOISE, t), t, u, *ends)
+    w = windows.Window(jnp.full(4, 1), t, t_s=jnp.full(4, 0.75), t_e=jnp.full(4, 0.5))
+    want = flow.advance(SCHEDULE, NOISE, student_predict(NOISE, t), w, u)
     np.testing.assert_allclose(step(NOISE, t, u, None)[0], want, rtol=1e-5, atol=1e-5)
 
 

@@ -29,7 +29,8 @@ import families  # noqa: E402
 from configs import digits  # noqa: E402
 from proreflow_jax.exports import formats, replay_in_diffusers, write  # noqa: E402
 from proreflow_jax.flow import solvers, windows  # noqa: E402
-from proreflow_jax.flow.parameterization import Parameterization, make_step  # noqa: E402
+from proreflow_jax.flow.parameterization import Parameterization  # noqa: E402
+from proreflow_jax.flow.solvers import make_step  # noqa: E402
 from proreflow_jax.pretrained import single_file, sources  # noqa: E402
 from proreflow_jax.reflow import sampler  # noqa: E402
 from proreflow_jax.reflow.predict import make_predict, text_context  # noqa: E402

@@ -24,7 +24,8 @@ from configs import digits
 from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, fid, frechet, judges, moments, protocols
 from proreflow_jax.flow import solvers, windows
-from proreflow_jax.flow.parameterization import Parameterization, make_step
+from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.flow.solvers import make_step
 from proreflow_jax.jobs import score_coco
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights

@@ -1,15 +1,15 @@
 """How a flow bends: straightness, velocity error in each window, velocities compared across times, a study of perturbed steps.
 
-Velocity means dz/dt of the state itself, in the time of `flow.schedule` (1 is noise, 0 is data): of a student its reading's
-velocity in the window that t lies in; of a diffusion model its probability flow a'/a z + (s' - s a'/a) eps. The latter grows
-like t^(-1/2) towards the data, because s does.
+Velocity means dz/dt of the state itself, in the time of `flow.schedule` (1 is noise, 0 is data): `Parameterization.velocity`,
+of a student the velocity in the window that t lies in; of a diffusion model its probability flow a'/a z + (s' - s a'/a) eps.
+The latter grows like t^(-1/2) towards the data, because s does.
 
 Functions take `predict(z, t)`, `velocity(z, t)` or a solver's `step`, not networks. They give one number per example,
 (b, ...): a caller joins batches and takes mean and spread.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,23 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from proreflow_jax import UserError
-from proreflow_jax.flow import losses, prediction, solvers, windows
-from proreflow_jax.flow.schedule import GRID, Schedule, as_time, per_example, position
+from proreflow_jax.flow import losses, solvers, windows
+from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.flow.schedule import GRID, Schedule, per_example, position
 
 _TINY = 1e-24  # a mean square below this counts as zero
 
 
 class Kind(NamedTuple):
-    """A way to perturb a step; the fields are numbers, so that one compiled program serves all ways.
+    """A way to perturb a step. The fields are numbers, so that one compiled program serves all ways.
 
     turned: 1 perturbs the direction, 0 the magnitude.
-    held: 1 turns every step towards the same draw of noise, 0 draws anew at each step.
+    repeated: 1 turns every step towards the same noise, 0 draws new noise at each step.
     sign: of the change of magnitude; 0 draws it for each example and step.
     """
 
     turned: float
-    held: float
+    repeated: float
     sign: float
 
 
@@ -46,60 +47,27 @@ KINDS = {
 }
 
 
-def as_velocity(
-    schedule: Schedule,
-    z: Float[Array, "b *d"],
-    out: Float[Array, "b *d"],
-    t: Float[Array, "b"],
-    reading: str,
-    n: int,
-    path: str,
-) -> Float[Array, "b *d"]:
-    """The velocity that a network's output at (z, t) means; shape of z. The last three are as in `make_velocity`."""
-    if n == 0:
-        return prediction.flow_velocity(schedule, z, prediction.convert(reading, "epsilon", schedule, z, out, t), t)
-    _, t_s, t_e = windows.locate(t, n)
-    return prediction.to_velocity(reading, path, schedule, z, out, t, t_s, t_e)
-
-
-def make_velocity(
-    schedule: Schedule, predict: solvers.Predict, reading: str, n: int = 0, path: str = "linear"
-) -> solvers.Predict:
-    """velocity(z, t) of a network behind `predict(z, t)`; the last three arguments are the fields of a `reflow.predict.Flow`.
-
-    reading: a diffusion model's prediction_type where n is 0, else a student's reading.
-    n: the student's number of windows; 0 for a diffusion model.
-    Raises ValueError, when called, for an unknown reading or path.
-    """
-    return lambda z, t: as_velocity(schedule, z, predict(z, t), t, reading, n, path)
-
-
 def trajectory(
+    flow: Parameterization,
     schedule: Schedule,
     predict: solvers.Predict,
     z: Float[Array, "b *d"],
     nodes: Float[ArrayLike, "steps_plus_1"],
-    reading: str,
-    n: int = 0,
-    path: str = "linear",
 ) -> tuple[Float[Array, "steps_plus_1 b *d"], Float[Array, "steps b *d"]]:
-    """(every state from z on, the velocity at every node but the last), by one scan over falling nodes, one call a step.
+    """(every state from z on, the velocity at every node but the last) over falling nodes; one call of `predict` a step.
 
-    A diffusion model moves by DDIM, a student along its reading's path. The last three are as in `make_velocity`.
+    A diffusion model moves by DDIM, a student along its own path.
     """
-    times = jnp.broadcast_to(as_time(nodes)[:, None], (len(nodes), z.shape[0]))
 
-    def body(z: Array, ends: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        t, u = ends
+    def step(state: Array, t: Array, u: Array, carry: Any) -> tuple[Array, Any]:
+        """A step of z that puts the velocity at t beside z_u: state is (b, 2, ...)."""
+        z = state[:, 0]
         out = predict(z, t)
-        if n == 0:
-            moved = prediction.ddim_jump(schedule, z, prediction.convert(reading, "epsilon", schedule, z, out, t), t, u)
-        else:
-            moved = prediction.advance(reading, path, schedule, z, out, t, u, *windows.locate(t, n)[1:])
-        return moved.astype(z.dtype), (z, as_velocity(schedule, z, out, t, reading, n, path))
+        z_u, carry = solvers.make_step(flow, schedule, lambda *_: out)(z, t, u, carry)
+        return jnp.stack([z_u, flow.velocity(schedule, z, out, t)], axis=1), carry
 
-    last, (states, velocities) = jax.lax.scan(body, z, (times[:-1], times[1:]))
-    return jnp.concatenate([states, last[None]]), velocities
+    _, states = solvers.solve(step, jnp.stack([z, jnp.zeros_like(z)], axis=1), nodes, keep=True)
+    return states[:, :, 0], states[1:, :, 1]
 
 
 def straightness(
@@ -113,10 +81,10 @@ def straightness(
     S_k = 1/(t_s - t_e) integral over the window of |c - v(z_t, t)|^2 dt, c = (z_e - z_s) / (t_e - t_s): Liu et al. 2022,
     sec. 2.1, of one window. |.|^2 is the mean over entries; relative is S_k / |c|^2 of the same example. The integral is
     the left sum over the nodes, so for Euler's steps S_k is the variance of the step velocities. It needs many nodes: with one
-    a window it is 0 for any student.
+    step a window it is 0 for any student.
 
     states, velocities: of `trajectory`. nodes: known numbers that hold every bound, as `windows.sampling_nodes(steps, n)` has.
-    Raises ValueError if a bound is not among the nodes.
+    Raises UserError if a bound is not among the nodes.
     """
     edges, times = _edges(nodes, n), np.asarray(nodes, np.float64)
     absolute, relative = [], []
@@ -131,27 +99,27 @@ def straightness(
 
 
 def _edges(nodes: Float[np.ndarray, "steps_plus_1"], n: int) -> list[int]:
-    """Where the n + 1 bounds of n windows stand among the nodes."""
-    found = {round(GRID * float(t)): i for i, t in enumerate(nodes)}
-    wanted = [round(GRID * float(t)) for t in windows.bounds(n)]
-    missing = [i / GRID for i in wanted if i not in found]
+    """Positions of the n + 1 bounds of n windows among the nodes."""
+    positions = {round(GRID * float(t)): i for i, t in enumerate(nodes)}
+    bounds = [round(GRID * float(t)) for t in windows.bounds(n)]
+    missing = [bound / GRID for bound in bounds if bound not in positions]
     if missing:
         raise UserError(
             f"{len(nodes) - 1} steps do not stop at t = {missing[0]}, a bound of {n} windows; "
             f"change --config.evaluate.teacher_steps to a multiple of {n}"
         )
-    return [found[i] for i in wanted]
+    return [positions[bound] for bound in bounds]
 
 
 def window_times(n: int, m: int) -> Float[np.ndarray, "n m"]:
-    """m times in each of n windows that stand for uniform t: the middles of m equal parts, on the 1/1000 grid.
+    """m times in each of n windows, in the place of uniform t: the middles of m equal parts, on the 1/1000 grid.
 
-    Raises ValueError if n does not divide 1000 or a window has fewer than 2 m grid steps.
+    Raises UserError if n does not divide 1000 or a window has fewer than 2 m grid steps.
     """
+    windows.check_windows(n)
     width = GRID // n
-    starts = np.round(windows.bounds(n)[:-1] * GRID).astype(int)
     windows.check_steps(m, width // 2)
-    return (starts[:, None] - (width * (2 * np.arange(m) + 1)) // (2 * m)) / GRID
+    return (windows.start_index(np.arange(n)[:, None], n) - (width * (2 * np.arange(m) + 1)) // (2 * m)) / GRID
 
 
 def velocity_error(
@@ -163,27 +131,26 @@ def velocity_error(
 ) -> tuple[Float[Array, "b n m"], Float[Array, "b n m"]]:
     """(relative error, cosine) of a model's velocity against the teacher's chord, at each of m times in each window.
 
-    The model is asked at z_t on its own `path` between the teacher's states at the window's bounds. Its target is the
-    velocity from there to the window's end, (z_e - z_t) / (t_e - t): on the linear path the chord at every t.
-    Relative error is |v - target| / |target| (`flow.losses`).
+    z_t lies on the model's `path` between the teacher's states at the window's bounds. The target is the velocity from z_t to
+    the window's end, (z_e - z_t) / (t_e - t): on the linear path the chord at every t. Relative error is
+    |v - target| / |target| (`flow.losses`).
 
     states: the teacher's, at the n + 1 bounds. times: `window_times(n, m)` for uniform t, `windows.bounds(n)[:-1, None]` for
     exactly the window starts.
     """
     n, m = times.shape
-    b, bounds = states.shape[1], windows.bounds(n)
-    k = np.repeat(np.arange(n), m)
-    ends = jnp.asarray(np.stack([times.reshape(-1), bounds[k], bounds[k + 1]]).T, states.dtype)
+    b, k = states.shape[1], np.repeat(np.arange(n), m)
+    places = windows.at_start(k, n, states.dtype)._replace(t=jnp.asarray(times.reshape(-1), states.dtype))
 
-    def one(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, (t, t_s, t_e) = inputs[0], (jnp.full(b, w) for w in inputs[1])
-        z_s, z_e = states[i], states[i + 1]
-        z = windows.interpolate(path, schedule, z_s, z_e, t_s, t_e, t)
-        target = windows.chord(z_s, z_e, t_s, t_e) if path == "linear" else windows.chord(z, z_e, t, t_e)
-        v = velocity(z, t)
+    def one(place: windows.Window) -> tuple[Array, Array]:
+        z_s, z_e = states[place.k], states[place.k + 1]
+        w = jax.tree.map(lambda x: jnp.broadcast_to(x, (b,)), place)
+        z = windows.interpolate(path, schedule, z_s, z_e, w)
+        target = windows.chord(z_s, z_e, w.t_s, w.t_e) if path == "linear" else windows.chord(z, z_e, w.t, w.t_e)
+        v = velocity(z, w.t)
         return losses.relative_error(v, target), losses.cosine(v, target)
 
-    relative, cosine = jax.lax.map(one, (jnp.asarray(k), ends))
+    relative, cosine = jax.lax.map(one, places)
     return relative.T.reshape(b, n, m), cosine.T.reshape(b, n, m)
 
 
@@ -211,24 +178,24 @@ def perturb(
     n = noise.reshape(flat.shape)
     n = n - flat * jnp.sum(n * flat, axis=1, keepdims=True) / jnp.maximum(square, _TINY)
     n = n * jnp.sqrt(square / jnp.maximum(jnp.sum(n * n, axis=1, keepdims=True), _TINY))
-    keep = jnp.where(turned, 1 - r**2 / 2, 1 + sign * r)
+    along = jnp.where(turned, 1 - r**2 / 2, 1 + sign * r)
     across = jnp.where(turned, r * jnp.sqrt(jnp.maximum(1 - r**2 / 4, 0.0)), 0.0)
-    return per_example(keep, v) * v + across * n.reshape(v.shape)
+    return per_example(along, v) * v + across * n.reshape(v.shape)
 
 
 def perturbed_step(step: solvers.Step, key: Key[Array, ""], kind: Kind, size: ArrayLike) -> solvers.Step:
     """`step` with its velocity (z_u - z) / (u - t) perturbed, whatever solver made it. Times are shared by the batch.
 
-    The noise of a step depends on the key and on t; `held` draws it once for all steps. Size 0 is `step` itself.
+    The noise of a step depends on the key and on t, unless `kind.repeated`. Size 0 is `step` itself.
     """
 
     def moved(z: Array, t: Array, u: Array, carry: solvers.History) -> tuple[Array, solvers.History]:
-        there, carry = step(z, t, u, carry)
+        z_u, carry = step(z, t, u, carry)
         at = jnp.round(position(t[0])).astype(jnp.int32)
-        noise = jax.random.normal(jax.random.fold_in(key, jnp.where(kind.held, 0, at)), z.shape, z.dtype)
-        drawn = jax.random.rademacher(jax.random.fold_in(key, GRID + at), (z.shape[0],), z.dtype)
-        sign = jnp.where(kind.sign == 0, drawn, kind.sign)
-        return there + (perturb(there - z, noise, sign, kind.turned, size) - (there - z)), carry
+        noise = jax.random.normal(jax.random.fold_in(key, jnp.where(kind.repeated, 0, at)), z.shape, z.dtype)
+        random_sign = jax.random.rademacher(jax.random.fold_in(key, GRID + at), (z.shape[0],), z.dtype)
+        sign = jnp.where(kind.sign == 0, random_sign, kind.sign)
+        return z_u + (perturb(z_u - z, noise, sign, kind.turned, size) - (z_u - z)), carry
 
     return moved
 
@@ -262,8 +229,3 @@ def perturbed_samples(
 def distances(z: Float[Array, "*n b h w c"], reference: Float[Array, "b h w c"]) -> Float[Array, "*n b"]:
     """Root mean square difference of each example's latents to its reference."""
     return jnp.sqrt(jnp.mean(jnp.square(z - reference), axis=(-3, -2, -1)))
-
-
-def distance(z: Float[Array, "*n b h w c"], reference: Float[Array, "b h w c"]) -> Float[Array, "*n"]:
-    """Root mean square difference over all entries of all examples: the table's distance to the teacher."""
-    return jnp.sqrt(jnp.mean(jnp.square(z - reference), axis=(-4, -3, -2, -1)))

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.flow.prediction import JUMPS
+from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 
 
 class Format(NamedTuple):

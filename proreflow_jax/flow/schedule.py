@@ -42,7 +42,7 @@ class Schedule:
       alphas_cumprod: (1000,) float64, falling from nearly 1 to nearly 0, both excluded.
 
     Raises:
-      ValueError: the table has another length, or does not fall strictly inside (0, 1).
+      UserError: the table has another length, or does not fall strictly inside (0, 1).
     """
 
     alphas_cumprod: np.ndarray
@@ -123,12 +123,6 @@ def grid_time(index: Int[ArrayLike, "..."], dtype: Any = None) -> Float[Array, "
     return jnp.asarray(_GRID_TIMES, dtype)[jnp.asarray(index)]
 
 
-def grid(t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
-    """The grid point nearest to t in [0, 1], same shape as t."""
-    x = position(t)
-    return grid_time(jnp.round(x).astype(jnp.int32), x.dtype)
-
-
 def per_example(t: Float[Array, "b"], z: Float[Array, "b *d"]) -> Float[Array, "b *ones"]:
     """t reshaped to (b, 1, ..., 1), so that it multiplies every entry of its example in z."""
     return jnp.reshape(t, jnp.shape(t) + (1,) * (jnp.ndim(z) - 1))
@@ -144,7 +138,7 @@ def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_tr
       num_train_timesteps: must be 1000.
 
     Raises:
-      ValueError: another name, another number of timesteps, or bounds that do not give a falling table.
+      UserError: another name, another number of timesteps, or bounds that do not give a falling table.
     """
     if num_train_timesteps != GRID:
         raise UserError(
@@ -170,7 +164,7 @@ def from_config(scheduler_config: Mapping[str, Any]) -> Schedule:
     """The schedule that a diffusers `scheduler_config.json` describes.
 
     Raises:
-      ValueError: a key is missing, or the table is of no use here (trained_betas, rescale_betas_zero_snr).
+      UserError: a key is missing, or the table is of no use here (trained_betas, rescale_betas_zero_snr).
     """
     if scheduler_config.get("trained_betas") is not None:
         raise UserError(

@@ -1,8 +1,8 @@
 """How a state is carried from one time to the next, and one scan that does it many times.
 
 A step is a function (z, t, u, carry) -> (z_u, carry): z is (b, ...), t and u are (b,), u < t. `solve` scans it over the
-nodes. The carry is what a multistep method remembers: the last prediction of x0 and the time it was made at. One-step
-methods hand it through. In the coordinates (z/a, s/a) DDIM is Euler's method; the one named euler here is Euler's in t.
+nodes. The carry is the memory of a multistep method: its last prediction of x0 and the time of that prediction. One-step
+methods pass it on. In the coordinates (z/a, s/a) DDIM is Euler's method; the one named euler here is Euler's in t.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.prediction import convert, ddim_jump, flow_velocity
+from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization, convert, ddim_jump, flow_velocity
 from proreflow_jax.flow.schedule import Schedule, as_time, per_example
+from proreflow_jax.flow.windows import locate
 
 Predict = Callable[[Array, Array], Array]  # (x, t) -> epsilon or velocity: x (b, ...), t (b,)
 Step = Callable[[Array, Array, Array, Any], tuple[Array, Any]]  # (z, t, u, carry) -> (z_u, carry)
@@ -40,7 +41,7 @@ def heun_step(velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], 
     """One Heun step in t: two calls of velocity, second order (Karras et al. 2022, alg. 1); shape of z.
 
     As there, the step that ends at u = 0 is Euler's: the flow of a diffusion has no useful slope at its clean end.
-    velocity is also asked at u, so for a windowed student it must keep to the window that t lies in.
+    The second call is at u: the velocity of a windowed student must then be that of the window which holds t.
     """
     first = velocity(z, t)
     second = velocity(z + per_example(u - t, z) * first, u)
@@ -80,7 +81,7 @@ def dpmpp_2m_step(
 def make_solver_step(name: str, schedule: Schedule, predict_eps: Predict) -> Step:
     """The step of a named solver for an epsilon model, ready for `solve`.
 
-    name: "ddim", "euler", "heun" (two calls of predict_eps a step) or "dpmpp_2m". Raises ValueError for another name.
+    name: "ddim", "euler", "heun" (two calls of predict_eps a step) or "dpmpp_2m". Raises UserError for another name.
     """
 
     def velocity(x: Array, t: Array) -> Array:
@@ -95,6 +96,34 @@ def make_solver_step(name: str, schedule: Schedule, predict_eps: Predict) -> Ste
     if name not in steps:
         raise UserError(f"solver {name!r}, must be one of {', '.join(SOLVERS)}; change --config.pairs.solver")
     return steps[name]
+
+
+def make_step(flow: Parameterization, schedule: Schedule, predict: Predict, solver: str = "ddim") -> Step:
+    """The step of a network behind `predict(z, t)`, ready for `solve`.
+
+    A diffusion model moves by `solver`; a student moves along its own path, in the window that t lies in.
+    """
+    if flow.windows == 0:
+        return make_solver_step(solver, schedule, as_epsilon(flow.prediction, schedule, predict))
+
+    def step(z: Array, t: Array, u: Array, carry: Any) -> tuple[Array, Any]:
+        return flow.advance(schedule, z, predict(z, t), locate(t, flow.windows), u), carry
+
+    return step
+
+
+def make_velocity(flow: Parameterization, schedule: Schedule, predict: Predict) -> Predict:
+    """velocity(z, t) = dz/dt of a network behind `predict(z, t)`, as `Parameterization.velocity`."""
+    return lambda z, t: flow.velocity(schedule, z, predict(z, t), t)
+
+
+def as_epsilon(kind: str, schedule: Schedule, predict: Predict) -> Predict:
+    """A diffusion model of any prediction_type as an epsilon model. Raises UserError for another prediction_type."""
+    if kind not in DIFFUSION:
+        raise UserError(f"prediction_type {kind!r} in scheduler_config.json must be one of {', '.join(DIFFUSION)}")
+    if kind == "epsilon":
+        return predict
+    return lambda z, t: convert(kind, "epsilon", schedule, z, predict(z, t), t)
 
 
 def solve(
@@ -117,7 +146,7 @@ def solve(
         carry = (jnp.zeros_like(z), times[0])
 
     def body(state: tuple[Array, Any], ends: tuple[Array, Array]) -> tuple[tuple[Array, Any], Array | None]:
-        moved, memory = step(state[0], *ends, state[1])
+        moved, memory = step(state[0], ends[0], ends[1], state[1])
         moved = moved.astype(z.dtype)
         return (moved, memory), (moved if keep else None)
 

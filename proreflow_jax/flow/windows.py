@@ -5,6 +5,8 @@ grid of 1000 steps, so N must divide 1000. A time on a bound belongs to the wind
 sampler stands when it is about to cross the window. t = 0 starts no window and goes to the last.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,52 +19,88 @@ from proreflow_jax.flow.schedule import GRID, Schedule, as_time, grid_time, per_
 PATHS = ("linear", "first_order")
 
 
+class Window(NamedTuple):
+    """A time and the window that holds it, one of each per example: arrays of one shape, hence a pytree.
+
+    k: index of the window, 0 the noisiest.
+    t: the time, t_e <= t <= t_s.
+    t_s, t_e: the window's noisy start and its clean end.
+    """
+
+    k: Int[Array, "*b"]
+    t: Float[Array, "*b"]
+    t_s: Float[Array, "*b"]
+    t_e: Float[Array, "*b"]
+
+
 def check_windows(n: int) -> None:
-    """Raises ValueError unless n windows have their bounds on the grid: 1000 % n == 0."""
+    """Raises UserError unless n windows have their bounds on the grid: 1000 % n == 0."""
     if n < 1 or GRID % n:
         near = [d for d in range(1, GRID + 1) if GRID % d == 0 and d <= 2 * max(n, 4)][-4:]
         raise UserError(f"{n} windows, must divide {GRID} (1000 % n == 0), for example {near}; change --config.stages")
 
 
 def check_path(path: str) -> None:
-    """Raises ValueError unless path names a path inside a window."""
+    """Raises UserError unless path names a path inside a window."""
     if path not in PATHS:
         raise UserError(f"path {path!r}, must be one of {', '.join(PATHS)}; change --config.student.path")
 
 
+def start_index(k: Int[ArrayLike, "*b"], n: int) -> Int[ArrayLike, "*b"]:
+    """The noisy start of window k of n in grid steps, 1000 down to 0; k = n gives the end of the last window."""
+    return GRID - (GRID // n) * k
+
+
+def at_start(k: Int[ArrayLike, "*b"], n: int, dtype: Any = None) -> Window:
+    """Window k of n, with its start as the time; shape of k. dtype: of the times, as in `grid_time`."""
+    start, end = (grid_time(start_index(i, n), dtype) for i in (k, k + 1))
+    return Window(jnp.asarray(k), start, start, end)
+
+
 def bounds(n: int) -> Float[np.ndarray, "n_plus_1"]:
-    """The n + 1 bounds of n windows, float64, from 1 down to 0. Raises ValueError if n does not divide 1000."""
+    """The n + 1 bounds of n windows, float64, from 1 down to 0. Raises UserError if n does not divide 1000."""
     check_windows(n)
-    return _bound_indices(n) / GRID
+    return start_index(np.arange(n + 1), n) / GRID
 
 
-def locate(t: Float[ArrayLike, "*b"], n: int) -> tuple[Int[Array, "*b"], Float[Array, "*b"], Float[Array, "*b"]]:
-    """(k, t_s, t_e): the index and the bounds of the window that t lies in, of n windows; all of t's shape.
+def locate(t: Float[ArrayLike, "*b"], n: int) -> Window:
+    """The window, of n, that t lies in; shape of t. Raises UserError if n does not divide 1000.
 
-    A bound belongs to the window that starts there, t = 0 to the last. Raises ValueError if n does not divide 1000.
+    A bound belongs to the window that starts there, t = 0 to the last.
     """
     check_windows(n)
     x = position(t)
     k = jnp.clip(jnp.floor((GRID - x) / (GRID // n)).astype(jnp.int32), 0, n - 1)
-    edges = jnp.asarray(_bound_indices(n))
-    return k, grid_time(edges[k], x.dtype), grid_time(edges[k + 1], x.dtype)
+    return at_start(k, n, x.dtype)._replace(t=as_time(t))
 
 
 def nodes(t_s: Float[ArrayLike, "*b"], t_e: Float[ArrayLike, "*b"], steps: int) -> Float[Array, "steps_plus_1 *b"]:
     """steps + 1 times from t_s down to t_e, as even as the 1/1000 grid allows, both ends included.
 
     t_s, t_e: shape () or (b,), or traced; they are rounded to the grid.
-    Raises ValueError if steps is below 1 or (where the times are known) exceeds the grid steps of the window.
+    Raises UserError if steps is below 1 or (where the times are known) exceeds the grid steps of the window.
     """
     start, end = (jnp.round(position(t)).astype(jnp.int32) for t in (t_s, t_e))
     known = not any(isinstance(i, jax.core.Tracer) for i in (start, end))
     check_steps(steps, int(jnp.min(start - end)) if known else GRID)
     j = jnp.arange(steps + 1).reshape((-1,) + (1,) * start.ndim)
-    return grid_time(start - ((start - end) * j + steps // 2) // steps, as_time(t_s).dtype)
+    return grid_time(start - steps_back(j, steps, start - end), as_time(t_s).dtype)
+
+
+def steps_back(
+    j: Int[ArrayLike, "*#b"], steps: Int[ArrayLike, "*#b"], width: Int[ArrayLike, "*#b"]
+) -> Int[np.ndarray, "*b"] | Int[Array, "*b"]:
+    """Grid steps from a window's start down to node j of `steps`, in a window of `width` grid steps."""
+    return (width * j + steps // 2) // steps
+
+
+def window_steps(k: Int[ArrayLike, "*b"], steps: int, n: int) -> Int[ArrayLike, "*b"]:
+    """How many of a sampler's `steps` lie in window k of n: a remainder goes to the noisiest windows, one each."""
+    return steps // n + (k < steps % n)
 
 
 def check_steps(steps: int, width: int) -> None:
-    """Raises ValueError unless a window of `width` grid steps can be crossed in `steps` steps on the grid."""
+    """Raises UserError unless a window of `width` grid steps can be crossed in `steps` steps on the grid."""
     if not 1 <= steps <= width:
         raise UserError(
             f"{steps} steps across one window, must be 1 to {width}, the window's steps on the 1/{GRID} grid; "
@@ -73,17 +111,16 @@ def check_steps(steps: int, width: int) -> None:
 def sampling_nodes(steps: int, n: int) -> Float[np.ndarray, "steps_plus_1"]:
     """The steps + 1 times, float64, that an n-window student visits from 1 to 0: on the grid, every bound included.
 
-    Each window gets steps // n of them; a remainder goes to the noisiest windows, one each.
-    Raises ValueError if n does not divide 1000, if steps < n, or if steps > 1000.
+    Window k holds `window_steps(k, steps, n)` of them, its start included.
+    Raises UserError if n does not divide 1000, if steps < n, or if steps > 1000.
     """
     check_windows(n)
     if steps < n:
         raise UserError(f"{steps} sampling steps, must be at least the number of windows, {n}; change --steps")
-    width = GRID // n
     if steps > GRID:
         raise UserError(f"{steps} sampling steps, must be at most the {GRID} steps of the grid; change --steps")
-    edges, shares = _bound_indices(n), [steps // n + (k < steps % n) for k in range(n)]
-    inner = [edge - (width * np.arange(m) + m // 2) // m for edge, m in zip(edges, shares, strict=False)]
+    counts = [window_steps(k, steps, n) for k in range(n)]
+    inner = [start_index(k, n) - steps_back(np.arange(m), m, GRID // n) for k, m in enumerate(counts)]
     return np.concatenate([*inner, [0]]) / GRID
 
 
@@ -95,22 +132,16 @@ def chord(
 
 
 def interpolate(
-    path: str,
-    schedule: Schedule,
-    z_s: Float[Array, "b *d"],
-    z_e: Float[Array, "b *d"],
-    t_s: Float[ArrayLike, "b"],
-    t_e: Float[ArrayLike, "b"],
-    t: Float[ArrayLike, "b"],
+    path: str, schedule: Schedule, z_s: Float[Array, "b *d"], z_e: Float[Array, "b *d"], w: Window
 ) -> Float[Array, "b *d"]:
-    """z_t on the path from (t_s, z_s) to (t_e, z_e), exact at both ends; shape of z.
+    """z_t at w.t, on the path from z_s at the window's start to z_e at its end, exact at both ends; shape of z_s.
 
     path: "linear" is a straight line in t (Liu et al. 2022); "first_order" is a straight line of z/a in s/a, the path
       that a DDIM step with one constant epsilon takes (Rectified Diffusion, Wang et al. 2024).
-    Raises ValueError for another path.
+    Raises UserError for another path.
     """
     check_path(path)
-    t_s, t_e, t = as_time(t_s), as_time(t_e), as_time(t)
+    t, t_s, t_e = as_time(w.t), as_time(w.t_s), as_time(w.t_e)
     if path == "linear":
         done = per_example((t_s - t) / (t_s - t_e), z_s)
         return (1 - done) * z_s + done * z_e
@@ -119,8 +150,3 @@ def interpolate(
     span = jnp.where(r_s == r_e, 1.0, r_s - r_e)  # the window [0.001, 0] has one noise level: nothing moves
     done = jnp.where(t == t_e, 1.0, (r_s - r) / span)
     return per_example((1 - done) * a / a_s, z_s) * z_s + per_example(done * a / a_e, z_s) * z_e
-
-
-def _bound_indices(n: int) -> Int[np.ndarray, "n_plus_1"]:
-    """The bounds in grid steps, from 1000 down to 0."""
-    return GRID - (GRID // n) * np.arange(n + 1)

@@ -18,7 +18,7 @@ from proreflow_jax import UserError
 from proreflow_jax.data import digits, kinds
 from proreflow_jax.evaluation import classifier, frechet, report
 from proreflow_jax.flow import solvers, windows
-from proreflow_jax.flow.parameterization import Parameterization, make_step
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
@@ -207,7 +207,7 @@ def make_draw(experiment: Experiment) -> Draw:
     def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Parameterization) -> jax.Array:
         predict = solvers.guided(make_predict(n.unet, params), states, None, 1.0)
         each = lambda time: jnp.full(z.shape[0], time)
-        return make_step(flow, n.schedule, predict)(z, each(t), each(u), None)[0]
+        return solvers.make_step(flow, n.schedule, predict)(z, each(t), each(u), None)[0]
 
     def draw(params: Any, flow: Parameterization, noise: jax.Array, ids: np.ndarray, steps: int) -> tuple[jax.Array, jax.Array]:
         nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)

@@ -16,7 +16,6 @@ from proreflow_jax import UserError
 from proreflow_jax.data import digits
 from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
-from proreflow_jax.flow.parameterization import make_step
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run.experiment import Experiment, Weights
@@ -95,7 +94,7 @@ def _walks(experiment: Experiment, weights: Weights, given: StudyInputs) -> list
 
     @jax.jit
     def walk(params: Any, z: jax.Array, context: Any) -> tuple[jax.Array, jax.Array]:
-        return trajectory.trajectory(schedule, _predict(experiment, params, context), z, given.nodes, *weights.flow)
+        return trajectory.trajectory(weights.flow, schedule, _predict(experiment, params, context), z, given.nodes)
 
     return [walk(weights.params, z, given.context) for z in given.noise]
 
@@ -129,7 +128,7 @@ def _errors(
 
         @jax.jit
         def error(params: Any, states: jax.Array, context: Any, times: np.ndarray = times) -> tuple[jax.Array, jax.Array]:
-            velocity = trajectory.make_velocity(schedule, _predict(experiment, params, context), *flow)
+            velocity = solvers.make_velocity(flow, schedule, _predict(experiment, params, context))
             return trajectory.velocity_error(velocity, schedule, flow.path, states, times)
 
         for who, weights in (("untrained", base), ("trained", student)):
@@ -155,7 +154,7 @@ def _perturbation(experiment: Experiment, base: Weights, given: StudyInputs) -> 
 
     @jax.jit
     def draw(params: Any, z: jax.Array, context: Any, key: jax.Array, kind: trajectory.Kind) -> jax.Array:
-        step = make_step(base.flow, schedule, _predict(experiment, params, context))
+        step = solvers.make_step(base.flow, schedule, _predict(experiment, params, context))
         samples = trajectory.perturbed_samples(step, z, nodes, key, kind, sizes)
         return trajectory.distances(samples, samples[0])
 

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from proreflow_jax import UserError
-from proreflow_jax.flow import prediction
-from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.flow.schedule import Schedule, grid_time, timestep
+from proreflow_jax.flow import windows
+from proreflow_jax.flow.parameterization import JUMPS, Parameterization
+from proreflow_jax.flow.schedule import GRID, Schedule, timestep
 from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow.predict import make_predict
@@ -27,27 +27,26 @@ def identity_gap(
 ) -> Float[Array, ""]:
     """Largest difference, over all windows, between the untrained student's step and one DDIM step of its teacher.
 
-    Relative to the first term of z_e = l z + h out, since the two may cancel. The teacher's side is as diffusers computes it
-    ("trailing" spacing, set_alpha_to_one=False): coefficients from the table in float64. The network is asked once a window;
-    that its time is the table's entry is compared apart.
+    Relative to the first term of z_e = l z + h out, since the two may cancel. The teacher's coefficients are diffusers'
+    ("trailing" spacing, set_alpha_to_one=False), from the table in float64. Both sides share one network call a window; a
+    second comparison is that the network's timestep is the table's entry.
     """
-    n, width = student.windows, 1000 // student.windows
+    n, width = student.windows, GRID // student.windows
     begin = 999 - width * np.arange(n)
     a_s, a_e = schedule.alphas_cumprod[begin], schedule.alphas_cumprod[np.maximum(begin - width, 0)]
     keep = np.sqrt(a_e / a_s)
     add = np.sqrt(1 - a_e) - keep * np.sqrt(1 - a_s)
-    if prediction.JUMPS.get(student.prediction) == "v_prediction":  # eps = sqrt(a_s) out + sqrt(1 - a_s) z
+    if JUMPS.get(student.prediction) == "v_prediction":  # eps = sqrt(a_s) out + sqrt(1 - a_s) z
         keep, add = keep + add * np.sqrt(1 - a_s), add * np.sqrt(a_s)
 
     def gap(row: tuple[Array, ...]) -> Float[Array, ""]:
         k, entry, ell, h = row
-        rows = jnp.zeros(z.shape[0], jnp.int32)
-        t_s, t_e = grid_time(rows + 1000 - k * width), grid_time(rows + 1000 - (k + 1) * width)
-        out = make_predict(unet, params)(z, t_s, context)
+        w = windows.at_start(jnp.broadcast_to(k, z.shape[:1]), n)
+        out = make_predict(unet, params)(z, w.t, context)
         theirs = ell * z + h * out
-        ours = prediction.advance(student.prediction, student.path, schedule, z, out, t_s, t_e, t_s, t_e)
+        ours = student.advance(schedule, z, out, w, w.t_e)
         norm = lambda x: jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=1)
-        return jnp.max(jnp.maximum(norm(ours - theirs) / (ell * norm(z)), jnp.abs(timestep(t_s) - entry)))
+        return jnp.max(jnp.maximum(norm(ours - theirs) / (ell * norm(z)), jnp.abs(timestep(w.t) - entry)))
 
     steps = (np.arange(n), begin, keep.astype(np.float32), add.astype(np.float32))
     return jnp.max(jax.lax.map(gap, jax.tree.map(jnp.asarray, steps)))
@@ -64,12 +63,12 @@ def check_identity(
     base: Parameterization,
     student: Parameterization,
 ) -> float | None:
-    """The step-0 identity: an untrained student that is read as its teacher was is that teacher, one DDIM step a window.
+    """The step-0 identity: an untrained student with its teacher's prediction type is that teacher, one DDIM step a window.
 
-    So is ddim_eps of an epsilon model, and ddim_v of a v_prediction model. Returns the gap, or None for any other reading.
-    Raises ValueError if the gap exceeds 1e-5: then the schedule, the time or the reading is wrong, and training is money lost.
+    It holds for ddim_eps of an epsilon model and ddim_v of a v_prediction model. Returns the gap, or None for other pairs.
+    Raises UserError if the gap exceeds 1e-5: schedule, time or prediction type are wrong, and training is money lost.
     """
-    if prediction.JUMPS.get(student.prediction) != base.prediction:
+    if JUMPS.get(student.prediction) != base.prediction:
         return None
     z = jax.random.normal(key, (context.states.shape[0], *latent))
     gap = jax.jit(lambda p, x, c: identity_gap(p, x, c, unet=unet, schedule=schedule, student=student))

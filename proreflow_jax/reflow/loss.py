@@ -1,4 +1,4 @@
-"""The algorithm: pairs -> a time inside a window -> aligned velocity loss. `state.train_step` turns it into an update.
+"""The algorithm: pairs -> a time inside a window -> aligned velocity loss. `train_step.train_step` turns it into an update.
 
 ProReflow (Ke et al. 2025): sec. 3.2 progressive reflow, eq. 8 to 10 aligned v-prediction, on PeRFlow's windows.
 """
@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from proreflow_jax import UserError
-from proreflow_jax.flow import losses, prediction, windows
+from proreflow_jax.flow import losses, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import GRID, Schedule, grid_time
+from proreflow_jax.flow.windows import Window
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import Frozen, Networks
 from proreflow_jax.reflow.predict import make_predict, row_context
@@ -37,19 +38,18 @@ class LossRecipe(NamedTuple):
 
 def draw_times(
     key: Key[Array, ""], k: Int[Array, " b"], n: int, start_prob: Float[ArrayLike, ""], start_steps: int = 0
-) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
-    """(t, t_s, t_e), each (b,): grid times in (t_e, t_s] of window k of n.
+) -> Window:
+    """Window k of n, (b,), at a grid time t in (t_e, t_s].
 
-    With probability start_prob t is one of the times at which a sampler of start_steps steps stands (`windows.sampling_nodes`):
-    t_s itself where there are no more steps than windows.
+    With probability start_prob t is a node of a sampler of start_steps steps (`windows.sampling_nodes`) in that window, each
+    node with equal probability. With no more steps than windows the only node is t_s.
     """
     first, second, third = jax.random.split(key, 3)
-    width, inside = GRID // n, max(start_steps // n, 1)
+    width, nodes = GRID // n, jnp.maximum(windows.window_steps(k, start_steps, n), 1)
     back = jax.random.randint(first, k.shape, 0, width)
-    stop = (width * jax.random.randint(third, k.shape, 0, inside) + inside // 2) // inside
-    back = jnp.where(jax.random.bernoulli(second, start_prob, k.shape), stop, back)
-    i_s = GRID - k * width
-    return grid_time(i_s - back), grid_time(i_s), grid_time(i_s - width)
+    node = windows.steps_back(jax.random.randint(third, k.shape, 0, nodes), nodes, width)
+    back = jnp.where(jax.random.bernoulli(second, start_prob, k.shape), node, back)
+    return windows.at_start(k, n)._replace(t=grid_time(windows.start_index(k, n) - back))
 
 
 def draw_examples(
@@ -61,10 +61,15 @@ def draw_examples(
     networks: Networks,
     loss: LossRecipe,
 ) -> dict[str, Any]:
-    """Pair records -> what the loss needs: one window of each record, a time inside it, the state and the chord there.
+    """Pair records -> examples for the loss, all (b, ...) and without gradient.
 
-    pairs: states (b, m + 1, h, w, c), first (b,), ids (b, s); text, pooled as `row_context` takes them. Everything
-    returned has b in front and carries no gradient.
+    pairs: states (b, m + 1, h, w, c), first (b,), ids (b, s); text, pooled as `row_context` takes them.
+
+    Returns:
+      window: a `Window`, one of each record's, at a time inside it.
+      z: the state at that time, on the path between the record's states at the window's bounds.
+      v: the velocity there that a perfect student has.
+      context: the conditioning of the UNet.
     """
     pick, times = jax.random.split(key)
     b, bounds = pairs["states"].shape[:2]
@@ -73,56 +78,56 @@ def draw_examples(
     states = pairs["states"].astype(jnp.float32)
     z_s, z_e, k = states[rows, j], states[rows, j + 1], pairs["first"] + j
 
-    t, t_s, t_e = draw_times(times, k, flow.windows, loss.window_start_prob, loss.start_steps)
-    z_t = windows.interpolate(flow.path, networks.schedule, z_s, z_e, t_s, t_e, t)
-    path = {"z": z_t, "t": t, "t_s": t_s, "t_e": t_e}
-    v = target_velocity(flow, networks.schedule, z_s, z_e, path)
+    w = draw_times(times, k, flow.windows, loss.window_start_prob, loss.start_steps)
+    z = windows.interpolate(flow.path, networks.schedule, z_s, z_e, w)
+    v = target_velocity(flow, networks.schedule, z_s, z_e, z, w)
     context = row_context(networks.condition, frozen.text, frozen.empty, pairs)
-    return jax.lax.stop_gradient({**path, "v": v, "k": k, "context": context})
+    return jax.lax.stop_gradient({"z": z, "window": w, "v": v, "context": context})
 
 
-def target_velocity(flow: Parameterization, schedule: Schedule, z_s: Array, z_e: Array, path: Mapping[str, Array]) -> Array:
-    """The velocity a perfect student has at z_t: the chord's; on the first-order path that of the pair's one epsilon."""
-    t_s, t_e = path["t_s"], path["t_e"]
+def target_velocity(flow: Parameterization, schedule: Schedule, z_s: Array, z_e: Array, z: Array, w: Window) -> Array:
+    """The velocity of a perfect student at (z, w.t): the chord's; on the first-order path that of the pair's one epsilon.
+
+    That epsilon is the same at every t, whatever the student's prediction type.
+    """
+    chord = windows.chord(z_s, z_e, w.t_s, w.t_e)
     if flow.path == "linear":
-        return windows.chord(z_s, z_e, t_s, t_e)
-    jump = ("ddim_eps", flow.path, schedule)  # the one epsilon is the same at every t, whatever the student's own words are
-    eps = prediction.from_velocity(*jump, z_s, windows.chord(z_s, z_e, t_s, t_e), t_s, t_s, t_e)
-    return prediction.to_velocity(*jump, path["z"], eps, path["t"], t_s, t_e)
+        return chord
+    jump = flow._replace(prediction="ddim_eps")
+    eps = jump.from_velocity(schedule, z_s, chord, w._replace(t=w.t_s))
+    return jump.to_velocity(schedule, z, eps, w)
 
 
 def reflow_loss(
-    params: Params, drawn: Mapping[str, Any], *, flow: Parameterization, networks: Networks, loss: LossRecipe
+    params: Params, examples: Mapping[str, Any], *, flow: Parameterization, networks: Networks, loss: LossRecipe
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Mean aligned loss of a batch, and per-window sums of its parts (n,) with their counts.
+    """Mean aligned loss of a batch of examples, and per-window sums of its parts (n,) with their counts.
 
     MSE(v, v_target) + alpha (1 - cos(v, v_target)); in space "output" the same of the raw outputs. The fields of `loss` say
     in which units alpha is and whether large errors are bent.
     """
-    z, t, t_s, t_e = (drawn[name] for name in ("z", "t", "t_s", "t_e"))
-    reading = (flow.prediction, flow.path, networks.schedule, z)
-    out = make_predict(networks.unet, params, loss.dtype)(z, t, drawn["context"])
-    v = prediction.to_velocity(*reading, out, t, t_s, t_e)
+    z, w, schedule = examples["z"], examples["window"], networks.schedule
+    out = make_predict(networks.unet, params, loss.dtype)(z, w.t, examples["context"])
 
-    compared = (v, drawn["v"])
+    v, target = flow.to_velocity(schedule, z, out, w), examples["v"]
     if loss.space == "output":
-        compared = out, prediction.from_velocity(*reading, drawn["v"], t, t_s, t_e)
-    error, cosine = losses.squared_error(*compared), losses.cosine(*compared)
-    alpha = loss.alpha * losses.direction_weight(compared[1]) if loss.balance == "auto" else loss.alpha
+        v, target = out, flow.from_velocity(schedule, z, target, w)
+    error, cosine = losses.squared_error(v, target), losses.cosine(v, target)
+    alpha = loss.alpha * losses.direction_weight(target) if loss.balance == "auto" else loss.alpha
     per_example = (losses.pseudo_huber(error, loss.huber) if loss.huber else error) + alpha * (1 - cosine)
 
     rows = {
         "loss": per_example,
         "cosine": cosine,
-        "relative_error": losses.relative_error(*compared),
+        "relative_error": losses.relative_error(v, target),
         "count": jnp.ones_like(per_example),
     }
-    sums = {name: jax.ops.segment_sum(value, drawn["k"], flow.windows) for name, value in rows.items()}
+    sums = {name: jax.ops.segment_sum(value, w.k, flow.windows) for name, value in rows.items()}
     return jnp.mean(per_example), {"window": jax.lax.stop_gradient(sums)}
 
 
 def check_loss(loss: LossRecipe) -> None:
-    """Raises ValueError, one line, for a loss that does not exist."""
+    """Raises UserError, one line, for a loss that does not exist."""
     if loss.space not in SPACES:
         raise UserError(f"--config.loss.space={loss.space!r} must be one of {', '.join(SPACES)}")
     if not 0 <= loss.window_start_prob <= 1:

@@ -1,6 +1,7 @@
-"""Pairs (state at a window's noisy start, state at its clean end), made by a teacher; stored and online mode share this.
+"""A teacher's pairs (state at a window's noisy start, state at its clean end), for stored and online mode.
 
-Example i draws everything from fold_in(key, i), whichever process or batch makes it.
+A diffusion teacher crosses a window by its solver (PeRFlow alg. 1), the student of the stage before by its own windows
+(ProReflow sec. 3.2). Example i draws everything from fold_in(key, i), in any process and batch.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from proreflow_jax import UserError
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow import windows as windowing
-from proreflow_jax.flow.parameterization import Parameterization, make_step
-from proreflow_jax.flow.schedule import Schedule, grid_time, per_example
+from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.flow.schedule import GRID, Schedule, per_example
 from proreflow_jax.models.conditioning import Conditioner
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow.predict import make_predict, row_context, text_context
@@ -41,14 +42,14 @@ class Networks(NamedTuple):
     """The networks of a model and the numbers around them; functions only, parameters travel as `Frozen`."""
 
     unet: Network
-    condition: Conditioner  # ids -> what the UNet is told
+    condition: Conditioner  # ids -> the UNet's conditioning
     vae: Network
     schedule: Schedule
     scaling: float  # diffusion works on latents times this
 
 
 class Frozen(NamedTuple):
-    """Arrays that a job reads and never changes; an argument of the jitted function, so that they are no constants of it."""
+    """Arrays that a job reads and never changes. They are arguments of its jitted function, no constants of it."""
 
     text: dict[str, Params]  # of the text encoders, by component
     vae: Params  # {} unless pairs start from data
@@ -66,12 +67,12 @@ def cross_windows(
     Args:
       frozen: the teacher, the text encoder, the VAE, the empty prompt, the key of the job.
       batch: index (b,) example numbers, ids (b, s) prompts; when recipe.start is "data" image (b, h, w, 3) uint8, or its
-        latents' mean and std (b, h, w, c); where text states were computed before, text (b, s, d) and SDXL's pooled (b, p).
-      recipe, flow, networks: bound by `partial` before jit; flow says how the teacher is read.
+        latents' mean and std (b, h, w, c). Cached text states: text (b, s, d) and SDXL's pooled (b, p).
+      recipe, flow, networks: bound by `partial` before jit. flow is the teacher's parameterization.
 
     Returns:
       states (b, m + 1, h, w, c), first (b,), ids (b, s): records as `data.records` keeps them; m = N from noise, 1 from data.
-      Beside them the text states that the batch brought, for who trains on the pairs at once.
+      Also the batch's text states, if any, for online training.
     """
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(frozen.key, i), 4))(batch["index"])
     drop = jax.vmap(lambda k: jax.random.bernoulli(k, recipe.dropout))(keys[:, 0])
@@ -82,7 +83,7 @@ def cross_windows(
     empty = text_context(networks.condition, frozen.text, frozen.empty[None]) if recipe.guidance != 1 else None
     context = row_context(networks.condition, frozen.text, frozen.empty, rows)
     guided = solvers.guided(predict, context, empty, recipe.guidance)
-    step = make_step(flow, networks.schedule, guided, recipe.solver)
+    step = solvers.make_step(flow, networks.schedule, guided, recipe.solver)
 
     if recipe.start == "noise":
         return {"states": whole_trajectory(step, noise, recipe), "first": jnp.zeros(len(noise), jnp.int32), **rows}
@@ -95,7 +96,7 @@ def cross_windows(
 
 
 def dropped(frozen: Frozen, batch: Mapping[str, Array], drop: Bool[Array, " b"], networks: Networks) -> dict[str, Array]:
-    """ids, and text and pooled where the batch has them, with the empty prompt's in the rows that drop theirs."""
+    """ids, and text and pooled where the batch has them. Rows that drop their prompt get the empty prompt's."""
     rows = {"ids": jnp.where(drop[:, None], frozen.empty, batch["ids"])}
     if "text" in batch:
         empty = text_context(networks.condition, frozen.text, frozen.empty[None])
@@ -106,7 +107,7 @@ def dropped(frozen: Frozen, batch: Mapping[str, Array], drop: Bool[Array, " b"],
 
 
 def whole_trajectory(step: solvers.Step, noise: Float[Array, "b h w c"], recipe: PairRecipe) -> Float[Array, "b bounds h w c"]:
-    """From pure noise to data, every window bound kept: (b, N + 1, h, w, c)."""
+    """The states at every window's bound, from pure noise to data: (b, N + 1, h, w, c)."""
     nodes = windowing.sampling_nodes(recipe.windows * recipe.steps, recipe.windows)
     _, states = solvers.solve(step, noise, nodes.astype(np.float32), keep=True)
     return jnp.moveaxis(states[:: recipe.steps], 0, 1)
@@ -121,16 +122,16 @@ def one_window(
     recipe: PairRecipe,
 ) -> Float[Array, "b 2 h w c"]:
     """Latents noised to the start of window k, and the teacher's state at its end: (b, 2, h, w, c)."""
-    width = 1000 // recipe.windows
-    t_s, t_e = grid_time(1000 - k * width), grid_time(1000 - (k + 1) * width)
-    z_s = per_example(schedule.alpha(t_s), x0) * x0 + per_example(schedule.sigma(t_s), x0) * noise
-    z_e = solvers.solve(step, z_s, windowing.nodes(t_s, t_e, recipe.steps))
+    w = windowing.at_start(k, recipe.windows)
+    z_s = per_example(schedule.alpha(w.t_s), x0) * x0 + per_example(schedule.sigma(w.t_s), x0) * noise
+    z_e = solvers.solve(step, z_s, windowing.nodes(w.t_s, w.t_e, recipe.steps))
     return jnp.stack([z_s, z_e], axis=1)
 
 
 def encode(networks: Networks, vae: Params, images: Array, keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
     """uint8 images -> scaled latents, drawn from the autoencoder's posterior."""
-    return draw_latents(networks, *posterior(networks, vae, images), keys)
+    mean, std = posterior(networks, vae, images)
+    return draw_latents(networks, mean, std, keys)
 
 
 def posterior(networks: Networks, vae: Params, images: Array) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
@@ -142,16 +143,16 @@ def posterior(networks: Networks, vae: Params, images: Array) -> tuple[Float[Arr
 def draw_latents(
     networks: Networks, mean: Float[Array, "b h w c"], std: Float[Array, "b h w c"], keys: Key[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """Scaled latents from their posterior, computed in float32, whatever it is kept in."""
+    """Scaled latents from their posterior; computed in float32, whatever the dtype of mean and std."""
     mean, std = mean.astype(jnp.float32), std.astype(jnp.float32)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
     return jax.lax.stop_gradient((mean + std * noise) * networks.scaling)
 
 
 def check_pair_steps(recipe: PairRecipe, flow: Parameterization) -> None:
-    """Raises ValueError, one line, if a recipe cannot be carried out; before anything is compiled."""
+    """Raises UserError, one line, if a recipe cannot be carried out."""
     windowing.check_windows(recipe.windows)
-    windowing.check_steps(recipe.steps, 1000 // recipe.windows)
+    windowing.check_steps(recipe.steps, GRID // recipe.windows)
     if recipe.start not in STARTS:
         raise UserError(f"--config.pairs.start={recipe.start!r} must be one of {', '.join(STARTS)}")
     if flow.windows == 0 and recipe.solver not in solvers.SOLVERS:

@@ -1,8 +1,4 @@
-"""A frozen network that carries states from noise towards data: a diffusion model by a solver, or a student by its windows.
-
-One step function serves both, so that pairs and samples are made by the same code (PeRFlow alg. 1 for a diffusion teacher,
-ProReflow sec. 3.2 for the student of the stage before).
-"""
+"""The forward pass of a UNet, of teacher and student alike, and its conditioning by prompts."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,7 +14,7 @@ from proreflow_jax.models.network import Network, Params, cast
 def make_predict(
     unet: Network, params: Params, dtype: str = "float32"
 ) -> Callable[[Float[Array, "b h w c"], Float[Array, " b"], Context], Float[Array, "b h w c"]]:
-    """predict(z, t, context) of a UNet, for `solvers.guided`; computed in `dtype`, given back as float32."""
+    """predict(z, t, context) of a UNet, for `solvers.guided`; computed in `dtype`, returned as float32."""
     weights = params if dtype == "float32" else cast(params, jnp.dtype(dtype))
 
     def predict(z: Array, t: Array, context: Context) -> Array:
@@ -28,20 +24,20 @@ def make_predict(
 
 
 def text_context(condition: Conditioner, params: Mapping[str, Params], ids: Int[Array, "b s"]) -> Context:
-    """What the UNet is told of prompts; no gradient flows into it. params: of the text encoders, by component."""
+    """The UNet's conditioning by prompts; no gradient flows into it. params: of the text encoders, by component."""
     return jax.lax.stop_gradient(condition(params, ids))
 
 
 def row_context(
     condition: Conditioner, params: Mapping[str, Params], empty: Int[Array, " s"], rows: Mapping[str, Array]
 ) -> Context:
-    """What the UNet is told of a batch: the text states that its rows bring, or else those of their ids.
+    """The UNet's conditioning by the prompts of a batch: from the rows' text states, or else from their ids.
 
-    rows: ids (b, s), or text (b, s, d) and, of SDXL, pooled (b, p) beside them; empty: ids of the empty prompt.
+    rows: ids (b, s), or text (b, s, d) with SDXL's pooled (b, p). empty: ids of the empty prompt.
     """
     if "text" not in rows:
         return text_context(condition, params, rows["ids"])
-    one = text_context(condition, params, empty[None])  # brings the sizes, and says what the model takes
-    told = Context(rows["text"], rows.get("pooled"), None).cast(one.states.dtype)
-    sizes = None if one.time_ids is None else jnp.repeat(one.time_ids, len(told.states), axis=0)
-    return jax.lax.stop_gradient(told._replace(time_ids=sizes))
+    one = text_context(condition, params, empty[None])  # its sizes are every row's
+    context = Context(rows["text"], rows.get("pooled"), None).cast(one.states.dtype)
+    sizes = None if one.time_ids is None else jnp.repeat(one.time_ids, len(context.states), axis=0)
+    return jax.lax.stop_gradient(context._replace(time_ids=sizes))

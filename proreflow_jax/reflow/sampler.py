@@ -1,4 +1,4 @@
-"""K-step sampling: noise and prompts -> latents -> images, for a diffusion model or a student of any number of windows."""
+"""K-step sampling: noise and prompts -> latents -> images, of a diffusion model or a student of any number of windows."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from proreflow_jax.flow import solvers, windows
-from proreflow_jax.flow.parameterization import Parameterization, make_step
+from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import Schedule
 from proreflow_jax.models.conditioning import Context
 from proreflow_jax.models.network import Network, Params
@@ -15,7 +15,7 @@ from proreflow_jax.reflow.predict import make_predict
 
 
 def check_sampling(steps: int, flow: Parameterization) -> None:
-    """Raises ValueError, one line, if this flow cannot be sampled in so many steps."""
+    """Raises UserError, one line, if a network of this parameterization cannot be sampled in so many steps."""
     windows.sampling_nodes(steps, max(flow.windows, 1))
 
 
@@ -37,14 +37,14 @@ def sample_latents(
     Args:
       params: of the UNet.
       noise: unit normal.
-      context, negative: what the UNet is told of the prompts and of the negative prompts (one for all, or one each).
+      context, negative: conditioning by the prompts and by the negative prompts (one for all, or one each).
       steps: network evaluations per image (twice that with guidance, one batched call a step).
       guidance: scale; the Python number 1 turns it off.
       solver: of a diffusion model; a student moves along its own path.
     """
     nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
     predict = solvers.guided(make_predict(unet, params), context, negative, guidance)
-    return solvers.solve(make_step(flow, schedule, predict, solver), noise, nodes)
+    return solvers.solve(solvers.make_step(flow, schedule, predict, solver), noise, nodes)
 
 
 def decode(vae: Network, params: Params, latents: Float[Array, "b h w c"], scaling: float) -> UInt8[Array, "b height width 3"]:

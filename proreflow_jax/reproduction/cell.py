@@ -129,7 +129,7 @@ def make_programs(experiment: Experiment) -> Programs:
         params: Params, z: jax.Array, context: Any, flow: Parameterization, nodes: tuple[float, ...]
     ) -> tuple[jax.Array, jax.Array]:
         predict = solvers.guided(make_predict(networks.unet, params), context, None, 1)
-        return trajectory.trajectory(networks.schedule, predict, z, np.asarray(nodes), *flow)
+        return trajectory.trajectory(flow, networks.schedule, predict, z, np.asarray(nodes))
 
     whole = mesh.replicated(experiment.mesh)
     return Programs(

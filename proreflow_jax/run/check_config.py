@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.data import kinds, record_plan
 from proreflow_jax.flow import solvers
-from proreflow_jax.flow.prediction import JUMPS, check_reading
+from proreflow_jax.flow.parameterization import JUMPS, check_prediction
 from proreflow_jax.models.attention_kernels import FORMS
 from proreflow_jax.models.compute import POLICIES
 from proreflow_jax.reflow.pairs import STARTS
@@ -64,7 +64,7 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
             raise UserError(f"--config.{field}={field_value(config, field)} must be in [{low}, {high}]")
     if not 0 <= config.train.ema < 1:
         raise UserError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
-    check_reading(config.student.prediction, config.student.path)
+    check_prediction(config.student.prediction, config.student.path)
     profiler.check_traced_steps(config.profile.steps)
     _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
     _check_table("optimizer.decay_rules", config.optimizer.decay_rules, (True, False))
