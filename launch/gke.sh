@@ -33,8 +33,7 @@
 #     --restart-on-exit-codes=75 --docker-image=IMAGE \
 #     --command="launch/verb.sh python -m proreflow_jax.distill ... --config.root=gs://B/runs"
 #
-# A stopped verb exits with 0; in the pod launch/verb.sh makes 75 of it, so that the JobSet starts again. Exit codes here: 0
-# finished, 1 failed, 2 wrong input, 75 no answer from the cluster, 130 you stopped watching.
+# A stopped verb exits with 75: the pod fails and the JobSet starts again. Exit codes here: 0 finished, 1 failed, 2 wrong input, 75 no answer from the cluster, 130 you stopped watching.
 
 # shellcheck disable=SC2153 # parse sets NAME, SLICE, ...
 set -euo pipefail

@@ -14,8 +14,8 @@
 #
 # Each flag also from the environment, --some-flag as LAUNCH_SOME_FLAG. Run it from the top of the checkout, on a folder that
 # all nodes see; runs/ lies there. Process 0 writes N-JOBID-0.log; follow it with tail -F, end the job with scancel. Under Slurm
-# jax gives process i of a node the i-th GPU, therefore one process a GPU. launch/verb.sh tells a stopped verb (75) from a
-# finished one (0).
+# jax gives process i of a node the i-th GPU, therefore one process a GPU. A stopped verb (75) goes back into the
+# queue, a finished one (0) and a failed one do not.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

@@ -29,7 +29,7 @@
 #   --dry-run           print the commands, run none
 #
 # How it ends: exit 0 finished; 1 the verb failed or the slice cannot be had; 2 wrong input; 75 stopped in between, the same
-# command goes on; 130 you stopped watching. A verb that was asked to stop exits with 0, too: launch/verb.sh tells it apart.
+# command goes on; 130 you stopped watching.
 
 # shellcheck disable=SC2153 # parse sets NAME, SLICE, ...
 set -euo pipefail

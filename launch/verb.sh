@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a verb and says by the exit code whether the job is at its end.
+# Runs a verb so that every way to stop it lets it save, and passes on its exit code.
 #
 #   launch/verb.sh python -m proreflow_jax.distill --config=...
 #
-# A verb that gets SIGTERM (that is how spot machines and Slurm take a machine away) saves, says "asked to stop: ...; run
-# the same command again to go on" and exits with 0. Whoever starts jobs again must not take that for the end. So:
-# 0 finished, 75 stopped in between (also by a SIGTERM that it did not catch), anything else is the verb's own code.
+# A verb that gets SIGTERM (that is how spot machines and Slurm take a machine away) saves and exits with 75; while it makes
+# pairs, caches or evaluates it does not catch SIGTERM, since what is whole is on the disk: that becomes 75 too. So:
+# 0 finished, 75 stopped in between, anything else is the verb's own code: 1 failed, 2 wrong input, 130 interrupted.
 # SIGTERM, Ctrl-C and a lost connection reach the verb as SIGTERM. VERB_LOG=FILE: write there, not to the terminal.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -27,7 +27,7 @@ while :; do
   wait "$verb" || code=$?
   [[ -n $asked ]] || break # otherwise a signal has interrupted the wait
 done
-if [[ $code == 143 ]] || { [[ $code == 0 ]] && grep -q 'asked to stop: ' "$log"; }; then code=$STOPPED; fi
+[[ $code != 143 ]] || code=$STOPPED # 128 + SIGTERM
 wait
 [[ -n ${VERB_LOG:-} ]] || rm -f "$log"
 exit "$code"

@@ -7,11 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from proreflow_jax import STOPPED
+
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(__file__).with_name("fake_tools")
 NAMES = {"slurm": ("sbatch", "squeue", "scontrol", "srun"), "gcloud": ("gcloud",), "kubectl": ("kubectl",), "ssh": ("ssh",)}
-STOPPED = 75
-STOPS = "echo 'asked to stop: step 3 is saved; run the same command again to go on'"  # as reflow/loop.py says it
+STOPS = f"echo 'asked to stop'; exit {STOPPED}"  # as a verb that got SIGTERM
 
 
 class Cloud(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "proreflow_jax"
 GROUND = ("flow", "models", "storage")  # these import nothing of ours
-ERRORS = {"UserError", "MissingFile", "RunFailed"}  # of the package itself; every room may raise them
+ERRORS = {"UserError", "MissingFile", "RunFailed", "STOPPED"}  # of the package itself: how a job ends; every room may use them
 LIBRARY = {*GROUND, "data", "runtime", "pretrained", "reflow", "evaluation"}
 RUN = {*LIBRARY, "run"}
 MAY = {  # room -> rooms of ours that it may import beside itself

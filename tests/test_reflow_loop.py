@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from proreflow_jax import STOPPED
 from proreflow_jax.reflow import loop
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
@@ -146,7 +147,7 @@ def test_a_number_that_is_none_stops_the_run_names_step_and_window_and_saves_not
     assert all(row[0] < bad for row in recorder.of("save"))
 
 
-def test_sigterm_saves_the_step_and_leaves_with_zero(tmp_path):
+def test_sigterm_saves_the_step_and_ends_with_the_code_of_a_stopped_run(tmp_path):
     """With real checkpoints; the next run reads what is there."""
 
     def told(state, batch):
@@ -159,7 +160,7 @@ def test_sigterm_saves_the_step_and_leaves_with_zero(tmp_path):
     meta = lambda done: {"seed": 0, "position": done, "lineage": {}}
     with Checkpoints(tmp_path / "c", every=50) as checkpoints, pytest.raises(SystemExit) as left:
         loop.run_loop(told, state, batches, total=90, metrics=recorder, checkpoints=checkpoints, log_every=1, meta=meta)
-    assert left.value.code == 0
+    assert left.value.code == STOPPED == os.EX_TEMPFAIL
     assert signal.getsignal(signal.SIGTERM) is before
     with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
         assert checkpoints.latest() == 5

@@ -256,8 +256,12 @@ def test_each_verb_refuses_what_it_cannot_do(tmp_path, model, monkeypatch, verb,
     [
         (None, "none.py"),
         ("x = (\n", "SyntaxError"),
+        ("x = (\n", "none.py, line 1"),
         ("x = 1\n", "get_config"),
-        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError"),
+        ("def get_config():\n    return 1 / 0\n", "none.py, line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    values = {}\n    return values['x']\n", "none.py, line 3: KeyError: x"),
+        ("def get_config():\n    return int('x')\n", "none.py, line 2: ValueError: invalid literal"),
+        ("import nowhere\n", "none.py, line 1: ModuleNotFoundError"),
     ],
 )
 def test_a_bad_config_file_is_refused(tmp_path, text, needle):

@@ -22,7 +22,7 @@ WORKER = """
 import resource, signal, sys
 import jax, jax.numpy as jnp
 from proreflow_jax.runtime.checkpoint import Checkpoints
-from proreflow_jax.runtime.processes import lock
+from proreflow_jax.runtime.processes import job_lock
 
 folder, steps, limit, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if limit:
@@ -35,7 +35,7 @@ def advance(state):
     return {"step": state["step"] + 1, "w": jnp.sin(state["w"]) + noise}
 
 state = {"step": jnp.int32(0), "w": jnp.zeros(size)}
-with lock(folder), Checkpoints(folder + "/checkpoints", keep=2, every=1) as checkpoints:
+with job_lock(folder), Checkpoints(folder + "/checkpoints", keep=2, every=1) as checkpoints:
     if checkpoints.latest() is not None:
         state = checkpoints.restore(None, state).state
     print("start", int(state["step"]), flush=True)
@@ -107,7 +107,7 @@ def test_a_full_disk_is_loud_and_the_step_before_survives(tmp_path: Path) -> Non
         _, err = process.communicate(timeout=30)
     assert process.returncode not in (0, None)
     last = err.strip().splitlines()[-1]
-    assert "RuntimeError: checkpoint of step 3 was not written to" in last and str(tmp_path) in last
+    assert "RunFailed: checkpoint of step 3 was not written to" in last and str(tmp_path) in last
 
     before = final(tmp_path, 2)
     with worker(tmp_path, steps=4) as process:  # space was freed: the same command works

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from proreflow_jax import STOPPED
 from proreflow_jax.runtime import processes
 
 JOB = """
@@ -18,8 +19,8 @@ from proreflow_jax.runtime import mesh, processes
 mesh.initialize_distributed()
 import jax, numpy as np
 from pathlib import Path
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.runtime.processes import job_lock
-from proreflow_jax.storage.lock import Locked
 
 folder, k = Path(sys.argv[1]), jax.process_index()
 saw = []
@@ -35,13 +36,34 @@ def raised(work, kind):
         return str(error)
 
 def refuse():
-    raise ValueError("no such flag")
+    raise UserError("no such flag")
 
 def fail():
     raise OSError("disk full")
 
-saw.append(raised(refuse, ValueError) == ("no such flag" if k == 0 else "process 0 could not go on and says why"))
-saw.append(raised(fail, (OSError, RuntimeError)) == ("disk full" if k == 0 else "process 0 could not go on and says why"))
+def bug():
+    raise ValueError("shapes differ")
+
+elsewhere = "process 0 could not go on and says why"
+saw.append(raised(refuse, UserError) == ("no such flag" if k == 0 else elsewhere))
+saw.append(raised(fail, OSError if k == 0 else RunFailed) == ("disk full" if k == 0 else elsewhere))
+saw.append(raised(bug, ValueError if k == 0 else RunFailed) == ("shapes differ" if k == 0 else elsewhere))
+
+from etils import epath
+from proreflow_jax.runtime.damage import everywhere
+
+def read(failing, error):
+    def work():
+        if k == failing:
+            raise error
+        return "values"
+    try:
+        return everywhere(work, epath.Path(folder), "the checkpoint")
+    except RunFailed as failed:
+        return str(failed)
+
+saw.append("the checkpoint could not be read" in read(1, OSError(5, "Input/output error")))
+saw.append(read(1, KeyError("seal"))[0] is None and read(2, None) == ("values", ""))
 
 crossed = [jax.devices()[i] for i in (0, 2, 1, 3)]  # a mesh need not lie process by process
 for shape, devices in (((4, 1, 1), None), ((1, 4, 1), None), ((2, 1, 2), None), ((1, 2, 2), None), ((2, 2, 1), crossed)):
@@ -82,9 +104,30 @@ def test_two_processes_do_once_what_is_done_once_and_hold_their_own_rows(tmp_pat
         assert np.load(tmp_path / f"{k}.npy").all(), k
 
 
+STOPS = """
+import os, signal, sys, time
+from proreflow_jax.runtime import mesh, processes
+mesh.initialize_distributed()
+import jax
+import numpy as np
+
+for step in range(400):
+    processes.stop_if_preempted(step)
+    if step == 3 and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    processes.told(np.array(step))
+    time.sleep(0.05)
+"""
+
+
+def test_sigterm_to_one_process_stops_all_with_the_code_of_a_stopped_run(tmp_path: Path) -> None:
+    assert run_pod(2, 1, [sys.executable, "-c", STOPS]) == [STOPPED, STOPPED]
+
+
 def test_one_process_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "multihost_utils", None)
     assert processes.leads() and processes.first(lambda: 3) == 3
+    processes.stop_if_preempted(0)
     assert processes.first_says(lambda: True) and processes.told(np.array(4)) == 4
     np.testing.assert_array_equal(processes.host_arrays({"x": jax.numpy.arange(3)})["x"], np.arange(3))
     with pytest.raises(KeyError):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from test_data_records import NAMES, PLAN, contents, finished, write
 
+from proreflow_jax import RunFailed
 from proreflow_jax.data import records
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
@@ -439,7 +440,7 @@ def test_a_store_that_refuses_says_nothing_about_the_bytes(store):
     saved(folder, 1, 2)
     with Checkpoints(folder) as checkpoints:
         store.broken = 403
-        with pytest.raises(OSError) as error:
+        with pytest.raises(RunFailed, match="step 2 .* could not be read: .*run the same command again") as error:
             checkpoints.restore(None, TARGET)
         one_line(error)
         store.broken = 0

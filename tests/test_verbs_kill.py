@@ -12,6 +12,7 @@ import pytest
 import tiny
 from verb import ROOT, environment, tiny_flags
 
+from proreflow_jax import STOPPED
 from proreflow_jax.storage.atomic import read_json
 
 STEPS = {"train__steps": 24, "checkpoint__every": 8, "train__log_every": 8}
@@ -97,7 +98,7 @@ def test_killed_in_its_phases_a_run_ends_bit_equal(place, points):
     ("what", "code", "said"),
     [
         pytest.param(signal.SIGINT, 130, "interrupted", id="ctrl-c"),
-        pytest.param(signal.SIGTERM, 0, "asked to stop", id="sigterm", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, STOPPED, "asked to stop", id="sigterm", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_asked_to_stop_says_how_to_go_on(place, what, code, said):

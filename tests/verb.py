@@ -23,6 +23,7 @@ from proreflow_jax.models.compute import Compute
 from proreflow_jax.models.network import Network
 from proreflow_jax.pretrained import pipeline
 from proreflow_jax.run import config_fields
+from proreflow_jax.runtime import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "digits.py"
@@ -135,7 +136,8 @@ def run(verb: str, *words: str) -> Ended:
     """The verb's exit code and output. Whatever else it raises is a traceback for the user, and so it is here."""
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, list(sys.path))
     root = logging.getLogger()
-    loggers = {name: logging.getLogger(name).level for name in ("", "absl", "orbax", "jax", "etils")}
+    names = ("", *quiet.NOISY, *quiet.SAID_BY_US, *quiet.ONE_A_LEAF)
+    loggers, hook = {name: logging.getLogger(name).level for name in names}, sys.unraisablehook
     handlers = list(root.handlers)
     sys.argv = [f"proreflow_jax/{verb}.py", *words]
     try:
@@ -148,6 +150,7 @@ def run(verb: str, *words: str) -> Ended:
         sys.argv, sys.path[:] = before
         root.handlers[:] = handlers
         sys.modules.pop("config_config", None)  # ml_collections would merge the next config file into it
+        sys.unraisablehook = hook
         for name, level in loggers.items():
             logging.getLogger(name).setLevel(level)
     raise AssertionError(f"{verb} came back without an exit code")

@@ -66,7 +66,7 @@ class ImageCaptions:
             image = decode_image(b"".join(feature[self._image_key].bytes_list.value[:1]), self._resolution)
             return {"image": image, "caption": first_caption(captions[choice % len(captions)])}
         except (RuntimeError, ValueError) as error:  # ArrayRecord reports damage as RuntimeError
-            kind = Unusable if isinstance(error, Unusable) else ValueError
+            kind = Unusable if isinstance(error, Unusable) else UserError
             raise kind(f"{self.name} (--config.data.path), record {index}: {atomic.one_line(error)}") from error
 
 

@@ -29,7 +29,7 @@ CAPTION_FILE_LIMIT = 1 << 20  # bytes of a .txt or .json with one caption
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """One example's image or caption is bad. Its bytes decide that, so every process decides alike."""
 
 

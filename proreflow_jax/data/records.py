@@ -212,6 +212,7 @@ class PairRecords:
             return _decode(self._reader(shard).read([row])[0])
         except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
             path = self.folder / shard_name(self.plan, shard)
+            atomic.check_readable(path)
             raise UserError(f"{path} is damaged at record {row} ({atomic.one_line(error)}): {REDO}") from error
 
     def _reader(self, shard: int) -> ArrayRecordReader:
@@ -257,6 +258,7 @@ def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> Non
         why = f"holds the bytes of {hashes[digest]}" if digest in hashes else "is damaged or foreign (its hash differs)"
         raise UserError(f"{path} {why}: {REDO}")
     if (count := record_plan.count_records(path)) != row["count"]:
+        atomic.check_readable(path)  # ArrayRecord counts nothing in a file that it cannot read
         raise UserError(f"{path} holds {count} examples and was written with {row['count']}: {REDO}")
 
 

@@ -132,9 +132,9 @@ def _of_clip() -> Iterator[None]:
     """What the readers of models say, with the flag and the command that belong to this network."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except UserError as error:
         text = str(error).replace(weights.CONVERT, CONVERT).replace(tokenizer.RULE, FLAG)
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = MissingFile if isinstance(error, MissingFile) else UserError
         raise kind(text if FLAG in text else f"{text}: name another {FLAG}") from None
 
 

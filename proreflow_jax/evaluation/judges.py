@@ -92,6 +92,6 @@ def read_inception(path: Path) -> network.Params:
         tensors = weights.Tensors([path])
         kept = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
         return weights.from_torch(kept, make_inception().shapes, str(path))
-    except ValueError as error:
+    except UserError as error:
         text = str(error).removesuffix(weights.REPLACE).replace("its config.json", NAME)
         raise UserError(f"{text.removesuffix(': ')}: {MEND}") from None

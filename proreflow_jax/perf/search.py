@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.perf import make_it_fit
 from proreflow_jax.perf.estimate import Target, estimate, opener
 from proreflow_jax.run import config_fields
@@ -19,7 +20,7 @@ def _tried(config: ConfigDict, place: Target, result: dict[str, Any], change: co
     other = config_fields.changed(config, change)
     try:
         found = estimate(other, place, opener(other, place), result["stage"], result["job"])
-    except ValueError as error:
+    except UserError as error:
         log.info("%s: %s", config_fields.flags(change), error)
         return None
     return found | {"flags": config_fields.flags(change)}

@@ -195,7 +195,7 @@ def readable_size(count: int) -> str:
 
 @contextmanager
 def _explained(repo: str, revision: str, flag: str, again: str = "") -> Iterator[None]:
-    """Turns the library's errors into one line: ValueError for errors that the user can mend, ConnectionError for the rest.
+    """Turns the library's errors into one line: UserError for errors that the user can mend, ConnectionError for the rest.
 
     `again` is added where the connection broke off.
     """
@@ -221,13 +221,13 @@ def _explained(repo: str, revision: str, flag: str, again: str = "") -> Iterator
         raise ConnectionError(f"{flag}={repo}: HF_HUB_OFFLINE forbids the network") from None
 
 
-def _refused(what: str, status: int, said: str | None) -> OSError | ValueError:
+def _refused(what: str, status: int, said: str | None) -> OSError | UserError:
     said = f": {' '.join(said.split())}" if said else ""
     if status in (401, 402, 403):
-        return ValueError(f"{what}: the hub refuses (HTTP {status}{said}): {LOGIN} with a token that may do this")
+        return UserError(f"{what}: the hub refuses (HTTP {status}{said}): {LOGIN} with a token that may do this")
     if status == 429 or status >= 500:
         return ConnectionError(f"{what}: the hub is busy or down (HTTP {status})")
-    return ValueError(f"{what}: the hub refuses (HTTP {status}{said})")
+    return UserError(f"{what}: the hub refuses (HTTP {status}{said})")
 
 
 def contents(folder: Path) -> dict[str, int]:

@@ -159,7 +159,7 @@ def _network(source: sources.ModelSource, component: str, compute: Compute) -> N
     bound = () if component in sources.TEXT_ENCODERS else (compute,)  # texts are short
     try:
         return MAKERS[component](config, *bound)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{source.folder / component}: {error}: name another {sources.PATH}") from None
 
 

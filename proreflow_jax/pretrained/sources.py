@@ -83,7 +83,7 @@ class ModelSource(NamedTuple):
             return weights.read_tensors(self.folder / component)
         try:
             return single_file.from_original(component, self.stored, self.config(component), self.family)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{self.file}: {error}: {weights.REPLACE}") from None
 
 
@@ -146,7 +146,7 @@ def file_family(path: Path) -> str:
     stored = weights.Tensors([path])
     try:
         return single_file.family(stored)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
 
 

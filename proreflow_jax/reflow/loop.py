@@ -1,8 +1,6 @@
 """batch -> step -> metrics -> checkpoint. The device never waits for the host: step n is read after n + 1 is sent."""
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,9 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from proreflow_jax import STOPPED
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics, check_finite
 from proreflow_jax.runtime.profiler import OFF, Trace
+from proreflow_jax.runtime.signals import sigterm_event
 
 log = logging.getLogger(__name__)
 COUNT = "count"
@@ -95,8 +95,8 @@ def run_loop(
       meta: steps done -> what is stored beside the state of that step.
       trace, let_go: records chosen steps; the state -> as it is saved.
 
-    Returns the last state. Raises FloatingPointError naming step and window; SystemExit(0) after a SIGTERM, once the step
-    is committed.
+    Returns the last state. Raises FloatingPointError naming step and window; SystemExit(STOPPED) after a SIGTERM, once the
+    step is committed.
     """
     waits = Waits()
 
@@ -108,7 +108,7 @@ def run_loop(
             metrics.write(done, values | waits.means())
 
     pending = None
-    with _sigterm() as asked:
+    with sigterm_event() as stop:
         for position, batch in waits.over(batches):
             done = position + 1
             with trace.step(done):
@@ -117,7 +117,7 @@ def run_loop(
             if pending is not None:
                 settle(*pending)
             pending = (done, numbers)
-            stopping = asked.is_set() or checkpoints.preempted(done)
+            stopping = stop.is_set() or checkpoints.preempted(done)
             if stopping or checkpoints.due(done) or done == total:
                 settle(*pending)
                 pending = None
@@ -127,22 +127,8 @@ def run_loop(
             if stopping and done < total:
                 checkpoints.wait()
                 log.warning("asked to stop: step %d is saved; run the same command again to go on", done)
-                raise SystemExit(0)
+                raise SystemExit(STOPPED)
             if done == total:
                 break
     checkpoints.wait()
     return state
-
-
-@contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. With jax.distributed its own notice is used instead (all processes stop together)."""
-    asked = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from proreflow_jax import RunFailed, UserError
+from proreflow_jax import STOPPED, RunFailed, UserError
 from proreflow_jax.flow import windows
 from proreflow_jax.jobs import score_digits
 from proreflow_jax.reproduction.cell import (
@@ -28,7 +28,7 @@ from proreflow_jax.reproduction.cell import (
     measure_student,
     train_student,
 )
-from proreflow_jax.run import cli, config_fields
+from proreflow_jax.run import config_fields
 from proreflow_jax.run.config_fields import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import reopen
@@ -151,7 +151,7 @@ def _spawn(workers: int) -> None:
     """This command in several processes, each on its share of the cores, until all have ended."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     command = [sys.executable, "-m", "proreflow_jax.reproduce", *sys.argv[1:], "--workers=1"]  # the last flag counts
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.INTERRUPTED))  # workers must not outlive this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # workers must not outlive this process
     started = []
     for i in range(workers):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -164,5 +164,7 @@ def _spawn(workers: int) -> None:
         for process in started:
             process.terminate()
         raise
+    if any(codes) and set(codes) <= {0, STOPPED, -signal.SIGTERM}:
+        sys.exit(STOPPED)
     if any(codes):
         raise RunFailed(f"a worker ended with code {codes}: its last line says why; run the same command again to go on")

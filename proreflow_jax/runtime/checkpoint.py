@@ -3,29 +3,24 @@
 What orbax leaves open is closed here. A flipped bit in an array file comes back as a wrong weight: so a digest of
 every leaf, computed on the device before the save, is stored in the same commit and compared after the restore. A
 wrong dtype is cast: so dtypes, shapes and names are compared first. A failed background save says nothing until
-somebody waits: so `check` looks at every step, and leaving the `with` block raises. A step that turns out bad is
-named, passed over, and removed by the next save.
+somebody waits: so `check` looks at every step, and leaving the `with` block raises. A step that was read and is wrong is
+named, passed over, and removed by the next save. A step that could not be read ends the job: nothing is passed over or removed.
 """
 
 import logging
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from proreflow_jax import MissingFile, RunFailed, UserError
+from proreflow_jax.runtime.damage import could_not_read, everywhere, is_folder, line, unreadable, unseen_steps
 from proreflow_jax.runtime.digest import (
     check_seal,
     check_target,
@@ -36,25 +31,13 @@ from proreflow_jax.runtime.digest import (
     named_leaves,
     wrong_values,
 )
-from proreflow_jax.storage.gcs import SCHEME, client, is_trouble
+from proreflow_jax.runtime.signals import uninterrupted
+from proreflow_jax.storage.gcs import SCHEME, client
 from proreflow_jax.storage.paths import Location
 
 __all__ = ["Checkpoints", "Restored", "digest", "fold"]
 
 log = logging.getLogger(__name__)
-PASS_ON = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # say nothing about the bytes: never fall back
-
-
-def _unraisable(unraisable: Any, other: Callable[[Any], Any] = sys.unraisablehook) -> None:
-    """What comes back to a save that was given up finds its loop closed; anything else goes to whoever was asked before."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        other(unraisable)
-
-
-for name in ("absl", "asyncio", "concurrent.futures"):  # tracebacks, one a leaf, of what `wait` and `restore` say in a line
-    logging.getLogger(name).disabled = True
-sys.unraisablehook = _unraisable
-warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 class Restored(NamedTuple):
@@ -78,7 +61,7 @@ class Checkpoints:
         if remote := str(folder).startswith(SCHEME):
             client()  # or say what is not installed; orbax needs the same
         self.folder = epath.Path(str(folder)) if remote else epath.Path(folder).absolute()
-        if read_only and not self.folder.is_dir():
+        if read_only and not is_folder(self.folder):
             raise MissingFile(f"{self.folder} does not exist: run the training job that writes it first")
         self.keep, self.every, self.read_only = keep, every, read_only
         self._manager = self._open()
@@ -101,7 +84,7 @@ class Checkpoints:
         if failed is not None and error is None:
             raise failed
         if failed is not None and failed is not error:
-            log.error("%s", _line(failed))
+            log.error("%s", line(failed))
 
     def due(self, step: int) -> bool:
         """True if `step` is a multiple of `every`, or the machine is about to be taken away."""
@@ -126,14 +109,14 @@ class Checkpoints:
         leaves = named_leaves(state)
         digests = digest(leaves)
         record = inventory(step, leaves, digests, meta)
-        with _uninterrupted():
+        with uninterrupted():
             with self._loud(step):
                 for bad in sorted(self._bad & set(self._manager.all_steps())):
                     self._manager.delete(bad)
                 self._bad.clear()
                 items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(record))
                 if not self._manager.save(step, args=items, force=True):
-                    raise OSError("orbax refused it: does another run write here?")
+                    raise RunFailed("orbax refused it: does another run write here?")
             self._pending = step
             self._target, self._saved = _abstract(state), {step: digests}
 
@@ -151,14 +134,14 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.reload()
             if step not in self._manager.all_steps():
-                raise OSError("it is not there")
+                raise RunFailed("it is not there")
 
     def restore(self, step: int | None, target: PyTree) -> Restored:
         """The state of `step` (None: the newest good one) in the structure, dtypes and shardings of `target`.
 
         `target` is a pytree of ShapeDtypeStruct with shardings, or of arrays. A bad step is named in a warning and,
-        with step None, the one before is taken. Raises ValueError if names, shapes or dtypes differ from the
-        target's or if no step is good; FileNotFoundError if there is none.
+        with step None, the one before is taken. Raises UserError if names, shapes or dtypes differ from the
+        target's or if no step is good; MissingFile if there is none; RunFailed if one could not be read.
         """
         known = sorted(self._manager.all_steps(), reverse=True)
         steps = known if step is None else [s for s in known if s == step]
@@ -167,21 +150,14 @@ class Checkpoints:
 
         for candidate in steps:
             restored, reason = self._attempt(candidate, target)
+            if restored is None:  # once more: a mount may have failed in between and be back
+                restored, reason = self._attempt(candidate, target)
             if restored is not None:
                 self._target, self._saved[candidate] = _abstract(target), restored[1]
                 return restored[0]
             self._bad.add(candidate)
             log.warning("checkpoint of step %d in %s is damaged and not used: %s", candidate, self.folder, reason)
         raise UserError(f"no good checkpoint in {self.folder} (damaged: {steps}): remove the folder to start again")
-
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` given to `save`. Raises ValueError if it is damaged, FileNotFoundError if it is not there."""
-        if step not in self._manager.all_steps():
-            raise MissingFile(f"{self.folder} holds no checkpoint of step {step}")
-        record, reason = _everywhere(lambda: self._read_record(step))
-        if reason:
-            raise UserError(f"checkpoint of step {step} in {self.folder} is damaged: {reason}")
-        return record["meta"]
 
     def finish(self, step: int, target: PyTree = None) -> dict[str, str]:
         """Wait, open the folder anew, restore `step` and compare it with what was saved: only then is a stage done.
@@ -207,7 +183,17 @@ class Checkpoints:
             read_only=self.read_only,
             enable_async_checkpointing=True,
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        try:
+            manager = ocp.CheckpointManager(self.folder, options=options)
+            if unseen_steps(self.folder, manager.all_steps()):
+                manager.reload()  # a run that is alive may have committed one in between
+            if unseen := unseen_steps(self.folder, manager.all_steps()):
+                raise OSError(f"step {unseen[-1]} is there, and orbax did not see it")
+        except Exception as error:
+            if isinstance(error, OSError) or could_not_read(error):
+                raise unreadable(f"the checkpoints in {self.folder}", line(error)) from error
+            raise
+        return manager
 
     @contextmanager
     def _loud(self, step: int) -> Iterator[None]:
@@ -215,17 +201,18 @@ class Checkpoints:
             yield
         except Exception as error:
             where = f"checkpoint of step {step} was not written to {self.folder / str(step)}"
-            raise RunFailed(f"{where}: {_line(error)}; mend it and run the same command again") from error
+            raise RunFailed(f"{where}: {line(error)}; mend it and run the same command again") from error
 
     def _attempt(self, step: int, target: PyTree) -> tuple[tuple[Restored, dict[str, str]] | None, str]:
         """((restored, digests), "") or (None, why the step is bad)."""
-        record, reason = _everywhere(lambda: self._read_record(step))
+        place, folder = f"checkpoint of step {step} in {self.folder}", self.folder / str(step)
+        record, reason = everywhere(lambda: self._read_record(step), folder, place)
         if reason:
             return None, reason
         wanted = _wanted(target)
-        check_target(record, wanted, f"checkpoint of step {step} in {self.folder}")
+        check_target(record, wanted, place)
 
-        leaves, reason = _everywhere(lambda: self._read_leaves(step, wanted))
+        leaves, reason = everywhere(lambda: self._read_leaves(step, wanted), folder, place)
         if reason:
             return None, reason
         found = digest(leaves)
@@ -245,23 +232,6 @@ class Checkpoints:
         return jax.block_until_ready(self._manager.restore(step, args=items)["state"])
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block: a save cut in two leaves orbax's threads waiting for the other half."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    asked: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *notice: asked.append(notice))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        before(*asked[0])
-
-
 def _abstract(tree: PyTree) -> PyTree:
     return jax.tree.map(_abstract_leaf, tree)
 
@@ -277,24 +247,3 @@ def _wanted(target: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     if bare:
         raise UserError(f"the target of restore has no sharding for {', '.join(bare[:5])}: state where the leaf lives")
     return {path: _abstract_leaf(leaf) for path, leaf in leaves.items()}  # no tree.map: it would sort them
-
-
-def _everywhere(read: Callable[[], Any]) -> tuple[Any, str]:
-    """(value, "") if `read` works on every process, else (None, why): all processes take the same branch."""
-    try:
-        value, reason = read(), ""
-    except PASS_ON:
-        raise
-    except Exception as error:
-        if is_trouble(error):
-            raise ConnectionError(f"a checkpoint could not be read: {_line(error)}; run the same command again") from None
-        value, reason = None, _line(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(bool(reason)))
-        if failed.any() and not reason:
-            reason = f"process {int(np.argmax(failed))} could not read it"
-    return (None, reason) if reason else (value, "")
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -5,6 +5,7 @@ a folder, is process 0's, and the others wait for its word: a folder may look di
 alone waits for nobody.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -14,10 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from proreflow_jax import RunFailed, UserError
+from proreflow_jax import STOPPED, RunFailed, UserError
 from proreflow_jax.storage.lock import lock_folder
 from proreflow_jax.storage.paths import Location
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 FINE, REFUSED, FAILED = range(3)
 
@@ -28,7 +30,7 @@ def leads() -> bool:
 
 
 def check_alone(what: str) -> None:
-    """Raises ValueError, one line, in a job of several processes."""
+    """Raises UserError, one line, in a job of several processes."""
     if jax.process_count() > 1:
         raise UserError(f"{what} runs in one process and this job has {jax.process_count()}: run it on one host")
 
@@ -36,14 +38,14 @@ def check_alone(what: str) -> None:
 def first(work: Callable[[], T]) -> T | None:
     """Process 0 does the work while the others wait; returns what it gave, None on the others.
 
-    Raises what the work raised; on the others ValueError (for a ValueError or FileNotFoundError) or RuntimeError.
+    Raises what the work raised; on the others UserError for a UserError, RunFailed for anything else.
     """
     if jax.process_count() == 1:
         return work()
     done, outcome = None, FINE
     try:
         done = work() if leads() else None
-    except (ValueError, FileNotFoundError):
+    except UserError:
         outcome = REFUSED
         raise
     except BaseException:
@@ -65,11 +67,21 @@ def first_says(question: Callable[[], bool]) -> bool:
 def job_lock(folder: str | Location) -> Iterator[None]:
     """This job alone writes to `folder`; process 0 holds it for all. Two writers would lose each other's saves in silence.
 
-    Raises ValueError naming folder and holder.
+    Raises UserError naming folder and holder.
     """
     with ExitStack() as held:
         first(lambda: held.enter_context(lock_folder(folder)))
         yield
+
+
+def stop_if_preempted(step: int) -> None:
+    """Ends all processes of a job with STOPPED at the same step, once one of them got SIGTERM; all call it at every step.
+
+    jax holds SIGTERM back in a job of several processes. One process alone ends by the signal itself, so here nothing happens.
+    """
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        log.warning("asked to stop; run the same command again to go on")
+        raise SystemExit(STOPPED)
 
 
 def told(value: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from proreflow_jax import MissingFile, UserError
+from proreflow_jax import MissingFile, RunFailed, UserError
 from proreflow_jax.storage import gcs, paths
 from proreflow_jax.storage.gcs import WRITING, ObjectPath
 from proreflow_jax.storage.lock import hold_lease
@@ -243,6 +243,14 @@ def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_readable(path: Path) -> None:
+    """Raises RunFailed if a file's bytes cannot be read now: nothing is known about them, so the file is not damaged."""
+    try:
+        sha256(path)
+    except OSError as error:
+        raise RunFailed(f"{path} could not be read: {one_line(error)}; run the same command again") from error
 
 
 def file_size(path: Any) -> int | None:

@@ -47,10 +47,8 @@ def check_reachable(location: Location, write: bool = True) -> None:
         return
     try:
         check_bucket(location, write)
-    except FileNotFoundError:
-        raise
     except OSError as error:
-        raise UserError(str(error)) from None
+        raise (MissingFile if isinstance(error, FileNotFoundError) else UserError)(str(error)) from None
 
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
