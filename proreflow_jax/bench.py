@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.perf import bench_report, input_rate, measure
 from proreflow_jax.perf.estimate import outlines, ticking
-from proreflow_jax.perf.jobs import JOBS, jobs, wanted
+from proreflow_jax.perf.jobs import JOBS, choose_jobs, jobs
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.storage import atomic
@@ -40,7 +40,7 @@ def bench(
     if against:
         cli.choose(against, RIVALS, "--against")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
-    asked = wanted(config, stage, jobs)
+    asked = choose_jobs(config, stage, jobs)
     found: dict[str, Any] = {"config": config.name, "machine": _machine()}
     print(bench_report.bench_header(config.name, found["machine"]), flush=True)
     if against:

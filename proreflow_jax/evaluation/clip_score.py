@@ -106,6 +106,16 @@ def load_clip(folder: Path) -> Clip:
 
     Raises FileNotFoundError or ValueError, one line: no such folder, only pickled weights, or tensors that do not fit.
     """
+    config, text, image = outline_clip(folder)
+    with _of_clip():
+        params = weights.from_torch(weights.read_tensors(folder), {**text.shapes, **image.shapes, **LOGIT_SCALE}, str(folder))
+    del params["logit_scale"]
+    same = (row.model for published, row in NAMED.items() if _alike(config, tower_configs(named_config(published))))
+    return Clip(text, image, params, next(same, folder.resolve().name))
+
+
+def outline_clip(folder: Path) -> tuple[tuple[dict, dict], Network, Network]:
+    """(configs, text tower, image tower) by a folder's config.json alone. Raises as `load_clip`."""
     if not (folder / "config.json").is_file():
         other = (folder / "open_clip_config.json").is_file()
         why = (
@@ -114,11 +124,7 @@ def load_clip(folder: Path) -> Clip:
         raise MissingFile(f"{folder} (--config.evaluate.clip) holds no config.json of transformers{why}")
     with _of_clip():
         towers = tower_configs(weights.read_config(folder))
-        text, image = network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
-        params = weights.from_torch(weights.read_tensors(folder), {**text.shapes, **image.shapes, **LOGIT_SCALE}, str(folder))
-    del params["logit_scale"]
-    same = (row.model for published, row in NAMED.items() if _alike(towers, tower_configs(named_config(published))))
-    return Clip(text, image, params, next(same, folder.resolve().name))
+        return towers, network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
 
 
 def read_tokenizer(folder: Path) -> tokenizer.PromptTokenizer:

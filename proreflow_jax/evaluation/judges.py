@@ -19,6 +19,7 @@ from proreflow_jax.models import inception, network
 from proreflow_jax.models.inception import MEND, NAME, UNUSED, make_inception
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.pretrained import weights
+from proreflow_jax.pretrained.weights import Shapes
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.runtime.digest import digest, fold
 
@@ -46,6 +47,15 @@ class Judge(NamedTuple):
 def feature_network(path: Path, resize: str) -> tuple[Network, Params]:
     """FID's network and its weights. Raises ValueError, one line, for a file that is not it."""
     return inception.make_inception(resize), read_inception(path)
+
+
+def judge_shapes(clip: Path | None) -> dict[str, Shapes]:
+    """Shapes of the networks' weights as `make_judge` puts them on every device; of CLIP's folder only config.json is read."""
+    shapes = {FID: make_inception().shapes}
+    if clip:
+        _, text, image = clip_score.outline_clip(clip)
+        shapes[CLIP] = {**text.shapes, **image.shapes}
+    return shapes
 
 
 def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, batch: int) -> Judge:

@@ -20,7 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from proreflow_jax import RunFailed
-from proreflow_jax.perf import chips, jobs, tpu_compile
+from proreflow_jax.perf import chips, hlo_cost, jobs, resident, tpu_compile
 from proreflow_jax.perf.jobs import Job
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import base_model
@@ -40,7 +40,7 @@ TICK = 30.0  # seconds between signs of life while something compiles
 PACKAGE = Path(__file__).parent.parent
 PROGRAMS = (  # of this package's files: what makes, compiles or reads a program
     *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py", "run/*.py", "jobs/*.py", "perf/*.py", "pretrained/*.py"),
-    *("evaluation/protocols.py", "data/cached.py", "data/kinds.py"),
+    *("evaluation/protocols.py", "evaluation/judges.py", "evaluation/clip_score.py", "data/cached.py", "data/kinds.py"),
 )
 
 
@@ -81,65 +81,78 @@ def outlines(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Experim
 
 def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], windows: int, name: str) -> dict[str, Any]:
     """The numbers of one job (see `measured`), from the cache or by compiling it, which takes minutes for a real model."""
-    kept = place.cache / f"{_key(config, place, windows, name)}.json" if place.cache else None
-    if kept and kept.is_file():
-        return atomic.read_json(kept)
+    cached = place.cache / f"{_key(config, place, windows, name)}.json" if place.cache else None
+    if cached and cached.is_file():
+        return atomic.read_json(cached)
     experiment, plain = opened()
     stage = find_stage(experiment.stages, windows)
     job = jobs.jobs(experiment, stage, plain)[name]
     with ticking(f"stage {windows}, {name}: compiling for {place.slice}"):
         compiled = tpu_compile.compile_for(job.jitted, job.arguments, place.chip)
-    found = measured(job, compiled, place) | {"storage": jobs.storage(experiment, stage)}
-    found["mesh"] = dict(experiment.mesh.shape)
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(kept, found)
-    return found
+    result = measured(job, compiled, place) | {"storage": jobs.storage(experiment, stage)}
+    result["mesh"] = dict(experiment.mesh.shape)
+    if cached:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(cached, result)
+    return result
 
 
 def measured(job: Job, compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:
-    """A compiled job as numbers: bytes and cycles of one chip; FLOPs of all; seconds of one call, and of one image."""
-    held, chip = jobs.argument_bytes(job), place.chip
-    found = {
+    """A compiled job as numbers: bytes and cycles of one chip; FLOPs of all; seconds of one call, and of one image.
+
+    Without the program's text there are no cycles and no seconds, and `no_time` says why; memory is known all the same.
+    """
+    arrays = resident.sum_classes(job.classes, job.beside)
+    arguments, state = resident.bytes_on_device(job.arguments), arrays[resident.STATE]
+    result = {
         "stage": job.windows,
         "job": job.name,
         "slice": place.slice,
         "images": job.images,
         "at_once": job.at_once,
         "calls": job.calls,
-        "memory": memory(held, compiled.memory, chip),
+        "memory": memory(arrays, arguments, compiled.memory, place.chip),
         "useful_flops": job.useful(),
         "compile_seconds": compiled.seconds,
+        "saving": sum(arrays.values()) + state,  # the state by torch names, beside its stacks
     }
-    found["saving"] = 2 * held[jobs.STATE] + held[jobs.FROZEN]  # by torch names, beside the one that is held
-    found["fits"] = max(found["memory"]["total"], found["saving"]) <= chip.memory and compiled.cost is not None
-    return found | (times(found, compiled, place) if compiled.cost else {})
+    needed = max(result["memory"]["total"], result["saving"])
+    result["fits"] = needed <= place.chip.memory and not compiled.too_large
+    if compiled.cost is None:
+        return result | {"no_time": compiled.no_cost}
+    return result | times(result["useful_flops"], job, compiled.cost, place)
 
 
-def memory(held: Mapping[str, int], compiled: tpu_compile.Memory, chip: chips.Chip) -> dict[str, int]:
+def memory(arrays: Mapping[str, int], arguments: int, compiled: tpu_compile.Memory, chip: chips.Chip) -> dict[str, int]:
     """Bytes of one chip by class, which sum to `total`. `tiles` is what the compiler adds to arguments to fill up its tiles.
 
-    Of a program that was too large nothing is known of its arguments but our own count.
+    Args:
+      arrays: bytes of what lives on the chip, by class (see `resident`).
+      arguments: bytes of the program's arguments among them, as counted from shapes.
+      compiled: the compiler's account; of a program that is too large it holds no arguments.
     """
-    arguments = compiled.arguments or sum(held.values())
-    parts = {**held, "tiles": arguments - sum(held.values())}
-    parts |= {"temporaries": compiled.temporaries, "outputs": compiled.outputs}
+    parts = {
+        **arrays,
+        "tiles": compiled.arguments - arguments if compiled.arguments else 0,
+        "temporaries": compiled.temporaries,
+    }
+    parts[resident.OUTPUTS] += compiled.outputs
     return parts | {"total": sum(parts.values()), "available": chip.memory}
 
 
-def times(found: Mapping[str, Any], compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:
-    """Seconds by the compiler's cycles, how much of the peak the useful work is, and what nobody estimates."""
-    cost, chip = compiled.cost, place.chip
+def times(useful: float, job: Job, cost: hlo_cost.Cost, place: Target) -> dict[str, Any]:
+    """Seconds by the compiler's cycles, the useful FLOPs as a share of the peak, and all that has no estimate."""
+    chip = place.chip
     slow, fast = cost.seconds(chip)
-    ideal = found["useful_flops"] / place.count / chip.peak
+    ideal = useful / place.count / chip.peak
     share = sum(cost.cycles.values()) or 1.0
     return {
         "seconds": slow,
         "seconds_if_streaming_is_faster": fast,
-        "seconds_per_image": slow / found["images"],
+        "seconds_per_image": slow / job.images,
         "utilisation": ideal / slow,
-        "hours": slow * found["calls"] / 3600,
-        "chip_hours": slow * found["calls"] / 3600 * place.count,
+        "hours": slow * job.calls / 3600,
+        "chip_hours": slow * job.calls / 3600 * place.count,
         "cycles": cost.cycles,
         "share": {kind: value / share for kind, value in sorted(cost.cycles.items(), key=lambda item: -item[1])},
         "kernels_at_their_floor": cost.kernels,

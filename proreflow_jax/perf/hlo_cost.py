@@ -87,7 +87,7 @@ class Cost(NamedTuple):
 
 
 def parse(text: str) -> tuple[dict[str, list[Op]], str]:
-    """(computations by name, the entry's name) of `compiled.as_text()`. Raises ValueError if there is no entry."""
+    """(computations by name, the entry's name) of a program's text. Raises UserError if it has no entry or no estimate."""
     computations: dict[str, list[Op]] = {}
     entry, current = "", None
     for line in _BROKEN.sub("", text).splitlines():
@@ -97,7 +97,9 @@ def parse(text: str) -> tuple[dict[str, list[Op]], str]:
         elif current is not None and (found := _LINE.match(line)):
             current.append(_op(*found.groups()))
     if not entry:
-        raise UserError("the compiler's text has no ENTRY: it is of a version that this reader does not know")
+        raise UserError("the text has no ENTRY")
+    if not any(op.cycles for lines in computations.values() for op in lines):
+        raise UserError("no operation has an estimate of cycles")
     return computations, entry
 
 

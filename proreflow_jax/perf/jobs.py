@@ -17,18 +17,18 @@ from proreflow_jax import UserError
 from proreflow_jax.data import cached, kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
-from proreflow_jax.perf import flops, tpu_compile
+from proreflow_jax.perf import flops, resident
+from proreflow_jax.perf.resident import BATCH, ENCODERS, STATE, STUDENT
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run import cli, stacked_state
 from proreflow_jax.run.dataset import encodes
 from proreflow_jax.run.experiment import Experiment, run_key
 from proreflow_jax.run.recipes import student_flow, teacher_flow
-from proreflow_jax.run.train_state import parameter_shardings, state_target, trained_shapes
+from proreflow_jax.run.train_state import state_target, trained_shapes
 from proreflow_jax.runtime import mesh
 
 JOBS = ("pairs", "train", "sample")
-STATE, FROZEN, BATCH = "state", "frozen", "batch"  # classes of arguments
 WITHOUT_PROTOCOL = 1.0  # guidance of the digits' samples
 
 
@@ -39,11 +39,12 @@ class Job(NamedTuple):
     windows: int  # of the stage
     jitted: Any
     arguments: tuple[Any, ...]  # shapes with shardings, in the function's order
-    classes: tuple[str, ...]  # of the arguments
+    classes: resident.Classes  # of the arguments
     images: int  # that one call works on, over all devices
     at_once: int  # images whose activations lie on one device together
     calls: int  # in a whole stage; 0: as often as somebody wants pictures
     useful: Callable[[], float]  # FLOPs of one call, over all devices: what the method needs, nothing computed twice
+    beside: resident.Classes  # arrays that live on the devices meanwhile and are no arguments
     rest: tuple[Any, ...] = ()  # of a job that holds its arguments in stacks: shapes of them by torch names
     hold: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda rest: rest  # arrays by torch names -> arrays as it takes them
 
@@ -59,8 +60,8 @@ def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) 
     return made if experiment.config.pairs.mode == "online" else {"pairs": pairs_job(experiment, stage, plain), **made}
 
 
-def wanted(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
-    """(windows, job) of everything that is asked for, in the order in which it would run."""
+def choose_jobs(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
+    """(windows, job) by the flags --stage and --jobs, in the order in which they would run."""
     if stage and stage not in config.stages:
         raise UserError(f"--stage={stage} is not a stage of this config: --config.stages has {list(config.stages)}")
     chosen = [cli.choose(name.strip(), JOBS, "--jobs") for name in jobs.split(",")]
@@ -74,11 +75,23 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config = experiment.config
     b, flow = config.pairs.batch, teacher_flow(experiment, stage)
     jitted = pairs.jit_pairs(experiment, stage, flow)
-    arguments = frozen_shapes(experiment, stage, True, encodes(config)), prompt_shapes(experiment, b)
+    frozen = frozen_shapes(experiment, stage, True, encodes(config))._replace(base={})  # which this program does not read
+    arguments = frozen, prompt_shapes(experiment, b)
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
     useful = partial(_counted, pairs.jit_pairs(plain, stage, flow), arguments)
-    return Job("pairs", stage.windows, jitted, arguments, (FROZEN, BATCH), b, b // mesh.ways(experiment.mesh), calls, useful)
+    return Job(
+        name="pairs",
+        windows=stage.windows,
+        jitted=jitted,
+        arguments=arguments,
+        classes={**resident.frozen_classes(frozen), BATCH: arguments[1]},
+        images=b,
+        at_once=b // mesh.ways(experiment.mesh),
+        calls=calls,
+        useful=useful,
+        beside=resident.beside_pairs(experiment, by_base=flow.windows == 0),
+    )
 
 
 def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
@@ -100,9 +113,20 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
         student = trained_shapes(experiment), frozen.base, drawn
         return _counted(draw, (frozen, batch, key)) + (1 + backward) * _counted(loss, student)
 
-    classes = (STATE, FROZEN, BATCH, BATCH)
-    jitted = train.jit_step(experiment, stage)
-    return Job("train", stage.windows, jitted, arguments, classes, b, at_once, config.train.steps, useful, rest, hold)
+    return Job(
+        name="train",
+        windows=stage.windows,
+        jitted=train.jit_step(experiment, stage),
+        arguments=arguments,
+        classes={STATE: arguments[0], **resident.frozen_classes(held), BATCH: (batch, key)},
+        images=b,
+        at_once=at_once,
+        calls=config.train.steps,
+        useful=useful,
+        beside={BATCH: batch},
+        rest=rest,
+        hold=hold,
+    )
 
 
 def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
@@ -118,20 +142,25 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     whole = partial(_shape, mesh.replicated(machine))
     empty, seed = whole((1, base.tokenizer.length), np.int32), whole((), np.uint32)
     arguments = frozen.teacher, frozen.text, frozen.vae, empty, rows, seed
-    classes = (FROZEN,) * 4 + (BATCH,) * 2
-    jitted, useful = (
-        score_coco.jit_draw(experiment, *options),
-        partial(_counted, score_coco.jit_draw(plain, *options), arguments),
+    return Job(
+        name="sample",
+        windows=stage.windows,
+        jitted=score_coco.jit_draw(experiment, *options),
+        arguments=arguments,
+        classes={STUDENT: frozen.teacher, ENCODERS: (frozen.text, frozen.vae, empty), BATCH: (rows, seed)},
+        images=b,
+        at_once=b // mesh.ways(experiment.mesh),
+        calls=0,
+        useful=partial(_counted, score_coco.jit_draw(plain, *options), arguments),
+        beside=resident.beside_samples(experiment, rows),
     )
-    return Job("sample", stage.windows, jitted, arguments, classes, b, b // mesh.ways(experiment.mesh), 0, useful)
 
 
 def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae: bool) -> Frozen:
     """`train_state.frozen_arrays`, as shapes with shardings."""
     base, config = experiment.base, experiment.config
     whole = partial(_everywhere, experiment)
-    by_rules = parameter_shardings(config, experiment.mesh, base.unet.shapes)
-    unet = {name: _shape(by_rules[name], shape.shape, shape.dtype) for name, shape in base.unet.shapes.items()}
+    unet = resident.unet_shapes(experiment)
     text = {name: encoder.shapes for name, encoder in base.networks.items() if name in base.text}
     return Frozen(
         text=whole(text),
@@ -184,14 +213,6 @@ def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
     stored = config.pairs.examples if config.pairs.mode == "stored" else 0
     state = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state_target(experiment)))
     return {"pairs": one * stored, "checkpoints": state * config.checkpoint.keep}
-
-
-def argument_bytes(job: Job) -> dict[str, int]:
-    """Bytes of a job's arguments on one device by class, before they are filled up to tiles."""
-    found = dict.fromkeys((STATE, FROZEN, BATCH), 0)
-    for kind, argument in zip(job.classes, job.arguments, strict=True):
-        found[kind] += tpu_compile.held(argument)
-    return found
 
 
 def _counted(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax.perf import chips, dummy_arrays, tpu_compile
-from proreflow_jax.perf.jobs import STATE, Job
+from proreflow_jax.perf.jobs import Job
+from proreflow_jax.perf.resident import STATE
 from proreflow_jax.run.experiment import Experiment
 
 HOST_CALLS, HOST_WARMUP = 50, 5  # of the program that computes nothing
@@ -25,7 +26,7 @@ class Caller:
     """A compiled job, called over and over: a state that it consumes is taken from the call before."""
 
     def __init__(self, program: Any, job: Job, arguments: tuple[Any, ...]) -> None:
-        self._program, self._arguments, self._passes = program, arguments, job.classes[0] == STATE
+        self._program, self._arguments, self._passes = program, arguments, STATE in job.classes
 
     def __call__(self) -> Any:
         """Sends one call; returns what to wait for, which no later call consumes."""
@@ -100,7 +101,7 @@ def in_a_row(call: Callable[[], Any], steps: int) -> tuple[float, list[float]]:
 def host_times(job: Job) -> list[float]:
     """Seconds that a jitted call keeps Python for its arguments' sake: as many arrays, named alike, nothing to compute."""
     arguments = dummy_arrays.tiny(job.arguments)
-    passes = job.classes[0] == STATE
+    passes = STATE in job.classes
     places = jax.tree.map(lambda array: array.sharding, arguments)
 
     def nothing(*arrays: Any) -> Any:
