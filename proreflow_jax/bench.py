@@ -40,24 +40,24 @@ def bench(
     if against:
         cli.choose(against, RIVALS, "--against")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
-    asked = choose_jobs(config, stage, jobs)
-    found: dict[str, Any] = {"config": config.name, "machine": _machine()}
-    print(bench_report.bench_header(config.name, found["machine"]), flush=True)
+    chosen = choose_jobs(config, stage, jobs)
+    report: dict[str, Any] = {"config": config.name, "machine": _machine()}
+    print(bench_report.bench_header(config.name, report["machine"]), flush=True)
     if against:
-        found["against"] = _compare(config, rows, steps)
+        report["against"] = _compare(config, rows, steps)
     else:
-        found["jobs"] = _jobs(config, asked, steps, warmup, input, rate)
+        report["jobs"] = _jobs(config, chosen, steps, warmup, input, rate)
     if json:
-        atomic.write_json(json, found)
+        atomic.write_json(json, report)
 
 
 def _jobs(
-    config: ConfigDict, asked: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
+    config: ConfigDict, chosen: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
 ) -> list[dict[str, Any]]:
     """Every job's numbers; with a wanted rate only those of its input."""
     experiment, plain = outlines(config, jax.devices())
-    found = []
-    for windows, name in asked:
+    results = []
+    for windows, name in chosen:
         stage, result = find_stage(experiment.stages, windows), {"stage": windows, "job": name}
         if not rate:
             job = jobs(experiment, stage, plain)[name]
@@ -68,8 +68,8 @@ def _jobs(
             reads = input_rate.rate(experiment, stage, name, steps)
             result["input"] = input_rate.against(reads, rate or result["images_per_second_in_a_row"])
             print(bench_report.fed(result["input"]), flush=True)
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
     from proreflow_jax.perf import against_diffusers
 
     with ticking("UNet forward, ours and diffusers' in turns"):
-        found = against_diffusers.compare(config, rows, turns)
-    print(bench_report.compared(found), flush=True)
-    return found
+        result = against_diffusers.compare(config, rows, turns)
+    print(bench_report.compared(result), flush=True)
+    return result
 
 
 def _machine() -> dict[str, Any]:

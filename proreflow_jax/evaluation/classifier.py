@@ -42,10 +42,10 @@ def fit(
     except ImportError:
         raise UserError("the digits' judges need scikit-learn: pip install 'proreflow_jax[demo]'") from None
     network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=400, random_state=0).fit(pixels / INK, labels)
-    seen, told = (
+    examples, answers = (
         (pixels, labels) if moved is None else (np.concatenate([pixels, moved]), np.concatenate([labels, moved_labels]))
     )
-    return Judges(SVC(C=10.0, gamma=0.25).fit(seen / INK, told), network.coefs_[0], network.intercepts_[0])
+    return Judges(SVC(C=10.0, gamma=0.25).fit(examples / INK, answers), network.coefs_[0], network.intercepts_[0])
 
 
 def features(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Float[np.ndarray, "n 64"]:

@@ -83,10 +83,10 @@ def named_config(name: str) -> dict:
     """The config.json of an entry of NAMED. Raises ValueError for another name."""
     if name not in NAMED:
         raise UserError(f"CLIP {name!r} is unknown, known: {', '.join(NAMED)}")
-    found = NAMED[name]
-    tower = lambda row: dict(zip(TOWER, row, strict=True), hidden_act=found.hidden_act)
-    vision = tower(found.vision) | dict(image_size=224, patch_size=14)
-    return dict(projection_dim=found.projection_dim, text_config=tower(found.text), vision_config=vision)
+    published = NAMED[name]
+    tower = lambda row: dict(zip(TOWER, row, strict=True), hidden_act=published.hidden_act)
+    vision = tower(published.vision) | dict(image_size=224, patch_size=14)
+    return dict(projection_dim=published.projection_dim, text_config=tower(published.text), vision_config=vision)
 
 
 def tower_configs(config: Mapping[str, Any]) -> tuple[dict, dict]:
@@ -144,10 +144,10 @@ def _of_clip() -> Iterator[None]:
         raise kind(text if FLAG in text else f"{text}: name another {FLAG}") from None
 
 
-def _alike(found: tuple[dict, dict], wanted: tuple[dict, dict]) -> bool:
+def _alike(first: tuple[dict, dict], second: tuple[dict, dict]) -> bool:
     """Whether two pairs of towers have the same numbers; their weights may still differ."""
     fields = (*TOWER, "hidden_act", "projection_dim", "image_size", "patch_size")
-    return all(one.get(field) == other.get(field) for one, other in zip(found, wanted, strict=True) for field in fields)
+    return all(one.get(field) == other.get(field) for one, other in zip(first, second, strict=True) for field in fields)
 
 
 def prepare_clip(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:

@@ -64,8 +64,8 @@ def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Par
     """
     mesh_lib.check_split(batch, BATCH, mesh)
     alone = jax.process_count() == 1  # it reads the shards itself; several gather them, each host then adds up the same rows
-    kept = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
-    run = jax.jit(partial(_features, apply), out_shardings=kept)
+    out_places = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
+    run = jax.jit(partial(_features, apply), out_shardings=out_places)
     placed = jax.device_put(params, mesh_lib.replicated(mesh))
     local = len(mesh_lib.own_rows(mesh, batch))
     start = lambda rows: run(placed, mesh_lib.put_batch(mesh, _filled(rows, local), batch))
@@ -154,27 +154,27 @@ def measure_features(
     """
     stem, count = file_stem(about), int(about["count"])
     path = folder / f"{stem}.safetensors"
-    seen = (
+    sums = (
         moments.load_moments(path, widths) if path.is_file() else {name: moments.empty(width) for name, width in widths.items()}
     )
-    if (position := _position(seen)) >= count:
-        return seen
+    if (position := _position(sums)) >= count:
+        return sums
     if writes := jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / f"{stem}.json", dict(about))
-    for done, found in enumerate(features(rows_from(position)), 1):
-        seen = {name: moments.merge_moments(seen[name], _measured(name, found[name], position, count)) for name in seen}
-        position = _position(seen)
+    for done, batch in enumerate(features(rows_from(position)), 1):
+        sums = {name: moments.merge_moments(sums[name], _measured(name, batch[name], position, count)) for name in sums}
+        position = _position(sums)
         if writes and (done % every == 0 or position == count):
-            moments.save_moments(path, seen)
+            moments.save_moments(path, sums)
             log.info("%d of %d images, kept in %s", position, count, path)
         if position == count:
-            return seen
+            return sums
     raise UserError(f"only {position} images of {count}: give the protocol's images, or another --config.evaluate.protocol")
 
 
-def _position(seen: Mapping[str, Moments]) -> int:
-    return next(iter(seen.values())).count
+def _position(sums: Mapping[str, Moments]) -> int:
+    return next(iter(sums.values())).count
 
 
 def _measured(name: str, rows: Float[np.ndarray, "n d"], position: int, count: int) -> Moments:

@@ -81,12 +81,12 @@ def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, ba
     params = jax.device_put(params, mesh_lib.replicated(mesh))
 
     def apply(params: dict[str, Params], rows: dict[str, Array]) -> dict[str, Array]:
-        found = {FID: network.apply(params[FID], rows["images"])}
-        return found | ({CLIP: scores(params[CLIP], rows["seen"], rows["ids"])[:, None]} if "ids" in rows else {})
+        features = {FID: network.apply(params[FID], rows["images"])}
+        return features | ({CLIP: scores(params[CLIP], rows["seen"], rows["ids"])[:, None]} if "ids" in rows else {})
 
     def rows(images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str] = ()) -> dict[str, Any]:
-        seen = {"seen": clip_score.prepare_clip(images, side), "ids": encode(prompts)} if loaded and prompts else {}
-        return {"images": images} | seen
+        clip_rows = {"seen": clip_score.prepare_clip(images, side), "ids": encode(prompts)} if loaded and prompts else {}
+        return {"images": images} | clip_rows
 
     digests = {name: fold(digest(part)) for name, part in params.items()}
     features = fid.make_features(apply, params, mesh, batch)
@@ -100,8 +100,8 @@ def read_inception(path: Path) -> network.Params:
     """
     try:
         tensors = weights.Tensors([path])
-        kept = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
-        return weights.from_torch(kept, make_inception().shapes, str(path))
+        used = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
+        return weights.from_torch(used, make_inception().shapes, str(path))
     except ValueError as error:
         text = str(error).removesuffix(weights.REPLACE).replace("its config.json", NAME)
         raise UserError(f"{text.removesuffix(': ')}: {MEND}") from None

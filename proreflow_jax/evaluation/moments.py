@@ -66,12 +66,14 @@ def save_moments(path: Path, parts: Mapping[str, Moments]) -> None:
 def load_moments(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
     """What `save_moments` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
     try:
-        found = dict(weights.Tensors([paths.local_copy(path)]))
+        tensors = dict(weights.Tensors([paths.local_copy(path)]))
     except ValueError:
         raise UserError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
-    wanted = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
+    expected = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
     kinds = lambda tensors: {name: (np.shape(value), np.asarray(value).dtype) for name, value in tensors.items()}
-    if kinds(found) != kinds(wanted):
+    if kinds(tensors) != kinds(expected):
         listed = ", ".join(f"{width} {name}" for name, width in widths.items())
         raise UserError(f"{path} does not hold moments of {listed}: delete it and evaluate again")
-    return {name: Moments(int(found[f"{name}.count"]), found[f"{name}.mean"], found[f"{name}.scatter"]) for name in widths}
+    return {
+        name: Moments(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.scatter"]) for name in widths
+    }

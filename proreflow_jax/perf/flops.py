@@ -30,10 +30,10 @@ def total(counted: Counter[str]) -> float:
 
 
 def _of(jaxpr: Any) -> Counter[str]:
-    found: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
     for equation in jaxpr.eqns:
-        found.update(_equation(equation))
-    return found
+        sums.update(_equation(equation))
+    return sums
 
 
 def _equation(equation: Any) -> Counter[str]:

@@ -94,8 +94,8 @@ def parse(text: str) -> tuple[dict[str, list[Op]], str]:
         if head := _HEAD.match(line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif current is not None and (found := _LINE.match(line)):
-            current.append(_op(*found.groups()))
+        elif current is not None and (match := _LINE.match(line)):
+            current.append(_op(*match.groups()))
     if not entry:
         raise UserError("the text has no ENTRY")
     if not any(op.cycles for lines in computations.values() for op in lines):
@@ -139,7 +139,7 @@ def cost(text: str, chip: Chip) -> Cost:
     """Walks the entry and what it calls; see the top of the file."""
     computations, entry = parse(text)
     cycles, kernels, unknown = Counter(), Counter(), Counter()
-    tally, seen = Counter(), set()
+    tally, channels = Counter(), set()
 
     def walk(name: str, times: float) -> None:
         types = {op.name: op.type for op in computations[name]}
@@ -159,8 +159,8 @@ def cost(text: str, chip: Chip) -> Cost:
         sends = [part for part in inside if _TRANSFER.match(part.kind)]
         kind = _class(op, inside)
         for part in sends:
-            tally["bytes"] += 0 if part.channel in seen else times * _sent(part)
-            seen.add(part.channel)
+            tally["bytes"] += 0 if part.channel in channels else times * _sent(part)
+            channels.add(part.channel)
         if op.cycles is not None:
             cycles[kind] += times * op.cycles
         elif op.kind == "custom-call":
@@ -251,8 +251,8 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     products = next((count for part, count in _PRODUCTS.items() if f"_{part}" in op.name), None)
     if products is None:
         return None
-    made = [shape for _, shape in hlo_shapes(op.type) if len(shape) >= len(q)]
-    products += "_dkv" in op.name and len(made) == 3  # the gradient of q too, from the same scores
+    outputs = [shape for _, shape in hlo_shapes(op.type) if len(shape) >= len(q)]
+    products += "_dkv" in op.name and len(outputs) == 3  # the gradient of q too, from the same scores
     filled = -(-q[-1] // chip.lanes) * chip.lanes
     flops = 2 * products * math.prod(q[:-1]) * k[-2] * filled
     return flops / chip.peak * chip.clock

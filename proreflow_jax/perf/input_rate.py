@@ -39,18 +39,18 @@ def rate(experiment: Experiment, stage: Stage, job: str, steps: int) -> dict[str
     """
     steps = max(steps, LEAST)
     with ExitStack() as stack:
-        made = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         stored = job == "train" and experiment.config.pairs.mode == "stored"
-        source, what = _records(experiment, stage, Path(made)) if stored else _captions(experiment)
+        source, what = _records(experiment, stage, Path(folder)) if stored else _captions(experiment)
         rows = experiment.config.train.batch if job == "train" else experiment.config.pairs.batch
         open_ = train.batches_from(experiment, source, 0) if stored else _prompts(_tokenizing(experiment), source, rows)
-        found = loader.rows_per_second(_arrived(stack.enter_context(open_)), steps, rows)
-    return {"input": what, "rows": steps * rows, "rows_per_second": found}
+        per_second = loader.rows_per_second(_arrived(stack.enter_context(open_)), steps, rows)
+    return {"input": what, "rows": steps * rows, "rows_per_second": per_second}
 
 
-def against(found: Mapping[str, Any], wanted: float) -> dict[str, Any]:
+def against(reads: Mapping[str, Any], needed: float) -> dict[str, Any]:
     """The same beside the images a second that a step, or the user, asks for."""
-    return {**found, "wanted_per_second": wanted, "ratio": found["rows_per_second"] / wanted}
+    return {**reads, "wanted_per_second": needed, "ratio": reads["rows_per_second"] / needed}
 
 
 def _arrived(batches: Iterator[tuple[int, Any]]) -> Iterator[Any]:

@@ -56,8 +56,8 @@ def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) 
     cannot.
     """
     plain = plain or experiment
-    made = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
-    return made if experiment.config.pairs.mode == "online" else {"pairs": pairs_job(experiment, stage, plain), **made}
+    by_name = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
+    return by_name if experiment.config.pairs.mode == "online" else {"pairs": pairs_job(experiment, stage, plain), **by_name}
 
 
 def choose_jobs(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
@@ -99,18 +99,23 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config, online = experiment.config, experiment.config.pairs.mode == "online"
     b = config.train.batch
     frozen = frozen_shapes(experiment, stage, online, online and encodes(config))
-    held = stacked_state.held_frozen_shapes(experiment, frozen)
+    stacked = stacked_state.held_frozen_shapes(experiment, frozen)
     batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
     key = _key(experiment, partial(run_key, config, 0, 0))
-    arguments, rest = (stacked_state.held_shapes(experiment), held, batch, key), (state_target(experiment), frozen, batch, key)
-    hold = lambda made: (stacked_state.hold(experiment, made[0]), stacked_state.hold_frozen(experiment, made[1]), *made[2:])
+    arguments = stacked_state.held_shapes(experiment), stacked, batch, key
+    rest = state_target(experiment), frozen, batch, key
+
+    def hold(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        state, networks, *others = arrays
+        return stacked_state.hold(experiment, state), stacked_state.hold_frozen(experiment, networks), *others
+
     at_once = b // mesh.ways(experiment.mesh) // config.train.accumulation
     draw, loss = train.step_parts(plain, stage)
 
     def useful() -> float:
-        drawn = jax.eval_shape(draw, frozen, batch, key)
+        examples = jax.eval_shape(draw, frozen, batch, key)
         backward = 1 if config.student.lora.rank else 2  # no gradients of the weights beside the factors
-        student = trained_shapes(experiment), frozen.base, drawn
+        student = trained_shapes(experiment), frozen.base, examples
         return _counted(draw, (frozen, batch, key)) + (1 + backward) * _counted(loss, student)
 
     return Job(
@@ -118,7 +123,7 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
         windows=stage.windows,
         jitted=train.jit_step(experiment, stage),
         arguments=arguments,
-        classes={STATE: arguments[0], **resident.frozen_classes(held), BATCH: (batch, key)},
+        classes={STATE: arguments[0], **resident.frozen_classes(stacked), BATCH: (batch, key)},
         images=b,
         at_once=at_once,
         calls=config.train.steps,
@@ -133,8 +138,8 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """evaluate: one batch of pictures by the stage's student, in as many steps as windows, by the guidance of the protocol."""
     e, base, machine = experiment.config.evaluate, experiment.base, experiment.mesh
     b = -(-e.batch // mesh.ways(experiment.mesh)) * mesh.ways(experiment.mesh)
-    named = protocols.PROTOCOLS.get(e.protocol)
-    guidance = float(e.guidance or (named.guidance if named else WITHOUT_PROTOCOL))
+    protocol = protocols.PROTOCOLS.get(e.protocol)
+    guidance = float(e.guidance or (protocol.guidance if protocol else WITHOUT_PROTOCOL))
     options = student_flow(experiment.config, stage), stage.windows, guidance
     frozen = frozen_shapes(experiment, stage, True, True)
     split = partial(_shape, mesh.batch_sharding(machine))
@@ -182,9 +187,9 @@ def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStr
     elif config.pairs.start == "data":
         rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in cached.LATENTS}
     if config.data.kind == kinds.CACHED and config.cache.text:
-        told = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
-        kept = {name: value for name, value in zip(cached.TEXTS, told, strict=False) if value is not None}
-        rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in kept.items()}
+        states = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
+        texts = {name: value for name, value in zip(cached.TEXTS, states, strict=False) if value is not None}
+        rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in texts.items()}
     return rows
 
 
@@ -229,5 +234,5 @@ def _everywhere(experiment: Experiment, tree: Mapping[str, Any]) -> Any:
 
 
 def _key(experiment: Experiment, draw: Callable[[], jax.Array]) -> jax.ShapeDtypeStruct:
-    made = jax.eval_shape(draw)
-    return _shape(mesh.replicated(experiment.mesh), made.shape, made.dtype)
+    key = jax.eval_shape(draw)
+    return _shape(mesh.replicated(experiment.mesh), key.shape, key.dtype)

@@ -20,14 +20,14 @@ def batch_ways(config: ConfigDict, chips: int) -> int:
     return chips // m.tensor if -1 in (m.data, m.fsdp) else m.slices * m.data * m.fsdp
 
 
-def smaller(config: ConfigDict, job: str, chips: int, found: Mapping[str, Any]) -> Iterator[Change]:
+def smaller(config: ConfigDict, job: str, chips: int, result: Mapping[str, Any]) -> Iterator[Change]:
     """Changes that take less memory than `found`, the estimate of a job that does not fit; the cheapest first.
 
     Fewer images at once (more accumulation, smaller batches of pairs or pictures) cost next to nothing; then the state is split
     over all chips; then both; then activations are computed again, where the config has such a field; last the average goes.
     """
     fewer = list(_fewer(config, job, batch_ways(config, chips)))
-    yield from _worth(fewer, found)
+    yield from _worth(fewer, result)
     if job != "train":
         return
     split = {} if config.mesh.fsdp == -1 and config.mesh.data == 1 else {"mesh.data": 1, "mesh.fsdp": -1}
@@ -64,9 +64,9 @@ def _fewer(config: ConfigDict, job: str, split: int) -> Iterator[tuple[Change, f
             yield {"train.accumulation": count}, now / count
 
 
-def _worth(fewer: list[tuple[Change, float]], found: Mapping[str, Any]) -> list[Change]:
+def _worth(fewer: list[tuple[Change, float]], result: Mapping[str, Any]) -> list[Change]:
     """Those after which the temporaries, taken in proportion, have room; the last one if none has."""
-    memory = found["memory"]
+    memory = result["memory"]
     fixed, moving = memory["total"] - memory["temporaries"], memory["temporaries"]
     fits = [change for change, share in fewer if fixed + moving * share <= ROOM * memory["available"]]
     return fits or [change for change, _ in fewer[-1:]]
@@ -85,9 +85,9 @@ def at_once(config: ConfigDict, job: str, chips: int, images: int) -> Change:
     return {"train.batch": total, "train.accumulation": 1}
 
 
-def outlook(found: Mapping[str, Any]) -> int:
+def outlook(result: Mapping[str, Any]) -> int:
     """The power of two times the images at once that would fill the chip if temporaries grew with them; at least 1 image."""
-    memory, images = found["memory"], found["at_once"]
+    memory, images = result["memory"], result["at_once"]
     fixed = memory["total"] - memory["temporaries"]
     room = max(memory["available"] * ROOM - fixed, 0.0) / max(memory["temporaries"], 1)
     factor = 1.0

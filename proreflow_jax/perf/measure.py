@@ -57,7 +57,7 @@ def time_job(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[
     memory = device_memory(program, device)
     del call
     median = float(np.median(alone))
-    found = {
+    result = {
         "stage": job.windows,
         "job": job.name,
         "images": job.images,
@@ -72,7 +72,7 @@ def time_job(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[
         "host_seconds": run_spread(host),
         "host_seconds_of_arguments": run_spread(host_times(job)),
     }
-    return found | work(job.useful(), median, experiment.mesh.size, chips.chip_of(device.device_kind))
+    return result | work(job.useful(), median, experiment.mesh.size, chips.chip_of(device.device_kind))
 
 
 def each_alone(call: Callable[[], Any], steps: int) -> list[float]:
@@ -107,9 +107,9 @@ def host_times(job: Job) -> list[float]:
     def nothing(*arrays: Any) -> Any:
         return (jax.lax.optimization_barrier(arrays[0]), jnp.zeros(())) if passes else jnp.zeros(())
 
-    made = (places[0], None) if passes else None
+    out_places = (places[0], None) if passes else None
     options = {"donate_argnums": 0} if passes else {}
-    jitted = jax.jit(nothing, in_shardings=places, out_shardings=made, keep_unused=True, **options)
+    jitted = jax.jit(nothing, in_shardings=places, out_shardings=out_places, keep_unused=True, **options)
     call, times = Caller(jitted, job, arguments), []
     for _ in range(HOST_WARMUP + HOST_CALLS):
         start = perf_counter()
@@ -129,11 +129,11 @@ def device_memory(program: Any, device: jax.Device) -> dict[str, int | None]:
     """Bytes of one device: the compiler's account of this job; the allocator's highest since the process began, where it keeps
     one; and the highest of the process on the host.
     """
-    found, stats = tpu_compile.memory_of(program), device.memory_stats() or {}
+    compiled, stats = tpu_compile.memory_of(program), device.memory_stats() or {}
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "compiled": found.total,
-        "temporaries": found.temporaries,
+        "compiled": compiled.total,
+        "temporaries": compiled.temporaries,
         "peak": stats.get("peak_bytes_in_use"),
         "process_peak": highest * (1 if sys.platform == "darwin" else 1024),
     }
