@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 from PIL import Image
 
 from proreflow_jax import MissingFile, UserError
@@ -135,7 +135,7 @@ def read_tokenizer(folder: Path) -> tokenizer.PromptTokenizer:
 
 @contextmanager
 def _of_clip() -> Iterator[None]:
-    """What the readers of models say, with the flag and the command that belong to this network."""
+    """Puts this network's flag and command into errors of the readers of models."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
@@ -150,7 +150,7 @@ def _alike(first: tuple[dict, dict], second: tuple[dict, dict]) -> bool:
     return all(one.get(field) == other.get(field) for one, other in zip(first, second, strict=True) for field in fields)
 
 
-def prepare_clip(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
+def prepare_clip(images: Iterable[Shaped[np.ndarray, "..."]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
     """Images for the image tower, float32, on the host; bit for bit what transformers' CLIPImageProcessor makes by Pillow.
 
     The shorter side is resized to `size` by Pillow's bicubic filter on uint8 (antialiased and rounded; the longer side is
@@ -162,7 +162,7 @@ def prepare_clip(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) 
     return np.stack([_normalised(_cropped(image, size)) for image in images])
 
 
-def _cropped(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+def _cropped(image: Shaped[np.ndarray, "..."], size: int) -> UInt8[np.ndarray, "size size 3"]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"CLIP score takes images (h, w, 3) of uint8, not {image.shape} of {image.dtype}")
     h, w = image.shape[:2]

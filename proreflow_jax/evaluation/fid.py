@@ -1,8 +1,8 @@
 """FID: images -> features on the mesh -> moments on the host -> one distance.
 
-Whatever else is measured of the same images goes along: features come by name, and the moments of all of them lie in one file,
-named by a hash of all they depend on. So a measurement that was stopped goes on, and no number is taken for another's.
-Nothing is downloaded here.
+Features have names, so the CLIP score of the same images is measured in the same pass. The moments of all features lie in one
+file, named by a hash of everything they depend on: a stopped measurement resumes, and no two measurements share a file. Nothing
+is downloaded here.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, Shaped, UInt8
 from PIL import Image
 
 from proreflow_jax import UserError
@@ -24,16 +24,15 @@ from proreflow_jax.evaluation import moments
 from proreflow_jax.evaluation.frechet import frechet_distance
 from proreflow_jax.evaluation.moments import Moments
 from proreflow_jax.evaluation.protocols import Protocol
-from proreflow_jax.models.network import Params
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 DIGEST = 16  # hex digits of a hash in a file's name
 BATCH = "--config.evaluate.batch"
-REAL = "real"  # which rows of a batch are no filling
+REAL = "real"  # mask of the rows that are not padding
 Rows = dict[str, Shaped[np.ndarray, "n ..."]]  # what the feature networks are given, by name
-Features = dict[str, Float[np.ndarray, "n d"]]  # of the same images, by name
+Features = dict[str, Float[np.ndarray, "_ _"]]  # by name: a row of an image, each name with a width of its own
 
 
 def prepare_images(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UInt8[np.ndarray, "h2 w2 3"]:
@@ -49,7 +48,7 @@ def prepare_images(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UIn
     return np.asarray(Image.fromarray(image).resize((protocol.size, protocol.size), kind))
 
 
-def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Params, mesh: Mesh, batch: int) -> Callable:
+def make_features(apply: Callable[[PyTree, Rows], dict[str, Array]], params: PyTree, mesh: Mesh, batch: int) -> Callable:
     """A function from this process's batches of rows to the features of all processes, in order, on every host.
 
     Args:
@@ -72,11 +71,11 @@ def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Par
     return lambda batches: map(_real_rows, ahead(start, batches))
 
 
-def _features(apply: Callable, params: Params, rows: dict[str, Array]) -> tuple[dict[str, Array], Bool[Array, " b"]]:
+def _features(apply: Callable, params: PyTree, rows: dict[str, Array]) -> tuple[dict[str, Array], Bool[Array, " b"]]:
     return apply(params, {name: array for name, array in rows.items() if name != REAL}), rows[REAL]
 
 
-def _filled(rows: Rows, batch: int) -> Rows:
+def _filled(rows: Rows, batch: int) -> dict[str, Shaped[np.ndarray, "filled ..."]]:
     count = len(next(iter(rows.values())))
     if count > batch:
         raise UserError(f"a batch of {count} images is larger than {batch}: raise {BATCH}")

@@ -78,7 +78,7 @@ def lines(
     x_label: str,
     y_label: str,
     title: str = "",
-    x_ticks: Mapping[float, str] | None = None,
+    x_ticks: Mapping[float, str] | Mapping[int, str] | None = None,
 ) -> "Figure":
     """Writes one chart of all series with error bars and a legend beside it; returns the figure.
 

@@ -1,6 +1,6 @@
-"""The networks that judge images, read once and put on the mesh: FID's Inception, and CLIP's towers where they are named.
+"""The networks that judge images, on every device: FID's Inception and, if the config names one, CLIP.
 
-Both see an image in one pass. Real images are judged by Inception alone, for they have no prompts here.
+Both judge a batch in one call. Real images have no prompts here, so only Inception judges them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from jaxtyping import Array, UInt8
 from proreflow_jax import UserError
 from proreflow_jax.evaluation import clip_score, fid
 from proreflow_jax.evaluation.protocols import Protocol
-from proreflow_jax.models import inception, network
+from proreflow_jax.models import inception
 from proreflow_jax.models.inception import MEND, NAME, UNUSED, make_inception
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.pretrained import weights
@@ -23,11 +23,12 @@ from proreflow_jax.pretrained.weights import Shapes
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.runtime.digest import digest, fold
 
+HostParams = dict[str, np.ndarray]  # {our name: array}, not on a device
 FID, CLIP = "inception", "clip"  # names of the features
 
 
 class Judge(NamedTuple):
-    """What judges batches of images.
+    """The networks that judge batches of images.
 
     features: batches of rows -> features, as of `fid.make_features`.
     rows: (images, prompts) -> rows with both networks' features; (images,) -> with FID's alone. Images are uint8, prepared
@@ -44,7 +45,7 @@ class Judge(NamedTuple):
     clip: str
 
 
-def feature_network(path: Path, resize: str) -> tuple[Network, Params]:
+def feature_network(path: Path, resize: str) -> tuple[Network, HostParams]:
     """FID's network and its weights. Raises ValueError, one line, for a file that is not it."""
     return inception.make_inception(resize), read_inception(path)
 
@@ -93,7 +94,7 @@ def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, ba
     return Judge(features, rows, widths, digests, loaded.name if loaded else "")
 
 
-def read_inception(path: Path) -> network.Params:
+def read_inception(path: Path) -> HostParams:
     """The network's parameters from a .safetensors file of the published weights, float32 on the host.
 
     Raises ValueError, one line, when the file is unreadable or names, shapes or numbers do not fit.

@@ -1,7 +1,7 @@
-"""Mean and covariance of features that arrive in batches, in float64 on the host: mergeable, and kept in a file between runs.
+"""Mean and covariance of features that arrive in batches, in float64 on the host; mergeable, and saved in a file.
 
-What is kept is the sum of outer products of deviations from the mean, not of the features themselves: those lose their digits
-where the mean is large against the spread (Chan, Golub and LeVeque 1983, eq. 2.1).
+The scatter is the sum of outer products of deviations from the mean. Sums of the features' own products would lose digits if
+the mean is large against the spread (Chan, Golub and LeVeque 1983, eq. 2.1).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from proreflow_jax.storage.atomic import drafted
 
 
 class Moments(NamedTuple):
-    """Of `count` feature vectors: their mean, and the sum of outer products of what they deviate from it, float64."""
+    """Count, mean and scatter of feature vectors, float64; scatter is the sum of outer products of deviations from the mean."""
 
     count: int
     mean: Float[np.ndarray, " d"]
@@ -26,12 +26,12 @@ class Moments(NamedTuple):
 
 
 def empty(width: int) -> Moments:
-    """Of no vectors yet."""
+    """Moments of no vectors."""
     return Moments(0, np.zeros(width), np.zeros((width, width)))
 
 
 def moments_of(features: Float[np.ndarray, "n d"]) -> Moments:
-    """Of one batch, of no rows too."""
+    """Moments of one batch, which may be empty."""
     rows = np.asarray(features, np.float64)
     if not len(rows):
         return empty(rows.shape[1])
@@ -40,7 +40,7 @@ def moments_of(features: Float[np.ndarray, "n d"]) -> Moments:
 
 
 def merge_moments(first: Moments, second: Moments) -> Moments:
-    """Of both sets together; shards of a set may be merged in any order."""
+    """Moments of both sets together; the order of merging does not matter."""
     count = first.count + second.count
     if count == 0:
         return first
@@ -64,7 +64,7 @@ def save_moments(path: Path, parts: Mapping[str, Moments]) -> None:
 
 
 def load_moments(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
-    """What `save_moments` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
+    """Reads a file of `save_moments`, with features of these widths. Raises ValueError, one line, for any other file."""
     try:
         tensors = dict(weights.Tensors([paths.local_copy(path)]))
     except ValueError:

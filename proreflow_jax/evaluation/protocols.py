@@ -103,7 +103,7 @@ PROTOCOLS = {
 
 
 class Conditions(NamedTuple):
-    """Under which numbers were measured; a protocol names the same."""
+    """Conditions of a measurement, to be compared with the protocol's."""
 
     steps: int
     seeds: tuple[int, ...]
@@ -129,7 +129,7 @@ def mean_and_spread(values: Mapping[int, float]) -> tuple[float, float | None]:
 
 
 def departures(protocol: Protocol, under: Conditions) -> list[str]:
-    """What was done otherwise than the protocol says, in words; [] where it was kept."""
+    """Each departure from the protocol in words; [] if there is none."""
     values = {
         "images": (f"{under.count:,}", f"{protocol.count:,}"),
         "real images": (f"{under.real:,}", f"{protocol.real:,}"),
