@@ -1,9 +1,9 @@
-"""What a config's jobs take on the machine at hand: the very functions that `plan` compiles, run and timed here.
+"""Times a config's jobs on the machine at hand: the same functions that `plan` compiles.
 
     python -m proreflow_jax.bench --config=configs/sd15.py --stage=8 --json=bench.json
 
-Needs of the base model only its config.json files: weights and data are made up, in their true shapes and places.
---input also times reading; --against=diffusers times the UNet's forward beside torch's instead of the jobs.
+Of the base model only the config.json files are needed: weights and data are random, with the true shapes and shardings.
+--input also times reading; --against=diffusers times the UNet's forward against torch's instead of the jobs.
 """
 
 import os
@@ -25,6 +25,7 @@ RIVALS = ("diffusers",)
 
 def bench(
     config: ConfigDict,
+    *,
     stage: int,
     jobs: str,
     steps: int,
@@ -35,7 +36,7 @@ def bench(
     against: str,
     rows: int,
 ) -> None:
-    """The verb: prints what it measures as it comes; raises ValueError, one line, for flags that make no sense."""
+    """The verb: prints each result as soon as it is measured. Raises ValueError for flags that do not fit together."""
     _check(steps, warmup, rows, rate, input, json)
     if against:
         cli.choose(against, RIVALS, "--against")
@@ -54,7 +55,7 @@ def bench(
 def _jobs(
     config: ConfigDict, chosen: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
 ) -> list[dict[str, Any]]:
-    """Every job's numbers; with a wanted rate only those of its input."""
+    """The numbers of every job; with --rate only those of its input."""
     experiment, plain = outlines(config, jax.devices())
     results = []
     for windows, name in chosen:

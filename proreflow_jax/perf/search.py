@@ -14,7 +14,7 @@ TRIES, SEARCHED = 2, 8  # changes that are compiled, without and with --search
 LARGEST = 4096  # images at once on a chip
 
 
-def mend(config: ConfigDict, place: Target, result: dict[str, Any], tries: int) -> dict[str, Any] | None:
+def find_change(config: ConfigDict, place: Target, result: dict[str, Any], tries: int) -> dict[str, Any] | None:
     """The first change after which the job fits, compiled; None if no change that was tried does."""
     changes = make_it_fit.smaller(config, result["job"], place.count, result)
     for change, _ in zip(changes, range(tries), strict=False):
@@ -25,7 +25,7 @@ def mend(config: ConfigDict, place: Target, result: dict[str, Any], tries: int) 
     return None
 
 
-def largest(config: ConfigDict, place: Target, result: dict[str, Any]) -> dict[str, Any] | None:
+def find_largest(config: ConfigDict, place: Target, result: dict[str, Any]) -> dict[str, Any] | None:
     """The numbers at the largest power of two times the images at once that fits; None if not even one image does."""
     best, images, rising = None, make_it_fit.outlook(result), True
     for _ in range(SEARCHED):
