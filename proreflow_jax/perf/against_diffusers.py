@@ -1,8 +1,8 @@
-"""The UNet's forward beside torch's diffusers on the machine at hand: one architecture, the same weights and inputs, in turns.
+"""The UNet's forward against diffusers' on the machine at hand: the same architecture, weights and inputs, in turns.
 
-Both are timed in one process, ours, theirs, ours, theirs: what disturbs the machine disturbs both, and each turn has its ratio.
-Ours runs on one device, a CPU with all its cores, as theirs does. Needs torch and diffusers (the extra `export-check`); nothing
-else in the package imports this file.
+Both are timed in one process: ours, theirs, ours, theirs. A disturbance of the machine then disturbs both, and each turn has a
+ratio. Both run on one device, a CPU with all its cores. Needs torch and diffusers (the extra `export-check`); only `bench`
+imports this file, and only for --against.
 """
 
 import os
@@ -36,7 +36,7 @@ Inputs = dict[str, np.ndarray]  # latents (b,h,w,c), timesteps (b,), states (b,s
 
 
 def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
-    """Seconds of both, the ratio ours / theirs of each turn, and how far the results lie apart.
+    """Seconds of both, the ratio ours / theirs of each turn, and the largest difference of the results.
 
     Args:
       rows: images at once.
@@ -82,7 +82,7 @@ def _placed(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _inputs(experiment: Experiment, rows: int) -> Inputs:
-    """Noise, a time, and states of the width that the UNet asks for, alike on both sides."""
+    """Noise, a time and text states, the same for both."""
     draws, config = np.random.default_rng(0), experiment.networks.unet.config
     normal = lambda *shape: draws.standard_normal((rows, *shape), np.float32)
     encoders = [experiment.base.networks[name] for name in experiment.base.text]

@@ -1,4 +1,4 @@
-"""The words in which `bench` says its numbers."""
+"""The report that `bench` prints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ def bench_header(config: str, machine: Numbers) -> str:
     """The first line."""
     devices = f"{machine['devices']} x {machine['kind']}"
     where = f"{devices}, {machine['cores']} cores, jax {machine['jax']}"
-    return f"{config} on {where}. Weights and data are made up; times are measured."
+    return f"{config} on {where}. Weights and data are random; times are measured."
 
 
 def bench_job(result: Numbers) -> str:
@@ -53,7 +53,7 @@ def _memory(memory: Numbers) -> str:
 
 
 def fed(result: Numbers) -> str:
-    """What a job's input gives, in one line."""
+    """The rate of a job's input, in one line."""
     said = "keeps up" if result["ratio"] >= 1 else "STARVES THE STEP"
     rates = f"{result['rows_per_second']:.4g} rows/s against {result['wanted_per_second']:.4g} images/s"
     return f"  input    {result['input']}: {rates}, {result['ratio']:.3g} times: {said}"

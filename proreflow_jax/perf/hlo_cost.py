@@ -1,10 +1,10 @@
-"""What XLA's TPU compiler expects a program to cost, read from its text: cycles by kind of work, kernels, communication.
+"""The cost of a program by the TPU compiler's text: cycles by kind of work, kernels, communication. See `program_text`.
 
-The compiler writes "estimated_cycles" beside every operation that it schedules. Operations inside a fusion are part of it; the
-body of a loop is written once and runs as often as its condition says. Kernels written in Pallas have no estimate: those of
-splash attention are given their floor (matrix products at the chip's peak, a head's width filled up to the matrix unit), every
-other one is listed by name. Neither have transfers between chips: their bytes are counted, they mostly hide behind the work.
-What only moves data inside a chip and has no estimate takes the time that reading and writing it takes.
+The compiler writes "estimated_cycles" beside every operation that it schedules. Operations inside a fusion belong to it. A
+loop's body is written once and counts as often as the loop's condition says. Pallas kernels have no estimate: splash attention
+counts as its floor (matrix products at peak, a head's width filled up to the matrix unit), others are listed by name.
+Transfers between chips have no estimate either: their bytes are counted, and most of their time hides behind the work. Other
+data movement without an estimate counts as the time of reading and writing the data.
 """
 
 import math
@@ -22,8 +22,8 @@ MATRIX = (
     "linears",
     "attention",
     "kernels",
-)  # the compiler is right about these, and 2.2 times too slow in others
-PESSIMISM = 2.2
+)  # the compiler's estimates of these are right
+PESSIMISM = 2.2  # by which its estimates of all other kinds are too slow
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -57,7 +57,7 @@ _BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends insid
 
 
 class Op(NamedTuple):
-    """One line of a computation."""
+    """One operation, a line of a computation."""
 
     name: str
     kind: str
@@ -71,16 +71,16 @@ class Op(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one call of a program costs a chip; numbers are floats since loops multiply them."""
+    """The cost of one call of a program on one chip; numbers are floats since loops multiply them."""
 
     cycles: dict[str, float]  # by kind, splash attention among "kernels"
     kernels: dict[str, float]  # calls of kernels that have a floor, by name
-    unknown: dict[str, float]  # calls of what nobody has estimated, by name
+    unknown: dict[str, float]  # calls of operations without an estimate, by name
     communication: float  # bytes that a chip sends
     unread_loops: int  # loops whose length was not found: counted once
 
     def seconds(self, chip: Chip) -> tuple[float, float]:
-        """(as the compiler says, with all that is no matrix product by PESSIMISM faster)."""
+        """(the compiler's estimate, the same with all kinds but MATRIX faster by PESSIMISM)."""
         matrix = sum(value for kind, value in self.cycles.items() if kind in MATRIX)
         rest = sum(self.cycles.values()) - matrix
         return (matrix + rest) / chip.clock, (matrix + rest / PESSIMISM) / chip.clock
@@ -136,7 +136,7 @@ def _bytes(type_: str) -> int:
 
 
 def cost(text: str, chip: Chip) -> Cost:
-    """Walks the entry and what it calls; see the top of the file."""
+    """The cost of the entry and all computations that it calls; see the top of the file."""
     computations, entry = parse(text)
     cycles, kernels, unknown = Counter(), Counter(), Counter()
     tally, channels = Counter(), set()
@@ -181,13 +181,13 @@ def cost(text: str, chip: Chip) -> Cost:
 
 
 def _branches(op: Op, computations: dict[str, list[Op]]) -> tuple[str, ...]:
-    """What an operation runs: of a choice the branch with the most operations, once."""
+    """Computations that an operation runs; of a conditional only the branch with the most operations."""
     names = tuple(name for key, value in op.called.items() for name in value)
     return names if op.kind != "conditional" else (max(names, key=lambda name: len(computations[name])),)
 
 
 def _trips(condition: list[Op]) -> int | None:
-    """How often a loop runs that counts from 0: the one number that its condition compares with."""
+    """How often a loop runs that counts from 0: the only number in its condition; None if there are several."""
     numbers = [op.operands[0] for op in condition if op.kind == "constant" and op.type.startswith(("s32[]", "u32[]"))]
     return int(numbers[0]) if len(numbers) == 1 else None
 
@@ -225,7 +225,7 @@ def _moved(op: Op, types: dict[str, str]) -> int:
 
 
 def _sent(op: Op) -> int:
-    """Bytes of what a transfer makes: gathered arrays, sums, a permuted block. One that only starts names its inputs too."""
+    """Bytes of a transfer's result: gathered arrays, sums, a permuted block. The type of a start holds its inputs too."""
     sizes = sorted((_bytes(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in hlo_shapes(op.type)), reverse=True)
     if op.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
         return sum(sizes[: max(1, len(sizes) // 2)]) if op.kind == "all-gather-start" else sizes[0]

@@ -1,6 +1,6 @@
-"""The jobs of a config as what is compiled: the very functions that the verbs jit, with shapes in place of arrays.
+"""The jobs of a config as compiled functions: the same functions that the verbs jit, with shapes in place of arrays.
 
-`plan` compiles them for slices that are not here, `bench` runs them on the machine at hand.
+`plan` compiles them for TPU slices, `bench` runs them on the machine at hand.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,20 +40,19 @@ class Job(NamedTuple):
     jitted: Any
     arguments: tuple[Any, ...]  # shapes with shardings, in the function's order
     classes: resident.Classes  # of the arguments
-    images: int  # that one call works on, over all devices
-    at_once: int  # images whose activations lie on one device together
-    calls: int  # in a whole stage; 0: as often as somebody wants pictures
-    useful: Callable[[], float]  # FLOPs of one call, over all devices: what the method needs, nothing computed twice
-    beside: resident.Classes  # arrays that live on the devices meanwhile and are no arguments
-    rest: tuple[Any, ...] = ()  # of a job that holds its arguments in stacks: shapes of them by torch names
-    hold: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda rest: rest  # arrays by torch names -> arrays as it takes them
+    images: int  # of one call, over all devices
+    at_once: int  # images on one device at the same time
+    calls: int  # of a whole stage; 0: not part of a stage
+    useful: Callable[[], float]  # FLOPs that one call needs, over all devices; recomputation does not count
+    beside: resident.Classes  # other arrays that are alive on the devices
+    rest: tuple[Any, ...] = ()  # shapes of the arguments by torch names, if the job takes stacks
+    hold: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda rest: rest  # arrays by torch names -> arguments
 
 
 def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) -> dict[str, Job]:
-    """The jobs of a stage by name; no pairs where the train step makes its own.
+    """The jobs of a stage by name; no pairs in the online mode.
 
-    `plain` is the same experiment with networks of which every product can be counted, where `experiment` has kernels that
-    cannot.
+    `plain` is the same experiment with networks whose FLOPs can be counted; those of kernels can't.
     """
     plain = plain or experiment
     by_name = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
@@ -135,7 +134,7 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
 
 
 def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
-    """evaluate: one batch of pictures by the stage's student, in as many steps as windows, by the guidance of the protocol."""
+    """evaluate: one batch of pictures by the stage's student, in as many steps as windows, with the protocol's guidance."""
     e, base, machine = experiment.config.evaluate, experiment.base, experiment.mesh
     b = -(-e.batch // mesh.ways(experiment.mesh)) * mesh.ways(experiment.mesh)
     protocol = protocols.PROTOCOLS.get(e.protocol)
@@ -178,7 +177,7 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
 
 
 def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of numbered prompts (and images, or a cache by the block `cache`), as `pairs.read_rows` makes it."""
+    """Shapes of a batch of numbered prompts (and images, or cached latents and texts), as of `pairs.read_rows`."""
     config, base = experiment.config, experiment.base
     split = partial(_shape, mesh.batch_sharding(experiment.mesh))
     rows = {"index": split((b,), np.int32), "ids": split((b, experiment.base.tokenizer.length), np.int32)}
@@ -194,7 +193,7 @@ def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStr
 
 
 def record_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of pair records, as `data.records` keeps them."""
+    """Shapes of a batch of pair records, as of `data.records`."""
     config, split = experiment.config, partial(_shape, mesh.batch_sharding(experiment.mesh))
     b, bounds = config.train.batch, record_bounds(config, stage)
     return {
@@ -210,7 +209,7 @@ def record_bounds(config: Any, stage: Stage) -> int:
 
 
 def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
-    """Bytes that a stage leaves on the disk: its pairs and the checkpoints that it keeps."""
+    """Bytes of a stage on the disk: pairs and checkpoints."""
     config = experiment.config
     record = {name: shape.shape[1:] for name, shape in record_shapes(experiment, stage).items()}
     width = {"states": jnp.dtype(config.pairs.storage).itemsize, "first": 4, "ids": 4}

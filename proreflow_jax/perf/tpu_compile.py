@@ -1,4 +1,4 @@
-"""Programs compiled for TPU slices that are not here: XLA's real TPU compiler comes with libtpu and needs no chip."""
+"""Programs compiled for TPU slices without a TPU: libtpu contains XLA's TPU compiler."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from proreflow_jax import UserError
 from proreflow_jax.perf import chips, hlo_cost, program_text
 
 LIBTPU = program_text.LIBTPU
-ENVIRONMENT = {  # libtpu asks nobody which machine this is, says nothing, and lets another process compile too
+ENVIRONMENT = {  # libtpu does not query the machine, logs nothing, and allows several processes
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -33,7 +33,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Memory(NamedTuple):
-    """Bytes of one chip, by the compiler's account; 0 for what it did not get to say of a program that is too large."""
+    """Bytes of one chip by the compiler's account; of a program that is too large only the temporaries are known."""
 
     arguments: int  # as they lie on the chip, filled up to its tiles
     temporaries: int
@@ -57,7 +57,7 @@ class Compiled(NamedTuple):
 
 
 def prepare_compiler() -> None:
-    """Keeps jax from looking for a TPU here, before it looks for any device. Raises ValueError if there is no TPU compiler."""
+    """Keeps jax from looking for a TPU; to be called before any use of devices. Raises ValueError if libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"the TPU compiler is not installed: pip install {LIBTPU} (the extra `plan`)")
     for name, value in ENVIRONMENT.items():
@@ -66,7 +66,7 @@ def prepare_compiler() -> None:
 
 
 def devices(name: str, slices: int = 1) -> Sequence[Any]:
-    """The devices of so many slices such as "v5e:4x4", for a mesh. Raises ValueError for a slice that is not known."""
+    """The devices of `slices` slices such as "v5e:4x4", for a mesh. Raises ValueError if the slice is not known."""
     chips.slice_chip(name)
     several = {"num_slices": slices} if slices > 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
@@ -78,7 +78,7 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
     Args:
       jitted: of `jax.jit`.
       arguments: trees of `jax.ShapeDtypeStruct` with shardings.
-      chip: what the devices are.
+      chip: of the devices.
 
     A program that is too large raises nothing; `memory.temporaries` is then the size that the compiler asked for. A program
     whose text can't be read raises nothing either: its memory is known, its cost is not.
@@ -119,7 +119,7 @@ def memory_of(program: Any) -> Memory:
 
 
 def too_large(message: str) -> int | None:
-    """Bytes that a program would need, from the compiler's message that they are too many; None for any other message."""
+    """Bytes that a program needs, from the compiler's message that it is too large; None for any other message."""
     for pattern in _TOO_LARGE:
         if match := pattern.search(message):
             return int(float(match[1]) * _UNITS[match[2]])
