@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from proreflow_jax import UserError
 from proreflow_jax.pretrained import weights
@@ -30,7 +30,7 @@ def empty(width: int) -> Moments:
     return Moments(0, np.zeros(width), np.zeros((width, width)))
 
 
-def moments_of(features: Float[np.ndarray, "n d"]) -> Moments:
+def moments_of(features: Float[np.ndarray, "n d"] | Float[Array, "n d"]) -> Moments:
     """Moments of one batch, which may be empty."""
     rows = np.asarray(features, np.float64)
     if not len(rows):
