@@ -1,9 +1,9 @@
-"""What a config's jobs take on the machine at hand: the very functions that `plan` compiles, run and timed here.
+"""Times a config's jobs on the machine at hand: the same functions that `plan` compiles.
 
     python -m proreflow_jax.bench --config=configs/sd15.py --stage=8 --json=bench.json
 
-Needs of the base model only its config.json files: weights and data are made up, in their true shapes and places.
---input also times reading; --against=diffusers times the UNet's forward beside torch's instead of the jobs.
+Of the base model only the config.json files are needed: weights and data are random, with the true shapes and shardings.
+--input also times reading; --against=diffusers times the UNet's forward against torch's instead of the jobs.
 """
 
 import os
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.perf import bench_report, input_rate, measure
 from proreflow_jax.perf.estimate import outlines, ticking
-from proreflow_jax.perf.jobs import JOBS, jobs, wanted
+from proreflow_jax.perf.jobs import JOBS, choose_jobs, jobs
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.storage import atomic
@@ -25,6 +25,7 @@ RIVALS = ("diffusers",)
 
 def bench(
     config: ConfigDict,
+    *,
     stage: int,
     jobs: str,
     steps: int,
@@ -35,29 +36,29 @@ def bench(
     against: str,
     rows: int,
 ) -> None:
-    """The verb: prints what it measures as it comes; raises ValueError, one line, for flags that make no sense."""
+    """The verb: prints each result as soon as it is measured. Raises ValueError for flags that do not fit together."""
     _check(steps, warmup, rows, rate, input, json)
     if against:
         cli.choose(against, RIVALS, "--against")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
-    asked = wanted(config, stage, jobs)
-    found: dict[str, Any] = {"config": config.name, "machine": _machine()}
-    print(bench_report.bench_header(config.name, found["machine"]), flush=True)
+    chosen = choose_jobs(config, stage, jobs)
+    report: dict[str, Any] = {"config": config.name, "machine": _machine()}
+    print(bench_report.bench_header(config.name, report["machine"]), flush=True)
     if against:
-        found["against"] = _compare(config, rows, steps)
+        report["against"] = _compare(config, rows, steps)
     else:
-        found["jobs"] = _jobs(config, asked, steps, warmup, input, rate)
+        report["jobs"] = _jobs(config, chosen, steps, warmup, input, rate)
     if json:
-        atomic.write_json(json, found)
+        atomic.write_json(json, report)
 
 
 def _jobs(
-    config: ConfigDict, asked: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
+    config: ConfigDict, chosen: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
 ) -> list[dict[str, Any]]:
-    """Every job's numbers; with a wanted rate only those of its input."""
+    """The numbers of every job; with --rate only those of its input."""
     experiment, plain = outlines(config, jax.devices())
-    found = []
-    for windows, name in asked:
+    results = []
+    for windows, name in chosen:
         stage, result = find_stage(experiment.stages, windows), {"stage": windows, "job": name}
         if not rate:
             job = jobs(experiment, stage, plain)[name]
@@ -68,8 +69,8 @@ def _jobs(
             reads = input_rate.rate(experiment, stage, name, steps)
             result["input"] = input_rate.against(reads, rate or result["images_per_second_in_a_row"])
             print(bench_report.fed(result["input"]), flush=True)
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
@@ -77,9 +78,9 @@ def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
     from proreflow_jax.perf import against_diffusers
 
     with ticking("UNet forward, ours and diffusers' in turns"):
-        found = against_diffusers.compare(config, rows, turns)
-    print(bench_report.compared(found), flush=True)
-    return found
+        result = against_diffusers.compare(config, rows, turns)
+    print(bench_report.compared(result), flush=True)
+    return result
 
 
 def _machine() -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Will it fit, and what will it take: compile a config's jobs for a TPU slice that nobody has rented yet.
+"""Memory and time of a config's jobs on a TPU slice, by compiling them; no TPU is needed.
 
     python -m proreflow_jax.plan --config=configs/sd15.py --slice=v5e:4x4 --json=plan.json
 
-Needs the TPU compiler (pip install libtpu==0.0.51, the extra `plan`), no TPU, and of the base model only its config.json files.
-Compiling a real model takes minutes a job; results are kept and read again. Exit code 1: something does not fit.
+Needs the TPU compiler (pip install libtpu==0.0.51, the extra `plan`) and the base model's config.json files. Compiling a real
+model takes minutes a job; results are cached. Exit code 1: a job does not fit.
 """
 
 import logging
@@ -13,39 +13,40 @@ from ml_collections import ConfigDict
 from proreflow_jax import RunFailed
 from proreflow_jax.perf import plan_report, tpu_compile
 from proreflow_jax.perf.estimate import estimate, opener, target
-from proreflow_jax.perf.jobs import JOBS, wanted
-from proreflow_jax.perf.search import SEARCHED, TRIES, _largest, _mend
+from proreflow_jax.perf.jobs import JOBS, choose_jobs
+from proreflow_jax.perf.search import SEARCHED, TRIES, find_change, find_largest
 from proreflow_jax.run import cli
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 
 
-def plan(config: ConfigDict, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
+def plan(config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
     """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
     place = target(slice, cache, config.mesh.slices)
     cli.check_place(json, "--json")
     tpu_compile.prepare_compiler()
-    asked = wanted(config, stage, jobs)
-    opened, found = opener(config, place), []
+    chosen = choose_jobs(config, stage, jobs)
+    opened, results = opener(config, place), []
     print(plan_report.header(config, place))
-    for windows, name in asked:
+    for windows, name in chosen:
         result = estimate(config, place, opened, windows, name)
         print(plan_report.job(result), flush=True)
         if not result["fits"]:
-            result["change"] = _mend(config, place, result, SEARCHED if search else TRIES)
-            print(plan_report.change(result, result["change"]), flush=True)
+            result["change"] = find_change(config, place, result, SEARCHED if search else TRIES)
+            print(plan_report.change(result["change"]), flush=True)
         if search:
-            result["largest"] = _largest(config, place, result)
+            result["largest"] = find_largest(config, place, result)
             print(plan_report.largest(result["largest"]), flush=True)
-        found.append(result)
-    totals = plan_report.totals(found)
+        results.append(result)
+    totals = plan_report.totals(results)
     print(plan_report.summary(totals))
     if json:
-        atomic.write_json(json, {"slice": slice, "chips": place.count, "config": config.name, "jobs": found, "totals": totals})
-    short = sum(not result["fits"] for result in found)
+        numbers = {"slice": slice, "chips": place.count, "config": config.name, "jobs": results, "totals": totals}
+        atomic.write_json(json, numbers)
+    short = sum(not result["fits"] for result in results)
     if short:
-        raise RunFailed(f"{short} of {len(found)} jobs do not fit {slice}: see the changes above, or take a larger slice")
+        raise RunFailed(f"{short} of {len(results)} jobs do not fit {slice}: see the changes above, or take a larger slice")
 
 
 if __name__ == "__main__":

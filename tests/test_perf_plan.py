@@ -3,10 +3,12 @@
 Nothing here compiles for a TPU but the slow test at the end; the snippet is cut from a real program for v5e.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,14 @@ import numpy as np
 import pytest
 import verb
 from full_size import SD_15, SDXL, VAE
+from test_house import imports
 
 from configs.digits import get_config
+from proreflow_jax import RunFailed
 from proreflow_jax.models import network
-from proreflow_jax.perf import chips, estimate, flops, hlo_cost, make_it_fit, plan_report, tpu_compile
+from proreflow_jax.perf import chips, estimate, flops, hlo_cost, make_it_fit, plan_report, program_text, resident, tpu_compile
 from proreflow_jax.perf import jobs as perf_jobs
-from proreflow_jax.perf.jobs import Job, argument_bytes, frozen_shapes, jobs, prompt_shapes, record_shapes, storage
+from proreflow_jax.perf.jobs import Job, frozen_shapes, jobs, prompt_shapes, record_shapes, storage
 from proreflow_jax.run import config_fields, dataset, lineage, open
 from proreflow_jax.runtime import mesh
 
@@ -101,9 +105,44 @@ def test_seconds_are_cycles_by_the_clock_and_only_streaming_is_thought_faster():
     assert cost.seconds(CHIP) == pytest.approx((3.2, 2.0))
 
 
-def test_a_text_without_an_entry_is_refused():
-    with pytest.raises(ValueError, match="no ENTRY"):
-        hlo_cost.parse(PROGRAM.replace("ENTRY ", ""))
+class Program:
+    """Stands in for a compiled program: a text, or jaxlib's error for a text that it can't read, and sizes."""
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+
+    def as_text(self) -> str:
+        if not self.text:
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands")
+        return self.text
+
+    def memory_analysis(self) -> SimpleNamespace:
+        sizes = dict(argument_size_in_bytes=5, temp_size_in_bytes=3, output_size_in_bytes=7, alias_size_in_bytes=5)
+        return SimpleNamespace(**sizes, generated_code_size_in_bytes=1)
+
+
+DOCTORED = {  # a text as another libtpu might write it -> why it is not read
+    "entry": (PROGRAM.replace("ENTRY ", ""), "no ENTRY"),
+    "cycles": (
+        PROGRAM.replace("estimated_cycles", "cycle_estimate").replace("splash", "flash"),
+        "no operation has an estimate",
+    ),
+    "loops": (PROGRAM.replace("condition=%condition, ", ""), "KeyError: 'condition'"),
+    "types": (PROGRAM.replace("bf16[3,2,1024,40]", "bf16<3x2x1024x40>"), "Error"),
+    "empty": ("<binary>", "no ENTRY"),
+}
+
+
+@pytest.mark.parametrize("name", DOCTORED)
+def test_a_text_of_unknown_format_is_one_error_that_names_libtpu_and_memory_is_known(tmp_path, monkeypatch, name):
+    text, reason = DOCTORED[name]
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "9.9.9")
+    with pytest.raises(program_text.UnknownText, match=f"libtpu 9.9.9 .*only that of libtpu==0.0.51.*{reason}") as error:
+        program_text.read_cost(text, CHIP)
+    assert "\n" not in str(error.value)
+    compiled = tpu_compile.describe(Program(text), tmp_path, CHIP, 1.0)
+    assert (compiled.cost, compiled.no_cost, compiled.too_large) == (None, str(error.value), False)
+    assert compiled.memory == tpu_compile.Memory(arguments=5, temporaries=3, outputs=2, code=1)
 
 
 def shape(*sides: int) -> jax.ShapeDtypeStruct:
@@ -157,20 +196,12 @@ def test_a_compiler_that_finds_a_program_too_large_says_by_how_much():
     assert tpu_compile.too_large("INTERNAL: something else") is None
 
 
-def test_what_jaxlib_cannot_read_back_is_read_as_the_compiler_wrote_it(tmp_path):
-    class Program:
-        def as_text(self) -> str:
-            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands")
-
-    with pytest.raises(jax.errors.JaxRuntimeError, match="async-update"):
-        tpu_compile.text_of(Program(), tmp_path)
-    for name, text in (
-        ("1.f.after_codegen.txt", PROGRAM),
-        ("0.small.after_codegen.txt", ""),
-        ("1.f.after_optimizations.txt", "x"),
-    ):
-        (tmp_path / f"module_{name}").write_text(text)
-    assert tpu_compile.text_of(Program(), tmp_path) == PROGRAM
+def test_a_text_that_jaxlib_cannot_read_is_read_from_the_compilers_dump(tmp_path):
+    with pytest.raises(program_text.UnknownText, match="no text: INTERNAL.*async-update"):
+        program_text.program_cost(Program(), tmp_path, CHIP)
+    for name, text in (("f.after_codegen", PROGRAM), ("small.after_codegen", ""), ("f.after_optimizations", "x")):
+        (tmp_path / f"module_1.{name}.txt").write_text(text)
+    assert program_text.program_cost(Program(), tmp_path, CHIP) == hlo_cost.cost(PROGRAM, CHIP)
 
 
 # --- jobs of a tiny model, on the eight fake devices --------------------------------------------------------------------
@@ -225,9 +256,9 @@ def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
 def test_a_state_must_fit_twice_since_it_is_saved_by_torch_names_beside_its_stacks(tmp_path, outline_only):
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
     job = jobs(shapes, shapes.stages[0])["train"]._replace(useful=lambda: 1e9)
-    sizes = argument_bytes(job)
-    compiled = NOTHING._replace(memory=tpu_compile.Memory(sum(sizes.values()), 0, 0, 0))
-    place, needed = estimate.target("v5e:2x4", ""), 2 * sizes["state"] + sizes["frozen"]
+    sizes = resident.sum_classes(job.classes, job.beside)
+    compiled = NOTHING._replace(memory=tpu_compile.Memory(resident.bytes_on_device(job.arguments), 0, 0, 0))
+    place, needed = estimate.target("v5e:2x4", ""), sum(sizes.values()) + sizes["state"]
     for room, fits in ((needed, True), (needed - 1, False)):
         found = estimate.measured(job, compiled, place._replace(chip=place.chip._replace(memory=room)))
         assert found["fits"] is fits and f"{needed / chips.GIB:.2f} when it is saved" in plan_report.job(found)
@@ -244,7 +275,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def measured(job: Job, compiled: tpu_compile.Compiled, place: estimate.Target) -> dict:
         asked.append(job.at_once)
-        memory = tpu_compile.Memory(sum(argument_bytes(job).values()), job.at_once * chips.GIB, 0, 0)
+        memory = tpu_compile.Memory(resident.bytes_on_device(job.arguments), job.at_once * chips.GIB, 0, 0)
         return real(job, compiled._replace(memory=memory), place)
 
     monkeypatch.setattr(estimate, "measured", measured)
@@ -277,6 +308,72 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outlin
         ask(config_fields.changed(config, changed))
     ask(config, windows=2)
     assert len(compiler) == 6  # a cache hands over latents in place of images
+
+
+def test_without_a_readable_text_memory_and_the_verdict_are_printed_and_time_is_unknown(
+    tmp_path, outline_only, compiler, monkeypatch
+):
+    monkeypatch.setattr(tpu_compile, "compile_for", lambda *job: NOTHING._replace(cost=None, no_cost="of another format"))
+    words = verb.tiny_flags(tmp_path, outline_only, train__batch=256)
+    words += ["--slice=v5e:2x4", "--stage=4", "--jobs=train", "--cache=", f"--json={tmp_path / 'plan.json'}"]
+    ended = verb.run("plan", *words, "--config.train.accumulation=4")
+    assert ended.code == 0 and "8.00 of 15.75 GiB a chip" in ended.out and "fits, 7.75 free" in ended.out
+    assert "time     unknown, because of another format" in ended.out and "1 jobs of unknown time" in ended.out
+    ended = verb.run("plan", *words, "--search")
+    assert ended.code == 1 and "accumulation=4 fits with 7.75 GiB free (was compiled too: its time is unknown)" in ended.out
+    (job,) = json.loads((tmp_path / "plan.json").read_text())["jobs"]
+    assert job["no_time"] == "of another format" and "seconds" not in job
+
+
+READERS = ("captions", "coco", "digits", "folder", "images", "loader", "parquet", "record_plan", "records", "skip_bad")
+READERS += ("webdataset",)
+UNPLANNED = {  # files that perf/ imports without making a program from them -> why an edit of one voids no result
+    "storage/": "files and locks, no jax",
+    **dict.fromkeys((f"data/{name}.py" for name in READERS), "reads data, no jax; programs' shapes come from cached and kinds"),
+    "evaluation/classifier.py": "digits are judged on the host",
+    "evaluation/fid.py": "features are judged in a program of their own, which is not planned",
+    "evaluation/frechet.py": "a formula on the host",
+    "evaluation/moments.py": "sums on the host",
+    "evaluation/report.py": "tables and pages",
+}
+
+
+def reachable(*starts: str) -> set[str]:
+    """Files of the package, by paths below it, that some of its files import, each way through others counted."""
+    folder = estimate.PACKAGE.parent
+    files, waiting = set(), [estimate.PACKAGE / start for start in starts]
+    while waiting:
+        path = waiting.pop()
+        if path in files:
+            continue
+        files.add(path)
+        for name in imports(path, ".".join(path.parent.relative_to(folder).parts)):
+            both = [folder.joinpath(*name.split(".")[:cut]).with_suffix(".py") for cut in (None, -1)]
+            waiting += [file for file in both if file.is_file() and file.is_relative_to(estimate.PACKAGE)]
+    return {str(path.relative_to(estimate.PACKAGE)) for path in files}
+
+
+def uncounted(patterns: tuple[str, ...]) -> set[str]:
+    """Files that perf/ reaches, whose edit voids no kept result, and which are not excused."""
+    counted = {str(path.relative_to(estimate.PACKAGE)) for pattern in patterns for path in estimate.PACKAGE.glob(pattern)}
+    left = reachable("perf/jobs.py", "perf/estimate.py") - counted
+    return {name for name in left if not name.startswith(tuple(UNPLANNED))}
+
+
+def test_an_edit_of_any_file_that_makes_programs_voids_kept_results():
+    assert uncounted(estimate.PROGRAMS) == set()
+    assert len(reachable("perf/jobs.py", "perf/estimate.py")) > 60  # the walk sees the package
+    without = tuple(pattern for pattern in estimate.PROGRAMS if "protocols" not in pattern and "cached" not in pattern)
+    assert uncounted(without) == {"evaluation/protocols.py", "data/cached.py"}
+    used = {start for start in UNPLANNED for name in reachable("perf/jobs.py") if name.startswith(start)}
+    assert used == set(UNPLANNED)
+
+
+def test_a_pattern_that_matches_no_file_is_an_error(monkeypatch):
+    assert len(estimate._code()) == 64
+    monkeypatch.setattr(estimate, "PROGRAMS", (*estimate.PROGRAMS, "no_such_room/*.py"))
+    with pytest.raises(RunFailed, match=r"no_such_room/\*\.py in perf/estimate.py matches no file"):
+        estimate._code()
 
 
 def test_a_config_that_does_not_fit_says_by_how_much_and_which_change_does(tmp_path, outline_only, compiler):

@@ -130,7 +130,7 @@ def test_the_input_is_held_against_a_wanted_rate_and_says_which_input_it_was(tmp
     pairs, train, sample = json.loads((tmp_path / "bench.json").read_text())["jobs"]
     assert "seconds" not in train and "input" not in sample
     assert pairs["input"]["input"] == "captions, --config.data.kind=prompts"
-    assert train["input"]["input"] == "pair records of that size, made up"
+    assert train["input"]["input"] == "random pair records of the same size"
     for found in (pairs["input"], train["input"]):
         assert found["rows"] == 20 * 16 and found["ratio"] == pytest.approx(found["rows_per_second"] / 1e9)
     assert ended.out.count("STARVES THE STEP") == 2

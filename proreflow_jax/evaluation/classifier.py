@@ -1,8 +1,8 @@
-"""The judges of the digits, both trained on the real ones: a support vector machine that reads them, a network for features.
+"""Two judges of digits, both trained on the real digits: a support vector machine as classifier, and a network for features.
 
-The reader is the best that was tried on held-out writers (scikit-learn's last 397 digits after the first 1,400): 96.7 % when it
-has also seen them moved by a pixel, as the model was taught; 96.2 % without, 92.2 % for the network. The network has the hidden
-features that a Frechet distance needs.
+Accuracy on held-out writers (scikit-learn's last 397 digits after the first 1,400): 96.7 % for the machine, trained also on
+copies moved by a pixel (as the model's training data are), 96.2 % without the copies, 92.2 % for the network. The network's
+hidden features serve the Frechet distance.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def fit(
     moved: Float[np.ndarray, "m 64"] | None = None,
     moved_labels: Int[np.ndarray, " m"] | None = None,
 ) -> Judges:
-    """Trains both on real digits, the same every time; the reader also on moved copies of them, where given.
+    """Trains both on real digits, deterministically; the reader also on moved copies, if any.
 
     Raises ValueError if scikit-learn is missing.
     """
@@ -42,10 +42,10 @@ def fit(
     except ImportError:
         raise UserError("the digits' judges need scikit-learn: pip install 'proreflow_jax[demo]'") from None
     network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=400, random_state=0).fit(pixels / INK, labels)
-    seen, told = (
+    examples, answers = (
         (pixels, labels) if moved is None else (np.concatenate([pixels, moved]), np.concatenate([labels, moved_labels]))
     )
-    return Judges(SVC(C=10.0, gamma=0.25).fit(seen / INK, told), network.coefs_[0], network.intercepts_[0])
+    return Judges(SVC(C=10.0, gamma=0.25).fit(examples / INK, answers), network.coefs_[0], network.intercepts_[0])
 
 
 def features(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Float[np.ndarray, "n 64"]:
@@ -54,5 +54,5 @@ def features(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Float[np.ndar
 
 
 def read_classifier(judges: Judges, pixels: Float[np.ndarray, "n 64"]) -> Int[np.ndarray, " n"]:
-    """The digit each image is taken for."""
+    """The reader's digit of each image."""
     return judges.reader.predict(pixels / INK)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 from PIL import Image
 
 from proreflow_jax import MissingFile, UserError
@@ -83,10 +83,10 @@ def named_config(name: str) -> dict:
     """The config.json of an entry of NAMED. Raises ValueError for another name."""
     if name not in NAMED:
         raise UserError(f"CLIP {name!r} is unknown, known: {', '.join(NAMED)}")
-    found = NAMED[name]
-    tower = lambda row: dict(zip(TOWER, row, strict=True), hidden_act=found.hidden_act)
-    vision = tower(found.vision) | dict(image_size=224, patch_size=14)
-    return dict(projection_dim=found.projection_dim, text_config=tower(found.text), vision_config=vision)
+    published = NAMED[name]
+    tower = lambda row: dict(zip(TOWER, row, strict=True), hidden_act=published.hidden_act)
+    vision = tower(published.vision) | dict(image_size=224, patch_size=14)
+    return dict(projection_dim=published.projection_dim, text_config=tower(published.text), vision_config=vision)
 
 
 def tower_configs(config: Mapping[str, Any]) -> tuple[dict, dict]:
@@ -106,6 +106,16 @@ def load_clip(folder: Path) -> Clip:
 
     Raises FileNotFoundError or ValueError, one line: no such folder, only pickled weights, or tensors that do not fit.
     """
+    config, text, image = outline_clip(folder)
+    with _of_clip():
+        params = weights.from_torch(weights.read_tensors(folder), {**text.shapes, **image.shapes, **LOGIT_SCALE}, str(folder))
+    del params["logit_scale"]
+    same = (row.model for published, row in NAMED.items() if _alike(config, tower_configs(named_config(published))))
+    return Clip(text, image, params, next(same, folder.resolve().name))
+
+
+def outline_clip(folder: Path) -> tuple[tuple[dict, dict], Network, Network]:
+    """(configs, text tower, image tower) by a folder's config.json alone. Raises as `load_clip`."""
     if not (folder / "config.json").is_file():
         other = (folder / "open_clip_config.json").is_file()
         why = (
@@ -114,11 +124,7 @@ def load_clip(folder: Path) -> Clip:
         raise MissingFile(f"{folder} (--config.evaluate.clip) holds no config.json of transformers{why}")
     with _of_clip():
         towers = tower_configs(weights.read_config(folder))
-        text, image = network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
-        params = weights.from_torch(weights.read_tensors(folder), {**text.shapes, **image.shapes, **LOGIT_SCALE}, str(folder))
-    del params["logit_scale"]
-    same = (row.model for published, row in NAMED.items() if _alike(towers, tower_configs(named_config(published))))
-    return Clip(text, image, params, next(same, folder.resolve().name))
+        return towers, network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
 
 
 def read_tokenizer(folder: Path) -> tokenizer.PromptTokenizer:
@@ -129,7 +135,7 @@ def read_tokenizer(folder: Path) -> tokenizer.PromptTokenizer:
 
 @contextmanager
 def _of_clip() -> Iterator[None]:
-    """What the readers of models say, with the flag and the command that belong to this network."""
+    """Puts this network's flag and command into errors of the readers of models."""
     try:
         yield
     except UserError as error:
@@ -138,13 +144,13 @@ def _of_clip() -> Iterator[None]:
         raise kind(text if FLAG in text else f"{text}: name another {FLAG}") from None
 
 
-def _alike(found: tuple[dict, dict], wanted: tuple[dict, dict]) -> bool:
+def _alike(first: tuple[dict, dict], second: tuple[dict, dict]) -> bool:
     """Whether two pairs of towers have the same numbers; their weights may still differ."""
     fields = (*TOWER, "hidden_act", "projection_dim", "image_size", "patch_size")
-    return all(one.get(field) == other.get(field) for one, other in zip(found, wanted, strict=True) for field in fields)
+    return all(one.get(field) == other.get(field) for one, other in zip(first, second, strict=True) for field in fields)
 
 
-def prepare_clip(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
+def prepare_clip(images: Iterable[Shaped[np.ndarray, "..."]], size: int = 224) -> Float[np.ndarray, "n size size 3"]:
     """Images for the image tower, float32, on the host; bit for bit what transformers' CLIPImageProcessor makes by Pillow.
 
     The shorter side is resized to `size` by Pillow's bicubic filter on uint8 (antialiased and rounded; the longer side is
@@ -156,7 +162,7 @@ def prepare_clip(images: Iterable[UInt8[np.ndarray, "h w 3"]], size: int = 224) 
     return np.stack([_normalised(_cropped(image, size)) for image in images])
 
 
-def _cropped(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+def _cropped(image: Shaped[np.ndarray, "..."], size: int) -> UInt8[np.ndarray, "size size 3"]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"CLIP score takes images (h, w, 3) of uint8, not {image.shape} of {image.dtype}")
     h, w = image.shape[:2]

@@ -1,8 +1,8 @@
 """FID: images -> features on the mesh -> moments on the host -> one distance.
 
-Whatever else is measured of the same images goes along: features come by name, and the moments of all of them lie in one file,
-named by a hash of all they depend on. So a measurement that was stopped goes on, and no number is taken for another's.
-Nothing is downloaded here.
+Features have names, so the CLIP score of the same images is measured in the same pass. The moments of all features lie in one
+file, named by a hash of everything they depend on: a stopped measurement resumes, and no two measurements share a file. Nothing
+is downloaded here.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, Shaped, UInt8
 from PIL import Image
 
 from proreflow_jax import UserError
@@ -24,16 +24,15 @@ from proreflow_jax.evaluation import moments
 from proreflow_jax.evaluation.frechet import frechet_distance
 from proreflow_jax.evaluation.moments import Moments
 from proreflow_jax.evaluation.protocols import Protocol
-from proreflow_jax.models.network import Params
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 DIGEST = 16  # hex digits of a hash in a file's name
 BATCH = "--config.evaluate.batch"
-REAL = "real"  # which rows of a batch are no filling
+REAL = "real"  # mask of the rows that are not padding
 Rows = dict[str, Shaped[np.ndarray, "n ..."]]  # what the feature networks are given, by name
-Features = dict[str, Float[np.ndarray, "n d"]]  # of the same images, by name
+Features = dict[str, Float[np.ndarray, "_ _"]]  # by name: a row of an image, each name with a width of its own
 
 
 def prepare_images(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UInt8[np.ndarray, "h2 w2 3"]:
@@ -49,7 +48,7 @@ def prepare_images(image: UInt8[np.ndarray, "h w 3"], protocol: Protocol) -> UIn
     return np.asarray(Image.fromarray(image).resize((protocol.size, protocol.size), kind))
 
 
-def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Params, mesh: Mesh, batch: int) -> Callable:
+def make_features(apply: Callable[[PyTree, Rows], dict[str, Array]], params: PyTree, mesh: Mesh, batch: int) -> Callable:
     """A function from this process's batches of rows to the features of all processes, in order, on every host.
 
     Args:
@@ -64,19 +63,19 @@ def make_features(apply: Callable[[Params, Rows], dict[str, Array]], params: Par
     """
     mesh_lib.check_split(batch, BATCH, mesh)
     alone = jax.process_count() == 1  # it reads the shards itself; several gather them, each host then adds up the same rows
-    kept = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
-    run = jax.jit(partial(_features, apply), out_shardings=kept)
+    out_places = mesh_lib.batch_sharding(mesh) if alone else mesh_lib.replicated(mesh)
+    run = jax.jit(partial(_features, apply), out_shardings=out_places)
     placed = jax.device_put(params, mesh_lib.replicated(mesh))
     local = len(mesh_lib.own_rows(mesh, batch))
     start = lambda rows: run(placed, mesh_lib.put_batch(mesh, _filled(rows, local), batch))
     return lambda batches: map(_real_rows, ahead(start, batches))
 
 
-def _features(apply: Callable, params: Params, rows: dict[str, Array]) -> tuple[dict[str, Array], Bool[Array, " b"]]:
+def _features(apply: Callable, params: PyTree, rows: dict[str, Array]) -> tuple[dict[str, Array], Bool[Array, " b"]]:
     return apply(params, {name: array for name, array in rows.items() if name != REAL}), rows[REAL]
 
 
-def _filled(rows: Rows, batch: int) -> Rows:
+def _filled(rows: Rows, batch: int) -> dict[str, Shaped[np.ndarray, "filled ..."]]:
     count = len(next(iter(rows.values())))
     if count > batch:
         raise UserError(f"a batch of {count} images is larger than {batch}: raise {BATCH}")
@@ -154,27 +153,27 @@ def measure_features(
     """
     stem, count = file_stem(about), int(about["count"])
     path = folder / f"{stem}.safetensors"
-    seen = (
+    sums = (
         moments.load_moments(path, widths) if path.is_file() else {name: moments.empty(width) for name, width in widths.items()}
     )
-    if (position := _position(seen)) >= count:
-        return seen
+    if (position := _position(sums)) >= count:
+        return sums
     if writes := jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / f"{stem}.json", dict(about))
-    for done, found in enumerate(features(rows_from(position)), 1):
-        seen = {name: moments.merge_moments(seen[name], _measured(name, found[name], position, count)) for name in seen}
-        position = _position(seen)
+    for done, batch in enumerate(features(rows_from(position)), 1):
+        sums = {name: moments.merge_moments(sums[name], _measured(name, batch[name], position, count)) for name in sums}
+        position = _position(sums)
         if writes and (done % every == 0 or position == count):
-            moments.save_moments(path, seen)
+            moments.save_moments(path, sums)
             log.info("%d of %d images, kept in %s", position, count, path)
         if position == count:
-            return seen
+            return sums
     raise UserError(f"only {position} images of {count}: give the protocol's images, or another --config.evaluate.protocol")
 
 
-def _position(seen: Mapping[str, Moments]) -> int:
-    return next(iter(seen.values())).count
+def _position(sums: Mapping[str, Moments]) -> int:
+    return next(iter(sums.values())).count
 
 
 def _measured(name: str, rows: Float[np.ndarray, "n d"], position: int, count: int) -> Moments:

@@ -1,12 +1,14 @@
 """Frechet distance between two sets of features, each taken as a Gaussian (Heusel et al. 2017, eq. 6), in float64."""
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from proreflow_jax.evaluation.moments import gaussian, moments_of
 
 
-def moments(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+def moments(
+    features: Float[np.ndarray, "n d"] | Float[Array, "n d"],
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
     """Mean and unbiased covariance. Raises ValueError for fewer than two rows."""
     return gaussian(moments_of(features))
 

@@ -1,6 +1,6 @@
-"""The networks that judge images, read once and put on the mesh: FID's Inception, and CLIP's towers where they are named.
+"""The networks that judge images, on every device: FID's Inception and, if the config names one, CLIP.
 
-Both see an image in one pass. Real images are judged by Inception alone, for they have no prompts here.
+Both judge a batch in one call. Real images have no prompts here, so only Inception judges them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,20 @@ from jaxtyping import Array, UInt8
 from proreflow_jax import UserError
 from proreflow_jax.evaluation import clip_score, fid
 from proreflow_jax.evaluation.protocols import Protocol
-from proreflow_jax.models import inception, network
+from proreflow_jax.models import inception
 from proreflow_jax.models.inception import MEND, NAME, UNUSED, make_inception
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.pretrained import weights
+from proreflow_jax.pretrained.weights import Shapes
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.runtime.digest import digest, fold
 
+HostParams = dict[str, np.ndarray]  # {our name: array}, not on a device
 FID, CLIP = "inception", "clip"  # names of the features
 
 
 class Judge(NamedTuple):
-    """What judges batches of images.
+    """The networks that judge batches of images.
 
     features: batches of rows -> features, as of `fid.make_features`.
     rows: (images, prompts) -> rows with both networks' features; (images,) -> with FID's alone. Images are uint8, prepared
@@ -43,9 +45,18 @@ class Judge(NamedTuple):
     clip: str
 
 
-def feature_network(path: Path, resize: str) -> tuple[Network, Params]:
+def feature_network(path: Path, resize: str) -> tuple[Network, HostParams]:
     """FID's network and its weights. Raises ValueError, one line, for a file that is not it."""
     return inception.make_inception(resize), read_inception(path)
+
+
+def judge_shapes(clip: Path | None) -> dict[str, Shapes]:
+    """Shapes of the networks' weights as `make_judge` puts them on every device; of CLIP's folder only config.json is read."""
+    shapes = {FID: make_inception().shapes}
+    if clip:
+        _, text, image = clip_score.outline_clip(clip)
+        shapes[CLIP] = {**text.shapes, **image.shapes}
+    return shapes
 
 
 def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, batch: int) -> Judge:
@@ -71,27 +82,27 @@ def make_judge(path: Path, clip: Path | None, protocol: Protocol, mesh: Mesh, ba
     params = jax.device_put(params, mesh_lib.replicated(mesh))
 
     def apply(params: dict[str, Params], rows: dict[str, Array]) -> dict[str, Array]:
-        found = {FID: network.apply(params[FID], rows["images"])}
-        return found | ({CLIP: scores(params[CLIP], rows["seen"], rows["ids"])[:, None]} if "ids" in rows else {})
+        features = {FID: network.apply(params[FID], rows["images"])}
+        return features | ({CLIP: scores(params[CLIP], rows["seen"], rows["ids"])[:, None]} if "ids" in rows else {})
 
     def rows(images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str] = ()) -> dict[str, Any]:
-        seen = {"seen": clip_score.prepare_clip(images, side), "ids": encode(prompts)} if loaded and prompts else {}
-        return {"images": images} | seen
+        clip_rows = {"seen": clip_score.prepare_clip(images, side), "ids": encode(prompts)} if loaded and prompts else {}
+        return {"images": images} | clip_rows
 
     digests = {name: fold(digest(part)) for name, part in params.items()}
     features = fid.make_features(apply, params, mesh, batch)
     return Judge(features, rows, widths, digests, loaded.name if loaded else "")
 
 
-def read_inception(path: Path) -> network.Params:
+def read_inception(path: Path) -> HostParams:
     """The network's parameters from a .safetensors file of the published weights, float32 on the host.
 
     Raises ValueError, one line, when the file is unreadable or names, shapes or numbers do not fit.
     """
     try:
         tensors = weights.Tensors([path])
-        kept = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
-        return weights.from_torch(kept, make_inception().shapes, str(path))
+        used = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
+        return weights.from_torch(used, make_inception().shapes, str(path))
     except UserError as error:
         text = str(error).removesuffix(weights.REPLACE).replace("its config.json", NAME)
         raise UserError(f"{text.removesuffix(': ')}: {MEND}") from None

@@ -1,7 +1,7 @@
-"""Mean and covariance of features that arrive in batches, in float64 on the host: mergeable, and kept in a file between runs.
+"""Mean and covariance of features that arrive in batches, in float64 on the host; mergeable, and saved in a file.
 
-What is kept is the sum of outer products of deviations from the mean, not of the features themselves: those lose their digits
-where the mean is large against the spread (Chan, Golub and LeVeque 1983, eq. 2.1).
+The scatter is the sum of outer products of deviations from the mean. Sums of the features' own products would lose digits if
+the mean is large against the spread (Chan, Golub and LeVeque 1983, eq. 2.1).
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from proreflow_jax import UserError
 from proreflow_jax.pretrained import weights
@@ -18,7 +18,7 @@ from proreflow_jax.storage.atomic import drafted
 
 
 class Moments(NamedTuple):
-    """Of `count` feature vectors: their mean, and the sum of outer products of what they deviate from it, float64."""
+    """Count, mean and scatter of feature vectors, float64; scatter is the sum of outer products of deviations from the mean."""
 
     count: int
     mean: Float[np.ndarray, " d"]
@@ -26,12 +26,12 @@ class Moments(NamedTuple):
 
 
 def empty(width: int) -> Moments:
-    """Of no vectors yet."""
+    """Moments of no vectors."""
     return Moments(0, np.zeros(width), np.zeros((width, width)))
 
 
-def moments_of(features: Float[np.ndarray, "n d"]) -> Moments:
-    """Of one batch, of no rows too."""
+def moments_of(features: Float[np.ndarray, "n d"] | Float[Array, "n d"]) -> Moments:
+    """Moments of one batch, which may be empty."""
     rows = np.asarray(features, np.float64)
     if not len(rows):
         return empty(rows.shape[1])
@@ -40,7 +40,7 @@ def moments_of(features: Float[np.ndarray, "n d"]) -> Moments:
 
 
 def merge_moments(first: Moments, second: Moments) -> Moments:
-    """Of both sets together; shards of a set may be merged in any order."""
+    """Moments of both sets together; the order of merging does not matter."""
     count = first.count + second.count
     if count == 0:
         return first
@@ -64,14 +64,16 @@ def save_moments(path: Path, parts: Mapping[str, Moments]) -> None:
 
 
 def load_moments(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
-    """What `save_moments` wrote, of features of these widths. Raises ValueError, one line, when it is something else."""
+    """Reads a file of `save_moments`, with features of these widths. Raises ValueError, one line, for any other file."""
     try:
-        found = dict(weights.Tensors([paths.local_copy(path)]))
+        tensors = dict(weights.Tensors([paths.local_copy(path)]))
     except ValueError:
         raise UserError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
-    wanted = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
+    expected = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
     kinds = lambda tensors: {name: (np.shape(value), np.asarray(value).dtype) for name, value in tensors.items()}
-    if kinds(found) != kinds(wanted):
+    if kinds(tensors) != kinds(expected):
         listed = ", ".join(f"{width} {name}" for name, width in widths.items())
         raise UserError(f"{path} does not hold moments of {listed}: delete it and evaluate again")
-    return {name: Moments(int(found[f"{name}.count"]), found[f"{name}.mean"], found[f"{name}.scatter"]) for name in widths}
+    return {
+        name: Moments(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.scatter"]) for name in widths
+    }

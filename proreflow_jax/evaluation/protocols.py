@@ -103,7 +103,7 @@ PROTOCOLS = {
 
 
 class Conditions(NamedTuple):
-    """Under which numbers were measured; a protocol names the same."""
+    """Conditions of a measurement, to be compared with the protocol's."""
 
     steps: int
     seeds: tuple[int, ...]
@@ -124,20 +124,20 @@ def mean_and_spread(values: Mapping[int, float]) -> tuple[float, float | None]:
     """Mean over seeds and its sample deviation, None of one seed. Raises ValueError without a score."""
     if not values:
         raise UserError("no seed was measured: set --config.evaluate.seeds")
-    found = np.array(list(values.values()), np.float64)
-    return float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None
+    scores = np.array(list(values.values()), np.float64)
+    return float(scores.mean()), float(scores.std(ddof=1)) if len(scores) > 1 else None
 
 
 def departures(protocol: Protocol, under: Conditions) -> list[str]:
-    """What was done otherwise than the protocol says, in words; [] where it was kept."""
-    said = {
+    """Each departure from the protocol in words; [] if there is none."""
+    values = {
         "images": (f"{under.count:,}", f"{protocol.count:,}"),
         "real images": (f"{under.real:,}", f"{protocol.real:,}"),
         "guidance": (f"{under.guidance:g}", f"{protocol.guidance:g}"),
         "seeds": (_listed(under.seeds), _listed(protocol.seeds)),
         "CLIP": (under.clip or "none", protocol.clip),
     }
-    odd = [f"{what} {found} instead of {rule}" for what, (found, rule) in said.items() if found != rule]
+    odd = [f"{what} {value} instead of {rule}" for what, (value, rule) in values.items() if value != rule]
     few = " or ".join(map(str, protocol.steps))
     return odd + ([] if under.steps in protocol.steps else [f"steps {under.steps} instead of {few}"])
 

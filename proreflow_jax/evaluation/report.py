@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: a table in text, a picture with seeds in columns, one HTML page."""
+"""An evaluation's report: a table in text, a picture with seeds in columns, an HTML page."""
 
 import html
 from collections.abc import Mapping, Sequence

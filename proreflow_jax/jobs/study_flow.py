@@ -42,6 +42,7 @@ class StudyInputs(NamedTuple):
 def check_study(config: ConfigDict) -> None:
     """Raises ValueError, one line, for a study that cannot be carried out."""
     check_alone("evaluate --study")
+    figures.check_matplotlib()
     s = config.evaluate.study
     for name in ("steps", "perturbed_steps"):
         windows.check_steps(s[name], 1000)

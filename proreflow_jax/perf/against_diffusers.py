@@ -1,8 +1,8 @@
-"""The UNet's forward beside torch's diffusers on the machine at hand: one architecture, the same weights and inputs, in turns.
+"""The UNet's forward against diffusers' on the machine at hand: the same architecture, weights and inputs, in turns.
 
-Both are timed in one process, ours, theirs, ours, theirs: what disturbs the machine disturbs both, and each turn has its ratio.
-Ours runs on one device, a CPU with all its cores, as theirs does. Needs torch and diffusers (the extra `export-check`); nothing
-else in the package imports this file.
+Both are timed in one process: ours, theirs, ours, theirs. A disturbance of the machine then disturbs both, and each turn has a
+ratio. Both run on one device, a CPU with all its cores. Needs torch and diffusers (the extra `export-check`); only `bench`
+imports this file, and only for --against.
 """
 
 import os
@@ -36,7 +36,7 @@ Inputs = dict[str, np.ndarray]  # latents (b,h,w,c), timesteps (b,), states (b,s
 
 
 def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
-    """Seconds of both, the ratio ours / theirs of each turn, and how far the results lie apart.
+    """Seconds of both, the ratio ours / theirs of each turn, and the largest difference of the results.
 
     Args:
       rows: images at once.
@@ -82,27 +82,27 @@ def _placed(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _inputs(experiment: Experiment, rows: int) -> Inputs:
-    """Noise, a time, and states of the width that the UNet asks for, alike on both sides."""
+    """Noise, a time and text states, the same for both."""
     draws, config = np.random.default_rng(0), experiment.networks.unet.config
     normal = lambda *shape: draws.standard_normal((rows, *shape), np.float32)
     encoders = [experiment.base.networks[name] for name in experiment.base.text]
     length = max(encoder.config.get("max_position_embeddings", 77) for encoder in encoders)
-    found = {"latents": normal(*experiment.base.latent_shape), "timesteps": np.full(rows, 500, np.float32)}
-    found["states"] = normal(length, config["cross_attention_dim"])
+    inputs = {"latents": normal(*experiment.base.latent_shape), "timesteps": np.full(rows, 500, np.float32)}
+    inputs["states"] = normal(length, config["cross_attention_dim"])
     if config.get("addition_embed_type") == "text_time":
         ids = 6 * config["addition_time_embed_dim"]
-        found["pooled"] = normal(config["projection_class_embeddings_input_dim"] - ids)
-        found["time_ids"] = np.tile(np.float32([1024, 1024, 0, 0, 1024, 1024]), (rows, 1))
-    return found
+        inputs["pooled"] = normal(config["projection_class_embeddings_input_dim"] - ids)
+        inputs["time_ids"] = np.tile(np.float32([1024, 1024, 0, 0, 1024, 1024]), (rows, 1))
+    return inputs
 
 
 def _ours(experiment: Experiment, params: Any, inputs: Inputs, dtype: str) -> Callable[[], np.ndarray]:
     net, place = experiment.networks.unet, mesh.replicated(experiment.mesh)
-    held = jax.jit(lambda p: cast(p, dtype))(params)
+    computed = jax.jit(lambda p: cast(p, dtype))(params)
     exact = ("timesteps", "time_ids")
-    given = [jax.device_put(jnp.asarray(v, None if n in exact else dtype), place) for n, v in inputs.items()]
+    arrays = [jax.device_put(jnp.asarray(v, None if n in exact else dtype), place) for n, v in inputs.items()]
     apply = jax.jit(net.apply)
-    return lambda: np.asarray(apply(held, *given), np.float32)
+    return lambda: np.asarray(apply(computed, *arrays), np.float32)
 
 
 def _theirs(experiment: Experiment, params: Any, inputs: Inputs, dtype: str, device: str) -> Callable[[], np.ndarray]:
@@ -115,14 +115,14 @@ def _theirs(experiment: Experiment, params: Any, inputs: Inputs, dtype: str, dev
     own = lambda array: torch.from_numpy(array if array.flags.writeable else array.copy()).to(kind)
     unet.load_state_dict({name: own(array) for name, array in tensors.items()}, assign=True)
     unet = unet.to(device, memory_format=_format(device)).eval()
-    given = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
-    latents = given["latents"].permute(0, 3, 1, 2).to(kind).contiguous(memory_format=_format(device))
-    states = given["states"].to(kind)
-    added = {"text_embeds": given["pooled"].to(kind), "time_ids": given["time_ids"]} if "pooled" in given else None
+    fed = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+    latents = fed["latents"].permute(0, 3, 1, 2).to(kind).contiguous(memory_format=_format(device))
+    states = fed["states"].to(kind)
+    added = {"text_embeds": fed["pooled"].to(kind), "time_ids": fed["time_ids"]} if "pooled" in fed else None
 
     def forward() -> np.ndarray:
         with torch.inference_mode():
-            out = unet(latents, given["timesteps"], states, added_cond_kwargs=added, return_dict=False)[0]
+            out = unet(latents, fed["timesteps"], states, added_cond_kwargs=added, return_dict=False)[0]
         return out.permute(0, 2, 3, 1).float().cpu().numpy()
 
     return forward

@@ -1,4 +1,4 @@
-"""The words in which `bench` says its numbers."""
+"""The report that `bench` prints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,21 +13,22 @@ def bench_header(config: str, machine: Numbers) -> str:
     """The first line."""
     devices = f"{machine['devices']} x {machine['kind']}"
     where = f"{devices}, {machine['cores']} cores, jax {machine['jax']}"
-    return f"{config} on {where}. Weights and data are made up; times are measured."
+    return f"{config} on {where}. Weights and data are random; times are measured."
 
 
-def bench_job(found: Numbers) -> str:
+def bench_job(result: Numbers) -> str:
     """A job's paragraph."""
-    row = f"{seconds(found['seconds_in_a_row'])} in a row: {found['images_per_second_in_a_row']:.3g} images/s"
-    times, image = found["seconds"], found["seconds"]["median"] / found["images"]
+    row = f"{seconds(result['seconds_in_a_row'])} in a row: {result['images_per_second_in_a_row']:.3g} images/s"
+    times, image = result["seconds"], result["seconds"]["median"] / result["images"]
+    batch = f"{result['images']} images a call, {result['at_once']} at once on a device"
     lines = [
-        f"\nstage {found['stage']}, {found['job']}: {found['images']} images a call, {found['at_once']} at once on a device",
-        f"  compile  {seconds(found['compile_seconds'])}",
-        f"  time     {median(times)} a call, {seconds(image)} an image: {found['images_per_second']:.3g} images/s; {row}",
-        f"  work     {scaled(found['useful_flops'], WORK)} that the method needs, {_utilised(found)}",
-        f"  memory   {_memory(found['memory'])}",
-        f"  host     {median(found['host_seconds'])} until a call comes back; "
-        f"{median(found['host_seconds_of_arguments'])} with {found['arrays']:,} such arrays and nothing to compute",
+        f"\nstage {result['stage']}, {result['job']}: {batch}",
+        f"  compile  {seconds(result['compile_seconds'])}",
+        f"  time     {median(times)} a call, {seconds(image)} an image: {result['images_per_second']:.3g} images/s; {row}",
+        f"  work     {scaled(result['useful_flops'], WORK)} that the method needs, {_utilised(result)}",
+        f"  memory   {_memory(result['memory'])}",
+        f"  host     {median(result['host_seconds'])} until a call comes back; "
+        f"{median(result['host_seconds_of_arguments'])} with {result['arrays']:,} such arrays and nothing to compute",
     ]
     return "\n".join(lines)
 
@@ -38,9 +39,9 @@ def median(times: Numbers) -> str:
     return f"{seconds(times['median'])} ({seconds(low)} .. {seconds(high)}, quartiles of {times['count']})"
 
 
-def _utilised(found: Numbers) -> str:
-    rate = f"{scaled(found['flops_per_second'], WORK)}/s"
-    share = found["utilisation"]
+def _utilised(result: Numbers) -> str:
+    rate = f"{scaled(result['flops_per_second'], WORK)}/s"
+    share = result["utilisation"]
     return f"{rate}, peak unknown" if share is None else f"{rate}, {100 * share:.1f} % of the peak in bfloat16"
 
 
@@ -51,25 +52,25 @@ def _memory(memory: Numbers) -> str:
     return f"{what}; the process's highest on the host so far {memory['process_peak'] / GIB:.2f}"
 
 
-def fed(found: Numbers) -> str:
-    """What a job's input gives, in one line."""
-    said = "keeps up" if found["ratio"] >= 1 else "STARVES THE STEP"
-    rates = f"{found['rows_per_second']:.4g} rows/s against {found['wanted_per_second']:.4g} images/s"
-    return f"  input    {found['input']}: {rates}, {found['ratio']:.3g} times: {said}"
+def fed(result: Numbers) -> str:
+    """The rate of a job's input, in one line."""
+    said = "keeps up" if result["ratio"] >= 1 else "STARVES THE STEP"
+    rates = f"{result['rows_per_second']:.4g} rows/s against {result['wanted_per_second']:.4g} images/s"
+    return f"  input    {result['input']}: {rates}, {result['ratio']:.3g} times: {said}"
 
 
-def compared(found: Numbers) -> str:
+def compared(result: Numbers) -> str:
     """The comparison with diffusers."""
-    ratio, (low, high) = found["ratio"], found["ratio"]["quartiles"]
-    where = f"{found['device']}, {found['dtype']}, {found['threads']} threads"
-    rival = f"torch {found['torch']}, diffusers {found['diffusers']}"
+    ratio, (low, high) = result["ratio"], result["ratio"]["quartiles"]
+    where = f"{result['device']}, {result['dtype']}, {result['threads']} threads"
+    rival = f"torch {result['torch']}, diffusers {result['diffusers']}"
     return "\n".join(
         [
-            f"\nUNet forward, {found['images']} image(s): {where}; {rival}, in turns",
-            f"  ours     {median(found['ours'])}, {scaled(found['flops_per_second'], WORK)}/s",
-            f"  theirs   {median(found['theirs'])}",
+            f"\nUNet forward, {result['images']} image(s): {where}; {rival}, in turns",
+            f"  ours     {median(result['ours'])}, {scaled(result['flops_per_second'], WORK)}/s",
+            f"  theirs   {median(result['theirs'])}",
             f"  ratio    {ratio['median']:.3f} ours / theirs (quartiles {low:.3f} .. {high:.3f}, "
             f"{ratio['least']:.3f} to {ratio['most']:.3f}, of {ratio['count']} turns)",
-            f"  results  differ by {found['largest_difference']:.1e} at most",
+            f"  results  differ by {result['largest_difference']:.1e} at most",
         ]
     )

@@ -1,8 +1,8 @@
-"""The chips that are rented by the slice: what one holds and how fast it is, and which slices of them there are.
+"""Chips and slices: memory, speed and topologies.
 
-Memory is what XLA's TPU compiler lets a program use of a chip (its own message when a program is too large), a little less than
-the marketed 16, 95 and 32 GB. Rates and memory bandwidth are the published ones, links are published bits per second of all
-links of a chip together; clocks are those that turn the compiler's cycles into seconds.
+Memory is the limit that XLA's TPU compiler sets for a program (from its error message), a little less than the marketed 16, 95
+and 32 GB. FLOP/s, memory bandwidth and links (all links of a chip together) are published numbers. Clocks turn the compiler's
+cycles into seconds.
 """
 
 from typing import NamedTuple
@@ -62,5 +62,5 @@ def chip_count(name: str) -> int:
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip by jax's `device_kind`; None if nothing is known of it."""
+    """The chip by jax's `device_kind`; None if it is not known."""
     return next((chip for start, chip in KINDS.items() if kind.startswith(start)), None)

@@ -1,7 +1,7 @@
-"""Arrays in the place of weights and data, where only time and memory are asked for: made from shapes, born where they live.
+"""Random arrays with the true shapes and shardings, for benchmarks.
 
-Weights keep activations near one, and nothing is all zeros but moments, biases and counters: a chip draws less power, and is
-faster, on zeros.
+Weights keep activations near one. Only moments, biases and counters are all zeros: a chip draws less power, and is faster, on
+zeros.
 """
 
 import math
@@ -16,13 +16,14 @@ from proreflow_jax.run.experiment import Experiment
 
 MOMENTS = ("mu", "nu")  # of optax: zeros at the first step
 SPREAD = math.sqrt(3)  # of a uniform number between -1 and 1, to make its variance one
-TINY = 8  # numbers on each device of an array that only has to be there
+TINY = 8  # numbers on each device of an array whose values and size do not matter
 
 
 def filled(experiment: Experiment, shapes: Any) -> Any:
-    """A tree of `jax.ShapeDtypeStruct` with shardings -> arrays: a job's arguments, as `planning` gives them.
+    """A job's arguments: a tree of `jax.ShapeDtypeStruct` with shardings (from `perf.jobs`) -> arrays.
 
-    Weights by their rank and name, ids in the encoders' vocabularies, images of noise, a true key; other integers are 0.
+    Weights are random by rank and name, ids lie in the encoders' vocabularies, images are noise, keys are keys; other integers
+    are 0.
     """
     words = min(experiment.base.networks[name].config["vocab_size"] for name in experiment.base.text)
     return jax.tree_util.tree_map_with_path(partial(_drawn, words=words), shapes)

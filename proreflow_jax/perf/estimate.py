@@ -1,7 +1,7 @@
-"""What a job takes on a slice that is not here, as plain numbers: memory, work, time; compiled once, then read from a folder.
+"""Memory, work and time of a job on a TPU slice, by compiling it; results are cached in a folder.
 
-A result is kept under a hash of everything it depends on: the config but for fields that change no program, the base model's
-config.json files, the slice, the versions of jax and the TPU compiler, and this package's own code.
+The cache key is a hash of all that a result depends on: the config except fields that change no program, the base model's
+config.json files, the slice, the versions of jax and the TPU compiler, and this package's code.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from proreflow_jax import RunFailed
-from proreflow_jax.perf import chips, jobs, tpu_compile
+from proreflow_jax.perf import chips, hlo_cost, jobs, resident, tpu_compile
 from proreflow_jax.perf.jobs import Job
 from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import base_model
@@ -31,21 +31,21 @@ from proreflow_jax.storage import atomic
 from proreflow_jax.storage.atomic import json_digest
 
 log = logging.getLogger(__name__)
-FREE = (  # of the config: they change no program
+FREE = (  # fields of the config that change no program
     *("name", "root", "seed", "compilation_cache", "export.", "profile.", "evaluate.study.", "train.log_every", "model.path"),
     *(f"data.{name}" for name in ("path", "split", "image_key", "caption_key", "max_bad", "threads", "cache")),
 )
-PLAIN = {"model.attention": "xla", "train.remat": "none"}  # with these every product is in the open and made once
-TICK = 30.0  # seconds between signs of life while something compiles
+PLAIN = {"model.attention": "xla", "train.remat": "none"}  # no kernels and no recomputation: FLOPs can be counted
+TICK = 30.0  # seconds between lines of the log while a program compiles
 PACKAGE = Path(__file__).parent.parent
-PROGRAMS = (  # of this package's files: what makes, compiles or reads a program
+PROGRAMS = (  # files of this package that make, compile or read programs
     *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py", "run/*.py", "jobs/*.py", "perf/*.py", "pretrained/*.py"),
-    *("evaluation/protocols.py", "data/cached.py", "data/kinds.py"),
+    *("evaluation/protocols.py", "evaluation/judges.py", "evaluation/clip_score.py", "data/cached.py", "data/kinds.py"),
 )
 
 
 class Target(NamedTuple):
-    """Where programs are meant to run, and where results are kept."""
+    """The slice to compile for, and the folder of cached results."""
 
     slice: str
     chip: chips.Chip
@@ -54,14 +54,12 @@ class Target(NamedTuple):
 
 
 def target(name: str, cache: str, slices: int = 1) -> Target:
-    """Raises ValueError for a slice that is not known; an empty `cache` keeps nothing."""
+    """The target by the flags; an empty `cache` means no cache. Raises ValueError if the slice is not known."""
     return Target(name, chips.slice_chip(name), slices * chips.chip_count(name), Path(cache).expanduser() if cache else None)
 
 
 def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, Experiment]]:
-    """The experiment on the slice's devices, and one whose work can be counted; opened when first asked for, since a kept
-    result does not need its seconds.
-    """
+    """A function that returns `outlines` on the slice's devices, opened at the first call: cached results do not need them."""
     opened: list[tuple[Experiment, Experiment]] = []
 
     def both() -> tuple[Experiment, Experiment]:
@@ -73,73 +71,86 @@ def opener(config: ConfigDict, place: Target) -> Callable[[], tuple[Experiment, 
 
 
 def outlines(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Experiment, Experiment]:
-    """The experiment on these devices, its model in shapes, and one of which every product can be counted."""
+    """The experiment on these devices, its model in shapes; and the same without kernels, whose FLOPs can be counted."""
     change = {field: value for field, value in PLAIN.items() if has_field(config, field)}
     experiment = open_outline(config, devices)
     return experiment, open_outline(changed(config, change), devices) if change else experiment
 
 
 def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], windows: int, name: str) -> dict[str, Any]:
-    """The numbers of one job (see `measured`), from the cache or by compiling it, which takes minutes for a real model."""
-    kept = place.cache / f"{_key(config, place, windows, name)}.json" if place.cache else None
-    if kept and kept.is_file():
-        return atomic.read_json(kept)
+    """The numbers of one job (see `measured`), from the cache or by compiling, which takes minutes for a real model."""
+    cached = place.cache / f"{_key(config, place, windows, name)}.json" if place.cache else None
+    if cached and cached.is_file():
+        return atomic.read_json(cached)
     experiment, plain = opened()
     stage = find_stage(experiment.stages, windows)
     job = jobs.jobs(experiment, stage, plain)[name]
     with ticking(f"stage {windows}, {name}: compiling for {place.slice}"):
         compiled = tpu_compile.compile_for(job.jitted, job.arguments, place.chip)
-    found = measured(job, compiled, place) | {"storage": jobs.storage(experiment, stage)}
-    found["mesh"] = dict(experiment.mesh.shape)
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(kept, found)
-    return found
+    result = measured(job, compiled, place) | {"storage": jobs.storage(experiment, stage)}
+    result["mesh"] = dict(experiment.mesh.shape)
+    if cached:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(cached, result)
+    return result
 
 
 def measured(job: Job, compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:
-    """A compiled job as numbers: bytes and cycles of one chip; FLOPs of all; seconds of one call, and of one image."""
-    held, chip = jobs.argument_bytes(job), place.chip
-    found = {
+    """A compiled job as numbers: bytes and cycles of one chip; FLOPs of all; seconds of one call, and of one image.
+
+    Without the program's text there are no cycles and no seconds, and `no_time` says why; memory is known all the same.
+    """
+    arrays = resident.sum_classes(job.classes, job.beside)
+    arguments, state = resident.bytes_on_device(job.arguments), arrays[resident.STATE]
+    result = {
         "stage": job.windows,
         "job": job.name,
         "slice": place.slice,
         "images": job.images,
         "at_once": job.at_once,
         "calls": job.calls,
-        "memory": memory(held, compiled.memory, chip),
+        "memory": memory(arrays, arguments, compiled.memory, place.chip),
         "useful_flops": job.useful(),
         "compile_seconds": compiled.seconds,
+        "saving": sum(arrays.values()) + state,  # the state by torch names, beside its stacks
     }
-    found["saving"] = 2 * held[jobs.STATE] + held[jobs.FROZEN]  # by torch names, beside the one that is held
-    found["fits"] = max(found["memory"]["total"], found["saving"]) <= chip.memory and compiled.cost is not None
-    return found | (times(found, compiled, place) if compiled.cost else {})
+    needed = max(result["memory"]["total"], result["saving"])
+    result["fits"] = needed <= place.chip.memory and not compiled.too_large
+    if compiled.cost is None:
+        return result | {"no_time": compiled.no_cost}
+    return result | times(result["useful_flops"], job, compiled.cost, place)
 
 
-def memory(held: Mapping[str, int], compiled: tpu_compile.Memory, chip: chips.Chip) -> dict[str, int]:
+def memory(arrays: Mapping[str, int], arguments: int, compiled: tpu_compile.Memory, chip: chips.Chip) -> dict[str, int]:
     """Bytes of one chip by class, which sum to `total`. `tiles` is what the compiler adds to arguments to fill up its tiles.
 
-    Of a program that was too large nothing is known of its arguments but our own count.
+    Args:
+      arrays: bytes of what lives on the chip, by class (see `resident`).
+      arguments: bytes of the program's arguments among them, as counted from shapes.
+      compiled: the compiler's account; of a program that is too large it holds no arguments.
     """
-    arguments = compiled.arguments or sum(held.values())
-    parts = {**held, "tiles": arguments - sum(held.values())}
-    parts |= {"temporaries": compiled.temporaries, "outputs": compiled.outputs}
+    parts = {
+        **arrays,
+        "tiles": compiled.arguments - arguments if compiled.arguments else 0,
+        "temporaries": compiled.temporaries,
+    }
+    parts[resident.OUTPUTS] += compiled.outputs
     return parts | {"total": sum(parts.values()), "available": chip.memory}
 
 
-def times(found: Mapping[str, Any], compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:
-    """Seconds by the compiler's cycles, how much of the peak the useful work is, and what nobody estimates."""
-    cost, chip = compiled.cost, place.chip
+def times(useful: float, job: Job, cost: hlo_cost.Cost, place: Target) -> dict[str, Any]:
+    """Seconds by the compiler's cycles, the useful FLOPs as a share of the peak, and all that has no estimate."""
+    chip = place.chip
     slow, fast = cost.seconds(chip)
-    ideal = found["useful_flops"] / place.count / chip.peak
+    ideal = useful / place.count / chip.peak
     share = sum(cost.cycles.values()) or 1.0
     return {
         "seconds": slow,
         "seconds_if_streaming_is_faster": fast,
-        "seconds_per_image": slow / found["images"],
+        "seconds_per_image": slow / job.images,
         "utilisation": ideal / slow,
-        "hours": slow * found["calls"] / 3600,
-        "chip_hours": slow * found["calls"] / 3600 * place.count,
+        "hours": slow * job.calls / 3600,
+        "chip_hours": slow * job.calls / 3600 * place.count,
         "cycles": cost.cycles,
         "share": {kind: value / share for kind, value in sorted(cost.cycles.items(), key=lambda item: -item[1])},
         "kernels_at_their_floor": cost.kernels,
@@ -151,14 +162,14 @@ def times(found: Mapping[str, Any], compiled: tpu_compile.Compiled, place: Targe
 
 
 @contextmanager
-def ticking(what: str) -> Iterator[None]:
-    """Says what is being done, and every half minute that it still is: on one line of a terminal, or in lines of a log."""
+def ticking(activity: str) -> Iterator[None]:
+    """Logs an activity and, until it ends, the seconds so far: on one line of a terminal, or each half minute in a log."""
     done, start = threading.Event(), perf_counter()
     shown = sys.stderr.isatty()
 
     def tick() -> None:
         while not done.wait(1.0 if shown else TICK):
-            line = f"{what}, {perf_counter() - start:.0f} s"
+            line = f"{activity}, {perf_counter() - start:.0f} s"
             if shown:
                 sys.stderr.write(f"\r{line}")
                 sys.stderr.flush()
@@ -166,7 +177,7 @@ def ticking(what: str) -> Iterator[None]:
                 log.info(line)
 
     thread = threading.Thread(target=tick, daemon=True)
-    log.info(what)
+    log.info(activity)
     thread.start()
     try:
         yield
@@ -178,7 +189,7 @@ def ticking(what: str) -> Iterator[None]:
 
 
 def _key(config: ConfigDict, place: Target, windows: int, name: str) -> str:
-    """What a result depends on, as a hash."""
+    """The cache key of a result."""
     source = base_model.find_base_model(config, configs_only=True)
     fields = json.loads(config.to_json_best_effort())
     fields = {key: value for key, value in _flat(fields) if not key.startswith(FREE)}
@@ -208,7 +219,7 @@ def _version(name: str) -> str:
 
 
 def _code() -> str:
-    """A hash of the Python files that make and read programs: an edit of a network is another program."""
+    """A hash of the files of PROGRAMS. Raises RunFailed if a pattern matches no file."""
     code = hashlib.sha256()
     for pattern in PROGRAMS:
         paths = sorted(PACKAGE.glob(pattern))

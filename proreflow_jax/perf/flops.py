@@ -1,7 +1,7 @@
 """Floating-point operations of a function, counted from its shapes: nothing is compiled and nothing runs.
 
-Matrix products and convolutions count, a multiply-add as 2; the rest of a network is a few per mille of it. A scan's body
-counts as often as it runs, of a `cond` the dearest branch. A kernel that is written by hand has no count here and is named.
+Matrix products and convolutions count, a multiply-add as 2; the rest of a network is a few per mille. A scan's body counts as
+often as it runs, and a `cond` as its most expensive branch. Kernels written by hand have no count and are listed by name.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 CONVOLUTIONS, LINEARS, ATTENTION = "convolutions", "linears", "attention"
-UNKNOWN = "unknown"  # key of what has no count, followed by its name
+UNKNOWN = "unknown"  # begins the keys of operations without a count
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> Counter[str]:
@@ -30,10 +30,10 @@ def total(counted: Counter[str]) -> float:
 
 
 def _of(jaxpr: Any) -> Counter[str]:
-    found: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
     for equation in jaxpr.eqns:
-        found.update(_equation(equation))
-    return found
+        sums.update(_equation(equation))
+    return sums
 
 
 def _equation(equation: Any) -> Counter[str]:

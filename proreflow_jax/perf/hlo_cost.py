@@ -1,10 +1,10 @@
-"""What XLA's TPU compiler expects a program to cost, read from its text: cycles by kind of work, kernels, communication.
+"""The cost of a program by the TPU compiler's text: cycles by kind of work, kernels, communication. See `program_text`.
 
-The compiler writes "estimated_cycles" beside every operation that it schedules. Operations inside a fusion are part of it; the
-body of a loop is written once and runs as often as its condition says. Kernels written in Pallas have no estimate: those of
-splash attention are given their floor (matrix products at the chip's peak, a head's width filled up to the matrix unit), every
-other one is listed by name. Neither have transfers between chips: their bytes are counted, they mostly hide behind the work.
-What only moves data inside a chip and has no estimate takes the time that reading and writing it takes.
+The compiler writes "estimated_cycles" beside every operation that it schedules. Operations inside a fusion belong to it. A
+loop's body is written once and counts as often as the loop's condition says. Pallas kernels have no estimate: splash attention
+counts as its floor (matrix products at peak, a head's width filled up to the matrix unit), others are listed by name.
+Transfers between chips have no estimate either: their bytes are counted, and most of their time hides behind the work. Other
+data movement without an estimate counts as the time of reading and writing the data.
 """
 
 import math
@@ -22,8 +22,8 @@ MATRIX = (
     "linears",
     "attention",
     "kernels",
-)  # the compiler is right about these, and 2.2 times too slow in others
-PESSIMISM = 2.2
+)  # the compiler's estimates of these are right
+PESSIMISM = 2.2  # by which its estimates of all other kinds are too slow
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -57,7 +57,7 @@ _BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends insid
 
 
 class Op(NamedTuple):
-    """One line of a computation."""
+    """One operation, a line of a computation."""
 
     name: str
     kind: str
@@ -71,33 +71,35 @@ class Op(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one call of a program costs a chip; numbers are floats since loops multiply them."""
+    """The cost of one call of a program on one chip; numbers are floats since loops multiply them."""
 
     cycles: dict[str, float]  # by kind, splash attention among "kernels"
     kernels: dict[str, float]  # calls of kernels that have a floor, by name
-    unknown: dict[str, float]  # calls of what nobody has estimated, by name
+    unknown: dict[str, float]  # calls of operations without an estimate, by name
     communication: float  # bytes that a chip sends
     unread_loops: int  # loops whose length was not found: counted once
 
     def seconds(self, chip: Chip) -> tuple[float, float]:
-        """(as the compiler says, with all that is no matrix product by PESSIMISM faster)."""
+        """(the compiler's estimate, the same with all kinds but MATRIX faster by PESSIMISM)."""
         matrix = sum(value for kind, value in self.cycles.items() if kind in MATRIX)
         rest = sum(self.cycles.values()) - matrix
         return (matrix + rest) / chip.clock, (matrix + rest / PESSIMISM) / chip.clock
 
 
 def parse(text: str) -> tuple[dict[str, list[Op]], str]:
-    """(computations by name, the entry's name) of `compiled.as_text()`. Raises ValueError if there is no entry."""
+    """(computations by name, the entry's name) of a program's text. Raises UserError if it has no entry or no estimate."""
     computations: dict[str, list[Op]] = {}
     entry, current = "", None
     for line in _BROKEN.sub("", text).splitlines():
         if head := _HEAD.match(line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif current is not None and (found := _LINE.match(line)):
-            current.append(_op(*found.groups()))
+        elif current is not None and (match := _LINE.match(line)):
+            current.append(_op(*match.groups()))
     if not entry:
-        raise UserError("the compiler's text has no ENTRY: it is of a version that this reader does not know")
+        raise UserError("the text has no ENTRY")
+    if not any(op.cycles for lines in computations.values() for op in lines):
+        raise UserError("no operation has an estimate of cycles")
     return computations, entry
 
 
@@ -134,10 +136,10 @@ def _bytes(type_: str) -> int:
 
 
 def cost(text: str, chip: Chip) -> Cost:
-    """Walks the entry and what it calls; see the top of the file."""
+    """The cost of the entry and all computations that it calls; see the top of the file."""
     computations, entry = parse(text)
     cycles, kernels, unknown = Counter(), Counter(), Counter()
-    tally, seen = Counter(), set()
+    tally, channels = Counter(), set()
 
     def walk(name: str, times: float) -> None:
         types = {op.name: op.type for op in computations[name]}
@@ -157,8 +159,8 @@ def cost(text: str, chip: Chip) -> Cost:
         sends = [part for part in inside if _TRANSFER.match(part.kind)]
         kind = _class(op, inside)
         for part in sends:
-            tally["bytes"] += 0 if part.channel in seen else times * _sent(part)
-            seen.add(part.channel)
+            tally["bytes"] += 0 if part.channel in channels else times * _sent(part)
+            channels.add(part.channel)
         if op.cycles is not None:
             cycles[kind] += times * op.cycles
         elif op.kind == "custom-call":
@@ -179,13 +181,13 @@ def cost(text: str, chip: Chip) -> Cost:
 
 
 def _branches(op: Op, computations: dict[str, list[Op]]) -> tuple[str, ...]:
-    """What an operation runs: of a choice the branch with the most operations, once."""
+    """Computations that an operation runs; of a conditional only the branch with the most operations."""
     names = tuple(name for key, value in op.called.items() for name in value)
     return names if op.kind != "conditional" else (max(names, key=lambda name: len(computations[name])),)
 
 
 def _trips(condition: list[Op]) -> int | None:
-    """How often a loop runs that counts from 0: the one number that its condition compares with."""
+    """How often a loop runs that counts from 0: the only number in its condition; None if there are several."""
     numbers = [op.operands[0] for op in condition if op.kind == "constant" and op.type.startswith(("s32[]", "u32[]"))]
     return int(numbers[0]) if len(numbers) == 1 else None
 
@@ -223,7 +225,7 @@ def _moved(op: Op, types: dict[str, str]) -> int:
 
 
 def _sent(op: Op) -> int:
-    """Bytes of what a transfer makes: gathered arrays, sums, a permuted block. One that only starts names its inputs too."""
+    """Bytes of a transfer's result: gathered arrays, sums, a permuted block. The type of a start holds its inputs too."""
     sizes = sorted((_bytes(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in hlo_shapes(op.type)), reverse=True)
     if op.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
         return sum(sizes[: max(1, len(sizes) // 2)]) if op.kind == "all-gather-start" else sizes[0]
@@ -249,8 +251,8 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     products = next((count for part, count in _PRODUCTS.items() if f"_{part}" in op.name), None)
     if products is None:
         return None
-    made = [shape for _, shape in hlo_shapes(op.type) if len(shape) >= len(q)]
-    products += "_dkv" in op.name and len(made) == 3  # the gradient of q too, from the same scores
+    outputs = [shape for _, shape in hlo_shapes(op.type) if len(shape) >= len(q)]
+    products += "_dkv" in op.name and len(outputs) == 3  # the gradient of q too, from the same scores
     filled = -(-q[-1] // chip.lanes) * chip.lanes
     flops = 2 * products * math.prod(q[:-1]) * k[-2] * filled
     return flops / chip.peak * chip.clock

@@ -1,7 +1,7 @@
-"""How many rows a second a job's input can give on this machine: decoding, tokenizing and the way onto the devices included.
+"""Rows a second of a job's input on this machine, including decoding, tokenizing and the transfer to the devices.
 
-It is read as the job reads it, by the same iterators, while nothing else is computed. Pair records that are not there yet are
-made up in a temporary folder, in their true format and size.
+The input is read by the job's own iterators while nothing else is computed. Pair records that do not exist yet are replaced by
+random ones of the same format and size, in a temporary folder.
 """
 
 import logging
@@ -27,9 +27,9 @@ from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
-JOBS = ("pairs", "train")  # that read something
-LEAST = 20  # batches that are timed: a few are there before the clock starts
-MADE = 4  # batches of records that are made up
+JOBS = ("pairs", "train")  # jobs with an input
+LEAST = 20  # batches that are timed, at least: a few are read before the clock starts
+RANDOM = 4  # batches of random records
 
 
 def rate(experiment: Experiment, stage: Stage, job: str, steps: int) -> dict[str, Any]:
@@ -39,18 +39,18 @@ def rate(experiment: Experiment, stage: Stage, job: str, steps: int) -> dict[str
     """
     steps = max(steps, LEAST)
     with ExitStack() as stack:
-        made = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         stored = job == "train" and not stage.online
-        source, what = _records(experiment, stage, Path(made)) if stored else _captions(experiment)
+        source, what = _records(experiment, stage, Path(folder)) if stored else _captions(experiment)
         rows = experiment.config.train.batch if job == "train" else experiment.config.pairs.batch
         open_ = train.batches_from(experiment, stage, source, 0) if stored else _prompts(_tokenizing(experiment), source, rows)
-        found = loader.rows_per_second(_arrived(stack.enter_context(open_)), steps, rows)
-    return {"input": what, "rows": steps * rows, "rows_per_second": found}
+        per_second = loader.rows_per_second(_arrived(stack.enter_context(open_)), steps, rows)
+    return {"input": what, "rows": steps * rows, "rows_per_second": per_second}
 
 
-def against(found: Mapping[str, Any], wanted: float) -> dict[str, Any]:
-    """The same beside the images a second that a step, or the user, asks for."""
-    return {**found, "wanted_per_second": wanted, "ratio": found["rows_per_second"] / wanted}
+def against(reads: Mapping[str, Any], needed: float) -> dict[str, Any]:
+    """The same, with the images a second that the step or the user needs."""
+    return {**reads, "wanted_per_second": needed, "ratio": reads["rows_per_second"] / needed}
 
 
 def _arrived(batches: Iterator[tuple[int, Any]]) -> Iterator[Any]:
@@ -89,14 +89,14 @@ def _records(experiment: Experiment, stage: Stage, folder: Path) -> tuple[loader
     if (own / records.MANIFEST).is_file():
         return records.PairRecords(paths.local_copy(own), verify=False), "the stage's pair records"
     b = experiment.config.train.batch
-    plan, rows = {"examples": MADE * b, "shard_size": b}, jobs.record_shapes(experiment, stage)
+    plan, rows = {"examples": RANDOM * b, "shard_size": b}, jobs.record_shapes(experiment, stage)
     draws = np.random.default_rng(0)
     one = lambda: {name: _noise(draws, rows[name]) for name in rows}
     records.fix_plan(folder, plan)
     for shard in range(records.shard_count(plan)):
         records.write_shard(folder, plan, shard, (one() for _ in records.shard_range(plan, shard)))
     records.publish(folder, plan)
-    return records.PairRecords(folder, verify=False), "pair records of that size, made up"
+    return records.PairRecords(folder, verify=False), "random pair records of the same size"
 
 
 def _noise(draws: np.random.Generator, rows: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""The jobs of a config as what is compiled: the very functions that the verbs jit, with shapes in place of arrays.
+"""The jobs of a config as compiled functions: the same functions that the verbs jit, with shapes in place of arrays.
 
-`plan` compiles them for slices that are not here, `bench` runs them on the machine at hand.
+`plan` compiles them for TPU slices, `bench` runs them on the machine at hand.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,8 @@ from proreflow_jax import UserError
 from proreflow_jax.data import kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
-from proreflow_jax.perf import flops, tpu_compile
+from proreflow_jax.perf import flops, resident
+from proreflow_jax.perf.resident import BATCH, ENCODERS, STATE, STUDENT
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run import cli, train_state
@@ -26,7 +27,6 @@ from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.runtime import mesh
 
 JOBS = ("pairs", "train", "sample")
-STATE, FROZEN, BATCH = "state", "frozen", "batch"  # classes of arguments
 WITHOUT_PROTOCOL = 1.0  # guidance of the digits' samples
 
 
@@ -37,28 +37,28 @@ class Job(NamedTuple):
     windows: int  # of the stage
     jitted: Any
     arguments: tuple[Any, ...]  # shapes with shardings, in the function's order
-    classes: tuple[str, ...]  # of the arguments
-    images: int  # that one call works on, over all devices
-    at_once: int  # images whose activations lie on one device together
-    calls: int  # in a whole stage; 0: as often as somebody wants pictures
-    useful: Callable[[], float]  # FLOPs of one call, over all devices: what the method needs, nothing computed twice
-    rest: tuple[Any, ...] = ()  # of a job that holds its arguments in stacks: shapes of them by torch names
-    hold: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda rest: rest  # arrays by torch names -> arrays as it takes them
+    classes: resident.Classes  # of the arguments
+    images: int  # of one call, over all devices
+    at_once: int  # images on one device at the same time
+    calls: int  # of a whole stage; 0: not part of a stage
+    useful: Callable[[], float]  # FLOPs that one call needs, over all devices; recomputation does not count
+    beside: resident.Classes  # other arrays that are alive on the devices
+    rest: tuple[Any, ...] = ()  # shapes of the arguments by torch names, if the job takes stacks
+    hold: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda rest: rest  # arrays by torch names -> arguments
 
 
 def jobs(experiment: Experiment, stage: Stage, plain: Experiment | None = None) -> dict[str, Job]:
-    """The jobs of a stage by name; no pairs where the train step makes its own.
+    """The jobs of a stage by name; no pairs in the online mode.
 
-    `plain` is the same experiment with networks of which every product can be counted, where `experiment` has kernels that
-    cannot.
+    `plain` is the same experiment with networks whose FLOPs can be counted; those of kernels can't.
     """
     plain = plain or experiment
-    made = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
-    return made if stage.online else {"pairs": pairs_job(experiment, stage, plain), **made}
+    by_name = {"train": train_job(experiment, stage, plain), "sample": sample_job(experiment, stage, plain)}
+    return by_name if stage.online else {"pairs": pairs_job(experiment, stage, plain), **by_name}
 
 
-def wanted(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
-    """(windows, job) of everything that is asked for, in the order in which it would run."""
+def choose_jobs(config: ConfigDict, stage: int, jobs: str) -> list[tuple[int, str]]:
+    """(windows, job) by the flags --stage and --jobs, in the order in which they would run."""
     if stage and stage not in config.stages:
         raise UserError(f"--stage={stage} is not a stage of this config: --config.stages has {list(config.stages)}")
     chosen = [cli.choose(name.strip(), JOBS, "--jobs") for name in jobs.split(",")]
@@ -72,11 +72,23 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config = experiment.config
     b, machine = config.pairs.batch, experiment.mesh
     jitted = pairs.jit_pairs(stage, experiment.networks, machine)
-    arguments = frozen_shapes(experiment, stage, True, encodes(config)), prompt_shapes(experiment, b)
+    frozen = frozen_shapes(experiment, stage, True, encodes(config))._replace(base={})  # which this program does not read
+    arguments = frozen, prompt_shapes(experiment, b)
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
     useful = partial(_counted, pairs.jit_pairs(stage, plain.networks, machine), arguments)
-    return Job("pairs", stage.windows, jitted, arguments, (FROZEN, BATCH), b, b // mesh.ways(experiment.mesh), calls, useful)
+    return Job(
+        name="pairs",
+        windows=stage.windows,
+        jitted=jitted,
+        arguments=arguments,
+        classes={**resident.frozen_classes(frozen), BATCH: arguments[1]},
+        images=b,
+        at_once=b // mesh.ways(experiment.mesh),
+        calls=calls,
+        useful=useful,
+        beside=resident.beside_pairs(experiment, by_base=stage.maker is None),
+    )
 
 
 def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
@@ -84,31 +96,47 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config, layout, online = experiment.config, experiment.layout, stage.online
     b = config.train.batch
     frozen = frozen_shapes(experiment, stage, online, online and encodes(config))
-    held = train_state.frozen_shapes(layout, frozen)
+    stacked = train_state.frozen_shapes(layout, frozen)
     batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
     key = _key(experiment, stage)
-    arguments, rest = (train_state.stacked_shapes(layout), held, batch, key), (layout.target, frozen, batch, key)
-    hold = lambda made: (train_state.stacked(layout, made[0]), train_state.stack_frozen(layout, made[1]), *made[2:])
+    arguments = train_state.stacked_shapes(layout), stacked, batch, key
+    rest = layout.target, frozen, batch, key
+
+    def hold(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        state, networks, *others = arrays
+        return train_state.stacked(layout, state), train_state.stack_frozen(layout, networks), *others
+
     at_once = b // mesh.ways(experiment.mesh) // config.train.accumulation
     draw, loss = train.step_parts(plain, stage)
 
     def useful() -> float:
-        drawn = jax.eval_shape(draw, frozen, batch, key)
+        examples = jax.eval_shape(draw, frozen, batch, key)
         backward = 1 if config.student.lora.rank else 2  # no gradients of the weights beside the factors
-        student = layout.shapes, frozen.base, drawn
+        student = layout.shapes, frozen.base, examples
         return _counted(draw, (frozen, batch, key)) + (1 + backward) * _counted(loss, student)
 
-    classes = (STATE, FROZEN, BATCH, BATCH)
-    jitted = train.jit_step(experiment, stage)
-    return Job("train", stage.windows, jitted, arguments, classes, b, at_once, config.train.steps, useful, rest, hold)
+    return Job(
+        name="train",
+        windows=stage.windows,
+        jitted=train.jit_step(experiment, stage),
+        arguments=arguments,
+        classes={STATE: arguments[0], **resident.frozen_classes(stacked), BATCH: (batch, key)},
+        images=b,
+        at_once=at_once,
+        calls=config.train.steps,
+        useful=useful,
+        beside={BATCH: batch},
+        rest=rest,
+        hold=hold,
+    )
 
 
 def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
-    """evaluate: one batch of pictures by the stage's student, in as many steps as windows, by the guidance of the protocol."""
+    """evaluate: one batch of pictures by the stage's student, in as many steps as windows, with the protocol's guidance."""
     e, base, machine = experiment.config.evaluate, experiment.base, experiment.mesh
     b = -(-e.batch // mesh.ways(experiment.mesh)) * mesh.ways(experiment.mesh)
-    named = protocols.PROTOCOLS.get(e.protocol)
-    guidance = float(e.guidance or (named.guidance if named else WITHOUT_PROTOCOL))
+    protocol = protocols.PROTOCOLS.get(e.protocol)
+    guidance = float(e.guidance or (protocol.guidance if protocol else WITHOUT_PROTOCOL))
     options = stage.student, stage.windows, guidance
     frozen = frozen_shapes(experiment, stage, True, True)
     split = partial(_shape, mesh.batch_sharding(machine))
@@ -116,20 +144,25 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     whole = partial(_shape, mesh.replicated(machine))
     empty, seed = whole((1, base.tokenizer.length), np.int32), whole((), np.uint32)
     arguments = frozen.teacher, frozen.text, frozen.vae, empty, rows, seed
-    classes = (FROZEN,) * 4 + (BATCH,) * 2
-    jitted, useful = (
-        score_coco.jit_draw(experiment, *options),
-        partial(_counted, score_coco.jit_draw(plain, *options), arguments),
+    return Job(
+        name="sample",
+        windows=stage.windows,
+        jitted=score_coco.jit_draw(experiment, *options),
+        arguments=arguments,
+        classes={STUDENT: frozen.teacher, ENCODERS: (frozen.text, frozen.vae, empty), BATCH: (rows, seed)},
+        images=b,
+        at_once=b // mesh.ways(experiment.mesh),
+        calls=0,
+        useful=partial(_counted, score_coco.jit_draw(plain, *options), arguments),
+        beside=resident.beside_samples(experiment, rows),
     )
-    return Job("sample", stage.windows, jitted, arguments, classes, b, b // mesh.ways(experiment.mesh), 0, useful)
 
 
 def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae: bool) -> Frozen:
     """`lineage.frozen_arrays`, as shapes with shardings."""
     base, config = experiment.base, experiment.config
     whole = partial(_everywhere, experiment)
-    by_rules = train_state.parameter_shardings(config, experiment.mesh, base.unet.shapes)
-    unet = {name: _shape(by_rules[name], shape.shape, shape.dtype) for name, shape in base.unet.shapes.items()}
+    unet = resident.unet_shapes(experiment)
     text = {name: encoder.shapes for name, encoder in base.networks.items() if name in base.text}
     return Frozen(
         text=whole(text),
@@ -142,7 +175,7 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
 
 
 def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of numbered prompts (and images, or a cache by the block `cache`), as `pairs.read_rows` makes it."""
+    """Shapes of a batch of numbered prompts (and images, or cached latents and texts), as of `pairs.read_rows`."""
     config, base = experiment.config, experiment.base
     split = partial(_shape, mesh.batch_sharding(experiment.mesh))
     rows = {"index": split((b,), np.int32), "ids": split((b, experiment.base.tokenizer.length), np.int32)}
@@ -151,14 +184,14 @@ def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStr
     elif config.pairs.start == "data":
         rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in kinds.LATENTS}
     if kinds.has_latents(config.data) and config.cache.text:
-        told = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
-        kept = {name: value for name, value in zip(kinds.TEXTS, told, strict=False) if value is not None}
-        rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in kept.items()}
+        states = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
+        texts = {name: value for name, value in zip(kinds.TEXTS, states, strict=False) if value is not None}
+        rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in texts.items()}
     return rows
 
 
 def record_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of pair records, as `data.records` keeps them."""
+    """Shapes of a batch of pair records, as of `data.records`."""
     config, split = experiment.config, partial(_shape, mesh.batch_sharding(experiment.mesh))
     b, bounds = config.train.batch, record_bounds(config, stage)
     return {
@@ -174,7 +207,7 @@ def record_bounds(config: Any, stage: Stage) -> int:
 
 
 def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
-    """Bytes that a stage leaves on the disk: its pairs and the checkpoints that it keeps."""
+    """Bytes of a stage on the disk: pairs and checkpoints."""
     config = experiment.config
     record = {name: shape.shape[1:] for name, shape in record_shapes(experiment, stage).items()}
     width = {"states": jnp.dtype(config.pairs.storage).itemsize, "first": 4, "ids": 4}
@@ -182,14 +215,6 @@ def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
     stored = 0 if stage.online else config.pairs.examples
     state = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(experiment.layout.target))
     return {"pairs": one * stored, "checkpoints": state * config.checkpoint.keep}
-
-
-def argument_bytes(job: Job) -> dict[str, int]:
-    """Bytes of a job's arguments on one device by class, before they are filled up to tiles."""
-    found = dict.fromkeys((STATE, FROZEN, BATCH), 0)
-    for kind, argument in zip(job.classes, job.arguments, strict=True):
-        found[kind] += tpu_compile.held(argument)
-    return found
 
 
 def _counted(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

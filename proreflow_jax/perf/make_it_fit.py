@@ -1,6 +1,6 @@
-"""Changes of a config that make a job fit a slice, or fill it, in an order: from what costs nothing to what costs quality.
+"""Changes of a config that make a job fit a slice, or fill it: first those that cost nothing, last those that cost quality.
 
-Whether a change helps is never guessed here: `plan` compiles the changed config. Only hopeless ones are left out beforehand.
+`plan` compiles each changed config, so nothing is guessed. Only changes that can't be enough are left out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,24 +10,24 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.run.config_fields import Change, field_value, has_field
 
-REMAT = ("none", "products", "attention", "inputs")  # of --config.train.remat: what is kept, from all to the least
-ROOM = 0.97  # of a chip's memory that an outlook may fill before a change is worth compiling
+REMAT = ("none", "products", "attention", "inputs")  # --config.train.remat, from most memory to least
+ROOM = 0.97  # share of a chip's memory that a prediction may fill
 
 
 def batch_ways(config: ConfigDict, chips: int) -> int:
-    """Devices that a batch is split over, of so many in all slices."""
+    """Number of devices that a batch is split over; `chips` counts all slices."""
     m = config.mesh
     return chips // m.tensor if -1 in (m.data, m.fsdp) else m.slices * m.data * m.fsdp
 
 
-def smaller(config: ConfigDict, job: str, chips: int, found: Mapping[str, Any]) -> Iterator[Change]:
-    """Changes that take less memory than `found`, the estimate of a job that does not fit; the cheapest first.
+def smaller(config: ConfigDict, job: str, chips: int, result: Mapping[str, Any]) -> Iterator[Change]:
+    """Changes that take less memory than `result`, the estimate of a job that does not fit; the cheapest first.
 
-    Fewer images at once (more accumulation, smaller batches of pairs or pictures) cost next to nothing; then the state is split
-    over all chips; then both; then activations are computed again, where the config has such a field; last the average goes.
+    Order: fewer images at once (accumulation, smaller batches), the state split over all chips, both, activations recomputed
+    (if the config has the field), no average of the weights.
     """
     fewer = list(_fewer(config, job, batch_ways(config, chips)))
-    yield from _worth(fewer, found)
+    yield from _worth(fewer, result)
     if job != "train":
         return
     split = {} if config.mesh.fsdp == -1 and config.mesh.data == 1 else {"mesh.data": 1, "mesh.fsdp": -1}
@@ -43,14 +43,14 @@ def smaller(config: ConfigDict, job: str, chips: int, found: Mapping[str, Any]) 
 
 
 def _sparing(config: ConfigDict) -> tuple[str, ...]:
-    """Policies of recomputation that keep less than the config's, in order; none where it has no such field."""
+    """Policies that take less memory than the config's, in order; () if the config has no such field."""
     if not has_field(config, "train.remat") or config.train.remat not in REMAT:
         return ()
     return REMAT[REMAT.index(config.train.remat) + 1 :]
 
 
 def _fewer(config: ConfigDict, job: str, split: int) -> Iterator[tuple[Change, float]]:
-    """(change, share of the images that are then at once on a chip)."""
+    """(change, share of the images at once on a chip after the change)."""
     field = {"pairs": "pairs.batch", "sample": "evaluate.batch"}.get(job)
     if field:
         now = field_value(config, field)
@@ -64,16 +64,16 @@ def _fewer(config: ConfigDict, job: str, split: int) -> Iterator[tuple[Change, f
             yield {"train.accumulation": count}, now / count
 
 
-def _worth(fewer: list[tuple[Change, float]], found: Mapping[str, Any]) -> list[Change]:
-    """Those after which the temporaries, taken in proportion, have room; the last one if none has."""
-    memory = found["memory"]
+def _worth(fewer: list[tuple[Change, float]], result: Mapping[str, Any]) -> list[Change]:
+    """Changes after which the temporaries fit, if they shrink in proportion; the last change if none does."""
+    memory = result["memory"]
     fixed, moving = memory["total"] - memory["temporaries"], memory["temporaries"]
     fits = [change for change, share in fewer if fixed + moving * share <= ROOM * memory["available"]]
     return fits or [change for change, _ in fewer[-1:]]
 
 
 def at_once(config: ConfigDict, job: str, chips: int, images: int) -> Change:
-    """The change that lets `images` images lie on a chip together; the global batch stays where it can."""
+    """The change to `images` images at once on a chip; the global batch stays the same if possible."""
     total = images * batch_ways(config, chips)
     if job == "sample":
         return {"evaluate.batch": total}
@@ -85,9 +85,9 @@ def at_once(config: ConfigDict, job: str, chips: int, images: int) -> Change:
     return {"train.batch": total, "train.accumulation": 1}
 
 
-def outlook(found: Mapping[str, Any]) -> int:
-    """The power of two times the images at once that would fill the chip if temporaries grew with them; at least 1 image."""
-    memory, images = found["memory"], found["at_once"]
+def outlook(result: Mapping[str, Any]) -> int:
+    """Images at once that would fill the chip if temporaries grew in proportion: a power of two times the present."""
+    memory, images = result["memory"], result["at_once"]
     fixed = memory["total"] - memory["temporaries"]
     room = max(memory["available"] * ROOM - fixed, 0.0) / max(memory["temporaries"], 1)
     factor = 1.0

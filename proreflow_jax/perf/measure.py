@@ -1,7 +1,7 @@
-"""What a job takes on the machine at hand, as plain numbers: compiled, run on made-up arrays, timed.
+"""Time and memory of a job on the machine at hand: the job is compiled, run on random arrays and timed.
 
-Two ways of calling. Alone: each call is waited for, which is its time. In a row: a call is sent before the one in front of it
-is waited for, as the training loop does, which is the rate. Host time is how long the call itself keeps Python.
+Calls are timed in two ways. Alone: the host waits for each call; this is a call's time. In a row: the host sends a call before
+it waits for the previous one, as the training loop does; this is the rate. Host time ends when a call returns to Python.
 """
 
 import resource
@@ -15,20 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax.perf import chips, dummy_arrays, tpu_compile
-from proreflow_jax.perf.jobs import STATE, Job
+from proreflow_jax.perf.jobs import Job
+from proreflow_jax.perf.resident import STATE
 from proreflow_jax.run.experiment import Experiment
 
-HOST_CALLS, HOST_WARMUP = 50, 5  # of the program that computes nothing
+HOST_CALLS, HOST_WARMUP = 50, 5  # of the empty program
 
 
 class Caller:
-    """A compiled job, called over and over: a state that it consumes is taken from the call before."""
+    """A compiled job that is called repeatedly; each call consumes the state that the call before returned."""
 
     def __init__(self, program: Any, job: Job, arguments: tuple[Any, ...]) -> None:
-        self._program, self._arguments, self._passes = program, arguments, job.classes[0] == STATE
+        self._program, self._arguments, self._passes = program, arguments, STATE in job.classes
 
     def __call__(self) -> Any:
-        """Sends one call; returns what to wait for, which no later call consumes."""
+        """Sends one call; returns outputs to wait for, which no later call consumes."""
         out = self._program(*self._arguments)
         if not self._passes:
             return out
@@ -41,10 +42,11 @@ def time_job(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[
     """The numbers of one job: seconds, images and FLOPs a second, bytes of one device, seconds that a call keeps the host.
 
     Args:
-      job: of `planning.jobs`, on devices that are here.
-      steps, warmup: calls that are timed, alone and again in a row; calls before, the first of which is never counted.
+      job: from `perf.jobs.jobs`, on this machine's devices.
+      steps: calls that are timed, first alone, then in a row.
+      warmup: calls before these, after a first one that is never counted.
 
-    Raises jax's RuntimeError where the job does not fit the device.
+    Raises jax's RuntimeError if the job does not fit the device.
     """
     device, start = experiment.mesh.devices.flat[0], perf_counter()
     program = job.jitted.lower(*job.arguments).compile()
@@ -56,7 +58,7 @@ def time_job(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[
     memory = device_memory(program, device)
     del call
     median = float(np.median(alone))
-    found = {
+    result = {
         "stage": job.windows,
         "job": job.name,
         "images": job.images,
@@ -71,11 +73,11 @@ def time_job(experiment: Experiment, job: Job, steps: int, warmup: int) -> dict[
         "host_seconds": run_spread(host),
         "host_seconds_of_arguments": run_spread(host_times(job)),
     }
-    return found | work(job.useful(), median, experiment.mesh.size, chips.chip_of(device.device_kind))
+    return result | work(job.useful(), median, experiment.mesh.size, chips.chip_of(device.device_kind))
 
 
 def each_alone(call: Callable[[], Any], steps: int) -> list[float]:
-    """Seconds of calls that are waited for, one by one."""
+    """Seconds of each call; the host waits for each."""
     times = []
     for _ in range(steps):
         start = perf_counter()
@@ -85,7 +87,7 @@ def each_alone(call: Callable[[], Any], steps: int) -> list[float]:
 
 
 def in_a_row(call: Callable[[], Any], steps: int) -> tuple[float, list[float]]:
-    """(seconds a call where each is sent before the one in front of it is waited for, seconds until each came back sent)."""
+    """(seconds a call, seconds until each call returned), each call sent before the host waits for the previous one."""
     sent, before, begin = [], None, perf_counter()
     for _ in range(steps):
         start = perf_counter()
@@ -98,17 +100,17 @@ def in_a_row(call: Callable[[], Any], steps: int) -> tuple[float, list[float]]:
 
 
 def host_times(job: Job) -> list[float]:
-    """Seconds that a jitted call keeps Python for its arguments' sake: as many arrays, named alike, nothing to compute."""
+    """Seconds of a jitted call on the host for its arguments alone: an empty program, as many arrays, the same names."""
     arguments = dummy_arrays.tiny(job.arguments)
-    passes = job.classes[0] == STATE
+    passes = STATE in job.classes
     places = jax.tree.map(lambda array: array.sharding, arguments)
 
     def nothing(*arrays: Any) -> Any:
         return (jax.lax.optimization_barrier(arrays[0]), jnp.zeros(())) if passes else jnp.zeros(())
 
-    made = (places[0], None) if passes else None
+    out_places = (places[0], None) if passes else None
     options = {"donate_argnums": 0} if passes else {}
-    jitted = jax.jit(nothing, in_shardings=places, out_shardings=made, keep_unused=True, **options)
+    jitted = jax.jit(nothing, in_shardings=places, out_shardings=out_places, keep_unused=True, **options)
     call, times = Caller(jitted, job, arguments), []
     for _ in range(HOST_WARMUP + HOST_CALLS):
         start = perf_counter()
@@ -119,27 +121,27 @@ def host_times(job: Job) -> list[float]:
 
 
 def work(useful: float, seconds: float, devices: int, chip: chips.Chip | None) -> dict[str, float | None]:
-    """FLOPs of one call that the method needs, of all devices a second, and as a part of their peak where that is known."""
+    """FLOPs of one call that the method needs, FLOP/s of all devices, and the share of their peak (None if not known)."""
     rate = useful / seconds
     return {"useful_flops": useful, "flops_per_second": rate, "utilisation": rate / devices / chip.peak if chip else None}
 
 
 def device_memory(program: Any, device: jax.Device) -> dict[str, int | None]:
-    """Bytes of one device: the compiler's account of this job; the allocator's highest since the process began, where it keeps
-    one; and the highest of the process on the host.
+    """Bytes of one device by the compiler, the allocator's peak since the process began (None if it has none), and the host's
+    peak.
     """
-    found, stats = tpu_compile.memory_of(program), device.memory_stats() or {}
+    compiled, stats = tpu_compile.memory_of(program), device.memory_stats() or {}
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "compiled": found.total,
-        "temporaries": found.temporaries,
+        "compiled": compiled.total,
+        "temporaries": compiled.temporaries,
         "peak": stats.get("peak_bytes_in_use"),
         "process_peak": highest * (1 if sys.platform == "darwin" else 1024),
     }
 
 
 def run_spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles, least and most of some numbers, and how many they were."""
+    """Median, quartiles, least, most and count of some numbers."""
     low, median, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
     return {
         "median": median,

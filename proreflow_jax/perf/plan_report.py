@@ -1,4 +1,4 @@
-"""The words in which `plan` says its numbers."""
+"""The report that `plan` prints."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from proreflow_jax.perf import resident
 from proreflow_jax.perf.chips import GIB
 from proreflow_jax.perf.estimate import Target
 
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 WORK = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
-CLASSES = ("state", "frozen", "batch", "tiles", "temporaries", "outputs")
+CLASSES = (*resident.CLASSES, "tiles", "temporaries")
 OUTLINED = 5  # kinds of work that are named
 SHOWN = GIB // 2000  # bytes below which a class of memory is not named
 
@@ -19,87 +20,97 @@ SHOWN = GIB // 2000  # bytes below which a class of memory is not named
 def header(config: ConfigDict, place: Target) -> str:
     """The first line."""
     chip = place.chip
-    what = (
-        f"{place.count} chip{'s' * (place.count > 1)}, of each {chip.memory / GIB:.2f} GiB and {chip.peak / 1e12:.0f} TFLOP/s"
+    each = f"of each {chip.memory / GIB:.2f} GiB and {chip.peak / 1e12:.0f} TFLOP/s"
+    slices = f"{config.mesh.slices} x " if config.mesh.slices > 1 else ""
+    chips = f"{place.count} chip{'s' * (place.count > 1)}"
+    return (
+        f"{config.name} on {slices}{place.slice}: {chips}, {each}. Memory and time are the TPU compiler's account; nothing ran."
     )
-    several = f"{config.mesh.slices} x " if config.mesh.slices > 1 else ""
-    return f"{config.name} on {several}{place.slice}: {what}. Memory and time are the TPU compiler's account; nothing ran."
 
 
-def job(found: Mapping[str, Any]) -> str:
+def job(result: Mapping[str, Any]) -> str:
     """A job's paragraph."""
-    lines = [f"\nstage {found['stage']}, {found['job']}: {found['images']} images a call, {found['at_once']} at once on a chip"]
-    lines.append(f"  memory   {_memory(found)}")
-    lines.append(f"  work     {scaled(found['useful_flops'], WORK)} that the method needs{_utilised(found)}")
-    if "seconds" in found:
-        lines += _time(found)
-    return "\n".join(lines)
+    batch = f"{result['images']} images a call, {result['at_once']} at once on a chip"
+    head = f"\nstage {result['stage']}, {result['job']}: {batch}"
+    lines = [head, f"  memory   {_memory(result)}"]
+    lines.append(f"  work     {scaled(result['useful_flops'], WORK)} that the method needs{_utilisation(result)}")
+    if "no_time" in result:
+        return "\n".join([*lines, f"  time     unknown, because {result['no_time']}"])
+    return "\n".join([*lines, *_time(result)])
 
 
-def _memory(found: Mapping[str, Any]) -> str:
-    memory = found["memory"]
+def _memory(result: Mapping[str, Any]) -> str:
+    memory = result["memory"]
     parts = ", ".join(f"{name} {memory[name] / GIB:.3f}" for name in CLASSES if memory[name] >= SHOWN)
-    most, free = max(memory["total"], found["saving"]), _free(found)
-    said = f"fits, {free:.2f} free" if found["fits"] else f"DOES NOT FIT, {-free:.2f} too many"
+    most, free = max(memory["total"], result["saving"]), _free(result)
+    verdict = f"fits, {free:.2f} free" if result["fits"] else f"DOES NOT FIT, {-free:.2f} too many"
     saving = f"; {most / GIB:.2f} when it is saved" if most > memory["total"] else ""
-    return f"{memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts}{saving}): {said}"
+    return f"{memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts}{saving}): {verdict}"
 
 
-def _free(found: Mapping[str, Any]) -> float:
+def _free(result: Mapping[str, Any]) -> float:
     """GiB of a chip that are left, while the job runs and while a state is saved."""
-    return (found["memory"]["available"] - max(found["memory"]["total"], found["saving"])) / GIB
+    return (result["memory"]["available"] - max(result["memory"]["total"], result["saving"])) / GIB
 
 
-def _utilised(found: Mapping[str, Any]) -> str:
-    return f", {100 * found['utilisation']:.1f} % of the chips' peak" if "utilisation" in found else ""
+def _utilisation(result: Mapping[str, Any]) -> str:
+    return f", {100 * result['utilisation']:.1f} % of the chips' peak" if "utilisation" in result else ""
 
 
-def _time(found: Mapping[str, Any]) -> list[str]:
-    kinds = sorted(found["share"].items(), key=lambda item: -item[1])[:OUTLINED]
+def _time(result: Mapping[str, Any]) -> list[str]:
+    kinds = sorted(result["share"].items(), key=lambda item: -item[1])[:OUTLINED]
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in kinds)
-    faster = f"{seconds(found['seconds_if_streaming_is_faster'])} if what only moves data is 2.2 times faster than it says"
+    faster = f"{seconds(result['seconds_if_streaming_is_faster'])} if what only moves data is 2.2 times faster than it says"
     lines = [
-        f"  time     {seconds(found['seconds'])} a call, {seconds(found['seconds_per_image'])} an image ({faster})",
+        f"  time     {seconds(result['seconds'])} a call, {seconds(result['seconds_per_image'])} an image ({faster})",
         f"  of it    {shares}",
     ]
-    if found["sent_bytes"]:
-        sent = f"{scaled(found['sent_bytes'], UNITS)} a chip, {seconds(found['sent_seconds'])} at the links' full rate"
+    if result["sent_bytes"]:
+        sent = f"{scaled(result['sent_bytes'], UNITS)} a chip, {seconds(result['sent_seconds'])} at the links' full rate"
         lines.append(f"  between  {sent}, mostly behind the work, not in the time above")
-    if found["kernels_at_their_floor"]:
-        lines.append(f"  floors   {_counted(found['kernels_at_their_floor'])}: counted at the chip's peak, not estimated")
-    if found["not_estimated"] or found["loops_of_unknown_length"]:
-        loops = found["loops_of_unknown_length"]
-        unknown = found["not_estimated"] | ({"loops counted once": loops} if loops else {})
+    if result["kernels_at_their_floor"]:
+        lines.append(f"  floors   {_counted(result['kernels_at_their_floor'])}: counted at the chip's peak, not estimated")
+    if result["not_estimated"] or result["loops_of_unknown_length"]:
+        loops = result["loops_of_unknown_length"]
+        unknown = result["not_estimated"] | ({"loops counted once": loops} if loops else {})
         lines.append(f"  MISSING  in the time: {_counted(unknown)}")
-    if found["calls"]:
-        lines.append(f"  stage    {found['calls']:,} calls: {hours(found['hours'])}, {found['chip_hours']:.3g} chip hours")
+    if result["calls"]:
+        lines.append(f"  stage    {result['calls']:,} calls: {hours(result['hours'])}, {result['chip_hours']:.3g} chip hours")
     return lines
 
 
-def change(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> str:
-    """What would make a job fit, in one line."""
-    if after is None:
+def change(result: Mapping[str, Any] | None) -> str:
+    """The change of the config after which a job fits, in one line."""
+    if result is None:
         return "  change   none of the changes tried fits; --search tries more; or take a larger slice"
-    took = f"was compiled too: {seconds(after['seconds_per_image'])} an image"
-    return f"  change   {after['flags']} fits with {_free(after):.2f} GiB free ({took})"
+    return f"  change   {result['flags']} fits with {_free(result):.2f} GiB free (was compiled too: {_pace(result)})"
 
 
-def largest(found: Mapping[str, Any] | None) -> str:
+def largest(result: Mapping[str, Any] | None) -> str:
     """The outcome of a search, in one line."""
-    if found is None:
+    if result is None:
         return "  largest  not even one image at once fits"
-    what = f"{found['at_once']} images at once on a chip ({_free(found):.2f} GiB free): {found['flags']}"
-    return f"  largest  {what}: {seconds(found['seconds_per_image'])} an image, {100 * found['utilisation']:.1f} % of the peak"
+    batch = f"{result['at_once']} images at once on a chip ({_free(result):.2f} GiB free): {result['flags']}"
+    share = f", {100 * result['utilisation']:.1f} % of the peak" if "utilisation" in result else ""
+    return f"  largest  {batch}: {_pace(result)}{share}"
 
 
-def totals(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Hours, chip hours and bytes on the disk of all jobs together; a job that does not fit counts with its change."""
+def _pace(result: Mapping[str, Any]) -> str:
+    return f"{seconds(result['seconds_per_image'])} an image" if "seconds" in result else "its time is unknown"
+
+
+def totals(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Hours, chip hours and bytes on the disk of all jobs together, and of how many jobs the time is unknown.
+
+    A job that does not fit counts with its change.
+    """
     sums: Counter[str] = Counter()
-    stages = {result["stage"]: result["storage"] for result in found}
-    for result in found:
+    stages = {result["stage"]: result["storage"] for result in results}
+    for result in results:
         counted = result if "hours" in result else result.get("change") or {}
         sums[f"{result['job']}_hours"] += counted.get("hours", 0.0)
         sums["chip_hours"] += counted.get("chip_hours", 0.0)
+        sums["jobs_of_unknown_time"] += "hours" not in counted
     for storage in stages.values():
         sums.update({f"{name}_bytes": size for name, size in storage.items()})
     return dict(sums)
@@ -109,7 +120,8 @@ def summary(sums: Mapping[str, float]) -> str:
     """The last paragraph."""
     spent = ", ".join(f"{name} {hours(sums[f'{name}_hours'])}" for name in ("pairs", "train") if f"{name}_hours" in sums)
     disk = ", ".join(f"{name} {scaled(sums[f'{name}_bytes'], UNITS)}" for name in ("pairs", "checkpoints"))
-    return f"\ntogether: {spent or 'no job of a stage'}; {sums['chip_hours']:.3g} chip hours; on the disk {disk}"
+    unknown = f", not counting {sums['jobs_of_unknown_time']} jobs of unknown time" if sums["jobs_of_unknown_time"] else ""
+    return f"\ntogether: {spent or 'no job of a stage'}; {sums['chip_hours']:.3g} chip hours{unknown}; on the disk {disk}"
 
 
 def seconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Programs compiled for TPU slices that are not here: XLA's real TPU compiler comes with libtpu and needs no chip."""
+"""Programs compiled for TPU slices without a TPU: libtpu contains XLA's TPU compiler."""
 
 import importlib.util
 import os
@@ -13,10 +13,10 @@ import jax
 from jax.experimental import topologies
 
 from proreflow_jax import UserError
-from proreflow_jax.perf import chips, hlo_cost
+from proreflow_jax.perf import chips, hlo_cost, program_text
 
-LIBTPU = "libtpu==0.0.51"
-ENVIRONMENT = {  # libtpu asks nobody which machine this is, says nothing, and lets another process compile too
+LIBTPU = program_text.LIBTPU
+ENVIRONMENT = {  # libtpu does not query the machine, logs nothing, and allows several processes
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -33,7 +33,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Memory(NamedTuple):
-    """Bytes of one chip, by the compiler's account; 0 for what it did not get to say of a program that is too large."""
+    """Bytes of one chip by the compiler's account; of a program that is too large only the temporaries are known."""
 
     arguments: int  # as they lie on the chip, filled up to its tiles
     temporaries: int
@@ -47,15 +47,17 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What is known of a program without running it."""
+    """A program as the compiler describes it."""
 
     memory: Memory
-    cost: hlo_cost.Cost | None  # None: too large, the compiler gave up
-    seconds: float  # that compiling took
+    cost: hlo_cost.Cost | None  # None: not known, see `no_cost`
+    seconds: float  # of compilation
+    no_cost: str = ""  # why the cost is not known
+    too_large: bool = False  # for the chip's memory: the compiler gave up
 
 
 def prepare_compiler() -> None:
-    """Keeps jax from looking for a TPU here, before it looks for any device. Raises ValueError if there is no TPU compiler."""
+    """Keeps jax from looking for a TPU; to be called before any use of devices. Raises ValueError if libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"the TPU compiler is not installed: pip install {LIBTPU} (the extra `plan`)")
     for name, value in ENVIRONMENT.items():
@@ -64,7 +66,7 @@ def prepare_compiler() -> None:
 
 
 def devices(name: str, slices: int = 1) -> Sequence[Any]:
-    """The devices of so many slices such as "v5e:4x4", for a mesh. Raises ValueError for a slice that is not known."""
+    """The devices of `slices` slices such as "v5e:4x4", for a mesh. Raises ValueError if the slice is not known."""
     chips.slice_chip(name)
     several = {"num_slices": slices} if slices > 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
@@ -76,9 +78,10 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
     Args:
       jitted: of `jax.jit`.
       arguments: trees of `jax.ShapeDtypeStruct` with shardings.
-      chip: what the devices are.
+      chip: of the devices.
 
-    A program that does not fit is no error: its `cost` is None and `memory.temporaries` is what the compiler asked for.
+    A program that is too large raises nothing; `memory.temporaries` is then the size that the compiler asked for. A program
+    whose text can't be read raises nothing either: its memory is known, its cost is not.
     """
     start = time.perf_counter()
     lowered = jitted.lower(*arguments)
@@ -86,55 +89,38 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
-            needs = too_large(str(error))
-            if needs is None:
+            needed = too_large(str(error))
+            if needed is None:
                 raise
-            return Compiled(Memory(0, needs, 0, 0), None, time.perf_counter() - start)
-        return Compiled(memory_of(program), hlo_cost.cost(text_of(program, Path(folder)), chip), time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            return Compiled(Memory(0, needed, 0, 0), None, seconds, "the program is too large to be compiled", too_large=True)
+        seconds = time.perf_counter() - start
+        return describe(program, Path(folder), chip, seconds)
 
 
-def text_of(program: Any, folder: Path) -> str:
-    """A compiled program's text. jaxlib cannot read back all that a libtpu newer than it says (SDXL's step on v6e): then what
-    libtpu itself wrote into `folder`.
-    """
+def describe(program: Any, folder: Path, chip: chips.Chip, seconds: float) -> Compiled:
+    """Memory and cost of a compiled program; memory is the compiler's own numbers and needs no text."""
+    memory = memory_of(program)
     try:
-        return program.as_text()
-    except jax.errors.JaxRuntimeError:
-        written = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
-        if not written:
-            raise
-        return written[-1].read_text()
+        return Compiled(memory, program_text.program_cost(program, folder, chip), seconds)
+    except program_text.UnknownText as error:
+        return Compiled(memory, None, seconds, str(error))
 
 
 def memory_of(program: Any) -> Memory:
     """The compiler's account of a compiled program, on any platform."""
-    found = program.memory_analysis()
+    sizes = program.memory_analysis()
     return Memory(
-        arguments=found.argument_size_in_bytes,
-        temporaries=found.temp_size_in_bytes,
-        outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
-        code=found.generated_code_size_in_bytes,
+        arguments=sizes.argument_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
     )
 
 
 def too_large(message: str) -> int | None:
-    """Bytes that a program would need, from the compiler's message that they are too many; None for any other message."""
+    """Bytes that a program needs, from the compiler's message that it is too large; None for any other message."""
     for pattern in _TOO_LARGE:
-        if found := pattern.search(message):
-            return int(float(found[1]) * _UNITS[found[2]])
+        if match := pattern.search(message):
+            return int(float(match[1]) * _UNITS[match[2]])
     return None
-
-
-def held(tree: Any) -> int:
-    """Bytes that one device holds of arrays (or shapes with shardings), before they are filled up to tiles."""
-    return sum(_held(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _held(leaf: Any) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return 8  # a threefry key's two words
-    size = leaf.dtype.itemsize
-    for length in shape:
-        size *= length
-    return size

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from proreflow_jax import STOPPED, RunFailed, UserError
+from proreflow_jax.evaluation import figures
 from proreflow_jax.flow import windows
 from proreflow_jax.jobs import score_digits
 from proreflow_jax.reproduction.cell import (
@@ -65,6 +66,7 @@ def check_grid(experiment: Experiment, workers: int) -> None:
     """Raises ValueError, one line, for a grid that cannot be carried out, whatever its methods are."""
     r = experiment.config.reproduce
     score_digits.check_digits(experiment)
+    figures.check_matplotlib()
     if experiment.stages[0].online or experiment.layout.scale:
         raise UserError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
     if workers < 1:
