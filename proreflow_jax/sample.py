@@ -61,7 +61,13 @@ def sample(
     noise = jax.random.normal(jax.random.key(seed), (count, *experiment.base.latent_shape))
     noise = jnp.tile(noise, (len(texts), 1, 1, 1))
     draw = partial(
-        sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=weights.flow, steps=steps, guidance=float(guidance)
+        sampler.sample_latents,
+        unet=n.unet,
+        schedule=n.schedule,
+        flow=weights.flow,
+        steps=steps,
+        guidance=float(guidance),
+        dtype=config.model.sampling_dtype,
     )
     latents = jax.jit(draw)(weights.params, noise, context, against)
     decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
@@ -69,7 +75,10 @@ def sample(
     rows = images.reshape(len(texts), count, *images.shape[1:])
     with path.open("wb") as file:
         Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
-    log.info("wrote %s: %d prompts x %d seeds, %d steps, guidance %g", path, len(texts), count, steps, guidance)
+    log.info(
+        "wrote %s: %d prompts x %d seeds, %d steps, guidance %g, %s",
+        path, len(texts), count, steps, guidance, config.model.sampling_dtype,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

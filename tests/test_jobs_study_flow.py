@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from verb import keep_networks, kept_programs, run, tiny_flags
+from verb import PROMPTS, keep_networks, kept_programs, run, tiny_config, tiny_flags
 
 from configs import digits
 from proreflow_jax.evaluation import trajectory
 from proreflow_jax.jobs import study_flow
+from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_experiment
 from proreflow_jax.storage.atomic import read_json
 
@@ -38,6 +39,38 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(fields, needle):
     with pytest.raises(ValueError) as caught:
         study_flow.check_study(small(**fields))
     assert needle in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """A tiny model with prompts of its own, which are no digits' captions."""
+    folder = tmp_path_factory.mktemp("opened")
+    c = tiny_config(folder, tiny.write_model(folder / "model"))
+    with c.unlocked():
+        c.evaluate.study.update(dict(examples=11, seeds=2))
+        c.evaluate.batch = 8
+    return open_experiment(c)
+
+
+def test_a_study_draws_the_runs_own_prompts(opened):
+    inputs = study_flow._inputs(opened)
+    own = {tuple(ids) for ids in opened.base.tokenizer.encode(PROMPTS).tolist()}
+    assert inputs.ids.shape[0] == 11 and {tuple(ids) for ids in inputs.ids.tolist()} == own
+
+
+def test_batches_over_the_mesh_join_to_the_whole(opened):
+    rows = {"ids": np.arange(22).reshape(11, 2), "x": np.arange(33.0).reshape(11, 3)}
+    seen = []
+
+    def call(batch, number):
+        seen.append((number, batch["x"].shape, batch["x"].sharding.is_fully_replicated))
+        return batch["x"] * 2, np.stack([batch["ids"]] * 3)
+
+    twice = study_flow._in_batches(opened, lambda batch, number: call(batch, number)[0], rows, axis=0)
+    stacked = study_flow._in_batches(opened, lambda batch, number: call(batch, number)[1], rows, axis=1)
+    np.testing.assert_array_equal(twice, rows["x"] * 2)
+    np.testing.assert_array_equal(stacked, np.stack([rows["ids"]] * 3))
+    assert seen == [(0, (8, 3), False), (1, (8, 3), False)] * 2
 
 
 @pytest.fixture(scope="module")

@@ -127,10 +127,7 @@ def full(tmp_path_factory, model, outline_only) -> tuple[Chain, dict[str, tuple[
     return chain, {name: chain.begin(name, 4, run=True) for name in ("pairs", "train")}
 
 
-FREED = pytest.mark.xfail(strict=True, reason="jobs/train does not free the base model's UNet yet")
-
-
-@pytest.mark.parametrize("name", ["pairs", pytest.param("train", marks=FREED)])
+@pytest.mark.parametrize("name", ["pairs", "train"])
 def test_plan_counts_what_is_alive_in_the_first_stage(full, name):
     check(*full[1][name])
 
@@ -139,7 +136,6 @@ def test_plan_counts_what_is_alive_while_a_student_makes_pairs(full):
     check(*full[0].begin("pairs", 2))
 
 
-@FREED
 def test_plan_counts_what_is_alive_while_a_student_teaches_online(full):
     check(*full[0].begin("train", 2, pairs__mode="online", pairs__teacher="previous", model__teacher_dtype="bfloat16"))
 

@@ -111,6 +111,7 @@ class Conditions(NamedTuple):
     real: int  # images of the reference
     guidance: float
     clip: str  # the network of the CLIP score; "": not measured
+    dtype: str = "float32"  # of the UNet's computation
 
 
 def find_protocol(name: str) -> Protocol:
@@ -159,7 +160,7 @@ def statement(protocol: Protocol, fid: Mapping[int, float], clip: Mapping[int, f
     """
     scores = [f"FID {_said(fid)}"] + ([f"CLIP score {_said(clip)} by {under.clip}"] if clip else [])
     seeds = f"seeds {_listed(tuple(fid))}" if len(fid) > 1 else f"seed {_listed(tuple(fid))} only, spread unknown"
-    rest = f"{under.steps} steps, {under.count:,} images, guidance {under.guidance:g}, {protocol.features}"
+    rest = f"{under.steps} steps, {under.count:,} images, guidance {under.guidance:g}, {under.dtype}, {protocol.features}"
     odd = [f"not the protocol's: {', '.join(lines)}" for lines in [departures(protocol, under)] if lines]
     return "; ".join([", ".join(scores), seeds, f"{protocol.name}, {rest}", *odd])
 

@@ -221,6 +221,7 @@ def draw_images(
     flow: Parameterization,
     steps: int,
     guidance: float,
+    dtype: str,
 ) -> UInt8[Array, "b height width 3"]:
     """Images of numbered prompts, uint8; noise i is drawn by a key of (seed, i).
 
@@ -229,19 +230,19 @@ def draw_images(
       empty: ids (1, s) of the negative prompt.
       rows: "number" (b,) of each image, and "ids" (b, s) of its prompt.
       seed: of the noise, a whole number.
-      networks, latent, flow, steps, guidance: as of `sampler.sample_latents`.
+      networks, latent, flow, steps, guidance, dtype: as of `sampler.sample_latents`.
     """
     key = jax.random.fold_in(jax.random.key(seed), EVALUATION_KEY)
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent))(rows["number"])
     context, negative = (text_context(networks.condition, text, ids) for ids in (rows["ids"], empty))
-    options = dict(unet=networks.unet, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance)
+    options = dict(unet=networks.unet, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance, dtype=dtype)
     latents = sampler.sample_latents(params, noise, context, negative, **options)
     return sampler.decode(networks.vae, vae, latents, networks.scaling)
 
 
 def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidance: float) -> Callable:
     """`draw_images` of a model, jitted with the shardings of the mesh."""
-    options = dict(flow=flow, steps=steps, guidance=guidance)
+    options = dict(flow=flow, steps=steps, guidance=guidance, dtype=experiment.config.model.sampling_dtype)
     draw = partial(draw_images, networks=experiment.networks, latent=experiment.base.latent_shape, **options)
     return jax.jit(draw, out_shardings=mesh.batch_sharding(experiment.mesh))
 
@@ -250,9 +251,9 @@ def _scores(
     experiment: Experiment, plan: Plan, row: ScoreRow, weights: Weights, judge: Judge, reference: Moments, drawn: Drawn
 ) -> dict[str, Any]:
     """A row of scores.json."""
-    options = dict(flow=weights.flow, steps=row.steps, guidance=plan.guidance)
+    dtype, options = experiment.config.model.sampling_dtype, dict(flow=weights.flow, steps=row.steps, guidance=plan.guidance)
     draw = partial(jit_draw(experiment, **options), weights.params)
-    made = {"model": fold(digest(weights.params)), "told": drawn.told, **options, "flow": list(weights.flow)}
+    made = {"model": fold(digest(weights.params)), "told": drawn.told, **options, "flow": list(weights.flow), "dtype": dtype}
     fids, clips, errors = {}, {}, {}
     for seed in plan.seeds:
         log.info("%s, %d steps, seed %d", row.method, row.steps, seed)
@@ -262,7 +263,7 @@ def _scores(
         fids[seed] = fid.distance(seen[FID], reference)
         if judge.clip:
             clips[seed], errors[seed] = float(seen[CLIP].mean[0]), clip_score.standard_error(seen[CLIP])
-    under = Conditions(row.steps, plan.seeds, plan.count, reference.count, plan.guidance, judge.clip)
+    under = Conditions(row.steps, plan.seeds, plan.count, reference.count, plan.guidance, judge.clip, dtype)
     text = protocols.statement(plan.protocol, fids, clips, under)
     found = {"method": row.method, "windows": row.windows, "steps": row.steps, "digest": weights.digest, "statement": text}
     return found | {"fid": fids, "clip": clips, "clip_standard_error": errors}

@@ -107,13 +107,13 @@ def _keep(
 
 
 def _notes(config: ConfigDict) -> list[str]:
-    n = config.evaluate.examples
+    n, dtype = config.evaluate.examples, config.model.sampling_dtype
     return [
         f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from "
         f"the same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
         f"Frechet distance to the 1,797 real digits in the features of {classifier.FEATURES}, n = {n}. "
         f"recognised: share of images that {classifier.READER} (trained on the real digits) takes for the prompt's digit.",
-        f"guidance 1, one seed ({config.seed}); s / image: latents and decoding on this machine, compilation excluded.",
+        f"guidance 1, one seed ({config.seed}), {dtype}; s / image: latents and decoding on this machine, without compiling.",
     ]
 
 
@@ -197,7 +197,7 @@ def make_draw(experiment: Experiment) -> Draw:
 
     One step is compiled for each flow and serves every number of steps.
     """
-    n = experiment.networks
+    n, dtype = experiment.networks, experiment.config.model.sampling_dtype
     whole, split = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
     text, vae = jax.device_put(experiment.base.text, whole), jax.device_put(experiment.base.params["vae"], whole)
     context = jax.jit(partial(text_context, n.condition))
@@ -205,7 +205,7 @@ def make_draw(experiment: Experiment) -> Draw:
 
     @partial(jax.jit, static_argnames="flow")
     def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Parameterization) -> jax.Array:
-        predict = solvers.guided(make_predict(n.unet, params), states, None, 1.0)
+        predict = solvers.guided(make_predict(n.unet, params, dtype), states, None, 1.0)
         each = lambda time: jnp.full(z.shape[0], time)
         return solvers.make_step(flow, n.schedule, predict)(z, each(t), each(u), None)[0]
 

@@ -5,22 +5,25 @@ window starts. Every number is a mean over examples, then mean and standard devi
 """
 
 import logging
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import digits
 from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.reflow.stages import find_stage
+from proreflow_jax.run.dataset import open_source, read_rows
 from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
+from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic
 
@@ -32,10 +35,10 @@ MAP = 32  # times of the map of velocities, at most
 
 
 class StudyInputs(NamedTuple):
-    """What every method starts from: the same noise and prompts."""
+    """What every network starts from: the same noise and the run's own prompts, on the host."""
 
-    noise: list[jax.Array]  # one for each seed, (b, h, w, c)
-    context: Any
+    noise: list[np.ndarray]  # one for each seed, (b, h, w, c)
+    ids: np.ndarray  # (b, s)
     nodes: np.ndarray  # (steps + 1,), from 1 down to 0; holds the bounds of every stage
 
 
@@ -59,45 +62,67 @@ def study_flow(experiment: Experiment) -> dict[str, Any]:
     config, s = experiment.config, experiment.config.evaluate.study
     base = load_weights(experiment, None)
     students = {n: load_weights(experiment, find_stage(experiment.stages, n)) for n in config.stages}
-    given = _given(experiment)
-    walks = {0: _walks(experiment, base, given)} | {n: _walks(experiment, each, given) for n, each in students.items()}
+    inputs = _inputs(experiment)
+    walks = {0: _walks(experiment, base, inputs)} | {n: _walks(experiment, each, inputs) for n, each in students.items()}
     numbers = {
-        "settings": {**s, "sizes": list(s.sizes), "spread": "standard deviation over seeds"},
-        "straightness": _straightness(walks, given.nodes, config.stages),
-        "velocity_error": {str(n): _errors(experiment, n, base, student, walks[0], given) for n, student in students.items()},
-        "discrepancy": _discrepancy(walks[0], given.nodes),
-        "perturbation": _perturbation(experiment, base, given),
+        "settings": {
+            **s,
+            "sizes": list(s.sizes),
+            "spread": "standard deviation over seeds",
+            "dtype": config.model.sampling_dtype,
+        },
+        "straightness": _straightness(walks, inputs.nodes, config.stages),
+        "velocity_error": {str(n): _errors(experiment, n, base, student, walks[0], inputs) for n, student in students.items()},
+        "discrepancy": _discrepancy(walks[0], inputs.nodes),
+        "perturbation": _perturbation(experiment, base, inputs),
     }
     atomic.write_json(experiment.run / NUMBERS, numbers)
     _draw(experiment, numbers)
     return numbers
 
 
-def _given(experiment: Experiment) -> StudyInputs:
+def _inputs(experiment: Experiment) -> StudyInputs:
     config, s = experiment.config, experiment.config.evaluate.study
-    texts = [digits.caption(i % 10, i // 10) for i in range(s.examples)]
-    read = jax.jit(partial(text_context, experiment.networks.condition))
-    context = read(experiment.base.text, experiment.base.tokenizer.encode(texts))
+    source = open_source(config, experiment.base)
+    ids = read_rows(config, experiment.base.tokenizer, source, np.arange(s.examples))["ids"]
     keys = jax.random.split(run_key(config, EVALUATION_KEY, 1), s.seeds)
-    shape = (s.examples, *experiment.base.latent_shape)
-    nodes = windows.sampling_nodes(s.steps, max(config.stages))
-    return StudyInputs([jax.random.normal(key, shape) for key in keys], context, nodes)
+    noise = [np.asarray(jax.random.normal(key, (s.examples, *experiment.base.latent_shape))) for key in keys]
+    return StudyInputs(noise, ids, windows.sampling_nodes(s.steps, max(config.stages)))
 
 
-def _predict(experiment: Experiment, params: Any, context: Any) -> solvers.Predict:
-    return solvers.guided(make_predict(experiment.networks.unet, params), context, None, 1)
+def _in_batches(experiment: Experiment, call: Callable[..., Any], rows: Mapping[str, np.ndarray], axis: int) -> Any:
+    """`call(batch, number)` on batches spread over the mesh; its arrays, which hold examples along `axis`, joined on the host.
+
+    rows: arrays with the examples in front. A batch has --config.evaluate.batch examples or fewer; the last is filled up.
+    """
+    count, ways = len(rows["ids"]), mesh.ways(experiment.mesh)
+    size = -(-min(experiment.config.evaluate.batch, count) // ways) * ways
+    parts = []
+    for number, begin in enumerate(range(0, count, size)):
+        index = np.arange(begin, begin + size) % count
+        batch = mesh.put_batch(experiment.mesh, {name: values[index] for name, values in rows.items()}, size)
+        own = np.arange(min(size, count - begin))
+        parts.append(jax.tree.map(lambda x, own=own: np.take(jax.device_get(x), own, axis), call(batch, number)))
+    return jax.tree.map(lambda *xs: np.concatenate(xs, axis), *parts)
 
 
-def _walks(experiment: Experiment, weights: Weights, given: StudyInputs) -> list[tuple[jax.Array, jax.Array]]:
+def _predict(experiment: Experiment, params: Params, text: Any, ids: jax.Array) -> solvers.Predict:
+    n, dtype = experiment.networks, experiment.config.model.sampling_dtype
+    return solvers.guided(make_predict(n.unet, params, dtype), text_context(n.condition, text, ids), None, 1)
+
+
+def _walks(experiment: Experiment, weights: Weights, inputs: StudyInputs) -> list[tuple[np.ndarray, np.ndarray]]:
     """(states, velocities) at every node, for each seed."""
     log.info("study: the path of the %s", _name(weights.flow.windows))
     schedule = experiment.networks.schedule
 
     @jax.jit
-    def walk(params: Any, z: jax.Array, context: Any) -> tuple[jax.Array, jax.Array]:
-        return trajectory.trajectory(weights.flow, schedule, _predict(experiment, params, context), z, given.nodes)
+    def walk(params: Any, text: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        predict = _predict(experiment, params, text, batch["ids"])
+        return trajectory.trajectory(weights.flow, schedule, predict, batch["noise"], inputs.nodes)
 
-    return [walk(weights.params, z, given.context) for z in given.noise]
+    call = lambda batch, number: walk(weights.params, experiment.base.text, batch)
+    return [_in_batches(experiment, call, {"noise": z, "ids": inputs.ids}, axis=1) for z in inputs.noise]
 
 
 def _name(count: int) -> str:
@@ -112,61 +137,72 @@ def _spread(values: Any) -> dict[str, Any]:
 
 def _straightness(walks: dict[int, list], nodes: np.ndarray, counts: tuple[int, ...]) -> dict[str, Any]:
     """Relative straightness: of a student in its own windows, of the base model in those of every stage and in one."""
-    relative = lambda walk, n: np.mean(trajectory.straightness(*walk, nodes, n)[1], axis=0)
+
+    def relative(walk: tuple[np.ndarray, np.ndarray], n: int) -> np.ndarray:
+        states, velocities = (jnp.asarray(one) for one in walk)
+        return np.mean(trajectory.straightness(states, velocities, nodes, n)[1], axis=0)
+
     rows = [(0, n) for n in (*counts, 1)] + [(n, n) for n in counts]
     return {f"{_name(who)}, {n} windows": _spread([relative(walk, n) for walk in walks[who]]) for who, n in dict.fromkeys(rows)}
 
 
 def _errors(
-    experiment: Experiment, n: int, base: Weights, student: Weights, walks: list, given: StudyInputs
+    experiment: Experiment, n: int, base: Weights, student: Weights, walks: list, inputs: StudyInputs
 ) -> dict[str, dict[str, Any]]:
     """Relative error and cosine to the base model's chords, of the student and of the untrained one (the base read as it)."""
     flow = find_stage(experiment.stages, n).student
     log.info("study: velocity errors in %d windows", n)
-    schedule, step = experiment.networks.schedule, (len(given.nodes) - 1) // n
-    found: dict[str, dict[str, Any]] = {}
+    schedule, step = experiment.networks.schedule, (len(inputs.nodes) - 1) // n
+    errors: dict[str, dict[str, Any]] = {}
     for where, times in (("uniform", trajectory.window_times(n, UNIFORM)), ("starts", windows.bounds(n)[:-1, None])):
 
         @jax.jit
-        def error(params: Any, states: jax.Array, context: Any, times: np.ndarray = times) -> tuple[jax.Array, jax.Array]:
-            velocity = solvers.make_velocity(flow, schedule, _predict(experiment, params, context))
-            return trajectory.velocity_error(velocity, schedule, flow.path, states, times)
+        def error(params: Any, text: Any, batch: Any, times: np.ndarray = times) -> tuple[jax.Array, jax.Array]:
+            velocity = solvers.make_velocity(flow, schedule, _predict(experiment, params, text, batch["ids"]))
+            return trajectory.velocity_error(velocity, schedule, flow.path, jnp.moveaxis(batch["states"], 1, 0), times)
 
         for who, weights in (("untrained", base), ("trained", student)):
-            both = [jax.device_get(error(weights.params, states[::step], given.context)) for states, _ in walks]
+            call = lambda batch, number, error=error, weights=weights: error(weights.params, experiment.base.text, batch)
+            rows = [{"states": np.moveaxis(states[::step], 0, 1), "ids": inputs.ids} for states, _ in walks]
+            both = [_in_batches(experiment, call, batch, axis=0) for batch in rows]
             relative, cosine = ([np.mean(one[i], axis=(0, 2)) for one in both] for i in (0, 1))
-            found[f"{who}, {where}"] = {"relative": _spread(relative), "cosine": _spread(cosine)}
-    return found
+            errors[f"{who}, {where}"] = {"relative": _spread(relative), "cosine": _spread(cosine)}
+    return errors
 
 
 def _discrepancy(walks: list, nodes: np.ndarray) -> dict[str, Any]:
     """Fig. 1a: velocities of the base model at pairs of times on its own path."""
     every = -(-(len(nodes) - 1) // MAP)
-    maps = [jax.device_get(trajectory.discrepancy(velocities[::every])) for _, velocities in walks]
+    maps = [jax.device_get(trajectory.discrepancy(jnp.asarray(velocities[::every]))) for _, velocities in walks]
     distance, cosine = ([np.mean(one[i], axis=0) for one in maps] for i in (0, 1))
     return {"times": nodes[:-1][::every].tolist(), "distance": _spread(distance), "cosine": _spread(cosine)}
 
 
-def _perturbation(experiment: Experiment, base: Weights, given: StudyInputs) -> dict[str, Any]:
+def _perturbation(experiment: Experiment, base: Weights, inputs: StudyInputs) -> dict[str, Any]:
     """Fig. 1b: distance of the base model's samples to those without errors; the protocol is `trajectory.perturbed_samples`."""
     s, schedule = experiment.config.evaluate.study, experiment.networks.schedule
     nodes = windows.sampling_nodes(s.perturbed_steps, 1).astype(np.float32)
     sizes = np.asarray((0.0, *s.sizes), np.float32)
 
     @jax.jit
-    def draw(params: Any, z: jax.Array, context: Any, key: jax.Array, kind: trajectory.Kind) -> jax.Array:
-        step = solvers.make_step(base.flow, schedule, _predict(experiment, params, context))
-        samples = trajectory.perturbed_samples(step, z, nodes, key, kind, sizes)
+    def draw(params: Any, text: Any, batch: Any, key: jax.Array, kind: trajectory.Kind) -> jax.Array:
+        step = solvers.make_step(base.flow, schedule, _predict(experiment, params, text, batch["ids"]))
+        samples = trajectory.perturbed_samples(step, batch["noise"], nodes, key, kind, sizes)
         return trajectory.distances(samples, samples[0])
 
-    found: dict[str, Any] = {"sizes": sizes.tolist()}
+    study: dict[str, Any] = {"sizes": sizes.tolist()}
     for name, kind in trajectory.KINDS.items():
         log.info("study: perturbed steps, %s", name)
-        keys = [jax.random.key(seed) for seed in range(len(given.noise))]
-        rows = [draw(base.params, z, given.context, key, kind) for z, key in zip(given.noise, keys, strict=True)]
-        apart = np.asarray(jax.device_get(rows))
-        found[name] = {"rms": _spread(np.sqrt(np.mean(apart**2, axis=2))), "median": _spread(np.median(apart, axis=2))}
-    return found
+        apart = []
+        for seed, z in enumerate(inputs.noise):
+            key = jax.random.key(seed)
+            call = lambda batch, number, key=key, kind=kind: draw(
+                base.params, experiment.base.text, batch, jax.random.fold_in(key, number), kind
+            )
+            apart.append(_in_batches(experiment, call, {"noise": z, "ids": inputs.ids}, axis=1))
+        rms, median = np.sqrt(np.mean(np.square(apart), axis=2)), np.median(apart, axis=2)
+        study[name] = {"rms": _spread(rms), "median": _spread(median)}
+    return study
 
 
 def _draw(experiment: Experiment, numbers: dict[str, Any]) -> None:

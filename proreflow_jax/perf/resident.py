@@ -35,8 +35,9 @@ def frozen_classes(frozen: Frozen) -> dict[str, Any]:
 
 
 def beside_pairs(experiment: Experiment, by_base: bool) -> dict[str, Any]:
-    """Beside the teacher: nothing if it is the base model, else the base model, and the factors that were added to it."""
-    return {} if by_base else {BASE: unet_shapes(experiment), TEACHER: _factors(experiment)}
+    """Beside the teacher: nothing, but for a LoRA's student the base model and the factors that were added to it."""
+    factors = _factors(experiment)
+    return {BASE: unet_shapes(experiment), TEACHER: factors} if factors and not by_base else {}
 
 
 def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def sample_latents(
     steps: int,
     guidance: Any,
     solver: str = "ddim",
+    dtype: str = "float32",
 ) -> Float[Array, "b h w c"]:
     """Latents at t = 0 from noise at t = 1, still scaled.
 
@@ -41,9 +42,10 @@ def sample_latents(
       steps: network evaluations per image (twice that with guidance, one batched call a step).
       guidance: scale; the Python number 1 turns it off.
       solver: of a diffusion model; a student moves along its own path.
+      dtype: of the UNet's computation; the states stay float32.
     """
     nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
-    predict = solvers.guided(make_predict(unet, params), context, negative, guidance)
+    predict = solvers.guided(make_predict(unet, params, dtype), context, negative, guidance)
     return solvers.solve(solvers.make_step(flow, schedule, predict, solver), noise, nodes)
 
 

@@ -128,7 +128,7 @@ def make_programs(experiment: Experiment) -> Programs:
     def walk(
         params: Params, z: jax.Array, context: Any, flow: Parameterization, nodes: tuple[float, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        predict = solvers.guided(make_predict(networks.unet, params), context, None, 1)
+        predict = solvers.guided(make_predict(networks.unet, params, config.model.sampling_dtype), context, None, 1)
         return trajectory.trajectory(flow, networks.schedule, predict, z, np.asarray(nodes))
 
     whole = mesh.replicated(experiment.mesh)

@@ -40,7 +40,8 @@ TRAINING = (  # what a method's numbers depend on beside the base model; blocks,
     "stages", "student", "pairs", "loss", "optimizer", "train.batch", "train.ema", "reproduce.forwards", "reproduce.pair_share",
 )  # fmt: skip
 MEASURING = (
-    "model.dtype", "model.teacher_dtype", "data.kind", "data.resolution", "evaluate.examples", "evaluate.batch",
+    "model.dtype", "model.teacher_dtype", "model.sampling_dtype", "data.kind", "data.resolution",
+    "evaluate.examples", "evaluate.batch",
     "evaluate.columns", "evaluate.teacher_steps", "evaluate.study.examples", "evaluate.study.steps", "reproduce.steps",
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP, "column": mesh.COLUMN
 CHOICES = {
     "model.dtype": DTYPES,
     "model.teacher_dtype": DTYPES,
+    "model.sampling_dtype": DTYPES,
     "model.attention": FORMS,
     "train.remat": tuple(POLICIES),
     "pairs.mode": MODES,
