@@ -23,7 +23,7 @@ def export(
     config: ConfigDict, stage: int, out: str, form: str, dtype: str, rank: int, scheduler: str, check: bool, overwrite: bool
 ) -> None:
     """The verb: one stage to a folder."""
-    wanted = _format(form, dtype, rank, scheduler)
+    export_format = _format(form, dtype, rank, scheduler)
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
     suffix = "" if form == "diffusers" else f"-{form}"
@@ -33,7 +33,7 @@ def export(
 
         cli.choose(form, tuple(replay_in_diffusers.OPENERS), "--check: --form")
     if not check or overwrite or not target.exists():
-        export_stage(experiment, chosen, target, overwrite, again=not out, wanted=wanted)
+        export_stage(experiment, chosen, target, overwrite, again=not out, export_format=export_format)
     if check:
         copy = paths.local_copy(target)
         replay_in_diffusers.check_replay(experiment, chosen, copy)

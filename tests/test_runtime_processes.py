@@ -27,7 +27,7 @@ saw = []
 processes.first(lambda: (folder / "written").write_text("by one"))
 saw.append((folder / "written").read_text() == "by one")
 saw.append(processes.first_says(lambda: k == 0))
-saw.append(int(processes.told(np.array(7 + k))) == 7)
+saw.append(int(processes.broadcast(np.array(7 + k))) == 7)
 
 def raised(work, kind):
     try:
@@ -115,7 +115,7 @@ for step in range(400):
     processes.stop_if_preempted(step)
     if step == 3 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    processes.told(np.array(step))
+    processes.broadcast(np.array(step))
     time.sleep(0.05)
 """
 
@@ -128,7 +128,7 @@ def test_one_process_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "multihost_utils", None)
     assert processes.leads() and processes.first(lambda: 3) == 3
     processes.stop_if_preempted(0)
-    assert processes.first_says(lambda: True) and processes.told(np.array(4)) == 4
+    assert processes.first_says(lambda: True) and processes.broadcast(np.array(4)) == 4
     np.testing.assert_array_equal(processes.host_arrays({"x": jax.numpy.arange(3)})["x"], np.arange(3))
     with pytest.raises(KeyError):
         processes.first(lambda: {}["x"])

@@ -31,39 +31,39 @@ def export_stage(
     target: paths.Location,
     overwrite: bool = False,
     again: bool = True,
-    wanted: Format = STOCK,
+    export_format: Format = STOCK,
 ) -> None:
     """Writes the folder; with `again`, one that already holds this very student in this form is left as it is.
 
     Raises ValueError if the folder holds something else, or if no stock scheduler reads the student.
     """
-    if wanted.scheduler == "stock":
+    if export_format.scheduler == "stock":
         check_export(experiment.config)
     student = load_weights(experiment, stage)
     if student.factors:
-        wanted = wanted._replace(rank=experiment.config.student.lora.rank)
-    card = make_card(experiment, stage, student, wanted)
+        export_format = export_format._replace(rank=experiment.config.student.lora.rank)
+    card = make_card(experiment, stage, student, export_format)
     if first_says(lambda: again and not overwrite and _holds(target, card)):
         log.info("%s: is there", target)
         return
     student = student._replace(params=host_arrays(student.params), factors=host_arrays(student.factors))
-    first(lambda: _write(experiment, student, card, target, overwrite, wanted))
-    log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, wanted.form, stage.windows)
+    first(lambda: _write(experiment, student, card, target, overwrite, export_format))
+    log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, export_format.form, stage.windows)
 
 
 def _write(
-    experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, overwrite: bool, wanted: Format
+    experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, overwrite: bool, export_format: Format
 ) -> None:
     """The folder, whole or not at all. student: arrays of this host."""
     tensors = weights.to_torch(student.params)
     with atomic.atomic_folder(target, overwrite) as draft:
-        scheduler = student_scheduler_config(experiment.base.scheduler, student.flow, wanted.scheduler)
-        if wanted.form == "diffusers":
-            write_folder(draft, experiment.base.source, _as(tensors, wanted.dtype), scheduler)
+        scheduler = student_scheduler_config(experiment.base.scheduler, student.flow, export_format.scheduler)
+        if export_format.form == "diffusers":
+            write_folder(draft, experiment.base.source, _as(tensors, export_format.dtype), scheduler)
         else:
             write_scheduler(draft, scheduler)
-            made, report = _single_tensors(experiment, student, tensors, wanted)
-            weights.save_tensors(draft / FILES[wanted.form], made)
+            single, report = _single_tensors(experiment, student, tensors, export_format)
+            weights.save_tensors(draft / FILES[export_format.form], single)
             card |= report
         atomic.write_json(draft / CARD, card)
         (draft / PAGE).write_text(card_page(card), encoding="utf-8")
@@ -73,8 +73,8 @@ def _holds(target: Path, card: Mapping[str, Any]) -> bool:
     """Whether the folder holds this very student in this form."""
     if not (target / CARD).is_file():
         return False
-    found = atomic.read_json(target / CARD)
-    return all(found.get(name) == value for name, value in card.items() if name != "base")
+    present = atomic.read_json(target / CARD)
+    return all(present.get(name) == value for name, value in card.items() if name != "base")
 
 
 def write_folder(draft: Path, base: ModelSource, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
@@ -127,24 +127,26 @@ def _as(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
 
 
 def _single_tensors(
-    experiment: Experiment, trained: Weights, student: dict[str, np.ndarray], wanted: Format
+    experiment: Experiment, trained: Weights, student: dict[str, np.ndarray], export_format: Format
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The one file of a form that is no folder, and what the card says beyond."""
     base = experiment.base
-    if wanted.form == "single-file":
-        return _as(single_file(experiment, student), wanted.dtype), {}
-    if wanted.form == "lora" and trained.factors:  # it is one already
+    if export_format.form == "single-file":
+        return _as(single_file(experiment, student), export_format.dtype), {}
+    if export_format.form == "lora" and trained.factors:  # it is one already
         factors = lora_file.to_lora(trained.factors, experiment.layout.scale)
-        return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": {"rank": wanted.rank, "layers": len(factors)}}
+        return lora_file.to_kohya(factors, jnp.dtype(export_format.dtype)), {
+            "lora": {"rank": export_format.rank, "layers": len(factors)}
+        }
     change = lora_file.delta(student, base.source.tensors("unet"))
-    if wanted.form == "delta":
-        return _as(change, wanted.dtype), {}
-    factors, report = lora_file.decompose(change, wanted.rank, sorted({*RANKS, wanted.rank}))
+    if export_format.form == "delta":
+        return _as(change, export_format.dtype), {}
+    factors, report = lora_file.decompose(change, export_format.rank, sorted({*RANKS, export_format.rank}))
     for rank, energy, error in report["energies"]:
-        mark = " <- written" if rank == wanted.rank else ""
+        mark = " <- written" if rank == export_format.rank else ""
         log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)
     log.info("biases and norms, which no LoRA carries, hold %.4f of the whole change's energy", report["left_out"]["energy"])
-    return lora_file.to_kohya(factors, jnp.dtype(wanted.dtype)), {"lora": report}
+    return lora_file.to_kohya(factors, jnp.dtype(export_format.dtype)), {"lora": report}
 
 
 def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -76,9 +76,9 @@ def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
     """What may not change while a cache is under way, and what its readers compare: the data, the model, the records."""
     c = experiment.config
     data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in dataset.FREE}
-    kept = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": made_by(experiment.base, c.cache.text)}
+    settings = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": made_by(experiment.base, c.cache.text)}
     shards = {"records": cached.NAME, "examples": examples, "shard_size": c.cache.shard_size}
-    return shards | kept | data | dataset.identity(c)
+    return shards | settings | data | dataset.identity(c)
 
 
 def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
@@ -89,12 +89,12 @@ def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict
     networks, base, c = experiment.networks, experiment.base, experiment.config.cache
 
     def encode(vae: Params, text: dict[str, Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = dict(zip(kinds.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
+        arrays = dict(zip(kinds.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
         if c.text:
-            told = text_context(networks.condition, text, batch["ids"])
-            found |= {name: value for name, value in zip(kinds.TEXTS, told, strict=False) if value is not None}
-        kept = {name: value.astype(jnp.dtype(c.storage)) for name, value in found.items()}
-        return kept | {"caption": batch["caption"]}
+            states = text_context(networks.condition, text, batch["ids"])
+            arrays |= {name: value for name, value in zip(kinds.TEXTS, states, strict=False) if value is not None}
+        stored = {name: value.astype(jnp.dtype(c.storage)) for name, value in arrays.items()}
+        return stored | {"caption": batch["caption"]}
 
     whole, batches = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
     jitted = jax.jit(encode, in_shardings=(None, None, batches), out_shardings=whole)
@@ -115,9 +115,9 @@ def _rows(
         return {"image": images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}
 
     index = iter(numbers)
-    for made, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers):
+    for batch, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers):
         for i in range(count):
-            row = {name: values[i] for name, values in made.items()}
+            row = {name: values[i] for name, values in batch.items()}
             number = next(index)
             if bad := [name for name in row if not np.isfinite(row[name].astype(np.float32)).all()]:
                 raise FloatingPointError(

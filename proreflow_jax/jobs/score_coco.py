@@ -1,6 +1,6 @@
 """FID and CLIP score of a run by a named protocol: every student beside the base model, over seeds, on the mesh, resumable.
 
-The noise of image i depends on (seed, i) alone, so neither the batch nor the devices change what is drawn. What was judged is
+The noise of image i depends on (seed, i) alone, so neither the batch nor the devices change the picture. What was judged is
 kept below <run>/scores under a hash of all it depends on; the same command goes on where a killed one was. Moments of the real
 images lie in <root>/reference, for all runs.
 """
@@ -74,12 +74,12 @@ class ScoreRow(NamedTuple):
     steps: int
 
 
-class Drawn(NamedTuple):
+class DrawInputs(NamedTuple):
     """What every row draws: prompts and their ids, a digest of the frozen networks, and these on every device."""
 
     prompts: list[str]
     ids: np.ndarray  # (n, s)
-    told: str  # digest of text encoders, VAE, configs and prompts
+    conditioning: str  # digest of text encoders, VAE, configs and prompts
     text: Mapping[str, Params]
     vae: Params
     empty: np.ndarray  # (1, s), of the negative prompt
@@ -151,14 +151,14 @@ def score_coco(experiment: Experiment) -> list[dict[str, Any]]:
     clip = _local(e.clip, clip_score.FLAG) if e.clip else None
     judge = make_judge(_local(e.inception, INCEPTION), clip, plan.protocol, experiment.mesh, e.batch)
     reference = _reference(experiment, plan, split, judge)
-    drawn = _drawn(experiment, coco.CHOICES[plan.protocol.choice](split, plan.count))
-    results, held, weights = [], None, None
+    inputs = _draw_inputs(experiment, coco.CHOICES[plan.protocol.choice](split, plan.count))
+    results, loaded, weights = [], None, None
     with lock.lock_folder(experiment.run / "scores"):
         for row in rows:
-            if row.windows != held:  # rows of one student stand together
+            if row.windows != loaded:  # rows of one student stand together
                 stage = find_stage(experiment.stages, row.windows) if row.windows else None
-                held, weights = row.windows, load_weights(experiment, stage)
-            results.append(_scores(experiment, plan, row, weights, judge, reference, drawn))
+                loaded, weights = row.windows, load_weights(experiment, stage)
+            results.append(_scores(experiment, plan, row, weights, judge, reference, inputs))
             log.info("%s: %s", row.method, results[-1]["statement"])
             _write(experiment, plan, judge, reference, results)
     return results
@@ -197,7 +197,7 @@ def _reference(experiment: Experiment, plan: Plan, split: coco.Split, judge: Jud
         return fid.measure_features(folder, about, {FID: judge.widths[FID]}, rows_from, judge.features, SAVE_EVERY)[FID]
 
 
-def _drawn(experiment: Experiment, prompts: list[str]) -> Drawn:
+def _draw_inputs(experiment: Experiment, prompts: list[str]) -> DrawInputs:
     base, place = experiment.base, mesh.replicated(experiment.mesh)
     ids, empty = base.tokenizer.encode(prompts), base.tokenizer.encode([""])
     text, vae = jax.device_put(base.text, place), jax.device_put(base.params["vae"], place)
@@ -205,7 +205,7 @@ def _drawn(experiment: Experiment, prompts: list[str]) -> Drawn:
     sizes = {name: list(value) for name, value in experiment.config.conditioning.items()}
     about = {"prompts": prompts, "ids": ids.tolist(), "empty": empty.tolist(), "configs": configs, "sizes": sizes}
     about |= {"scheduler": base.scheduler, "frozen": fold(digest({"text": text, "vae": vae}))}
-    return Drawn(prompts, ids, json_digest(about), text, vae, empty)
+    return DrawInputs(prompts, ids, json_digest(about), text, vae, empty)
 
 
 def draw_images(
@@ -248,49 +248,55 @@ def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidanc
 
 
 def _scores(
-    experiment: Experiment, plan: Plan, row: ScoreRow, weights: Weights, judge: Judge, reference: Moments, drawn: Drawn
+    experiment: Experiment, plan: Plan, row: ScoreRow, weights: Weights, judge: Judge, reference: Moments, inputs: DrawInputs
 ) -> dict[str, Any]:
     """A row of scores.json."""
     dtype, options = experiment.config.model.sampling_dtype, dict(flow=weights.flow, steps=row.steps, guidance=plan.guidance)
     draw = partial(jit_draw(experiment, **options), weights.params)
-    made = {"model": fold(digest(weights.params)), "told": drawn.told, **options, "flow": list(weights.flow), "dtype": dtype}
+    model = {
+        "model": fold(digest(weights.params)),
+        "told": inputs.conditioning,
+        **options,
+        "flow": list(weights.flow),
+        "dtype": dtype,
+    }
     fids, clips, errors = {}, {}, {}
     for seed in plan.seeds:
         log.info("%s, %d steps, seed %d", row.method, row.steps, seed)
-        about = fid.facts(plan.protocol, judge.digests, made | {"seed": seed}, plan.count)
-        batches = partial(_generated, experiment, plan, draw, seed, judge, drawn)
-        seen = fid.measure_features(experiment.run / "scores", about, judge.widths, batches, judge.features, SAVE_EVERY)
-        fids[seed] = fid.distance(seen[FID], reference)
+        about = fid.facts(plan.protocol, judge.digests, model | {"seed": seed}, plan.count)
+        batches = partial(_generated, experiment, plan, draw, seed, judge, inputs)
+        moments = fid.measure_features(experiment.run / "scores", about, judge.widths, batches, judge.features, SAVE_EVERY)
+        fids[seed] = fid.distance(moments[FID], reference)
         if judge.clip:
-            clips[seed], errors[seed] = float(seen[CLIP].mean[0]), clip_score.standard_error(seen[CLIP])
+            clips[seed], errors[seed] = float(moments[CLIP].mean[0]), clip_score.standard_error(moments[CLIP])
     under = Conditions(row.steps, plan.seeds, plan.count, reference.count, plan.guidance, judge.clip, dtype)
     text = protocols.statement(plan.protocol, fids, clips, under)
-    found = {"method": row.method, "windows": row.windows, "steps": row.steps, "digest": weights.digest, "statement": text}
-    return found | {"fid": fids, "clip": clips, "clip_standard_error": errors}
+    numbers = {"method": row.method, "windows": row.windows, "steps": row.steps, "digest": weights.digest, "statement": text}
+    return numbers | {"fid": fids, "clip": clips, "clip_standard_error": errors}
 
 
 def _generated(
-    experiment: Experiment, plan: Plan, draw: Callable, seed: int, judge: Judge, drawn: Drawn, position: int
+    experiment: Experiment, plan: Plan, draw: Callable, seed: int, judge: Judge, inputs: DrawInputs, position: int
 ) -> Iterator[fid.Rows]:
     """Batches for the judge from image `position` on; the last is drawn whole and cut."""
     batch, last = experiment.config.evaluate.batch, plan.count - 1
 
     def start(first: int) -> Array:
         numbers = np.arange(first, first + batch, dtype=np.uint32)
-        rows = {"number": numbers, "ids": drawn.ids[np.minimum(numbers, last)]}
+        rows = {"number": numbers, "ids": inputs.ids[np.minimum(numbers, last)]}
         rows = mesh.put_batch(experiment.mesh, rows, batch)
-        return draw(drawn.text, drawn.vae, drawn.empty, rows, np.uint32(seed))
+        return draw(inputs.text, inputs.vae, inputs.empty, rows, np.uint32(seed))
 
     firsts = range(position, plan.count, batch)
     for first, images in zip(firsts, fid.ahead(start, firsts), strict=True):
-        prompts = drawn.prompts[first : first + batch]
+        prompts = inputs.prompts[first : first + batch]
         yield judge.rows(np.stack([fid.prepare_images(image, plan.protocol) for image in images[: len(prompts)]]), prompts)
 
 
 def _write(experiment: Experiment, plan: Plan, judge: Judge, reference: Moments, results: list[dict[str, Any]]) -> None:
     """scores.json with every number, scores.md with the table and the statements."""
-    kept = plan._asdict() | {"protocol": plan.protocol._asdict(), "real": reference.count, "clip": judge.clip}
-    atomic.write_json(experiment.run / "scores.json", kept | {"networks": judge.digests, "rows": results})
+    header = plan._asdict() | {"protocol": plan.protocol._asdict(), "real": reference.count, "clip": judge.clip}
+    atomic.write_json(experiment.run / "scores.json", header | {"networks": judge.digests, "rows": results})
     lines = [f"- {row['method']}: {row['statement']}" for row in results]
     text = report.text_table([_cells(row) for row in results], COLUMNS)
     (experiment.run / "scores.md").write_text("\n".join([text, "", *lines]) + "\n", encoding="utf-8")

@@ -137,19 +137,19 @@ def measure_rows(experiment: Experiment, rows: list[TableRow]) -> tuple[list[dic
     for row in rows:
         latents, images, seconds = _timed(draw, row, noise, ids, e.batch)
         reference = latents if reference is None else reference
-        found = scores(judge, latents, images, reference, labels)
+        numbers = scores(judge, latents, images, reference, labels)
         if row.weights.flow.windows == 0:
-            teacher[row.steps] = found["distance"]
-        change = found["distance"] / teacher[row.steps] - 1 if teacher.get(row.steps) and row.weights.flow.windows else None
+            teacher[row.steps] = numbers["distance"]
+        change = numbers["distance"] / teacher[row.steps] - 1 if teacher.get(row.steps) and row.weights.flow.windows else None
         said = {
             "against": "" if change is None else f"{100 * change:+.0f} %",
-            "recognised": f"{100 * found['recognised']:.1f} %",
+            "recognised": f"{100 * numbers['recognised']:.1f} %",
             "seconds": seconds,
         }
-        results.append({"method": row.method, "steps": row.steps} | found | said)
+        results.append({"method": row.method, "steps": row.steps} | numbers | said)
         pictures.append(images[: e.columns])
         log.info(
-            "%s, %d steps: distance %.4f, Frechet distance %.2f", row.method, row.steps, found["distance"], found["frechet"]
+            "%s, %d steps: distance %.4f, Frechet distance %.2f", row.method, row.steps, numbers["distance"], numbers["frechet"]
         )
     return results, pictures
 

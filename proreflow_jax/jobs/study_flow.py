@@ -209,13 +209,13 @@ def _draw(experiment: Experiment, numbers: dict[str, Any]) -> None:
     """The pictures: discrepancy.png, perturbation.png, and windows-N.png for each stage."""
     s, run = experiment.config.evaluate.study, experiment.run
     of = f"{s.examples} prompts, {s.seeds} seeds"
-    found = numbers["discrepancy"]
+    maps = numbers["discrepancy"]
     panels = [
-        figures.Panel("L2 distance (RMS)", np.asarray(found["distance"]["mean"])),
-        figures.Panel("cosine similarity", np.asarray(found["cosine"]["mean"]), "diverging", (-1, 1)),
+        figures.Panel("L2 distance (RMS)", np.asarray(maps["distance"]["mean"])),
+        figures.Panel("cosine similarity", np.asarray(maps["cosine"]["mean"]), "diverging", (-1, 1)),
     ]
     title = f"Velocities of the base model at pairs of times, {of}"
-    figures.heat_maps(run / "discrepancy.png", panels, found["times"], TIME, title)
+    figures.heat_maps(run / "discrepancy.png", panels, maps["times"], TIME, title)
     study = numbers["perturbation"]
     lines = [
         figures.Line(name.replace("_", ", "), study["sizes"], study[name]["rms"]["mean"], study[name]["rms"]["spread"])

@@ -144,7 +144,9 @@ def jit_step(experiment: Experiment, stage: Stage) -> Any:
     draw, of_weights = step_parts(experiment, stage)
 
     def step(state: TrainState, frozen: pairs.Frozen, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
-        return update(state, unstack(frozen), batch, key, loss=lambda trained, drawn: of_weights(trained, frozen.base, drawn))
+        return update(
+            state, unstack(frozen), batch, key, loss=lambda trained, examples: of_weights(trained, frozen.base, examples)
+        )
 
     update = partial(
         train_step,
@@ -180,7 +182,7 @@ def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable
     def draw(frozen: pairs.Frozen, batch: dict, key: jax.Array) -> dict:
         return examples(frozen, crossed(frozen, batch) if stage.online else batch, key)
 
-    return draw, lambda trained, base, drawn: of_weights(whole(trained, base), drawn)
+    return draw, lambda trained, base, examples: of_weights(whole(trained, base), examples)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from proreflow_jax import RunFailed
 from proreflow_jax.data import loader, records
 from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.processes import first, host_arrays, leads, stop_if_preempted, told
+from proreflow_jax.runtime.processes import broadcast, first, host_arrays, leads, stop_if_preempted
 from proreflow_jax.storage.paths import Location
 
 Rows = Mapping[str, np.ndarray]  # of a batch, by field
@@ -32,9 +32,9 @@ def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.
         records.clean(folder)
         return records.missing_shards(folder, plan)
 
-    seen, lacks = first(look), np.zeros(records.shard_count(plan), bool)
-    lacks[seen or []] = True
-    return [int(shard) for shard in np.flatnonzero(told(lacks))]
+    missing, lacks = first(look), np.zeros(records.shard_count(plan), bool)
+    lacks[missing or []] = True
+    return [int(shard) for shard in np.flatnonzero(broadcast(lacks))]
 
 
 def write_records(
@@ -49,11 +49,11 @@ def write_records(
                 bar.update()
 
         for shard in missing:
-            made = counted(records.shard_range(plan, shard))
+            shard_rows = counted(records.shard_range(plan, shard))
             if leads():
-                records.write_shard(folder, plan, shard, made)
-            else:  # the rows are made together, and written once
-                deque(made, maxlen=0)
+                records.write_shard(folder, plan, shard, shard_rows)
+            else:  # all processes compute the rows, one writes them
+                deque(shard_rows, maxlen=0)
     first(lambda: publish_records(folder, plan))
 
 

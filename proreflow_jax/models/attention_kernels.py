@@ -140,10 +140,10 @@ def _kernel(heads: int, like: Array, interpret: bool) -> Callable[[Array, Array,
         backward = dict(block_q_dkv=queries, block_kv_dkv=keys, block_kv_dkv_compute=n, use_fused_bwd_kernel=True)
     else:
         backward = dict(block_q_dkv=n, block_kv_dkv=n, block_kv_dkv_compute=n, block_q_dq=n, block_kv_dq=n)
-    made = pallas.make_splash_mha_single_device(
+    kernel = pallas.make_splash_mha_single_device(
         pallas.splash_attention_mask.MultiHeadMask([pallas.splash_attention_mask.FullMask((tokens, tokens))] * heads),
         block_sizes=pallas.BlockSizes(block_q=n, block_kv=n, **backward),
         residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
-    return jax.vmap(made)
+    return jax.vmap(kernel)

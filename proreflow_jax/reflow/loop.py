@@ -58,18 +58,18 @@ class Waits:
         batches = iter(batches)
         while True:
             with self.on(INPUT):
-                found = next(batches, None)
-            if found is None:
+                batch = next(batches, None)
+            if batch is None:
                 return
             self._steps += 1
-            yield found
+            yield batch
 
     def means(self) -> dict[str, float]:
         """{WHOLE, INPUT, DEVICE: seconds a step}, and begins anew."""
         now, steps = time.monotonic(), max(self._steps, 1)
-        found = {name: value / steps for name, value in {WHOLE: now - self._began, **self._sums}.items()}
+        means = {name: value / steps for name, value in {WHOLE: now - self._began, **self._sums}.items()}
         self._steps, self._began, self._sums = 0, now, dict.fromkeys(self._sums, 0.0)
-        return found
+        return means
 
 
 def run_loop(

@@ -40,12 +40,12 @@ def draw_autoencoder(
 
 
 def autoencoder_loss(
-    params: Params, drawn: Mapping[str, Array], *, vae: Network, kl_weight: float
+    params: Params, examples: Mapping[str, Array], *, vae: Network, kl_weight: float
 ) -> tuple[Float[Array, ""], dict]:
     """Squared reconstruction error + kl_weight x KL divergence to a unit normal, mean over latent entries."""
-    mean, std = vae.apply(params, drawn["image"], method="encode")
-    images = vae.apply(params, mean + std * drawn["noise"], method="decode")
-    error = jnp.mean(squared_error(images, drawn["image"]))
+    mean, std = vae.apply(params, examples["image"], method="encode")
+    images = vae.apply(params, mean + std * examples["noise"], method="decode")
+    error = jnp.mean(squared_error(images, examples["image"]))
     kl = 0.5 * jnp.mean(mean**2 + std**2 - 1.0 - 2.0 * jnp.log(std))
     return error + kl_weight * kl, {"error": error, "kl": kl}
 
@@ -68,9 +68,9 @@ def draw_noise(
 
 
 def noise_loss(
-    params: Params, drawn: Mapping[str, Array], *, unet: Network, text_encoder: Network
+    params: Params, examples: Mapping[str, Array], *, unet: Network, text_encoder: Network
 ) -> tuple[Float[Array, ""], dict]:
     """Mean |eps - eps_theta|^2 (Ho et al. 2020, eq. 14); the text encoder learns along (Rombach et al. 2022, eq. 3)."""
-    context = text_encoder.apply(part(params, TEXT), drawn["ids"]).last
-    eps = unet.apply(part(params, UNET), drawn["z"], drawn["timestep"], context)
-    return jnp.mean(squared_error(eps, drawn["eps"])), {}
+    context = text_encoder.apply(part(params, TEXT), examples["ids"]).last
+    eps = unet.apply(part(params, UNET), examples["z"], examples["timestep"], context)
+    return jnp.mean(squared_error(eps, examples["eps"])), {}

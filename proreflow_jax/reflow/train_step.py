@@ -1,7 +1,7 @@
 """What training carries from step to step, and the update that every job of this project shares.
 
 A job brings two pure functions: `draw(frozen, batch, key)` makes whatever is random (noise, times, the teacher's pairs) for the
-whole global batch, and `loss(params, drawn)` is deterministic. So gradients accumulated over parts of a batch are those
+whole global batch, and `loss(params, examples)` is deterministic. So gradients accumulated over parts of a batch are those
 of the whole, and one key per run is enough: it is folded with the step here and nowhere else.
 """
 
@@ -78,11 +78,11 @@ def train_step(
     Returns:
       (state, metrics): metrics plus "loss" and "grad_norm".
     """
-    drawn = draw(frozen, batch, jax.random.fold_in(key, state.step))
+    examples = draw(frozen, batch, jax.random.fold_in(key, state.step))
 
     means = partial(_means, jax.value_and_grad(loss, has_aux=True), count=accumulation, unroll=unroll)
     means = means if in_order is None else _in_order(means, in_order)
-    (mean, metrics), gradients = means(stacks.unstack(state.params, *tables), drawn)
+    (mean, metrics), gradients = means(stacks.unstack(state.params, *tables), examples)
     gradients = stacks.stack(gradients, *tables)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -92,9 +92,9 @@ def train_step(
     return TrainState(state.step + 1, params, average, opt_state), numbers
 
 
-def _means(value_and_grad: Callable, params: Params, drawn: Mapping[str, PyTree], *, count: int, unroll: bool) -> PyTree:
+def _means(value_and_grad: Callable, params: Params, examples: Mapping[str, PyTree], *, count: int, unroll: bool) -> PyTree:
     """((loss, metrics), gradients) of a batch, worked out in `count` parts."""
-    parts = jax.tree.map(lambda x: _split(x, count), drawn)
+    parts = jax.tree.map(lambda x: _split(x, count), examples)
     one = lambda part: value_and_grad(params, part)
     if count == 1 or unroll:
         results = [one(jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(count)]
@@ -113,8 +113,8 @@ def _in_order(means: Callable[[Params, PyTree], PyTree], mesh: Mesh) -> Callable
     """
     devices, whole = mesh.shape["data"], PartitionSpec()
 
-    def summed(params: Params, drawn: PyTree) -> PyTree:
-        flat, unflatten = ravel_pytree(means(params, drawn))
+    def summed(params: Params, examples: PyTree) -> PyTree:
+        flat, unflatten = ravel_pytree(means(params, examples))
         pieces = jnp.pad(flat, (0, -flat.size % devices)).reshape(devices, -1)  # device i sums the i-th
         mean = jnp.mean(jax.lax.all_to_all(pieces, "data", 0, 0), axis=0)
         return unflatten(jax.lax.all_gather(mean, "data", tiled=True)[: flat.size])
@@ -135,7 +135,7 @@ def state_shardings(mesh: Mesh, rules: list, state: PyTree) -> PyTree:
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        found = by_name.get(names[-1]) if names else None
-        return found if found is not None and leaf.shape == shapes[names[-1]] else replicated
+        sharding = by_name.get(names[-1]) if names else None
+        return sharding if sharding is not None and leaf.shape == shapes[names[-1]] else replicated
 
     return jax.tree_util.tree_map_with_path(place, state)

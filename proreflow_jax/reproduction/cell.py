@@ -151,10 +151,10 @@ def train_student(experiment: Experiment, programs: Programs, store: dict[Any, A
     for stage in experiment.stages:
         cost = budget(experiment, stage)
         if stage.maker:
-            made = stage_pairs(experiment, stage, params, cost.examples, programs)
+            records = stage_pairs(experiment, stage, params, cost.examples, programs)
         else:
             same = (config.seed, cost.examples, stage.pairs)
-            made = store[same] = store.get(same) or stage_pairs(experiment, stage, base, cost.examples, programs)
+            records = store[same] = store.get(same) or stage_pairs(experiment, stage, base, cost.examples, programs)
         loss = stage.loss
         numbers = Numbers(loss.alpha, loss.window_start_prob, cost.updates)
         loss = loss._replace(alpha=0.0, window_start_prob=0.0)  # what the compiled program depends on
@@ -164,9 +164,9 @@ def train_student(experiment: Experiment, programs: Programs, store: dict[Any, A
         now = jax.device_put(fresh, mesh.replicated(experiment.mesh))
         order = _order(config.seed, cost, config.train.batch)
         for rows in order:
-            batch = mesh.put_batch(experiment.mesh, {name: values[rows] for name, values in made.items()}, len(rows))
-            now, found = programs.update(now, frozen, batch, stage.train_key, numbers, flow=stage.student, loss=loss)
-        check_finite(cost.updates, {"loss": float(found["loss"])})
+            batch = mesh.put_batch(experiment.mesh, {name: values[rows] for name, values in records.items()}, len(rows))
+            now, metrics = programs.update(now, frozen, batch, stage.train_key, numbers, flow=stage.student, loss=loss)
+        check_finite(cost.updates, {"loss": float(metrics["loss"])})
         params = train_step.averaged(now)
         spent.append(cost)
     return params, spent
@@ -219,18 +219,18 @@ def read_as(flow: Parameterization, steps: int) -> Parameterization:
 
 
 def measure_student(
-    experiment: Experiment, params: Params, flow: Parameterization, programs: Programs, given: CellInputs
+    experiment: Experiment, params: Params, flow: Parameterization, programs: Programs, inputs: CellInputs
 ) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """(numbers, first images by steps) of a network: at each of config.reproduce.steps, and how its flow bends."""
-    e, found, images = experiment.config.evaluate, {}, {}
+    e, scores, images = experiment.config.evaluate, {}, {}
     for steps in experiment.config.reproduce.steps:
         way = read_as(flow, steps)
-        latents, drawn = score_digits.sample_rows(programs.draw, params, way, given.noise, given.ids, steps, e.batch)
-        found[str(steps)] = score_digits.scores(given.judge, latents, drawn, given.reference, given.labels)
-        found[str(steps)]["frechet_teacher"] = frechet.frechet_distance(_moments(given.judge, drawn), given.teacher)
-        images[steps] = drawn[: e.columns]
+        latents, pictures = score_digits.sample_rows(programs.draw, params, way, inputs.noise, inputs.ids, steps, e.batch)
+        scores[str(steps)] = score_digits.scores(inputs.judge, latents, pictures, inputs.reference, inputs.labels)
+        scores[str(steps)]["frechet_teacher"] = frechet.frechet_distance(_moments(inputs.judge, pictures), inputs.teacher)
+        images[steps] = pictures[: e.columns]
     count, nodes = e.study.examples, windows.sampling_nodes(e.study.steps, max(flow.windows, 1))
-    context = programs.context(experiment.base.text, jnp.asarray(given.ids[:count]))
-    walked = programs.walk(params, given.noise[:count], context, flow=flow, nodes=tuple(nodes.tolist()))
+    context = programs.context(experiment.base.text, jnp.asarray(inputs.ids[:count]))
+    walked = programs.walk(params, inputs.noise[:count], context, flow=flow, nodes=tuple(nodes.tolist()))
     bends = trajectory.straightness(*walked, nodes, max(flow.windows, 1))[1]
-    return {"steps": found, "bend": np.mean(bends, axis=0).tolist()}, images
+    return {"steps": scores, "bend": np.mean(bends, axis=0).tolist()}, images

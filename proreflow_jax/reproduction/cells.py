@@ -77,8 +77,8 @@ def check_grid(experiment: Experiment, workers: int) -> None:
     for count in r.steps:
         windows.check_windows(count)
     names = [name for _, name, _ in r.methods]
-    for field, named in (("references", r.references), ("effects", [name for row in r.effects for name in row[1:]])):
-        if unknown := [name for name in named if name not in names]:
+    for field, methods in (("references", r.references), ("effects", [name for row in r.effects for name in row[1:]])):
+        if unknown := [name for name in methods if name not in names]:
             raise UserError(f"--config.reproduce.{field}: {unknown[0]!r} is none of its methods, {', '.join(names)}")
 
 
@@ -99,8 +99,8 @@ def make_cells(experiment: Experiment) -> list[Cell]:
 def _key(config: ConfigDict, trains: bool, base: str) -> str:
     fields = (*TRAINING, *MEASURING) if trains else MEASURING
     facts = {field: config_fields.field_value(config, field) for field in fields}
-    told = json.dumps([facts, config.seed, base], sort_keys=True, default=lambda block: block.to_dict())
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+    text = json.dumps([facts, config.seed, base], sort_keys=True, default=lambda block: block.to_dict())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _folder(experiment: Experiment) -> Path:
@@ -129,7 +129,7 @@ def _work(experiment: Experiment, cells: list[Cell]) -> None:
             continue
 
 
-def _make(cell: Cell, programs: Programs, given: CellInputs, store: dict[Any, Any]) -> None:
+def _make(cell: Cell, programs: Programs, inputs: CellInputs, store: dict[Any, Any]) -> None:
     """Trains and measures one cell, and writes its JSON last."""
     began, experiment = time.monotonic(), cell.experiment
     params, flow, spent = experiment.unet.params(), experiment.flow, []
@@ -137,7 +137,7 @@ def _make(cell: Cell, programs: Programs, given: CellInputs, store: dict[Any, An
         params, spent = train_student(experiment, programs, store)
         flow = experiment.stages[-1].student
     trained = time.monotonic() - began
-    numbers, images = measure_student(experiment, params, flow, programs, given)
+    numbers, images = measure_student(experiment, params, flow, programs, inputs)
     # images of each number of steps below one another
     strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
     with cell.path(".png").open("wb") as file:

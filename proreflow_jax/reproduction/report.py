@@ -28,20 +28,20 @@ MARK = "* beyond the spread: all seeds agree, and the means are further apart th
 BEST = "**"  # around the best mean of a column
 
 
-def write_report(experiment: Experiment, found: Sequence[Mapping[str, Any]], total: int) -> str:
+def write_report(experiment: Experiment, results: Sequence[Mapping[str, Any]], total: int) -> str:
     """Writes table.md, table.json and the pictures into the run's folder; returns the text of table.md."""
     config, run = experiment.config, experiment.run
     cells: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in found:
+    for cell in results:
         cells.setdefault(cell["method"], []).append(cell)
-    notes = _notes(config, len(found), total)
+    notes = _notes(config, len(results), total)
     parts = [*notes, _costs(cells)]
     parts += [f"## {title}\n\n{_table(cells, measure, config.reproduce.steps)}" for measure, title in MEASURES.items()]
     parts += [_effects(cells, config.reproduce.effects, config.reproduce.steps)]
     parts += [_against(cells, name, config.reproduce.steps) for name in config.reproduce.references if name in cells]
     text = "\n\n".join(parts) + "\n"
     (run / "table.md").write_text(text, encoding="utf-8")
-    atomic.write_json(run / "table.json", {"notes": notes, "cells": list(found), "rows": rows(cells, config.reproduce.steps)})
+    atomic.write_json(run / "table.json", {"notes": notes, "cells": list(results), "rows": rows(cells, config.reproduce.steps)})
     _alphas(run, cells, config.reproduce.steps)
     _samples(run, cells, config)
     return text
@@ -76,7 +76,7 @@ def values(cells: Sequence[Mapping[str, Any]], measure: str, steps: int) -> list
 
 def rows(cells: Cells, steps: Sequence[int]) -> list[dict[str, Any]]:
     """Mean and standard deviation of everything, for programs."""
-    told = lambda numbers: {
+    summary = lambda numbers: {
         "mean": float(np.mean(numbers)),
         "spread": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None,
     }
@@ -84,8 +84,8 @@ def rows(cells: Cells, steps: Sequence[int]) -> list[dict[str, Any]]:
     for method, group in cells.items():
         row = {"method": method, "group": group[0]["group"], "seeds": [cell["seed"] for cell in group]}
         for name in (*MEASURES, "recognised"):
-            row[name] = {str(count): told(values(group, name, count)) for count in steps}
-        out.append(row | {"bend": told([float(np.mean(cell["bend"])) for cell in group])})
+            row[name] = {str(count): summary(values(group, name, count)) for count in steps}
+        out.append(row | {"bend": summary([float(np.mean(cell["bend"])) for cell in group])})
     return out
 
 
@@ -138,9 +138,9 @@ def beyond(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 def _effects(cells: Cells, effects: Sequence[tuple[str, str, str]], steps: Sequence[int]) -> str:
     """What each difference between two methods does."""
-    told = [row for row in effects if row[1] in cells and row[2] in cells]
+    measured = [row for row in effects if row[1] in cells and row[2] in cells]
     lines = [
-        {"what": what, "pair": f"{one} / {other}"} | _changes(cells[one], cells[other], steps) for what, one, other in told
+        {"what": what, "pair": f"{one} / {other}"} | _changes(cells[one], cells[other], steps) for what, one, other in measured
     ]
     return (
         f"## What each choice does\n\nChange of the mean from the second method to the first, less is better. {MARK}\n\n"

@@ -55,8 +55,8 @@ def start(
 
 def _config_files(default: str) -> list[Path]:
     """The config files named on the command line, and the default."""
-    named = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith(("--config=", "-config="))]
-    return [Path(path).resolve() for path in [*named, default]]
+    configs = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith(("--config=", "-config="))]
+    return [Path(path).resolve() for path in [*configs, default]]
 
 
 def _read(values: flags.FlagValues, name: str, about: str, config: str, options: Mapping[str, tuple]) -> ConfigDict:

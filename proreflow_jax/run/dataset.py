@@ -87,9 +87,9 @@ def made_by(base: Pipeline, text: bool) -> dict[str, Any]:
 def check_cache(plan: dict[str, Any], base: Pipeline, path: str) -> None:
     """Raises ValueError, one line, if a cache (by its plan) is not what this base model would make."""
     words = {"latent": "the latents' shape", "vae": "the autoencoder", "tokenizer": "the tokenizer", "text": "a text encoder"}
-    held = plan.get("model", {})
-    for name, value in made_by(base, "text" in held).items():
-        if held.get(name) != value:
+    recorded = plan.get("model", {})
+    for name, value in made_by(base, "text" in recorded).items():
+        if recorded.get(name) != value:
             raise UserError(
                 f"{path} was cached with another base model, {words[name]} differs: make the cache anew with this "
                 f"--config.model.path, or name another {DATA}"

@@ -170,10 +170,10 @@ class Checkpoints:
         self._manager.close()
         self._manager = self._open()
         self.restore(step, target)
-        found = self._saved[step]
-        if expected is not None and found != expected:
+        digests = self._saved[step]
+        if expected is not None and digests != expected:
             raise UserError(f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?")
-        return found
+        return digests
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -209,26 +209,26 @@ class Checkpoints:
         record, reason = everywhere(lambda: self._read_record(step), folder, place)
         if reason:
             return None, reason
-        wanted = _wanted(target)
-        check_target(record, wanted, place)
+        shapes = _wanted(target)
+        check_target(record, shapes, place)
 
-        leaves, reason = everywhere(lambda: self._read_leaves(step, wanted), folder, place)
+        leaves, reason = everywhere(lambda: self._read_leaves(step, shapes), folder, place)
         if reason:
             return None, reason
-        found = digest(leaves)
-        wrong = wrong_values(record, found)
+        digests = digest(leaves)
+        wrong = wrong_values(record, digests)
         if wrong:
             return None, f"the values of {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''} are not those saved"
-        state = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in wanted])
-        return (Restored(step, state, record["meta"]), found), ""
+        state = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in shapes])
+        return (Restored(step, state, record["meta"]), digests), ""
 
     def _read_record(self, step: int) -> dict[str, Any]:
         record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         check_seal(record, step)
         return record
 
-    def _read_leaves(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+    def _read_leaves(self, step: int, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         return jax.block_until_ready(self._manager.restore(step, args=items)["state"])
 
 

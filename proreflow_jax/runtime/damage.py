@@ -33,12 +33,12 @@ def could_not_read(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
+    visited: set[int] = set()
     links = [error]
     while links:
         link = links.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
+        if link is not None and id(link) not in visited:
+            visited.add(id(link))
             yield link
             links += [link.__cause__, link.__context__, *getattr(link, "exceptions", ())]
 

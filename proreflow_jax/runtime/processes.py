@@ -52,7 +52,7 @@ def first(work: Callable[[], T]) -> T | None:
         outcome = FAILED
         raise
     finally:
-        outcome = int(told(np.array(outcome)))
+        outcome = int(broadcast(np.array(outcome)))
         if not leads() and outcome != FINE:
             raise {REFUSED: UserError, FAILED: RunFailed}[outcome]("process 0 could not go on and says why")
     return done
@@ -60,7 +60,7 @@ def first(work: Callable[[], T]) -> T | None:
 
 def first_says(question: Callable[[], bool]) -> bool:
     """Process 0's answer, on all of them. Raises as `first` does."""
-    return bool(told(np.array(bool(first(question)))))
+    return bool(broadcast(np.array(bool(first(question)))))
 
 
 @contextmanager
@@ -69,8 +69,8 @@ def job_lock(folder: str | Location) -> Iterator[None]:
 
     Raises UserError naming folder and holder.
     """
-    with ExitStack() as held:
-        first(lambda: held.enter_context(lock_folder(folder)))
+    with ExitStack() as stack:
+        first(lambda: stack.enter_context(lock_folder(folder)))
         yield
 
 
@@ -84,7 +84,7 @@ def stop_if_preempted(step: int) -> None:
         raise SystemExit(STOPPED)
 
 
-def told(value: np.ndarray) -> np.ndarray:
+def broadcast(value: np.ndarray) -> np.ndarray:
     """Process 0's value, on all of them; it has one shape and dtype everywhere."""
     return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
 
