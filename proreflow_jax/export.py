@@ -20,7 +20,7 @@ from proreflow_jax.storage import paths
 
 
 def export(
-    config: ConfigDict, stage: int, out: str, form: str, dtype: str, rank: int, scheduler: str, check: bool, overwrite: bool
+    config: ConfigDict, *, stage: int, out: str, form: str, dtype: str, rank: int, scheduler: str, check: bool, overwrite: bool
 ) -> None:
     """The verb: one stage to a folder."""
     export_format = _format(form, dtype, rank, scheduler)

@@ -26,6 +26,7 @@ BASE_STEPS = 50
 
 def sample(
     config: ConfigDict,
+    *,
     prompt: str,
     prompts: str,
     negative: str,

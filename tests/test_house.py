@@ -39,16 +39,12 @@ POSITIONAL = 6  # parameters of a function; more are keyword-only, or fields of 
 VALUES = {"flow", "jump", "loss", "parameterization", "reading", "recipe", "stage", "w", "window"}  # passed whole
 
 CROWDED = {  # "file function" that still breaks the row: take out what is mended
-    *("bench.py bench", "export.py export", "plan.py plan", "sample.py sample"),
-    *("data/loader.py __init__", "evaluation/figures.py _sides", "evaluation/figures.py lines"),
     *(
         "exports/windowed_scheduler.py __init__",
         "exports/windowed_scheduler.py _velocity",
-    ),  # the first: fields of diffusers' config
-    *("jobs/pretrain.py _fit", "jobs/score_coco.py _generated", "jobs/score_coco.py _scores"),
-    *("jobs/score_digits.py sample_rows", "jobs/train.py _advance", "reproduction/cell.py update"),
-    *("models/attention.py __init__", "models/attention_kernels.py choose_attention", "models/unet.py __init__"),
-    "pretrained/pipeline.py load_pipeline",
+    ),  # the first: diffusers' config fields
+    *("jobs/pretrain.py _fit", "models/attention_kernels.py choose_attention"),
+    *("models/attention.py __init__", "models/unet.py __init__"),
 }
 UNPACKED = {  # "file *name", likewise
     *("jobs/study_flow.py *labels", "perf/dummy_arrays.py *like", "perf/jobs.py *options"),

@@ -151,6 +151,7 @@ class Loader(Ahead):
         source: Source,
         batch: int,
         seed: int,
+        *,
         start_step: int = 0,
         rows: Sequence[int] | None = None,
         prefetch: int = 2,

@@ -152,13 +152,14 @@ def score_coco(experiment: Experiment) -> list[dict[str, Any]]:
     judge = make_judge(_local(e.inception, INCEPTION), clip, plan.protocol, experiment.mesh, e.batch)
     reference = _reference(experiment, plan, split, judge)
     inputs = _draw_inputs(experiment, coco.CHOICES[plan.protocol.choice](split, plan.count))
+    shared = {"judge": judge, "reference": reference, "inputs": inputs}
     results, loaded, weights = [], None, None
     with lock.lock_folder(experiment.run / "scores"):
         for row in rows:
             if row.windows != loaded:  # rows of one student stand together
                 stage = find_stage(experiment.stages, row.windows) if row.windows else None
                 loaded, weights = row.windows, load_weights(experiment, stage)
-            results.append(_scores(experiment, plan, row, weights, judge, reference, inputs))
+            results.append(_scores(experiment, plan, row, **shared, weights=weights))
             log.info("%s: %s", row.method, results[-1]["statement"])
             _write(experiment, plan, judge, reference, results)
     return results
@@ -248,7 +249,7 @@ def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidanc
 
 
 def _scores(
-    experiment: Experiment, plan: Plan, row: ScoreRow, weights: Weights, judge: Judge, reference: Moments, inputs: DrawInputs
+    experiment: Experiment, plan: Plan, row: ScoreRow, *, weights: Weights, judge: Judge, reference: Moments, inputs: DrawInputs
 ) -> dict[str, Any]:
     """A row of scores.json."""
     dtype, options = experiment.config.model.sampling_dtype, dict(flow=weights.flow, steps=row.steps, guidance=plan.guidance)
@@ -264,7 +265,7 @@ def _scores(
     for seed in plan.seeds:
         log.info("%s, %d steps, seed %d", row.method, row.steps, seed)
         about = fid.facts(plan.protocol, judge.digests, model | {"seed": seed}, plan.count)
-        batches = partial(_generated, experiment, plan, draw, seed, judge, inputs)
+        batches = partial(_generated, experiment, plan, judge, inputs, draw=draw, seed=seed)
         moments = fid.measure_features(experiment.run / "scores", about, judge.widths, batches, judge.features, SAVE_EVERY)
         fids[seed] = fid.distance(moments[FID], reference)
         if judge.clip:
@@ -276,7 +277,7 @@ def _scores(
 
 
 def _generated(
-    experiment: Experiment, plan: Plan, draw: Callable, seed: int, judge: Judge, inputs: DrawInputs, position: int
+    experiment: Experiment, plan: Plan, judge: Judge, inputs: DrawInputs, position: int, *, draw: Callable, seed: int
 ) -> Iterator[fid.Rows]:
     """Batches for the judge from image `position` on; the last is drawn whole and cut."""
     batch, last = experiment.config.evaluate.batch, plan.count - 1

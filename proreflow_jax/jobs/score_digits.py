@@ -220,7 +220,7 @@ def make_draw(experiment: Experiment) -> Draw:
 
 
 def sample_rows(
-    draw: Draw, params: Any, flow: Parameterization, noise: jax.Array, ids: np.ndarray, steps: int, batch: int
+    draw: Draw, params: Any, flow: Parameterization, noise: jax.Array, ids: np.ndarray, *, steps: int, batch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(latents, images) of every row of `noise` and `ids`, `batch` at once, on the host."""
     rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
@@ -233,5 +233,5 @@ def _timed(draw: Draw, row: TableRow, noise: jax.Array, ids: np.ndarray, batch: 
     params, flow = row.weights.params, row.weights.flow
     jax.block_until_ready(draw(params, flow, noise[:batch], ids[:batch], max(flow.windows, 1)))
     began = time.monotonic()
-    latents, images = sample_rows(draw, params, flow, noise, ids, row.steps, batch)
+    latents, images = sample_rows(draw, params, flow, noise, ids, steps=row.steps, batch=batch)
     return latents, images, (time.monotonic() - began) / len(noise)

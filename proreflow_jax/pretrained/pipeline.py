@@ -66,6 +66,7 @@ def _pixels(networks: dict[str, Network]) -> int:
 
 def load_pipeline(
     source: sources.ModelSource | str | Path,
+    *,
     prediction_type: str = "",
     original_size: tuple[int, int] = OWN,
     crop: tuple[int, int] = OWN,

@@ -107,6 +107,7 @@ def make_programs(experiment: Experiment) -> Programs:
         batch: Any,
         key: jax.Array,
         numbers: Numbers,
+        *,
         flow: Parameterization,
         loss: Any,
     ) -> tuple[train_step.TrainState, Any]:
@@ -202,7 +203,9 @@ def cell_inputs(experiment: Experiment, seed: int, programs: Programs, judge: sc
         jax.random.fold_in(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
     )
     base = experiment.unet.params()
-    latents, images = score_digits.sample_rows(programs.draw, base, experiment.flow, noise, ids, e.teacher_steps[0], e.batch)
+    latents, images = score_digits.sample_rows(
+        programs.draw, base, experiment.flow, noise, ids, steps=e.teacher_steps[0], batch=e.batch
+    )
     return CellInputs(noise, ids, labels, latents, _moments(judge, images), judge)
 
 
@@ -225,7 +228,9 @@ def measure_student(
     e, scores, images = experiment.config.evaluate, {}, {}
     for steps in experiment.config.reproduce.steps:
         way = read_as(flow, steps)
-        latents, pictures = score_digits.sample_rows(programs.draw, params, way, inputs.noise, inputs.ids, steps, e.batch)
+        latents, pictures = score_digits.sample_rows(
+            programs.draw, params, way, inputs.noise, inputs.ids, steps=steps, batch=e.batch
+        )
         scores[str(steps)] = score_digits.scores(inputs.judge, latents, pictures, inputs.reference, inputs.labels)
         scores[str(steps)]["frechet_teacher"] = frechet.frechet_distance(_moments(inputs.judge, pictures), inputs.teacher)
         images[steps] = pictures[: e.columns]
