@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     c.vae.latent_channels = 4  # as in Stable Diffusion
     c.vae.norm_num_groups = 8  # groups of the group norms
     c.vae.kl_weight = 1e-4  # of the KL term beside the mean squared error
-    c.vae.steps = 4000  # training steps
+    c.vae.steps = 2600  # training steps
     c.vae.batch = 16  # images a step
     c.vae.optimizer = optimizer(learning_rate=1e-3, warmup_steps=100)
 

@@ -93,6 +93,8 @@ def write(config: ConfigDict, run: Path, out: str, params: Mapping[str, Params])
     with files.atomic_folder(out) as draft:
         base.write_pipeline(draft, configs, params, base.scheduler_config(config.schedule), np.dtype(config.dtype))
         shutil.copytree(run / "tokenizer", draft / "tokenizer")
+        if card := training_set.card(config.data.kind):
+            (draft / "README.md").write_text(card, encoding="utf-8")
     log.info("wrote %s", out)
 
 
@@ -137,7 +139,9 @@ def _fitting(start: pipeline.Pipeline, name: str, network: Network) -> Params:
     theirs = {n: np.shape(value) for n, value in start.params[name].items()}
     ours = {n: shape.shape for n, shape in network.shapes.items()}
     if differ := sorted(n for n in {*theirs, *ours} if theirs.get(n) != ours.get(n)):
-        raise ValueError(f"--config.start={start.source.folder}: its {name} is not the config's, look at {', '.join(differ[:3])}")
+        raise ValueError(
+            f"--config.start={start.source.folder}: its {name} is not the config's, look at {', '.join(differ[:3])}"
+        )
     return start.params[name]
 
 

@@ -6,6 +6,7 @@ order of a dataset, so a rebuilt dataset has the same ones.
 
 import hashlib
 import os
+import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from jaxtyping import Bool, UInt8
 
 from . import files
 
-HELD_OUT = 0.1  # share of (concept, family of styles) pairs that training does not see
+HOLD_OUT = 0.1  # share of (concept, family of styles) pairs that training does not see
 FAMILIES = {"fluent-3d": "fluent", "fluent-flat": "fluent"}  # near copies, held out together; any other style is its own
 GROUPS = {  # the group of a concept, in words of a prompt
     "activities": "activity",
@@ -31,7 +32,9 @@ GROUPS = {  # the group of a concept, in words of a prompt
     "symbols": "symbol",
     "travel-places": "travel and places",
 }
-VOWELS = "aeiou"
+VOWEL_SOUND = re.compile(r"[aeiou](?!ni[cft]|ne\b|we\b|uro)|hour", re.IGNORECASE)  # "an octopus", "an hourglass", "a unicorn"
+PLURAL = re.compile(r"(?<![suaio])s$|\b(?:people|men|women)$")  # "glasses", not "glass", "octopus", "canvas", "tennis"
+BEHIND_NOUN = re.compile(r" (?:with|without|in|of|behind|on|from|over|blowing|holding|lifting|raising|showing)\b.*")
 WORDINGS = (  # one of them is drawn each time a picture is seen; a line that stands twice is drawn twice as often
     "{thing}, {style} style",
     "{thing}, {style} style",
@@ -123,8 +126,8 @@ def _concept(row: dict[str, Any]) -> Concept:
     return Concept(row["hex"], row["label"], tuple(row["tags"]), row["group"])
 
 
-def held_out(pictures: Sequence[Picture]) -> Bool[np.ndarray, " n"]:
-    """Which pictures training must not see: HELD_OUT of the (concept, family) pairs, by hash.
+def hold_out(pictures: Sequence[Picture]) -> Bool[np.ndarray, " n"]:
+    """Which pictures training must not see: HOLD_OUT of the (concept, family) pairs, by hash.
 
     A concept is never held out as a whole: where the hash says so of all its families, the family with the largest stays.
     """
@@ -135,7 +138,7 @@ def held_out(pictures: Sequence[Picture]) -> Bool[np.ndarray, " n"]:
         (code, family)
         for code, names in families.items()
         for family in names
-        if _share(code, family) < HELD_OUT and family != max(names, key=lambda name: (_share(code, name), name))
+        if _share(code, family) < HOLD_OUT and family != max(names, key=lambda name: (_share(code, name), name))
     }
     return np.array([(picture.concept.hex, picture.family) in hidden for picture in pictures], bool)
 
@@ -181,13 +184,12 @@ def plain_name(label: str) -> str:
 
 
 def thing(name: str) -> str:
-    """A name with its article: "an octopus", "the flag of Guernsey"; none before a plural."""
-    first, *_ = name.split()
+    """A name with its article: "an octopus", "the flag of Guernsey"; none before a plural or a number."""
     if name.startswith("flag of "):
         return f"the {name}"
-    if not first.isalpha() or name.endswith("s") and not name.endswith("ss"):
+    if not name[0].isalpha() or PLURAL.search(BEHIND_NOUN.sub("", name)):
         return name
-    return f"{'an' if name[0].lower() in VOWELS else 'a'} {name}"
+    return f"{'an' if VOWEL_SOUND.match(name) else 'a'} {name}"
 
 
 def _two(tags: Sequence[str], a: int, b: int) -> tuple[str, str]:

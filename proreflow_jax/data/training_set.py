@@ -7,9 +7,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from . import captions, digits, emoji
+from . import captions, digits, emoji, emoji_packages
 
 KINDS = ("digits", "emoji")
+EMOJI_CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# Emoji
+
+A small text-to-image latent diffusion model of Stable Diffusion's shape, trained from scratch on emoji of 64 x 64 pixels by
+`python -m proreflow_jax.pretrain --config=configs/emoji_base.py`. `StableDiffusionPipeline.from_pretrained` opens it. Prompts
+it knows: "a waffle, noto style", "a waffle", keywords. Styles: the first column, with spaces for hyphens ("fluent 3d").
+
+Trained on these pictures, resized and put on white:
+
+{credits}
+
+CC-BY-4.0 asks to name the authors where pictures, or works made from them, are passed on. Names and keywords of the emoji:
+emojibase-data (MIT, Miles Johnson).
+"""
 
 
 def load(data: Any) -> tuple[UInt8[np.ndarray, "n size size 3"], list[Sequence[str]]]:
@@ -42,10 +60,15 @@ def _digits(data: Any) -> tuple[np.ndarray, list[Sequence[str]]]:
 def _emoji(data: Any) -> tuple[np.ndarray, list[Sequence[str]]]:
     """The emoji that training may see, each with all its wordings."""
     dataset = emoji.load(data.path, data.resolution)
-    seen = dataset.take(~emoji.held_out(dataset.pictures))
-    return seen.images, [emoji.wordings(picture) for picture in seen.pictures]
+    visible = dataset.take(~emoji.hold_out(dataset.pictures))
+    return visible.images, [emoji.wordings(picture) for picture in visible.pictures]
 
 
 def _border(kind: str) -> dict[str, Any]:
     """What a shifted image shows at its edge: black behind the digits, white behind the emoji."""
     return {"constant_values": 0 if kind == "digits" else 255}
+
+
+def card(kind: str) -> str:
+    """What a model trained on the pictures must say of them, in Markdown; "": nothing."""
+    return EMOJI_CARD.format(credits=emoji_packages.credits_table()) if kind == "emoji" else ""
