@@ -142,7 +142,7 @@ def _fitting(start: pipeline.Pipeline, name: str, network: Network) -> Params:
         raise ValueError(
             f"--config.start={start.source.folder}: its {name} is not the config's, look at {', '.join(differ[:3])}"
         )
-    return start.params[name]
+    return {n: jnp.asarray(value) for n, value in start.params[name].items()}
 
 
 def _vae_training(config: ConfigDict, vae: Network, run: Path) -> Training:

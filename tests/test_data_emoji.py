@@ -138,7 +138,7 @@ def test_the_dataset_is_made_from_packages(tmp_path, cache):
     image = dict(zip(names, dataset.images, strict=True))
     assert (image["1f9c7/noto"] == (0, 128, 0)).all()
     half = image["1f9c7/fluent-3d"]  # a wide picture: white above and below
-    assert (half[0] == 255).all() and tuple(half[8, 8]) == (255, 127, 127)
+    assert (half[0] == 255).all() and np.abs(half[8, 8].astype(int) - (255, 127, 127)).max() < 4
     blue = image["1f419/noto-v1"]
     assert tuple(blue[8, 3]) == (0, 0, 255) and tuple(blue[8, 12]) == (255, 255, 255)
     info = json.loads((folder / "emoji16.json").read_text())
