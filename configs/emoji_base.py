@@ -3,6 +3,11 @@
     python -m proreflow_jax.make_emoji --config=configs/emoji_base.py
     python -m proreflow_jax.pretrain --config=configs/emoji_base.py --out=runs/emoji_base_model
 
+Data: 10,188 pictures of 1,911 concepts, 993 of them held out (`data.emoji.hold_out`).
+Size: UNet 8.8 M weights, text encoder 1.0 M, autoencoder 0.7 M; 21 MB in half precision.
+Autoencoder: 2,600 steps of 16 pictures, 40 minutes of two busy cores; squared error in [-1, 1] .0069 (27.6 dB) on 500 pictures
+held out, .0074 on 500 of the training. UNet: 52 ms of one core an image, so some 130,000 images an hour on two idle cores.
+
 The length of the training is left open: the rate is constant and the result is an average, so any checkpoint is a model
 (`--snapshot`, or a lower --config.diffusion.steps). A decay is appended by --config.diffusion.optimizer.schedule=linear with
 warmup_steps set to the steps done and diffusion.steps to the new end.
@@ -36,7 +41,7 @@ def get_config() -> ConfigDict:
     c.vae.latent_channels = 4  # as in Stable Diffusion
     c.vae.norm_num_groups = 8  # groups of the group norms
     c.vae.kl_weight = 1e-4  # of the KL term beside the mean squared error
-    c.vae.steps = 2600  # training steps
+    c.vae.steps = 2600  # training steps; 1,020 of the run's were under a cosine of 4,000
     c.vae.batch = 16  # images a step
     c.vae.optimizer = optimizer(learning_rate=1e-3, warmup_steps=100)
 
@@ -69,6 +74,6 @@ def get_config() -> ConfigDict:
     c.schedule.beta_start = 0.00085  # first beta
     c.schedule.beta_end = 0.012  # last beta
 
-    c.checkpoint_every = 150  # steps between checkpoints
+    c.checkpoint_every = 100  # steps between checkpoints
     c.log_every = 10  # steps between lines of metrics.jsonl
     return c

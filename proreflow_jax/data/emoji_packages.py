@@ -80,7 +80,7 @@ def make(folder: Path, cache: Path, size: int) -> int:
     Returns: the number of pictures.
 
     Raises:
-        ValueError: npm or resvg-py is missing, a package cannot be fetched, or one is not what its name says.
+        ValueError: npm or resvg-py is missing, a package cannot be fetched, or one is damaged.
     """
     packages = [CAPTIONS, *((one.package, one.version) for one in STYLES)]
     archives = {package: fetch(cache, *package) for package in packages}
@@ -106,7 +106,7 @@ def fetch(cache: Path, package: str, version: str) -> Path:
     if archive.is_file():
         return archive
     cache.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", "--silent", "--ignore-scripts", f"--pack-destination={cache}", f"{package}@{version}"]
+    command = ["npm", "pack", "--loglevel=error", "--ignore-scripts", f"--pack-destination={cache}", f"{package}@{version}"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
     except FileNotFoundError:
