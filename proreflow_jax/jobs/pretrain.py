@@ -1,22 +1,23 @@
 """Trains a small latent diffusion model from scratch: autoencoder, then UNet and text encoder."""
 
-import itertools
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from proreflow_jax import UserError
-from proreflow_jax.data import captions, digits, loader
+from proreflow_jax import MissingFile, UserError
+from proreflow_jax.data import loader, training_set
 from proreflow_jax.flow.schedule import make_schedule
+from proreflow_jax.models.compute import Compute
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
-from proreflow_jax.pretrained import tokenizer, write_pipeline
+from proreflow_jax.pretrained import pipeline, tokenizer, write_pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, state_shardings, train_step
 from proreflow_jax.runtime import mesh, optimizer
@@ -27,6 +28,7 @@ from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
 REPLICATED = [(".*", jax.sharding.PartitionSpec())]
+LATENTS = "latents.json"  # in the run's folder: the factor that gives latents unit variance
 
 
 class Rows:
@@ -42,57 +44,113 @@ class Rows:
         return {name: values[index] for name, values in self.arrays.items()}
 
 
-def pretrain(config: ConfigDict, out: str) -> None:
-    """Trains both parts and writes the diffusers folder `out`. Raises ValueError if `out` exists."""
+class Training(NamedTuple):
+    """What is trained: how weights begin, and the block of the config with steps, batch and optimizer."""
+
+    folder: Path  # of its checkpoints and metrics
+    init: Callable[[jax.Array], Params]
+    settings: ConfigDict
+    ema: float  # decay of the average; 0: none
+
+
+def pretrain(config: ConfigDict, out: str, snapshot: bool = False) -> None:
+    """Trains both parts and writes the diffusers folder `out`; with `snapshot` writes what is trained by now.
+
+    Raises ValueError if `out` exists, FileNotFoundError if there is nothing yet to take a snapshot of.
+    """
     if not out:
         raise UserError("--out is empty: name the diffusers folder to write")
     if paths.parse_local(out, "--out").exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it")
     run = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
+    start = pipeline.load_pipeline(paths.parse_local(config.start, "--config.start")) if config.start else None
+    if snapshot:
+        write_model(config, run, out, averages(config, run, start))
+        return
     with job_lock(run):
-        images, texts = _images(config)
-        vae = make_vae(write_pipeline.vae_config(config.vae, config.data.resolution))
-        vae_params = _train_vae(config, vae, images, run / "vae")
+        images, texts = training_set.load_training_set(config.data)
+        vae = _vae(config)
+        vae_params = _fitting(start, "vae", vae) if start else _train_vae(config, vae, images, run)
         mean, std = _latents(vae, vae_params, images)
-        scaling = float(1.0 / np.sqrt(mean.var() + (std**2).mean()))
+        scaling = start.scaling if start else float(1.0 / np.sqrt(mean.var() + (std**2).mean()))
         log.info("latents %s, scaling factor %.4f", mean.shape[1:], scaling)
+        atomic.write_json(run / LATENTS, {"scaling_factor": scaling})
 
-        folder = run / "tokenizer"
-        tokenizer.write_tokenizer(folder, *tokenizer.learn(sorted(set(texts)), config.text.merges), config.text.length)
-        prompts = tokenizer.load_tokenizer(folder)
-        sizes = write_pipeline.text_config(config.text, tokenizer.vocabulary_size(folder))
-        text_encoder = make_text_encoder(sizes)
-        unet = make_unet(write_pipeline.unet_config(config.unet, config.text, mean.shape[1:]))
-        rows = Rows({"mean": mean * scaling, "std": std * scaling, "ids": prompts.encode(texts)})
-        params = _train_diffusion(config, unet, text_encoder, rows, prompts.encode([""])[0], run / "diffusion")
-        trained = {"vae": vae_params, "unet": params[0], "text_encoder": params[1]}
-        configs = {"vae": {**vae.config, "scaling_factor": scaling}, "unet": unet.config, "text_encoder": sizes}
-        scheduler = write_pipeline.scheduler_config(config.schedule)
-        with atomic.atomic_folder(out) as draft:
-            write_pipeline.write_pipeline(draft, configs, trained, scheduler)
-            shutil.copytree(folder, draft / "tokenizer")
+        prompts = _tokenizer(config, texts, run / "tokenizer")
+        ids = prompts.encode([text for wordings in texts for text in wordings]).reshape(len(texts), -1, prompts.length)
+        rows = Rows({"mean": mean * scaling, "std": std * scaling, "ids": ids})
+        params = _train_diffusion(config, rows, prompts.encode([""])[0], run, start)
+        write_model(config, run, out, {"vae": vae_params, **params})
+
+
+def write_model(config: ConfigDict, run: Path, out: str, params: Mapping[str, Params]) -> None:
+    """Writes the diffusers folder `out` with the run's tokenizer and scaling factor; parameters by component."""
+    vae, (unet, text_encoder) = _vae(config), _diffusion_networks(config, run)
+    configs = {"vae": vae.config | atomic.read_json(run / LATENTS), "unet": unet.config, "text_encoder": text_encoder.config}
+    scheduler = write_pipeline.scheduler_config(config.schedule)
+    with atomic.atomic_folder(out) as draft:
+        write_pipeline.write_pipeline(draft, configs, params, scheduler, np.dtype(config.dtype))
+        shutil.copytree(run / "tokenizer", draft / "tokenizer")
+        if card := training_set.card(config.data.kind):
+            (draft / "README.md").write_text(card, encoding="utf-8")
     log.info("wrote %s", out)
 
 
-def _images(config: ConfigDict) -> tuple[np.ndarray, list[str]]:
-    """All images of the dataset, each in every shift, uint8 (n, h, w, 3), and their captions."""
-    d = config.data
-    digits.write_dataset(d.path, d.resolution, seed=0)
-    source = captions.open_tfds(d.path, d.split, d.image_key, d.caption_key, d.resolution)
-    rows = [source[i] for i in range(len(source))]
-    still, texts = np.stack([row["image"] for row in rows]), [row["caption"] for row in rows]
-    padded = np.pad(still, ((0, 0), (d.shift, d.shift), (d.shift, d.shift), (0, 0)))
-    offsets = list(itertools.product(range(2 * d.shift + 1), repeat=2))
-    moved = [padded[:, y : y + d.resolution, x : x + d.resolution] for y, x in offsets]
-    return np.concatenate(moved), texts * len(offsets)
+def averages(config: ConfigDict, run: Path, start: pipeline.Pipeline | None) -> dict[str, Params]:
+    """{component: parameters} of the newest checkpoints. Raises FileNotFoundError if there are none yet."""
+    if not (run / LATENTS).is_file():
+        raise MissingFile(f"{run} has no diffusion training yet: take the snapshot after its first checkpoint")
+    vae, networks = _vae(config), _diffusion_networks(config, run)
+    trained = _fitting(start, "vae", vae) if start else averaged(_newest(config, _vae_training(config, vae, run)))
+    joint = averaged(_newest(config, _diffusion_training(config, *networks, run)))
+    return jax.device_get({"vae": trained, **_apart(joint)})
 
 
-def _train_vae(config: ConfigDict, vae: Network, images: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
-    c = config.vae
-    side = config.data.resolution // 2 ** (len(c.block_out_channels) - 1)
-    draw = partial(pretraining.draw_autoencoder, latent=(side, side, c.latent_channels))
-    loss = partial(pretraining.autoencoder_loss, vae=vae, kl_weight=c.kl_weight)
-    state = _fit(config, folder, lambda key: vae.init(key), Rows({"image": images}), draw, loss, c, ema=0.0)
+def _vae(config: ConfigDict) -> Network:
+    return make_vae(write_pipeline.vae_config(config.vae, config.data.resolution), Compute(config.attention))
+
+
+def _diffusion_networks(config: ConfigDict, run: Path) -> tuple[Network, Network]:
+    """UNet and text encoder, for the tokenizer of the run."""
+    text = write_pipeline.text_config(config.text, tokenizer.vocabulary_size(run / "tokenizer"))
+    unet = write_pipeline.unet_config(config.unet, config.text, _latent_shape(config))
+    return make_unet(unet, Compute(config.attention)), make_text_encoder(text)
+
+
+def _latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+    side = config.data.resolution // 2 ** (len(config.vae.block_out_channels) - 1)
+    return (side, side, config.vae.latent_channels)
+
+
+def _tokenizer(config: ConfigDict, texts: Sequence[Sequence[str]], folder: Path) -> tokenizer.PromptTokenizer:
+    """The run's tokenizer: copied from the model to start from, or learned on the captions."""
+    if config.start:
+        shutil.copytree(Path(config.start) / "tokenizer", folder, dirs_exist_ok=True)
+    else:
+        every = sorted({text for wordings in texts for text in wordings})
+        tokenizer.write_tokenizer(folder, *tokenizer.learn(every, config.text.merges), config.text.length)
+    return tokenizer.load_tokenizer(folder)
+
+
+def _fitting(start: pipeline.Pipeline, name: str, network: Network) -> Params:
+    """The parameters of one component of the model to start from. Raises ValueError if the config has another network."""
+    theirs = {n: np.shape(value) for n, value in start.params[name].items()}
+    ours = {n: shape.shape for n, shape in network.shapes.items()}
+    if differ := sorted(n for n in {*theirs, *ours} if theirs.get(n) != ours.get(n)):
+        raise UserError(
+            f"--config.start={start.source.folder}: its {name} is not the config's, look at {', '.join(differ[:3])}"
+        )
+    return {n: jnp.asarray(value) for n, value in start.params[name].items()}
+
+
+def _vae_training(config: ConfigDict, vae: Network, run: Path) -> Training:
+    return Training(run / "vae", lambda key: vae.init(key), config.vae, ema=0.0)
+
+
+def _train_vae(config: ConfigDict, vae: Network, images: np.ndarray, run: Path) -> Params:
+    draw = partial(pretraining.draw_autoencoder, latent=_latent_shape(config))
+    loss = partial(pretraining.autoencoder_loss, vae=vae, kl_weight=config.vae.kl_weight)
+    state = _fit(config, _vae_training(config, vae, run), Rows({"image": images}), draw, loss)
     return jax.device_get(averaged(state))
 
 
@@ -106,43 +164,76 @@ def _latents(vae: Network, params: Params, images: np.ndarray, batch: int = 256)
     return mean, std
 
 
-def _train_diffusion(
-    config: ConfigDict, unet: Network, text_encoder: Network, rows: Rows, empty: np.ndarray, folder: Path
-) -> tuple[dict, dict]:
-    c, s = config.diffusion, config.schedule
-    schedule = make_schedule(s.beta_schedule, s.beta_start, s.beta_end)
-    draw = partial(pretraining.draw_noise, schedule=schedule, empty=jnp.asarray(empty), drop=c.prompt_dropout)
-    loss = partial(pretraining.noise_loss, unet=unet, text_encoder=text_encoder)
-
+def _diffusion_training(config: ConfigDict, unet: Network, text_encoder: Network, run: Path) -> Training:
     def init(key: jax.Array) -> Params:
         first, second = jax.random.split(key)
         return pretraining.joined({pretraining.UNET: unet.init(first), pretraining.TEXT: text_encoder.init(second)})
 
-    state = _fit(config, folder, init, rows, draw, loss, c, ema=c.ema)
-    params = averaged(state)
-    return jax.device_get((pretraining.part(params, pretraining.UNET), pretraining.part(params, pretraining.TEXT)))
+    return Training(run / "diffusion", init, config.diffusion, config.diffusion.ema)
+
+
+def _train_diffusion(
+    config: ConfigDict, rows: Rows, empty: np.ndarray, run: Path, start: pipeline.Pipeline | None
+) -> dict[str, Params]:
+    c, s = config.diffusion, config.schedule
+    unet, text_encoder = _diffusion_networks(config, run)
+    schedule = make_schedule(s.beta_schedule, s.beta_start, s.beta_end)
+    draw = partial(
+        pretraining.draw_noise, schedule=schedule, empty=jnp.asarray(empty), drop=c.prompt_dropout, most_snr=c.most_snr
+    )
+    loss = partial(pretraining.noise_loss, unet=unet, text_encoder=text_encoder)
+    begin = None
+    if start:
+        networks = {"unet": unet, "text_encoder": text_encoder}
+        begin = pretraining.joined({f"{name}/": _fitting(start, name, network) for name, network in networks.items()})
+    state = _fit(config, _diffusion_training(config, unet, text_encoder, run), rows, draw, loss, begin)
+    return jax.device_get(_apart(averaged(state)))
+
+
+def _apart(joint: Params) -> dict[str, Params]:
+    return {"unet": pretraining.part(joint, pretraining.UNET), "text_encoder": pretraining.part(joint, pretraining.TEXT)}
+
+
+def _fresh(config: ConfigDict, training: Training) -> Callable[..., TrainState]:
+    """The state at step 0, a function of the weights to begin with, or of nothing."""
+    chain = optimizer.make({**training.settings.optimizer, "steps": training.settings.steps})
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+    return lambda *begin: init_state(begin[0] if begin else training.init(key), chain, training.ema > 0)
+
+
+def _target(shapes: TrainState, places: Any) -> TrainState:
+    """What a checkpoint is restored to."""
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+
+
+def _newest(config: ConfigDict, training: Training) -> TrainState:
+    """The newest checkpoint, of a training that may be under way."""
+    shapes = jax.eval_shape(_fresh(config, training))
+    with Checkpoints(training.folder, read_only=True) as checkpoints:
+        step, state, _ = checkpoints.restore(None, _target(shapes, state_shardings(mesh.make_mesh(), REPLICATED, shapes)))
+    log.info("%s: step %d", training.folder, step)
+    return state
 
 
 def _fit(
-    config: ConfigDict, folder: Path, init: Callable, rows: Rows, draw: Callable, loss: Callable, c: ConfigDict, ema: float
+    config: ConfigDict, training: Training, rows: Rows, draw: Callable, loss: Callable, begin: Params | None = None
 ) -> TrainState:
     """One training, resumed from its newest checkpoint if there is one."""
-    machine = mesh.make_mesh()
+    c, folder, machine = training.settings, training.folder, mesh.make_mesh()
     mesh.check_batch(c.batch, 1, machine)
     chain = optimizer.make({**c.optimizer, "steps": c.steps})
     key = jax.random.key(config.seed)
-    fresh = lambda: init_state(init(jax.random.fold_in(key, 2**31 - 1)), chain, ema > 0)
-    places = state_shardings(machine, REPLICATED, jax.eval_shape(fresh))
-    step = partial(train_step, draw=draw, loss=loss, optimizer=chain, ema_decay=ema, accumulation=1, unroll=True)
+    fresh = _fresh(config, training)
+    shapes = jax.eval_shape(fresh)
+    places = state_shardings(machine, REPLICATED, shapes)
+    step = partial(train_step, draw=draw, loss=loss, optimizer=chain, ema_decay=training.ema, accumulation=1, unroll=True)
     batches = mesh.batch_sharding(machine)
     jitted = jax.jit(step, in_shardings=(places, None, batches, None), out_shardings=(places, None), donate_argnums=0)
     with Checkpoints(folder, every=config.checkpoint_every) as checkpoints:
         if checkpoints.latest() is None:
-            start, state = 0, jax.jit(fresh, out_shardings=places)()
+            start, state = 0, jax.jit(fresh, out_shardings=places)(*([] if begin is None else [begin]))
         else:
-            shapes = jax.eval_shape(fresh)
-            target = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
-            start, state, _ = checkpoints.restore(None, target)
+            start, state, _ = checkpoints.restore(None, _target(shapes, places))
         if start >= c.steps:
             return state
         log.info("%s: %d of %d steps", folder, start, c.steps)

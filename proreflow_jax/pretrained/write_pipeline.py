@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from proreflow_jax.pretrained import weights
 
 VERSION = "0.30.0"  # the folder layout's; diffusers only reports it
@@ -96,18 +98,21 @@ def scheduler_config(betas: Mapping[str, Any]) -> dict:
     }
 
 
-def write_pipeline(folder: Path, configs: Mapping[str, dict], params: Mapping[str, Mapping[str, Any]], scheduler: dict) -> None:
+def write_pipeline(
+    folder: Path, configs: Mapping[str, dict], params: Mapping[str, Mapping[str, Any]], scheduler: dict, dtype: Any = np.float32
+) -> None:
     """Writes unet/, vae/, text_encoder/, scheduler/ and model_index.json into `folder`; the tokenizer is the caller's.
 
     Args:
       folder: exists.
-      configs, params: by component; parameters in our layout, written as float32.
+      configs, params: by component; parameters in our layout.
       scheduler: scheduler_config.json.
+      dtype: of the tensors written.
     """
     for name, config in configs.items():
         (folder / name).mkdir()
         _json(folder / name / "config.json", config)
-        weights.save_tensors(folder / name / weights.file_name(name), weights.to_torch(params[name]))
+        weights.save_tensors(folder / name / weights.file_name(name), weights.to_torch(params[name], dtype))
     (folder / "scheduler").mkdir()
     _json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index: dict[str, Any] = {name: list(kind) for name, kind in CLASSES.items()}

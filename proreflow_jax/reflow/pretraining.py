@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from proreflow_jax.flow.losses import squared_error
 from proreflow_jax.flow.schedule import Schedule, grid_time, per_example, timestep
@@ -51,11 +51,22 @@ def autoencoder_loss(
 
 
 def draw_noise(
-    frozen: None, batch: Mapping[str, Array], key: Key[Array, ""], *, schedule: Schedule, empty: Array, drop: float
+    frozen: None,
+    batch: Mapping[str, Array],
+    key: Key[Array, ""],
+    *,
+    schedule: Schedule,
+    empty: Array,
+    drop: float,
+    most_snr: float = 0.0,
 ) -> dict[str, Array]:
-    """z_t = a x0 + s eps at grid times drawn uniformly, and prompts replaced by the empty one with probability `drop`.
+    """z_t = a x0 + s eps at grid times drawn uniformly, and for each example one of its wordings.
 
-    batch: mean, std (b, h, w, c) of scaled latents, ids (b, s). empty: (s,) ids of the empty prompt.
+    Prompts are replaced by the empty one with probability `drop`.
+
+    batch: mean, std (b, h, w, c) of scaled latents, ids (b, k, s) of k wordings. empty: (s,) ids of the empty prompt.
+    most_snr: errors are weighted by min(SNR, most_snr) / SNR, so that an error of x0 counts min(SNR, most_snr) (Hang et al.
+    2023, eq. 8); 0: all alike.
     """
     latents, times, noise, drops = jax.random.split(key, 4)
     b = batch["mean"].shape[0]
@@ -63,14 +74,27 @@ def draw_noise(
     t = grid_time(jax.random.randint(times, (b,), 1, 1001))
     eps = jax.random.normal(noise, x0.shape)
     z = per_example(schedule.alpha(t), x0) * x0 + per_example(schedule.sigma(t), x0) * eps
-    ids = jnp.where(jax.random.bernoulli(drops, drop, (b, 1)), empty, batch["ids"])
-    return {"z": z, "timestep": timestep(t), "eps": eps, "ids": ids}
+    ids = jnp.where(jax.random.bernoulli(drops, drop, (b, 1)), empty, draw_wording(batch["ids"], jax.random.fold_in(drops, 1)))
+    weight = {"weight": jnp.minimum(1.0, most_snr * jnp.exp(-schedule.log_snr(t)))} if most_snr else {}
+    return {"z": z, "timestep": timestep(t), "eps": eps, "ids": ids, **weight}
+
+
+def draw_wording(ids: Int[Array, "b k s"], key: Key[Array, ""]) -> Int[Array, "b s"]:
+    """One of the k wordings of each example."""
+    b, k, _ = ids.shape
+    return ids[jnp.arange(b), jax.random.randint(key, (b,), 0, k)]
 
 
 def noise_loss(
     params: Params, examples: Mapping[str, Array], *, unet: Network, text_encoder: Network
 ) -> tuple[Float[Array, ""], dict]:
-    """Mean |eps - eps_theta|^2 (Ho et al. 2020, eq. 14); the text encoder learns along (Rombach et al. 2022, eq. 3)."""
+    """Mean |eps - eps_theta|^2 (Ho et al. 2020, eq. 14); the text encoder learns along (Rombach et al. 2022, eq. 3).
+
+    Where the draw gave weights, the loss is the weighted mean and the plain one is the metric "error".
+    """
     context = text_encoder.apply(part(params, TEXT), examples["ids"]).last
     eps = unet.apply(part(params, UNET), examples["z"], examples["timestep"], context)
-    return jnp.mean(squared_error(eps, examples["eps"])), {}
+    errors = squared_error(eps, examples["eps"])
+    if "weight" not in examples:
+        return jnp.mean(errors), {}
+    return jnp.mean(examples["weight"] * errors), {"error": jnp.mean(errors)}

@@ -1,0 +1,135 @@
+"""The emoji's base model at toy size: resumed as if never stopped, taken out at any time, gone on with from a folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.emoji_base import get_config
+from proreflow_jax.data import emoji, emoji_packages
+from proreflow_jax.flow.schedule import make_schedule
+from proreflow_jax.jobs.pretrain import pretrain
+from proreflow_jax.pretrained import pipeline
+from proreflow_jax.reflow import loop, pretraining
+from proreflow_jax.run import config_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
+TOY = {
+    "data.resolution": 8,
+    "vae.block_out_channels": (8, 8),
+    "vae.norm_num_groups": 4,
+    "vae.steps": 2,
+    "vae.batch": 8,
+    "vae.optimizer.warmup_steps": 0,
+    "unet.block_out_channels": (8,),
+    "unet.down_block_types": ("DownBlock2D",),
+    "unet.up_block_types": ("UpBlock2D",),
+    "unet.norm_num_groups": 4,
+    "unet.attention_head_dim": 2,
+    "text.hidden_size": 8,
+    "text.num_hidden_layers": 1,
+    "text.num_attention_heads": 2,
+    "text.intermediate_size": 16,
+    "text.merges": 20,
+    "diffusion.steps": 4,
+    "diffusion.batch": 8,
+    "diffusion.optimizer.warmup_steps": 1,
+    "checkpoint_every": 2,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 20 pictures; models and runs go beside it."""
+    folder = tmp_path_factory.mktemp("emoji")
+    rng = np.random.default_rng(0)
+    labels = ("waffle", "octopus", "glasses", "bee", "tree", "sun", "moon", "star", "cat", "dog")
+    rows = [{"hex": f"{i:x}", "label": label, "tags": ["thing"], "group": "objects"} for i, label in enumerate(labels)]
+    arrays, table = emoji.paths(folder, 8)
+    images = rng.integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
+    np.savez(arrays, images=images, style=np.repeat([0, 1], 10), concept=np.tile(np.arange(10), 2))
+    table.write_text(json.dumps({"styles": ["noto", "twemoji"], "concepts": rows}))
+    return folder
+
+
+def toy(folder: Path, name: str, **fields: object) -> ConfigDict:
+    paths = {"name": name, "root": str(folder / "runs"), "data.path": str(folder)}
+    return config_fields.changed(get_config(), TOY | paths | {key.replace("__", "."): value for key, value in fields.items()})
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def moved(one: Path, other: Path) -> set[str]:
+    """Components whose files differ."""
+    a, b = weights(one), weights(other)
+    assert set(a) == set(b)
+    return {name.split("/")[0] for name in a if a[name] != b[name]}
+
+
+def killed_at(step: int) -> Callable[[int, dict], None]:
+    """Stands in for the loop's look at a diffusion step's numbers; those of the autoencoder have a "kl"."""
+
+    def check(done: int, values: dict) -> None:
+        if done == step and "kl" not in values:
+            raise KeyboardInterrupt
+
+    return check
+
+
+@pytest.mark.slow  # five programs are compiled
+def test_a_training_may_be_stopped_gone_on_with_and_looked_into(folder, monkeypatch):
+    pretrain(toy(folder, "whole"), str(folder / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "check_finite", killed_at(3))
+        pretrain(toy(folder, "cut"), str(folder / "resumed"))
+    pretrain(toy(folder, "cut"), str(folder / "snapshot"), snapshot=True)
+    assert moved(folder / "snapshot", folder / "whole") == {"unet", "text_encoder"}
+    pretrain(toy(folder, "cut"), str(folder / "resumed"))
+    assert weights(folder / "resumed") == weights(folder / "whole")
+
+    model = pipeline.load_pipeline(folder / "whole")
+    assert model.latent_shape == (4, 4, 4) and model.scaling > 0
+    assert all(row.author in (folder / "whole" / "README.md").read_text() for row in emoji_packages.STYLES)
+
+    pretrain(toy(folder, "other", start=str(folder / "whole")), str(folder / "onward"))
+    assert moved(folder / "whole", folder / "onward") == {"unet", "text_encoder"}
+    loaded = pipeline.load_pipeline(folder / "onward").params["unet"]
+    apart = max(float(np.abs(loaded[name] - value).max()) for name, value in model.params["unet"].items())
+    assert 0 < apart < 5e-3  # a few small steps
+
+
+def test_what_does_not_fit_is_said_in_a_line(folder):
+    with pytest.raises(FileNotFoundError, match="snapshot"):
+        pretrain(toy(folder, "nothing"), str(folder / "no"), snapshot=True)
+    with pytest.raises(ValueError, match=r"data\.kind"):
+        pretrain(toy(folder, "kind", data__kind="stones"), str(folder / "no"))
+
+
+def test_every_wording_is_drawn_anew():
+    ids = jnp.arange(4)[None, :, None] + 10 * jnp.arange(2000)[:, None, None]
+    first, second = (pretraining.draw_wording(ids, jax.random.key(seed))[:, 0] for seed in (0, 1))
+    np.testing.assert_array_equal(first // 10, np.arange(2000))
+    assert np.bincount(first % 10).min() > 400
+    assert 0.2 < float((first == second).mean()) < 0.3
+
+
+def test_the_weight_makes_errors_of_clean_pictures_count_alike():
+    """Error of eps x weight = error of x0 x min(SNR, most)."""
+    schedule = make_schedule("scaled_linear", 0.00085, 0.012)
+    batch = {"mean": jnp.zeros((500, 1, 1, 1)), "std": jnp.ones((500, 1, 1, 1)), "ids": jnp.zeros((500, 1, 3), jnp.int32)}
+    draw = lambda most: pretraining.draw_noise(
+        None, batch, jax.random.key(0), schedule=schedule, empty=jnp.zeros(3, jnp.int32), drop=0.1, most_snr=most
+    )
+    weighted, plain = draw(5.0), draw(0.0)
+    assert "weight" not in plain
+    np.testing.assert_array_equal(weighted["z"], plain["z"])
+    snr = jnp.exp(schedule.log_snr((weighted["timestep"] + 1) / 1000))
+    np.testing.assert_allclose(weighted["weight"] * snr, jnp.minimum(snr, 5.0), rtol=1e-3)
