@@ -266,7 +266,7 @@ def test_a_number_is_said_with_its_protocol_its_seeds_and_its_spread():
     kept = protocols.Conditions(4, (0, 1, 2), 5000, 5000, 4.0, "ViT-g/14")
     text = protocols.statement(COCO, {0: 22.0, 1: 23.0, 2: 24.0}, {0: 31.0, 1: 31.0, 2: 31.3}, kept)
     scores = "FID 23.00 +- 1.00, CLIP score 31.10 +- 0.17 by ViT-g/14; seeds 0, 1, 2"
-    assert text == f"{scores}; coco2017-5k, 4 steps, 5,000 images, guidance 4, {inception.NAME}"
+    assert text == f"{scores}; coco2017-5k, 4 steps, 5,000 images, guidance 4, float32, {inception.NAME}"
 
 
 def test_what_departs_from_a_protocol_is_said():

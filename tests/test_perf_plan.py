@@ -325,11 +325,10 @@ def test_without_a_readable_text_memory_and_the_verdict_are_printed_and_time_is_
     assert job["no_time"] == "of another format" and "seconds" not in job
 
 
-READERS = ("captions", "coco", "digits", "folder", "images", "loader", "parquet", "record_plan", "records", "skip_bad")
-READERS += ("webdataset",)
+READERS = ("captions", "coco", "images", "loader", "record_plan", "records")
 UNPLANNED = {  # files that perf/ imports without making a program from them -> why an edit of one voids no result
     "storage/": "files and locks, no jax",
-    **dict.fromkeys((f"data/{name}.py" for name in READERS), "reads data, no jax; programs' shapes come from cached and kinds"),
+    **dict.fromkeys((f"data/{name}.py" for name in READERS), "reads data, no jax; programs' shapes come from kinds"),
     "evaluation/classifier.py": "digits are judged on the host",
     "evaluation/fid.py": "features are judged in a program of their own, which is not planned",
     "evaluation/frechet.py": "a formula on the host",
@@ -363,8 +362,8 @@ def uncounted(patterns: tuple[str, ...]) -> set[str]:
 def test_an_edit_of_any_file_that_makes_programs_voids_kept_results():
     assert uncounted(estimate.PROGRAMS) == set()
     assert len(reachable("perf/jobs.py", "perf/estimate.py")) > 60  # the walk sees the package
-    without = tuple(pattern for pattern in estimate.PROGRAMS if "protocols" not in pattern and "cached" not in pattern)
-    assert uncounted(without) == {"evaluation/protocols.py", "data/cached.py"}
+    without = tuple(pattern for pattern in estimate.PROGRAMS if "protocols" not in pattern and "kinds" not in pattern)
+    assert uncounted(without) == {"evaluation/protocols.py", "data/kinds.py"}
     used = {start for start in UNPLANNED for name in reachable("perf/jobs.py") if name.startswith(start)}
     assert used == set(UNPLANNED)
 

@@ -189,7 +189,7 @@ def perturbed_step(step: solvers.Step, key: Key[Array, ""], kind: Kind, size: Ar
     The noise of a step depends on the key and on t, unless `kind.repeated`. Size 0 is `step` itself.
     """
 
-    def moved(z: Array, t: Array, u: Array, carry: solvers.History) -> tuple[Array, solvers.History]:
+    def moved(z: Array, t: Array, u: Array, carry: Any) -> tuple[Array, Any]:
         z_u, carry = step(z, t, u, carry)
         at = jnp.round(position(t[0])).astype(jnp.int32)
         noise = jax.random.normal(jax.random.fold_in(key, jnp.where(kind.repeated, 0, at)), z.shape, z.dtype)

@@ -40,7 +40,7 @@ TICK = 30.0  # seconds between lines of the log while a program compiles
 PACKAGE = Path(__file__).parent.parent
 PROGRAMS = (  # files of this package that make, compile or read programs
     *("flow/*.py", "models/*.py", "reflow/*.py", "runtime/*.py", "run/*.py", "jobs/*.py", "perf/*.py", "pretrained/*.py"),
-    *("evaluation/protocols.py", "evaluation/judges.py", "evaluation/clip_score.py", "data/cached.py", "data/kinds.py"),
+    *("evaluation/protocols.py", "evaluation/judges.py", "evaluation/clip_score.py", "data/kinds.py"),
 )
 
 
