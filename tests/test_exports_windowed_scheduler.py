@@ -31,7 +31,7 @@ READINGS = [
     ("ddim_v", "linear"),
     ("ddim_v", "first_order"),
 ]
-DIGITS = Path(windowed_scheduler.__file__).parent / "assets" / "digits"
+DIGITS = Path(windowed_scheduler.__file__).parent.parent / "assets" / "digits"
 LATENT = (1, 4, 8, 8)
 MIX = np.random.default_rng(5).standard_normal((4, 4)).astype(np.float32)
 
