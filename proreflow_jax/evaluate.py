@@ -3,8 +3,9 @@
 from ml_collections import ConfigDict
 
 from proreflow_jax.evaluation.protocols import DIGITS
-from proreflow_jax.jobs.score_coco import check_scores, score_coco
+from proreflow_jax.jobs.score_coco import score_coco
 from proreflow_jax.jobs.score_digits import check_digits, score_digits
+from proreflow_jax.jobs.score_plan import check_scores
 from proreflow_jax.jobs.study_flow import NUMBERS, check_study, study_flow
 from proreflow_jax.run import cli
 from proreflow_jax.run.open import open_experiment

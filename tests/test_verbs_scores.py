@@ -26,7 +26,7 @@ from proreflow_jax.evaluation import clip_score, fid, frechet, judges, moments, 
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.solvers import make_step
-from proreflow_jax.jobs import score_coco
+from proreflow_jax.jobs import score_coco, score_plan
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow.predict import make_predict
@@ -130,7 +130,7 @@ def test_numbers_are_said_with_their_protocol_seeds_and_spread(made, whole):
     assert whole[0]["fid"] != row["fid"] and whole[0]["digest"] != row["digest"]
     text = row["statement"]
     assert text.startswith(f"FID {mean:.2f} +- {spread:.2f}, CLIP score {np.mean([*row['clip'].values()]):.2f} +- ")
-    assert f" by clip-tiny; seeds 0, 1; coco2017-5k, 2 steps, 20 images, guidance 4, {inception.NAME}; " in text
+    assert f" by clip-tiny; seeds 0, 1; coco2017-5k, 2 steps, 20 images, guidance 4, float32, {inception.NAME}; " in text
     assert text.endswith(f"the protocol's: {odd}seeds 0, 1 instead of 0, 1, 2, CLIP clip-tiny instead of ViT-g/14")
     assert "steps 4" not in text and "steps" not in whole[0]["statement"].split("protocol's")[1]
 
@@ -274,10 +274,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(made, tmp_path):
         ({"captions": str(tmp_path / "bad.json")}, ValueError, "bad.json is no captions file of COCO"),
         ({"captions": str(short), "images": str(few)}, FileNotFoundError, "lacks 1 of 9 images"),
     ]
-    score_coco.check_scores(config(made))
+    score_plan.check_scores(config(made))
     for fields, kind, line in cases:
         with pytest.raises(kind) as caught:
-            score_coco.check_scores(config(made, **fields))
+            score_plan.check_scores(config(made, **fields))
         assert line in str(caught.value) and "\n" not in str(caught.value), fields
     with pytest.raises(ValueError, match=r"evaluate\.batch=7 must be a positive multiple of 2 devices"):
         score_coco.score_coco(toy(made, "odd", batch=7))
@@ -292,7 +292,7 @@ def test_the_printed_command_makes_of_a_pth_what_our_reader_reads(tmp_path):
     tensors["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(7)
     torch.save(tensors, tmp_path / "pt_inception.pth")
     with pytest.raises(ValueError) as caught:
-        score_coco._check_file("pt_inception.pth")
+        score_plan._check_file("pt_inception.pth")
     command = str(caught.value).split("python -c ", 1)[1].rsplit(", and name", 1)[0]
     subprocess.run([sys.executable, "-c", command.strip('"')], cwd=tmp_path, check=True)
     found = judges.read_inception(tmp_path / "inception.safetensors")
@@ -303,7 +303,7 @@ def test_the_printed_command_makes_of_a_pth_what_our_reader_reads(tmp_path):
 
 def test_the_command_is_in_the_docs_too():
     page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
-    assert score_coco.CONVERT.format(path="pt_inception-2015-12-05-6726825d.pth") in page
+    assert score_plan.CONVERT.format(path="pt_inception-2015-12-05-6726825d.pth") in page
 
 
 def inception_weights() -> dict[str, np.ndarray]:

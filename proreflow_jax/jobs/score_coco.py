@@ -8,21 +8,20 @@ images lie in <root>/reference, for all runs.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, UInt8
-from ml_collections import ConfigDict
 
-from proreflow_jax import MissingFile, UserError
+from proreflow_jax import MissingFile
 from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, fid, protocols, report
 from proreflow_jax.evaluation.judges import CLIP, FID, Judge, make_judge
 from proreflow_jax.evaluation.moments import Moments
-from proreflow_jax.evaluation.protocols import Conditions, Protocol
+from proreflow_jax.evaluation.protocols import Conditions
 from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.jobs.score_plan import INCEPTION, Plan, _check_count, _local, make_plan
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks
@@ -33,18 +32,11 @@ from proreflow_jax.run.lineage import load_weights
 from proreflow_jax.run.recipes import EVALUATION_KEY
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
-from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic, lock, paths
-from proreflow_jax.storage.atomic import json_digest as json_digest
+from proreflow_jax.storage.atomic import json_digest
 
 log = logging.getLogger(__name__)
-INCEPTION = "--config.evaluate.inception"
 SAVE_EVERY = 20  # batches that a kill costs at most
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-CONVERT = (
-    """python -c "from torch import load; from safetensors.torch import save_file; """
-    """save_file(load('{path}', weights_only=True), 'inception.safetensors')\""""
-)
 COLUMNS = {
     "method": "method",
     "steps": "steps",
@@ -54,15 +46,6 @@ COLUMNS = {
     "clip_spread": "+-",
     "seeds": "seeds",
 }
-
-
-class Plan(NamedTuple):
-    """The protocol, and what the config makes of its numbers."""
-
-    protocol: Protocol
-    count: int
-    guidance: float
-    seeds: tuple[int, ...]
 
 
 class ScoreRow(NamedTuple):
@@ -83,62 +66,6 @@ class DrawInputs(NamedTuple):
     text: Mapping[str, Params]
     vae: Params
     empty: np.ndarray  # (1, s), of the negative prompt
-
-
-def check_scores(config: ConfigDict) -> None:
-    """Raises ValueError or FileNotFoundError, one line, for what cannot be measured; reads no model."""
-    e, plan = config.evaluate, make_plan(config)
-    if plan.protocol.choice not in coco.CHOICES:
-        raise UserError(f"--config.evaluate.protocol={plan.protocol.name} has a table of its own, no FID of COCO")
-    if plan.count < 2:
-        raise UserError(f"--config.evaluate.examples={e.examples} must be at least 2, or 0: as the protocol says")
-    if plan.guidance < 0:
-        raise UserError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
-    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in plan.seeds) or len(set(plan.seeds)) < len(plan.seeds):
-        raise UserError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
-    check_alone(f"evaluate with --config.evaluate.protocol={plan.protocol.name}")
-    _check_file(e.inception)
-    for name in ("images", "captions"):
-        paths.parse_local(e[name], f"--config.evaluate.{name}")
-    if e.clip and not _local(e.clip, clip_score.FLAG).is_dir():
-        raise MissingFile(f"{e.clip} is not a folder: {clip_score.FLAG} must name that of a CLIPModel")
-    if coco.is_tfds(e.images):
-        coco.check_tfds(Path(e.images).expanduser(), plan.protocol.year)
-    else:
-        _check_count(plan, e.examples, coco.open_split(e.captions, e.images, plan.protocol.year))
-
-
-def _local(path: str, flag: str) -> Path:
-    return paths.local_copy(paths.parse_path(path, flag), flag).expanduser()
-
-
-def _check_file(path: str) -> None:
-    if not path:
-        raise UserError("--config.evaluate.inception is empty: name the FID network's .safetensors file (see docs/scores.md)")
-    if Path(path).suffix in PICKLES:
-        raise UserError(
-            f"--config.evaluate.inception={path} is a pickle, which may run code and is never opened here: convert it where "
-            f"you trust it, {CONVERT.format(path=path)}, and name inception.safetensors"
-        )
-    if not _local(path, INCEPTION).is_file():
-        raise MissingFile(f"{path} is not a file: --config.evaluate.inception must name the FID network's .safetensors")
-
-
-def _check_count(plan: Plan, examples: int, split: coco.Split) -> None:
-    """The whole reference, unless the config asks for a count of its own."""
-    if not examples and len(split.images) != plan.protocol.real:
-        raise UserError(
-            f"--config.evaluate.captions names {len(split.images):,} images, {plan.protocol.name} rests on "
-            f"{plan.protocol.real:,}: give the official file, or say by --config.evaluate.examples that you depart from it"
-        )
-    coco.CHOICES[plan.protocol.choice](split, plan.count)
-
-
-def make_plan(config: ConfigDict) -> Plan:
-    """The protocol with the config's own count, guidance and seeds where it names them. Raises ValueError for its name."""
-    e, protocol = config.evaluate, protocols.find_protocol(config.evaluate.protocol)
-    seeds = tuple(e.seeds) or protocol.seeds
-    return Plan(protocol, e.examples or protocol.count, float(e.guidance or protocol.guidance), seeds)
 
 
 def score_coco(experiment: Experiment) -> list[dict[str, Any]]:
