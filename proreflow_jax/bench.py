@@ -16,8 +16,8 @@ from proreflow_jax import UserError
 from proreflow_jax.perf import bench_report, input_rate, measure
 from proreflow_jax.perf.estimate import outlines, ticking
 from proreflow_jax.perf.jobs import JOBS, choose_jobs, jobs
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
+from proreflow_jax.run.stages import find_stage
 from proreflow_jax.storage import atomic
 
 RIVALS = ("diffusers",)

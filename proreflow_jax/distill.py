@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.exports import write
 from proreflow_jax.jobs import pairs, train
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.open import check_ready, open_experiment
+from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.storage import atomic
 

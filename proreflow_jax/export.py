@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.exports.formats import FILES, SCHEDULERS, Format
 from proreflow_jax.exports.write import export_stage
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import STORAGE
 from proreflow_jax.run.open import open_experiment
+from proreflow_jax.run.stages import find_stage
 from proreflow_jax.storage import paths
 
 

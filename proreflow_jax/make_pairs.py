@@ -7,9 +7,9 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.jobs.pairs import make_stage_pairs
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.open import check_ready, open_experiment
+from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.processes import job_lock
 
 

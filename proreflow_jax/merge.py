@@ -13,7 +13,7 @@ from proreflow_jax.exports.card import CARD, PAGE, card_page
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.exports.write import write_folder
 from proreflow_jax.pretrained import lora_file, weights
-from proreflow_jax.run import base_model, cli
+from proreflow_jax.run import cli, open
 from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
@@ -26,13 +26,13 @@ def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: boo
     target, source = paths.parse_path(out, "--out"), paths.local_copy(paths.parse_path(delta, "--delta"), "--delta")
     if not (source / FILES["delta"]).is_file():
         raise MissingFile(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
-    base = base_model.find_base_model(config)
+    base = open.find_base_model(config)
     card, scheduler = atomic.read_json(source / CARD), atomic.read_json(source / "scheduler" / "scheduler_config.json")
     merged = lora_file.merge_delta(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)
     with atomic.atomic_folder(target, overwrite) as draft:
         write_folder(draft, base, merged, scheduler)
         dtype = str(next(iter(merged.values())).dtype)
-        card |= {"base": base_model.title(config, base), "format": {**card["format"], "form": "diffusers", "dtype": dtype}}
+        card |= {"base": open.title(config, base), "format": {**card["format"], "form": "diffusers", "dtype": dtype}}
         atomic.write_json(draft / CARD, {**card, "merged": {"delta": card["digest"], "scale": scale}})
         (draft / PAGE).write_text(card_page(card), encoding="utf-8")
     log.info("%s: %s + %g x the %d-window delta of %s", out, base.origin, scale, card["windows"], delta)

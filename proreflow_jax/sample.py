@@ -14,10 +14,10 @@ from proreflow_jax import UserError
 from proreflow_jax.data.prompts import Prompts
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
-from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.experiment import load_weights
 from proreflow_jax.run.open import open_experiment
+from proreflow_jax.run.stages import find_stage
 from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from proreflow_jax import MissingFile
 from proreflow_jax.data import records
 from proreflow_jax.jobs.train import train_stage
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.open import check_ready, open_experiment
+from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.processes import job_lock
 
 

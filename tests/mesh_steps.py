@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from configs.digits import get_config
 from proreflow_jax.jobs import train
-from proreflow_jax.run import dataset, experiment, lineage, open, train_state
-from proreflow_jax.run.config_fields import changed
+from proreflow_jax.run import dataset, experiment, open, train_state
+from proreflow_jax.run.check_config import changed
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import digest, fold
 
@@ -46,9 +46,9 @@ def trained(config: ConfigDict, steps: int = STEPS) -> Trained:
     """The first stage's losses and state after some steps, on as many of the devices as the mesh has."""
     opened = open.open_experiment(config)
     stage = opened.stages[0]
-    parent, layout = lineage.load_weights(opened, None), opened.layout
+    parent, layout = experiment.load_weights(opened, None), opened.layout
     step = train.make_train_step(opened, stage, parent)
-    state = train_state.stacked(layout, train_state.fresh_state(layout, lineage.first_weights(opened, parent)))
+    state = train_state.stacked(layout, train_state.fresh_state(layout, experiment.first_weights(opened, parent)))
     losses = []
     with train.batches_from(opened, stage, dataset.open_source(config, opened.base), 0) as batches:
         for _, (_, batch) in zip(range(steps), batches, strict=False):

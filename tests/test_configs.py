@@ -14,8 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax.flow import windows
-from proreflow_jax.reflow.stages import check_counts
 from proreflow_jax.run import check_config
+from proreflow_jax.run.stages import check_counts
 from proreflow_jax.runtime import mesh
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,9 @@ from full_size import BIG_G, CLIP_L, SD_15, SDXL, VAE, VAE_XL
 from configs.sd15 import get_config as sd15
 from configs.sdxl import get_config as sdxl
 from proreflow_jax.models import network
-from proreflow_jax.models.compute import Compute
+from proreflow_jax.models.layers import Compute
 from proreflow_jax.perf import chips, estimate, hlo_cost, tpu_compile
-from proreflow_jax.run import config_fields
+from proreflow_jax.run import check_config
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.aot
@@ -54,7 +54,7 @@ def outline(folder: Path, name: str) -> str:
 
 def step(config, model: str, slice: str, **fields: object) -> dict:
     """What `plan` says of the first stage's train step."""
-    config = config_fields.changed(
+    config = check_config.changed(
         config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}}
     )
     tpu_compile.prepare_compiler()

@@ -19,7 +19,7 @@ from verb import environment
 
 from configs.common import SHARDING_RULES
 from proreflow_jax.models import attention, layers, network
-from proreflow_jax.models.compute import Compute
+from proreflow_jax.models.layers import Compute
 from proreflow_jax.run.check_config import RULES
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import digest, fold

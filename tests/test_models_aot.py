@@ -12,7 +12,7 @@ import tpu_program as tpu
 from flax import nnx
 
 from proreflow_jax.models import attention, layers, network
-from proreflow_jax.models.compute import Compute, rerun
+from proreflow_jax.models.layers import Compute, rerun
 from proreflow_jax.perf import chips, hlo_cost
 from proreflow_jax.runtime.mesh import fsdp_spec
 

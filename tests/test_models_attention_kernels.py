@@ -12,7 +12,7 @@ from tiny import LATENT, TEXT, UNET, random_params
 from torch_reference import quick_jit
 
 from proreflow_jax.models import attention, attention_kernels, layers, network, unet
-from proreflow_jax.models.compute import POLICIES, Compute, in_turn
+from proreflow_jax.models.layers import POLICIES, Compute, in_turn
 from proreflow_jax.pretrained import write_pipeline
 from proreflow_jax.runtime.mesh import batch_sharding, fsdp_spec, make_mesh, shardings
 

@@ -24,7 +24,7 @@ from proreflow_jax.models import network
 from proreflow_jax.perf import chips, estimate, flops, hlo_cost, make_it_fit, plan_report, program_text, resident, tpu_compile
 from proreflow_jax.perf import jobs as perf_jobs
 from proreflow_jax.perf.jobs import Job, frozen_shapes, jobs, prompt_shapes, record_shapes, storage
-from proreflow_jax.run import config_fields, dataset, lineage, open
+from proreflow_jax.run import check_config, dataset, experiment, open
 from proreflow_jax.runtime import mesh
 
 CHIP = chips.CHIPS["v5e"]
@@ -224,7 +224,7 @@ def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only, **fields), jax.devices())
     stage, online = real.stages[0], "pairs__mode" in fields
     teacher = real.unet.params() if online else {}
-    arrays = lineage.frozen_arrays(real, stage, teacher, online)._replace(key=None)
+    arrays = experiment.frozen_arrays(real, stage, teacher, online)._replace(key=None)
     made = frozen_shapes(shapes, stage, online, online)._replace(key=None)
     assert described(made) == described(arrays)
 
@@ -297,7 +297,7 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outlin
     )
     assert first["seconds"] == pytest.approx(1e-3) and len(compiler) == 1
     assert ask(config) == first and len(compiler) == 1
-    assert ask(config_fields.changed(config, {"name": "other", "data.path": "x", "train.log_every": 9})) == first
+    assert ask(check_config.changed(config, {"name": "other", "data.path": "x", "train.log_every": 9})) == first
     assert len(compiler) == 1
     for changed in (
         {"train.batch": 32},
@@ -305,7 +305,7 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(tmp_path, outlin
         {"mesh.fsdp": 8, "mesh.data": 1},
         {"data.kind": "cached"},
     ):
-        ask(config_fields.changed(config, changed))
+        ask(check_config.changed(config, changed))
     ask(config, windows=2)
     assert len(compiler) == 6  # a cache hands over latents in place of images
 
@@ -429,7 +429,7 @@ def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up():
     pytest.importorskip("libtpu")
     tpu_compile.prepare_compiler()
     place = estimate.target("v5e:2x2", "")
-    config = config_fields.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
+    config = check_config.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
     found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
     parts = {name: size for name, size in found["memory"].items() if name not in ("total", "available")}
     assert sum(parts.values()) == found["memory"]["total"] and min(parts.values()) >= 0

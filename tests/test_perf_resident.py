@@ -20,8 +20,8 @@ from proreflow_jax.evaluation import judges
 from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.perf import resident
 from proreflow_jax.perf.jobs import Job, jobs
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run import open
+from proreflow_jax.run.stages import find_stage
 
 pytestmark = pytest.mark.usefixtures("quick")
 SMALL = 1024

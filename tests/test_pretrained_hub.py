@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fake_hub import TOKEN, FakeHub, connect, environment
 
-from proreflow_jax.pretrained import hub, weights
+from proreflow_jax.pretrained import hub, sources, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "artist/fine-tune"
@@ -93,7 +93,11 @@ def refusal(kind: type[Exception], *words: str, repo: str = REPO, revision: str 
 
 def test_an_id_is_owner_and_name_and_nothing_that_lies_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub.is_id("owner/name") and hub.is_id("stable-diffusion-v1-5/stable-diffusion-v1-5") and hub.is_id("a/b_1.5")
+    assert (
+        sources.is_id("owner/name")
+        and sources.is_id("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        and sources.is_id("a/b_1.5")
+    )
     for path in (
         "name",
         "a/b/c",
@@ -109,9 +113,9 @@ def test_an_id_is_owner_and_name_and_nothing_that_lies_here(tmp_path, monkeypatc
         "",
         "ä/b",
     ):
-        assert not hub.is_id(path), path
+        assert not sources.is_id(path), path
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert not hub.is_id("owner/name")
+    assert not sources.is_id("owner/name")
 
 
 def test_only_what_a_diffusers_folder_needs_is_fetched(server):

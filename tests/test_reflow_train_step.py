@@ -15,8 +15,8 @@ from proreflow_jax.models.network import make_unet
 from proreflow_jax.pretrained import write_pipeline
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.loss import LossRecipe, draw_examples, reflow_loss
-from proreflow_jax.reflow.train_step import averaged, init_state, state_shardings, train_step
-from proreflow_jax.runtime import mesh, optimizer, stacks
+from proreflow_jax.reflow.train_step import averaged, init_state, make_optimizer, state_shardings, train_step
+from proreflow_jax.runtime import mesh, stacks
 
 TOYS = tiny.toy_networks()
 FROZEN = tiny.toy_frozen(TOYS)
@@ -27,8 +27,8 @@ OPTIMIZER = dict(
     learning_rate=1e-2, schedule="constant", warmup_steps=0, steps=10, beta1=0.9, beta2=0.99, epsilon=1e-3,
     weight_decay=0.01, decay_rules=((".*", True),), clip_norm=1.0,
 )  # fmt: skip
-ADAM = optimizer.make(OPTIMIZER)
-GENTLE = optimizer.make(OPTIMIZER | {"learning_rate": 1e-3})
+ADAM = make_optimizer(OPTIMIZER)
+GENTLE = make_optimizer(OPTIMIZER | {"learning_rate": 1e-3})
 KEY = jax.random.key(7)
 GOLDEN = {"losses": [10.390501, 11.048759, 9.118498], "weights": 32.499902}  # of `real_model` on one device
 

@@ -16,7 +16,7 @@ from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.jobs.pretrain import pretrain
 from proreflow_jax.pretrained import pipeline
 from proreflow_jax.reflow import loop, pretraining
-from proreflow_jax.run import config_fields
+from proreflow_jax.run import check_config
 
 pytestmark = pytest.mark.usefixtures("quick")
 TOY = {
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def toy(folder: Path, name: str, **fields: object) -> ConfigDict:
     paths = {"name": name, "root": str(folder / "runs"), "data.path": str(folder)}
-    return config_fields.changed(get_config(), TOY | paths | {key.replace("__", "."): value for key, value in fields.items()})
+    return check_config.changed(get_config(), TOY | paths | {key.replace("__", "."): value for key, value in fields.items()})
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -14,14 +14,14 @@ from configs.reproduce import get_config as reproduce_config
 from proreflow_jax import distill, reproduce
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs import score_digits
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.reproduction import report
 from proreflow_jax.reproduction.cell import budget, cell_inputs, make_programs, measure_student, stage_pairs, train_student
 from proreflow_jax.reproduction.cells import make_cells
-from proreflow_jax.run import check_config, config_fields
-from proreflow_jax.run.config_fields import changed
-from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run import check_config
+from proreflow_jax.run.check_config import changed
+from proreflow_jax.run.experiment import load_weights
 from proreflow_jax.run.open import open_experiment, reopen
+from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import lock
 
@@ -257,7 +257,7 @@ def test_a_method_is_a_config_of_the_verbs():
     c = reproduce_config("direct-2-pairs")
     assert c.name == "direct-2-pairs" and c.stages == (2,) and "reproduce" not in c
     for field, value in fields.items():
-        assert field.startswith("reproduce.") or config_fields.field_value(c, field) == value
+        assert field.startswith("reproduce.") or check_config.field_value(c, field) == value
 
 
 def cell(name, seed, value):

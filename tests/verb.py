@@ -19,11 +19,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
-from proreflow_jax.models.compute import Compute
+from proreflow_jax.models.layers import Compute
 from proreflow_jax.models.network import Network
 from proreflow_jax.pretrained import pipeline
-from proreflow_jax.run import config_fields
-from proreflow_jax.runtime import quiet
+from proreflow_jax.run import check_config, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "digits.py"
@@ -80,7 +79,7 @@ def tiny_config(tmp_path: Path, model: Path, **fields: object) -> ConfigDict:
     prompts.write_text("\n".join(PROMPTS))
     paths = {"root": str(tmp_path / "runs"), "model.path": str(model), "data.path": str(prompts)}
     named = {name.replace("__", "."): value for name, value in fields.items()}
-    return config_fields.changed(get_config(), {name: read(value) for name, value in TINY.items()} | paths | named)
+    return check_config.changed(get_config(), {name: read(value) for name, value in TINY.items()} | paths | named)
 
 
 def keep_networks(patch: pytest.MonkeyPatch) -> None:
@@ -136,7 +135,7 @@ def run(verb: str, *words: str) -> Ended:
     """The verb's exit code and output. Whatever else it raises is a traceback for the user, and so it is here."""
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, list(sys.path))
     root = logging.getLogger()
-    names = ("", *quiet.NOISY, *quiet.SAID_BY_US, *quiet.ONE_A_LEAF)
+    names = ("", *cli.NOISY, *cli.SAID_BY_US, *cli.ONE_A_LEAF)
     loggers, hook = {name: logging.getLogger(name).level for name in names}, sys.unraisablehook
     handlers = list(root.handlers)
     sys.argv = [f"proreflow_jax/{verb}.py", *words]

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from proreflow_jax.exports.formats import Format
-from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run import base_model
-from proreflow_jax.run.config_fields import field_value
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import guidance_contract
+from proreflow_jax.run import open
+from proreflow_jax.run.check_config import field_value
+from proreflow_jax.run.experiment import Experiment, Weights, guidance_contract
+from proreflow_jax.run.stages import Stage
 from proreflow_jax.storage import atomic
 
 CARD, PAGE = "reflow.json", "README.md"
@@ -32,7 +31,7 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Fo
         "flow": student.flow._asdict(),
         "guidance": guidance_contract(config),
         "settings": {field: field_value(config, field) for field in OPEN},
-        "base": base_model.title(config, experiment.base.source),
+        "base": open.title(config, experiment.base.source),
     }
 
 

@@ -20,10 +20,8 @@ from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.pretrained.sources import ModelSource
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
-from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import load_weights
-from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
+from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.stages import EVALUATION_KEY, Stage, run_key
 from proreflow_jax.storage import atomic
 
 try:

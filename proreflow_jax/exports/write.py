@@ -14,10 +14,9 @@ from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WI
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.pretrained.single_file import to_original
 from proreflow_jax.pretrained.sources import INDEX, ModelSource
-from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run.check_config import check_export
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import load_weights
+from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
 from proreflow_jax.storage import atomic, paths
 

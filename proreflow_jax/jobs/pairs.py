@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 from proreflow_jax.data import loader, records
 from proreflow_jax.jobs.write_records import batched, begin_records, write_records
 from proreflow_jax.reflow import pairs
-from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
-from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.lineage import PLANNED, frozen_arrays, load_weights, stage_plan
+from proreflow_jax.run.experiment import PLANNED, Experiment, frozen_arrays, load_weights, stage_plan
+from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first
 

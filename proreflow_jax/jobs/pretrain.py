@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import loader, training_set
 from proreflow_jax.flow.schedule import make_schedule
-from proreflow_jax.models.compute import Compute
+from proreflow_jax.models.layers import Compute
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
 from proreflow_jax.pretrained import pipeline, tokenizer, write_pipeline
 from proreflow_jax.reflow import loop, pretraining
-from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, state_shardings, train_step
-from proreflow_jax.runtime import mesh, optimizer
+from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, make_optimizer, state_shardings, train_step
+from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import job_lock
@@ -196,7 +196,7 @@ def _apart(joint: Params) -> dict[str, Params]:
 
 def _fresh(config: ConfigDict, training: Training) -> Callable[..., TrainState]:
     """The state at step 0, a function of the weights to begin with, or of nothing."""
-    chain = optimizer.make({**training.settings.optimizer, "steps": training.settings.steps})
+    chain = make_optimizer({**training.settings.optimizer, "steps": training.settings.steps})
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
     return lambda *begin: init_state(begin[0] if begin else training.init(key), chain, training.ema > 0)
 
@@ -221,7 +221,7 @@ def _fit(
     """One training, resumed from its newest checkpoint if there is one."""
     c, folder, machine = training.settings, training.folder, mesh.make_mesh()
     mesh.check_batch(c.batch, 1, machine)
-    chain = optimizer.make({**c.optimizer, "steps": c.steps})
+    chain = make_optimizer({**c.optimizer, "steps": c.steps})
     key = jax.random.key(config.seed)
     fresh = _fresh(config, training)
     shapes = jax.eval_shape(fresh)

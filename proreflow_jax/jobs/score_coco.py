@@ -26,10 +26,8 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.reflow.predict import text_context
-from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import load_weights
-from proreflow_jax.run.recipes import EVALUATION_KEY
+from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.stages import EVALUATION_KEY, find_stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.storage import atomic, lock, paths

@@ -21,10 +21,8 @@ from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import make_predict, text_context
-from proreflow_jax.reflow.stages import find_stage
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import load_weights
-from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
+from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, host_arrays
 from proreflow_jax.storage import atomic

@@ -18,11 +18,9 @@ from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.predict import make_predict, text_context
-from proreflow_jax.reflow.stages import find_stage
 from proreflow_jax.run.dataset import open_source, read_rows
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import load_weights
-from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
+from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic

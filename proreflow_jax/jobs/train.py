@@ -13,21 +13,26 @@ import jax.numpy as jnp
 from proreflow_jax.data import loader, record_plan, records
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import loop, pairs
-from proreflow_jax.reflow.identity import check_identity
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
-from proreflow_jax.reflow.predict import text_context
-from proreflow_jax.reflow.stages import Stage
+from proreflow_jax.reflow.predict import check_identity, text_context
 from proreflow_jax.reflow.train_step import TrainState, averaged, train_step
 from proreflow_jax.run import train_state
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
-from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.lineage import PLANNED, first_weights, frozen_arrays, guidance_contract, load_weights, stage_plan
-from proreflow_jax.run.recipes import TRAIN_KEY, run_key
+from proreflow_jax.run.experiment import (
+    PLANNED,
+    Experiment,
+    Weights,
+    first_weights,
+    frozen_arrays,
+    guidance_contract,
+    load_weights,
+    stage_plan,
+)
+from proreflow_jax.run.stages import TRAIN_KEY, Stage, run_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
-from proreflow_jax.runtime.metrics import Metrics
+from proreflow_jax.runtime.metrics import Metrics, Trace
 from proreflow_jax.runtime.processes import first, first_says, leads
-from proreflow_jax.runtime.profiler import Trace
 from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from proreflow_jax.models import attention_kernels, layers
-from proreflow_jax.models.compute import ATTENTION, PLAIN, Compute, rerun
+from proreflow_jax.models.layers import ATTENTION, PLAIN, Compute, rerun
 
 
 def heads_attention(

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from proreflow_jax.models.compute import ATTENTION, Compute
+from proreflow_jax.models.layers import ATTENTION, Compute
 
 FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "splash")
 FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # the kernel that "auto" takes on a platform

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from proreflow_jax.models import clip, layers, unet, vae
-from proreflow_jax.models.compute import PLAIN, Compute, in_turn
+from proreflow_jax.models.layers import PLAIN, Compute, in_turn
 
 Params = dict[str, Float[Array | np.ndarray, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}

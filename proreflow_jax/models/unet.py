@@ -12,8 +12,18 @@ from jaxtyping import Array, Float
 
 from proreflow_jax import UserError
 from proreflow_jax.models.attention import Transformer2D
-from proreflow_jax.models.compute import PLAIN, Compute, rerun
-from proreflow_jax.models.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, conv, group_norm, sinusoid
+from proreflow_jax.models.layers import (
+    PLAIN,
+    Compute,
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    conv,
+    group_norm,
+    rerun,
+    sinusoid,
+)
 
 KNOWN = {  # field -> the values this architecture has, diffusers' default first; anything else is another network
     "act_fn": ("silu", "swish"),

@@ -6,8 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from proreflow_jax.models.attention import Attention
-from proreflow_jax.models.compute import PLAIN, Compute
-from proreflow_jax.models.layers import Downsample, ResnetBlock, Upsample, conv, group_norm
+from proreflow_jax.models.layers import PLAIN, Compute, Downsample, ResnetBlock, Upsample, conv, group_norm
 
 EPSILON = 1e-6
 

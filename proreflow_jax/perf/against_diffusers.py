@@ -20,7 +20,7 @@ from proreflow_jax.models.network import cast
 from proreflow_jax.perf import chips, dummy_arrays, flops
 from proreflow_jax.perf.measure import run_spread, work
 from proreflow_jax.pretrained import weights
-from proreflow_jax.run.config_fields import changed
+from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
 from proreflow_jax.runtime import mesh

@@ -20,9 +20,9 @@ from proreflow_jax.jobs import train
 from proreflow_jax.perf import jobs
 from proreflow_jax.pretrained import tokenizer
 from proreflow_jax.pretrained.sources import TEXT_ENCODERS
-from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run.dataset import open_source, read_rows
 from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
 

@@ -20,10 +20,10 @@ from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.perf import flops, resident
 from proreflow_jax.perf.resident import BATCH, ENCODERS, STATE, STUDENT
 from proreflow_jax.reflow.pairs import Frozen
-from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run import cli, train_state
 from proreflow_jax.run.dataset import encodes
 from proreflow_jax.run.experiment import Experiment
+from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime import mesh
 
 JOBS = ("pairs", "train", "sample")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.run.config_fields import Change, field_value, has_field
+from proreflow_jax.run.check_config import Change, field_value, has_field
 
 REMAT = ("none", "products", "attention", "inputs")  # --config.train.remat, from most memory to least
 ROOM = 0.97  # share of a chip's memory that a prediction may fill

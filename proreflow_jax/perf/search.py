@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.perf import make_it_fit
 from proreflow_jax.perf.estimate import Target, estimate, opener
-from proreflow_jax.run import config_fields
+from proreflow_jax.run import check_config
 
 log = logging.getLogger(__name__)
 TRIES, SEARCHED = 2, 8  # changes that are compiled, without and with --search
@@ -18,7 +18,7 @@ def find_change(config: ConfigDict, place: Target, result: dict[str, Any], tries
     """The first change after which the job fits, compiled; None if no change that was tried does."""
     changes = make_it_fit.smaller(config, result["job"], place.count, result)
     for change, _ in zip(changes, range(tries), strict=False):
-        log.info("it does not fit; trying %s", config_fields.flags(change))
+        log.info("it does not fit; trying %s", check_config.flags(change))
         candidate = _estimate_changed(config, place, result, change)
         if candidate and candidate["fits"]:
             return candidate
@@ -44,13 +44,13 @@ def find_largest(config: ConfigDict, place: Target, result: dict[str, Any]) -> d
 
 
 def _estimate_changed(
-    config: ConfigDict, place: Target, result: dict[str, Any], change: config_fields.Change
+    config: ConfigDict, place: Target, result: dict[str, Any], change: check_config.Change
 ) -> dict[str, Any] | None:
     """The job's numbers after a change; None if the changed config is not valid."""
-    other = config_fields.changed(config, change)
+    other = check_config.changed(config, change)
     try:
         candidate = estimate(other, place, opener(other, place), result["stage"], result["job"])
     except ValueError as error:
-        log.info("%s: %s", config_fields.flags(change), error)
+        log.info("%s: %s", check_config.flags(change), error)
         return None
-    return candidate | {"flags": config_fields.flags(change)}
+    return candidate | {"flags": check_config.flags(change)}

@@ -18,11 +18,10 @@ import huggingface_hub as hf  # loads its parts when they are named: half a seco
 from huggingface_hub import constants
 
 from proreflow_jax import MissingFile, UserError
+from proreflow_jax.pretrained.sources import ID
 
 log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it writes every address, signed ones too
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
 INDEX, CARD = "model_index.json", "reflow.json"
 TEXTS = (".json", ".txt")
 STEMS = ("diffusion_pytorch_model", "model")
@@ -39,11 +38,6 @@ class Repository(NamedTuple):
     commit: str
     sizes: dict[str, int]  # {path: bytes}
     read: Callable[[str], Path]  # a small file's path -> where it lies on this machine
-
-
-def is_id(path: str) -> bool:
-    """Whether `path` reads owner/name in plain characters and nothing of that name lies here."""
-    return bool(ID.fullmatch(path)) and not path.endswith(FILES) and not Path(path).exists()
 
 
 def download(repo: str, revision: str, configs_only: bool = False, flag: str = "--config.model.path") -> Path:

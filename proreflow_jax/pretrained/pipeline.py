@@ -9,7 +9,7 @@ import numpy as np
 
 from proreflow_jax import UserError
 from proreflow_jax.models import conditioning
-from proreflow_jax.models.compute import PLAIN, Compute
+from proreflow_jax.models.layers import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
 from proreflow_jax.pretrained import sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer

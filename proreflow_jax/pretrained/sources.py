@@ -1,18 +1,21 @@
 """The source of a model's components: a diffusers folder, or one file of the original layout with a folder beside it.
 
 A single file holds weights only. Sizes, tokenizer and noise schedule come from a diffusers folder of the same family, as in
-diffusers' own `from_single_file`.
+diffusers' own `from_single_file`. Most runs read a folder: the modules for other forms are imported when one is opened.
 """
 
 import json
+import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.pretrained import single_file, weights
+from proreflow_jax.pretrained import weights
 
 INDEX = "model_index.json"
 PATH, LIKE = "--config.model.path", "--config.model.like"
@@ -41,6 +44,8 @@ MARKS = {  # tensors that UIs put into a file to say how it is read
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True},
 }
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
 
 
 class ModelSource(NamedTuple):
@@ -82,7 +87,7 @@ class ModelSource(NamedTuple):
         if self.stored is None:
             return weights.read_tensors(self.folder / component)
         try:
-            return single_file.from_original(component, self.stored, self.config(component), self.family)
+            return import_form("single_file").from_original(component, self.stored, self.config(component), self.family)
         except UserError as error:
             raise UserError(f"{self.file}: {error}: {weights.REPLACE}") from None
 
@@ -145,7 +150,7 @@ def file_family(path: Path) -> str:
         raise UserError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
     stored = weights.Tensors([path])
     try:
-        return single_file.family(stored)
+        return import_form("single_file").family(stored)
     except UserError as error:
         raise UserError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
 
@@ -160,3 +165,13 @@ def open_file(path: Path, like: Path) -> ModelSource:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
     index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
     return ModelSource(like, index, family, path, weights.Tensors([path]))
+
+
+def is_id(path: str) -> bool:
+    """Whether `path` reads owner/name in plain characters and nothing of that name lies here."""
+    return bool(ID.fullmatch(path)) and not path.endswith(FILES) and not Path(path).exists()
+
+
+def import_form(name: str) -> ModuleType:
+    """The module for a form beside the folder: "single_file" or "hub"."""
+    return import_module(f"proreflow_jax.pretrained.{name}")

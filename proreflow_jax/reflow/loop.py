@@ -12,9 +12,8 @@ from jaxtyping import PyTree
 
 from proreflow_jax import STOPPED
 from proreflow_jax.runtime.checkpoint import Checkpoints
-from proreflow_jax.runtime.metrics import Metrics, check_finite
-from proreflow_jax.runtime.profiler import OFF, Trace
-from proreflow_jax.runtime.signals import sigterm_event
+from proreflow_jax.runtime.metrics import OFF, Metrics, Trace, check_finite
+from proreflow_jax.runtime.processes import sigterm_event
 
 log = logging.getLogger(__name__)
 COUNT = "count"

@@ -25,12 +25,10 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs, train_step
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
 from proreflow_jax.reflow.predict import make_predict, text_context
-from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
-from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.lineage import frozen_arrays
-from proreflow_jax.run.recipes import EVALUATION_KEY, run_key
-from proreflow_jax.runtime import mesh, optimizer
+from proreflow_jax.run.experiment import Experiment, frozen_arrays
+from proreflow_jax.run.stages import EVALUATION_KEY, Stage, run_key
+from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.metrics import check_finite
 
 UPDATE = 3  # forwards' worth of an update, an image
@@ -120,7 +118,7 @@ def make_programs(experiment: Experiment) -> Programs:
             key,
             draw=partial(draw_examples, **bound),
             loss=partial(reflow_loss, **bound),
-            optimizer=optimizer.make({**config.optimizer, "steps": numbers.steps}),
+            optimizer=train_step.make_optimizer({**config.optimizer, "steps": numbers.steps}),
             ema_decay=config.train.ema,
             accumulation=1,
             unroll=True,
@@ -160,7 +158,7 @@ def train_student(experiment: Experiment, programs: Programs, store: dict[Any, A
         numbers = Numbers(loss.alpha, loss.window_start_prob, cost.updates)
         loss = loss._replace(alpha=0.0, window_start_prob=0.0)  # what the compiled program depends on
         frozen = frozen_arrays(experiment, stage, {}, with_vae=False)
-        rule = optimizer.make({**config.optimizer, "steps": cost.updates})
+        rule = train_step.make_optimizer({**config.optimizer, "steps": cost.updates})
         fresh = train_step.init_state({name: jnp.array(value) for name, value in params.items()}, rule, config.train.ema > 0)
         now = jax.device_put(fresh, mesh.replicated(experiment.mesh))
         order = _order(config.seed, cost, config.train.batch)

@@ -29,8 +29,8 @@ from proreflow_jax.reproduction.cell import (
     measure_student,
     train_student,
 )
-from proreflow_jax.run import config_fields
-from proreflow_jax.run.config_fields import changed
+from proreflow_jax.run import check_config
+from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import reopen
 from proreflow_jax.storage import atomic, lock, paths
@@ -98,7 +98,7 @@ def make_cells(experiment: Experiment) -> list[Cell]:
 
 def _key(config: ConfigDict, trains: bool, base: str) -> str:
     fields = (*TRAINING, *MEASURING) if trains else MEASURING
-    facts = {field: config_fields.field_value(config, field) for field in fields}
+    facts = {field: check_config.field_value(config, field) for field in fields}
     text = json.dumps([facts, config.seed, base], sort_keys=True, default=lambda block: block.to_dict())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -1,1 +1,1 @@
-"""A config opened once: command line, checks, base model, dataset, recipes, lineage, training state."""
+"""A config opened once: command line, checks, base model, dataset, stages, lineage, training state."""

@@ -1,7 +1,7 @@
-"""What a config must satisfy, found out before a model is read or a byte is written. Every refusal is one line."""
+"""Fields of a config by dotted names, and its checks before a model is read or a byte is written. Errors are one line."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
@@ -12,10 +12,10 @@ from proreflow_jax.data import kinds, record_plan
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow.parameterization import JUMPS, check_prediction
 from proreflow_jax.models.attention_kernels import FORMS
-from proreflow_jax.models.compute import POLICIES
+from proreflow_jax.models.layers import POLICIES
+from proreflow_jax.reflow import train_step
 from proreflow_jax.reflow.pairs import STARTS
-from proreflow_jax.run.config_fields import field_value
-from proreflow_jax.runtime import mesh, optimizer, profiler
+from proreflow_jax.runtime import mesh, metrics
 
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")
@@ -52,6 +52,7 @@ RANGES = {  # field: (lowest, highest); both ends are allowed
     "checkpoint.every": (1, 2**31 - 1),
     "checkpoint.keep": (1, 2**31 - 1),
 }
+Change = dict[str, Any]  # {field: value}, as --config.field=value
 
 
 def check_config(config: ConfigDict, machine: Mesh) -> None:
@@ -66,10 +67,10 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
     if not 0 <= config.train.ema < 1:
         raise UserError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_prediction(config.student.prediction, config.student.path)
-    profiler.check_traced_steps(config.profile.steps)
+    metrics.check_traced_steps(config.profile.steps)
     _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
     _check_table("optimizer.decay_rules", config.optimizer.decay_rules, (True, False))
-    optimizer.make({**config.optimizer, "steps": config.train.steps})
+    train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
     mesh.check_batch(config.train.batch, config.train.accumulation, machine)
     _check_pairs(config, machine)
 
@@ -135,3 +136,32 @@ def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
         )
     if p.start == "data" and config.data.kind in kinds.WITHOUT_IMAGES:
         raise UserError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")
+
+
+def changed(config: ConfigDict, change: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with other values, locked."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.update_from_flattened_dict(dict(change))
+    return copy.lock()
+
+
+def flags(change: Mapping[str, Any]) -> str:
+    """The change as one writes it on the command line."""
+    return " ".join(f"--config.{field}={value}" for field, value in change.items())
+
+
+def has_field(config: ConfigDict, field: str) -> bool:
+    """Whether the config has a field of this dotted name."""
+    for name in field.split("."):
+        if name not in config:
+            return False
+        config = config[name]
+    return True
+
+
+def field_value(config: ConfigDict, field: str) -> Any:
+    """The value of a field by its dotted name, as in --config.train.batch."""
+    for name in field.split("."):
+        config = config[name]
+    return config

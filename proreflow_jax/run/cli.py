@@ -3,22 +3,29 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.run import endings
-from proreflow_jax.runtime import compilation_cache, quiet
 from proreflow_jax.runtime.mesh import initialize_distributed
 from proreflow_jax.runtime.processes import check_alone, leads
+from proreflow_jax.storage import gcs, paths
 
 MOST_HOST_DEVICES = 8
 FIELDS = "Every field is explained in the config file, for example --config.train.batch=32 --config.stages='(4, 2)'."
 log = logging.getLogger("proreflow_jax")
+NOISY = ("orbax", "jax", "etils")  # their warnings are for programmers, their errors are shown
+SAID_BY_US = ("gcsfs", "fsspec", "google")  # their errors come back as a line of ours
+ONE_A_LEAF = ("absl", "asyncio", "concurrent.futures")  # a traceback a leaf of one failed save, which is a line of ours
+CACHE = "--config.compilation_cache"
 
 
 def start(
@@ -41,7 +48,7 @@ def start(
     try:
         experiment = _read(values, name, about, config, options)
         _prepare(name, pod)
-        compilation_cache.keep_programs(experiment.get("compilation_cache", ""))
+        keep_programs(experiment.get("compilation_cache", ""))
         verb(experiment, **{option: getattr(values, option) for option in options})
     except KeyboardInterrupt:
         _leave(endings.INTERRUPTED, f"{name}: interrupted; run the same command again to go on")
@@ -110,7 +117,7 @@ def _traced() -> bool:
 def _prepare(name: str, pod: bool) -> None:
     """Logging to stderr, the other processes, and one host device per core where a CPU is all there is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    quiet.quiet_libraries()
+    quiet_libraries()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_HOST_DEVICES
@@ -140,3 +147,51 @@ def check_place(file: str, flag: str) -> None:
     """Raises MissingFile, one line, if the folder of a file that is to be written is not there; "" is no file."""
     if file and not Path(file).parent.is_dir():
         raise MissingFile(f"{flag}={file}: there is no folder {Path(file).parent}")
+
+
+def quiet_libraries() -> None:
+    """For the whole process: a verb's. Log records of the levels that matter still come through."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in (*SAID_BY_US, *ONE_A_LEAF):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+
+
+class _WithoutClosedLoops:
+    """An unraisablehook without the errors of a save that was given up: its coroutines find their event loop closed."""
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
+
+
+def keep_programs(folder: str) -> None:
+    """Programs compiled from here on are kept in `folder`, and taken from there; "" leaves all as the environment says.
+
+    Raises ValueError or FileNotFoundError, one line, for a folder that cannot be used.
+    """
+    if not folder:
+        return
+    location = paths.parse_path(folder, CACHE)
+    if isinstance(location, Path):
+        location = _made(location.expanduser().absolute())
+    else:
+        paths.check_reachable(location)
+        gcs.prepare_gcs()
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own part of it writes to disks alone
+    jax.config.update("jax_compilation_cache_dir", str(location))
+    compilation_cache.reset_cache()  # jax opens the folder once
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{CACHE}={folder} must be a folder that can be written to ({error.strerror})") from None
+    return folder

