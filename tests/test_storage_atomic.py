@@ -85,7 +85,7 @@ def test_an_existing_folder_is_replaced_only_if_asked(tmp_path: Path) -> None:
     target = tmp_path / "export"
     target.mkdir()
     (target / "old").touch()
-    with pytest.raises(ValueError, match="exists already.*--overwrite"), atomic.atomic_folder(target):
+    with pytest.raises(ValueError, match="exists already"), atomic.atomic_folder(target):
         raise AssertionError("the block must not run")
     with atomic.atomic_folder(target, overwrite=True) as folder:
         (folder / "new").touch()
@@ -133,6 +133,19 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 def _write_many(path: str) -> None:
     for count in [10, 10_000] * 20:
         atomic.write_json(path, ["x"] * count)
+
+
+def test_every_file_and_folder_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    target, synced, rename = tmp_path / "new" / "deep" / "export", [], os.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    monkeypatch.setattr(os, "rename", lambda old, new: (synced.append("renamed"), rename(old, new)))
+    with atomic.atomic_folder(target) as draft:
+        (draft / "unet").mkdir()
+        for name in ("reflow.json", "unet/weights"):
+            (draft / name).write_text("x")
+    before, after = synced[: synced.index("renamed")], synced[synced.index("renamed") + 1 :]
+    assert set(before) == {draft, draft / "unet", draft / "reflow.json", draft / "unet" / "weights"}
+    assert after == [target.parent, target.parent.parent, tmp_path]  # the new folders' names too
 
 
 DRAFTING = """

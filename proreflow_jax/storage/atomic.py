@@ -98,6 +98,7 @@ def atomic_folder(path: str | Location, overwrite: bool = False) -> AbstractCont
     if isinstance(path, ObjectPath):
         _check_free(path, overwrite or (path / WRITING).is_file())
         return _uploaded_folder(path)
+    path = path.resolve() if path.is_symlink() else path  # the folder is replaced, its link stays
     recover(path)
     _check_free(path, overwrite)
     return _renamed_folder(path)
@@ -105,7 +106,7 @@ def atomic_folder(path: str | Location, overwrite: bool = False) -> AbstractCont
 
 def _check_free(path: Location, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: choose another folder, remove it, or pass --overwrite")
+        raise UserError(f"{path} exists already: choose another folder")
 
 
 @contextmanager
@@ -125,15 +126,19 @@ def _uploaded_folder(path: ObjectPath) -> Iterator[Path]:
 @contextmanager
 def _renamed_folder(path: Path) -> Iterator[Path]:
     draft = temporary(path)
+    above = next(folder for folder in path.absolute().parents if folder.exists())  # the new folders' names are its entries
     draft.mkdir(parents=True)
     try:
         yield draft
-        for file in draft.rglob("*"):
+        for file in (*draft.rglob("*"), draft):
             sync(file)
         _swap(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    sync(path.parent)
+    for folder in path.absolute().parents:
+        sync(folder)
+        if folder == above:
+            break
 
 
 def _swap(draft: Path, path: Path) -> None:

@@ -154,6 +154,8 @@ def _fetch(location: ObjectPath, item: Listed, blob: Path) -> None:
     draft = blob.with_name(f"{blob.name}.{uuid.uuid4().hex}")
     try:
         (location / item.name if item.name else location).download(draft, item.generation)
+        with draft.open("rb") as file:  # a copy counts by its size: after a power cut its bytes must be there too
+            os.fsync(file.fileno())
         os.replace(draft, blob)
     except (FileNotFoundError, FileExistsError) as error:
         raise OSError(f"{location} was changed while it was copied ({error}): run the same command again") from None
