@@ -95,7 +95,12 @@ def test_moments_on_disk_come_back_bit_for_bit(tmp_path):
     for widths, said in (({"a": 7, "b": 1}, "7 a, 1 b"), ({"a": WIDTH}, "24 a"), ({"a": WIDTH, "c": 1}, "24 a, 1 c")):
         with pytest.raises(ValueError, match=f"does not hold moments of {said}: delete it"):
             moments.load_moments(path, widths)
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    for at in (-1, -100, -1000):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at:][1:])
+        with pytest.raises(ValueError, match="other numbers than were written: delete it"):
+            moments.load_moments(path, {"a": WIDTH, "b": 1})
+    path.write_bytes(whole[:-9])
     with pytest.raises(ValueError, match=r"m\.safetensors is not a readable safetensors file: delete it"):
         moments.load_moments(path, {"a": WIDTH, "b": 1})
 

@@ -4,6 +4,7 @@ The scatter is the sum of outer products of deviations from the mean. Sums of th
 the mean is large against the spread (Chan, Golub and LeVeque 1983, eq. 2.1).
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from proreflow_jax import UserError
 from proreflow_jax.pretrained import weights
 from proreflow_jax.storage import paths
 from proreflow_jax.storage.atomic import drafted
+
+DIGEST = "sha256"  # in a file of moments, beside them
 
 
 class Moments(NamedTuple):
@@ -60,20 +63,29 @@ def save_moments(path: Path, parts: Mapping[str, Moments]) -> None:
     """Writes moments by name into one .safetensors file; a reader, or a kill, sees the old one or the new one whole."""
     tensors = {f"{name}.{field}": np.asarray(value) for name, part in parts.items() for field, value in part._asdict().items()}
     with drafted(path) as draft:
-        weights.save_tensors(draft, tensors)
+        weights.save_tensors(draft, tensors | {DIGEST: _digest(tensors)})
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 of the numbers by name, as 32 bytes."""
+    rows = b"".join(name.encode() + np.asarray(tensors[name]).tobytes() for name in sorted(tensors))
+    return np.frombuffer(hashlib.sha256(rows).digest(), np.uint8)
 
 
 def load_moments(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
     """Reads a file of `save_moments`, with features of these widths. Raises ValueError, one line, for any other file."""
     try:
-        tensors = dict(weights.Tensors([paths.local_copy(path)]))
+        tensors = dict(weights.Tensors([paths.local_copy(path)], kinds=("I64", "F64", "U8")))
     except ValueError:
         raise UserError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
     expected = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
+    stored = tensors.pop(DIGEST, None)
     kinds = lambda tensors: {name: (np.shape(value), np.asarray(value).dtype) for name, value in tensors.items()}
     if kinds(tensors) != kinds(expected):
         listed = ", ".join(f"{width} {name}" for name, width in widths.items())
         raise UserError(f"{path} does not hold moments of {listed}: delete it and evaluate again")
+    if not np.array_equal(stored, _digest(tensors)):
+        raise UserError(f"{path} holds other numbers than were written: delete it and evaluate again")
     return {
         name: Moments(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.scatter"]) for name in widths
     }

@@ -1,7 +1,6 @@
 """Trains a small latent diffusion model from scratch: autoencoder, then UNet and text encoder."""
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,14 @@ from proreflow_jax.data import loader, training_set
 from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
-from proreflow_jax.pretrained import pipeline, tokenizer, write_pipeline
+from proreflow_jax.pretrained import copying, pipeline, tokenizer, write_pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, make_optimizer, state_shardings, train_step
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import job_lock
-from proreflow_jax.storage import atomic, paths
+from proreflow_jax.storage import atomic, paths, sealed
 
 log = logging.getLogger(__name__)
 REPLICATED = [(".*", jax.sharding.PartitionSpec())]
@@ -90,9 +89,10 @@ def write_model(config: ConfigDict, run: Path, out: str, params: Mapping[str, Pa
     scheduler = write_pipeline.scheduler_config(config.schedule)
     with atomic.atomic_folder(out) as draft:
         write_pipeline.write_pipeline(draft, configs, params, scheduler, np.dtype(config.dtype))
-        shutil.copytree(run / "tokenizer", draft / "tokenizer")
+        copying.copy_component(run, "tokenizer", draft)
         if card := training_set.card(config.data.kind):
             (draft / "README.md").write_text(card, encoding="utf-8")
+        sealed.seal(draft, {"model": config.name})
     log.info("wrote %s", out)
 
 
@@ -125,7 +125,7 @@ def _latent_shape(config: ConfigDict) -> tuple[int, int, int]:
 def _tokenizer(config: ConfigDict, texts: Sequence[Sequence[str]], folder: Path) -> tokenizer.PromptTokenizer:
     """The run's tokenizer: copied from the model to start from, or learned on the captions."""
     if config.start:
-        shutil.copytree(Path(config.start) / "tokenizer", folder, dirs_exist_ok=True)
+        copying.copy_component(Path(config.start), "tokenizer", folder.parent)
     else:
         every = sorted({text for wordings in texts for text in wordings})
         tokenizer.write_tokenizer(folder, *tokenizer.learn(every, config.text.merges), config.text.length)

@@ -116,7 +116,7 @@ def _groups(repository: Repository, configs_only: bool, flag: str) -> dict[str, 
             f"{where} is no diffusers repository: it holds no {INDEX}; a single file of it must be downloaded first"
         )
     index = _read_object(repository.read(INDEX), f"{where}: {INDEX}")
-    groups = {"": [path for path in repository.sizes if path == INDEX or re.match(r"LICENSE[^/]*$", path)]}
+    groups = {"": [path for path in repository.sizes if path in (INDEX, CARD) or re.match(r"LICENSE[^/]*$", path)]}
     for component in [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]]:
         own = [path.rpartition("/")[2] for path in repository.sizes if path.rpartition("/")[0] == component]
         names = sorted(name for name in own if name.endswith(TEXTS) and ".index." not in name)

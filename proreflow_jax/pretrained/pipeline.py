@@ -93,11 +93,10 @@ def load_pipeline(
     networks = _networks(source, compute)
     folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
     tokenizer = load_tokenizer(*folders)
-    scheduler = source.config("scheduler")
+    scheduler = scheduler_config(source, prediction_type)
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
     params = {name: read(name) for name in networks if name != "unet" or with_unet}
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
-    scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
 
 
@@ -124,8 +123,13 @@ def outline_pipeline(
     tokenizer = PromptTokenizer(length, lambda prompts: np.zeros((len(prompts), length), np.int32))
     params = {name: network.shapes for name, network in networks.items()}
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
-    scheduler = source.config("scheduler") | ({"prediction_type": prediction_type} if prediction_type else {})
+    scheduler = scheduler_config(source, prediction_type)
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def scheduler_config(source: sources.ModelSource, prediction_type: str = "") -> dict:
+    """The model's scheduler_config.json, with another prediction type where one is named."""
+    return source.config("scheduler") | ({"prediction_type": prediction_type} if prediction_type else {})
 
 
 def _networks(source: sources.ModelSource, compute: Compute) -> dict[str, Network]:

@@ -16,6 +16,8 @@ import numpy as np
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.pretrained import weights
+from proreflow_jax.storage import sealed
+from proreflow_jax.storage.paths import check_name
 
 INDEX = "model_index.json"
 PATH, LIKE = "--config.model.path", "--config.model.like"
@@ -56,6 +58,7 @@ class ModelSource(NamedTuple):
     family: str  # "v1" (SD 1.x), "v2" (SD 2.x) or "xl" (SDXL)
     file: Path | None = None
     stored: weights.Tensors | None = None  # of the file
+    student: dict = {}  # reflow.json, of an export of ours: how its UNet is read; {} of a diffusion model
 
     @property
     def components(self) -> list[str]:
@@ -116,21 +119,28 @@ def _check_config(component: str, config: Mapping[str, Any], folder: Path) -> No
         raise UserError(f"{folder}: its config.json sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {mend}")
 
 
-def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
-    """A diffusers folder; `flag` named it, for errors.
+def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True) -> ModelSource:
+    """A diffusers folder; `flag` named it, for errors. Files that this package wrote are compared with the folder's record.
 
-    Raises FileNotFoundError (no such folder, no model_index.json) or ValueError (not a Stable Diffusion), one line.
+    With with_weights=False files of weights need not be there, and are not compared.
+
+    Raises FileNotFoundError (no such folder, no model_index.json) or ValueError (not a Stable Diffusion, damaged), one line.
     """
     folder = Path(folder)
     rule = f"{flag} must name a diffusers folder, {'a single .safetensors file ' if flag == PATH else ''}or a hub id"
     if not folder.is_dir():
         raise MissingFile(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}: {rule}")
+    record = sealed.read_record(folder)
     if not (folder / INDEX).is_file():
-        raise MissingFile(f"{folder} holds no {INDEX}: {rule}")
+        form = record.get(sealed.FORMAT, {}).get("form")
+        kind = f", it is a student's {form} that export wrote" if form else ""
+        raise MissingFile(f"{folder} holds no {INDEX}{kind}: {rule}")
+    sealed.check_undamaged(folder, record, weights.REPLACE, lambda name: not _is_read(folder, name, with_weights))
     try:
         index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UserError(f"{folder / INDEX} is not a JSON object: {rule}") from None
+    _check_components(folder, index)
     for component, known in CLASSES.items():
         class_name = _class(index, component)
         if class_name not in known and (class_name or component != "text_encoder_2"):
@@ -140,7 +150,26 @@ def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
     linear = weights.read_config(folder / "unet").get("use_linear_projection")
-    return ModelSource(folder, index, "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1")
+    family = "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1"
+    return ModelSource(folder, index, family, student=record if "flow" in record else {})
+
+
+def _is_read(folder: Path, name: str, with_weights: bool) -> bool:
+    """Whether a file of this path is read from a folder of ours. A snapshot of the hub holds one form of the weights alone."""
+    if "/" not in name:
+        return name == INDEX
+    is_weights, fetched = name.endswith(".safetensors"), folder.parent.name == "snapshots"
+    return name.endswith((".json", ".txt")) or is_weights and with_weights and (not fetched or (folder / name).exists())
+
+
+def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raises UserError, one line, for a component whose name is no plain folder name: files are read and copied by it."""
+    for name in [name for name, entry in index.items() if isinstance(entry, list)]:
+        try:
+            if "." in check_name(name):
+                raise UserError(f"name {name!r} has a dot: components are named as Python names are")
+        except UserError as error:
+            raise UserError(f"{folder / INDEX} has a component whose {error}; or name another {PATH}") from None
 
 
 def file_family(path: Path) -> str:
@@ -160,11 +189,14 @@ def open_file(path: Path, like: Path) -> ModelSource:
 
     Raises FileNotFoundError or ValueError, one line; so if the two are not of one family.
     """
-    family, beside = file_family(path), open_folder(like, LIKE)
+    family, beside = file_family(path), open_folder(like, LIKE, with_weights=False)
     if beside.family != family:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
     index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
-    return ModelSource(like, index, family, path, weights.Tensors([path]))
+    record = sealed.read_record(path.parent)
+    own = path.name in record.get(sealed.FILES, {})
+    sealed.check_undamaged(path.parent, record, weights.REPLACE, lambda name: name != path.name)
+    return ModelSource(like, index, family, path, weights.Tensors([path]), record if own and "flow" in record else {})
 
 
 def is_id(path: str) -> bool:

@@ -57,10 +57,23 @@ def _built(folder: Path) -> Tokenizer:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return build(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges)
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        _check_merges(vocabulary, merges)
+        return build(vocabulary, merges)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     raise MissingFile(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: name another {RULE}")
+
+
+def _check_merges(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> None:
+    """Raises ValueError if words of the vocabulary have no merge: prompts would fall into letters, and draw something else.
+
+    One letter needs none, nor do words in angle brackets, which are special or were added.
+    """
+    merged = {"".join(pair) for pair in merges}
+    longer = [word for word in vocabulary if len(word.removesuffix("</w>")) > 1 and not (word[0] == "<" and word[-1] == ">")]
+    if lacking := [word for word in longer if word not in merged]:
+        raise ValueError(f"merges.txt lacks {len(lacking)} of {len(longer)} merges, that of {lacking[0]!r} among them")
 
 
 def _text(value: str | dict | None, default: str) -> str:

@@ -30,7 +30,7 @@ OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(w
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first
 HALF = re.compile(r"\.(fp16|bf16)(?=[.-])")  # in the name of a file, of a shard, and of an index
-EIGHT_BITS = ("F8_", "I8", "U8")
+FLOATS = ("F16", "BF16", "F32", "F64")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 REPLACE = "copy or download it again, or name another --config.model.path"
 CONVERT = (
@@ -59,10 +59,12 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of some safetensors files. Names are read at once, values on access, whole or in part.
 
     A file is opened anew for every tensor: the pages of an open file stay mapped in memory.
-    Raises ValueError, one line, for a file that is missing or broken, or a tensor in eight bits.
+    Raises ValueError, one line, for a file that is missing or broken, or a tensor that is not of one of the `kinds`: by
+    default no integers, and nothing in eight bits.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], kinds: tuple[str, ...] = FLOATS) -> None:
+        self._kinds = kinds
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
@@ -81,8 +83,10 @@ class Tensors(Mapping[str, np.ndarray]):
         """The entries of a tensor at one slice for each of torch's axes; only they are read."""
         with _opened(path := self._where[name]) as file:
             stored = file.get_slice(name)
-            if (kind := stored.get_dtype()).startswith(EIGHT_BITS):
-                raise UserError(f"{path} keeps {name} in {kind}, too coarse to distil: name a float16 or float32 file of it")
+            if (kind := stored.get_dtype()) not in self._kinds:
+                raise UserError(
+                    f"{path} keeps {name} in {kind}, must be in {' or '.join(self._kinds)}: name another file of it"
+                )
             return stored[index] if index else stored[...]
 
     def __contains__(self, name: object) -> bool:
@@ -102,11 +106,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}: {REPLACE}") from None
-
-
-def only_half(folder: Path) -> bool:
-    """Whether the weights in a component's folder exist in half precision only."""
-    return any(folder.glob("*.safetensors")) and all(HALF.search(file.name) for file in _files(folder))
 
 
 def file_name(component: str) -> str:
