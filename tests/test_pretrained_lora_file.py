@@ -215,6 +215,18 @@ def test_a_kohya_layer_means_alpha_over_rank_times_up_down_with_one_alpha_for_al
         np.testing.assert_allclose(meant.reshape(SHAPES[name]), lora_file.product(layer), atol=1e-5)
 
 
+def test_pefts_names_hold_no_alpha_and_one_rank_and_give_the_factors_back():
+    factors = lora_file.decompose(draw(SHAPES), 8)[0]
+    factors |= {name: layer._replace(alpha=3.0 * layer.alpha) for name, layer in list(factors.items())[:2]}
+    tensors = lora_file.to_peft(factors)
+    assert {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")} == {8}
+    assert tensors.keys() == {f"unet.{n.removesuffix('.weight')}.lora_{x}.weight" for n in factors for x in "AB"}
+    again = lora_file.from_peft(tensors, SHAPES)
+    assert again.keys() == factors.keys()
+    for name, value in products(factors).items():
+        np.testing.assert_allclose(lora_file.product(again[name]), value, atol=1e-5)
+
+
 def changed(base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A student far from the base in every linear and convolution weight, and nowhere else."""
     rng = np.random.default_rng(5)
@@ -240,8 +252,12 @@ def gap(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
+NAMINGS = pytest.mark.parametrize("write", [lora_file.to_kohya, lora_file.to_peft])
+
+
+@NAMINGS
 @pytest.mark.parametrize("rank", [1000, 12])
-def test_diffusers_reads_the_file_as_the_student(stock, tmp_path, rank):
+def test_diffusers_reads_the_file_as_the_student(stock, tmp_path, rank, write):
     torch = pytest.importorskip("torch")
     pipe, base, answer = stock
     put = lambda tensors: pipe.unet.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
@@ -249,7 +265,7 @@ def test_diffusers_reads_the_file_as_the_student(stock, tmp_path, rank):
     change = lora_file.delta(changed(base), base)
     factors = lora_file.decompose(change, rank)[0]
     assert len({layer.alpha for name, layer in factors.items() if "attn" in name}) > 1  # capped ones among the others
-    file(tmp_path / "lora.safetensors", lora_file.to_kohya(factors))
+    file(tmp_path / "lora.safetensors", write(factors))
     before = answer()
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     loaded = answer()
@@ -260,7 +276,8 @@ def test_diffusers_reads_the_file_as_the_student(stock, tmp_path, rank):
     assert gap(loaded, answer()) < 1e-3
 
 
-def test_sdxls_own_embedding_is_read_too(tmp_path):
+@NAMINGS
+def test_sdxls_own_embedding_is_read_too(tmp_path, write):
     """add_embedding, which diffusers knows under kohya's name for it only."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pytest.importorskip("peft")
@@ -275,7 +292,7 @@ def test_sdxls_own_embedding_is_read_too(tmp_path):
     answer = lambda: unet(*inputs, added_cond_kwargs=added).sample.detach().numpy()
     base = {name: value.numpy().copy() for name, value in unet.state_dict().items()}
     student = changed(base)
-    file(tmp_path / "lora.safetensors", lora_file.to_kohya(lora_file.decompose(lora_file.delta(student, base), 1000)[0]))
+    file(tmp_path / "lora.safetensors", write(lora_file.decompose(lora_file.delta(student, base), 1000)[0]))
     stock = diffusers.StableDiffusionXLPipeline
     tensors, alphas = stock.lora_state_dict(tmp_path, weight_name="lora.safetensors", unet_config=unet.config)
     stock.load_lora_into_unet(tensors, alphas, unet)
