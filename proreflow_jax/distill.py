@@ -9,14 +9,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.exports import write
+from proreflow_jax.exports import place, write
 from proreflow_jax.jobs import pairs, train
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.open import check_ready, open_experiment
-from proreflow_jax.run.stages import find_stage
+from proreflow_jax.run.stages import Stage, find_stage
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.storage import atomic
+from proreflow_jax.storage.paths import Location
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ def distill(config: ConfigDict) -> None:
     exported = [find_stage(experiment.stages, count) for count in config.export.stages]
     if exported:
         check_export(config)
+        write.check_copies(experiment.base.source)
+        for stage in exported:
+            place.check_own(_export_folder(experiment.run, stage))
     check_ready(experiment, experiment.stages[0])
     began = time.monotonic()
     with job_lock(experiment.run):
@@ -37,8 +41,12 @@ def distill(config: ConfigDict) -> None:
                     pairs.make_stage_pairs(experiment, stage)
                 train.train_stage(experiment, stage)
         for stage in exported:
-            write.export_stage(experiment, stage, experiment.run / "export" / stage.folder.name)
+            write.export_stage(experiment, stage, _export_folder(experiment.run, stage))
     log.info("%s: all %d stages are done (%.0f s)", experiment.run, len(experiment.stages), time.monotonic() - began)
+
+
+def _export_folder(run: Location, stage: Stage) -> Location:
+    return run / "export" / stage.folder.name
 
 
 def _keep_config(path: Path, config: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 --form=diffusers    the base model's folder with the student's UNet and the scheduler it is read by (default)
 --form=single-file  UNet, VAE and text encoder in one .safetensors under the names that A1111 and ComfyUI read
 --form=lora         student minus base as a LoRA of --rank, by truncated SVD, for diffusers, A1111 and ComfyUI
+                    (with --for=diffusers for diffusers alone, in its own names)
 --form=delta        student minus base, for `merge` onto another fine-tune of the same base
 Each is a folder with reflow.json and README.md (base, stages, digest, settings) and the scheduler's config. --check replays it.
 """
@@ -10,8 +11,10 @@ Each is a folder with reflow.json and README.md (base, stages, digest, settings)
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
+from proreflow_jax.exports.card import CARD, PAGE
 from proreflow_jax.exports.formats import FILES, SCHEDULERS, Format
-from proreflow_jax.exports.write import export_stage
+from proreflow_jax.exports.place import OUT, check_target
+from proreflow_jax.exports.write import check_copies, export_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import STORAGE
 from proreflow_jax.run.open import open_experiment
@@ -20,37 +23,53 @@ from proreflow_jax.storage import paths
 
 
 def export(
-    config: ConfigDict, *, stage: int, out: str, form: str, dtype: str, rank: int, scheduler: str, check: bool, overwrite: bool
+    config: ConfigDict,
+    *,
+    stage: int,
+    out: str,
+    form: str,
+    for_: str,
+    dtype: str,
+    rank: int,
+    scheduler: str,
+    check: bool,
+    overwrite: bool,
 ) -> None:
     """The verb: one stage to a folder."""
-    export_format = _format(form, dtype, rank, scheduler)
+    export_format = _format(form, for_, dtype, rank, scheduler)
+    if out:
+        check_target(config, paths.parse_path(out, OUT))
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
+    check_copies(experiment.base.source)
     suffix = "" if form == "diffusers" else f"-{form}"
-    target = paths.parse_path(out, "--out") if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
+    target = paths.parse_path(out, OUT) if out else experiment.run / "export" / f"{chosen.folder.name}{suffix}"
     if check:  # torch and diffusers are an extra: find out before anything is written
         from proreflow_jax.exports import replay_in_diffusers
 
         cli.choose(form, tuple(replay_in_diffusers.OPENERS), "--check: --form")
-    if not check or overwrite or not target.exists():
-        export_stage(experiment, chosen, target, overwrite, again=not out, export_format=export_format)
+    export_stage(experiment, chosen, target, overwrite, export_format)
     if check:
         copy = paths.local_copy(target)
         replay_in_diffusers.check_replay(experiment, chosen, copy)
         if copy != target:
-            (target / replay_in_diffusers.RESULT).upload(copy / replay_in_diffusers.RESULT)
+            for name in (replay_in_diffusers.RESULT, PAGE, CARD):
+                (target / name).upload(copy / name)
 
 
-def _format(form: str, dtype: str, rank: int, scheduler: str) -> Format:
+def _format(form: str, reader: str, dtype: str, rank: int, scheduler: str) -> Format:
     """The flags, checked. Raises ValueError, one line."""
     cli.choose(form, ("diffusers", *FILES), "--form")
     cli.choose(dtype, STORAGE, "--dtype")
     cli.choose(scheduler, SCHEDULERS, "--scheduler")
+    cli.choose(reader, ("", "diffusers"), "--for")
+    if reader and form != "lora":
+        raise UserError(f"--for={reader} chooses the names in a LoRA file: say --form=lora, or leave it out")
     if rank < 1:
         raise UserError(f"--rank={rank} must be at least 1")
     if scheduler == "windowed" and form != "diffusers":
         raise UserError(f"--scheduler=windowed travels in a diffusers folder, not in --form={form}: leave one of them out")
-    return Format(form, dtype, rank, scheduler)
+    return Format(form, dtype, rank, scheduler, reader or Format().names)
 
 
 if __name__ == "__main__":
@@ -58,10 +77,11 @@ if __name__ == "__main__":
         "stage": (2, "windows of the stage to export"),
         "out": ("", "folder to write; empty: <run>/export/stage-N, with the form's name behind"),
         "form": ("diffusers", "diffusers, single-file, lora or delta"),
+        "for_": ("", "of a LoRA: diffusers, whose own names are written, every layer of which it takes; empty: most tools"),
         "dtype": ("float32", "of the tensors written: float32, float16 or bfloat16"),
         "rank": (64, "of the LoRA, capped at each layer's full rank; a student trained as a LoRA keeps its own"),
         "scheduler": ("stock", "stock: diffusers' DDIM, steps = windows; windowed: ours, copied along, any steps from there"),
         "check": (False, "also sample it in diffusers from the same noise (pip install 'proreflow_jax[export-check]')"),
-        "overwrite": (False, "replace an existing folder"),
+        "overwrite": (False, "replace an export that stands there; anything else is never replaced"),
     }
     cli.start(export, __doc__, "configs/digits.py", options)

@@ -5,37 +5,34 @@ fine-tune has gone from the base, so look at its pictures.
 """
 
 import logging
+import math
 
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.exports.card import CARD, PAGE, card_page
 from proreflow_jax.exports.formats import FILES
-from proreflow_jax.exports.write import write_folder
-from proreflow_jax.pretrained import lora_file, weights
-from proreflow_jax.run import cli, open
-from proreflow_jax.storage import atomic, paths
+from proreflow_jax.exports.merge_delta import merge_delta
+from proreflow_jax.exports.place import OUT, check_target
+from proreflow_jax.run import cli
+from proreflow_jax.storage import paths, sealed
 
 log = logging.getLogger(__name__)
 
 
 def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: bool) -> None:
-    """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network."""
+    """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network or schedule."""
     if not delta or not out:
         raise UserError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
-    target, source = paths.parse_path(out, "--out"), paths.local_copy(paths.parse_path(delta, "--delta"), "--delta")
+    if not math.isfinite(scale):
+        raise UserError(f"--scale={scale} must be a number")
+    target, source = paths.parse_path(out, OUT), paths.parse_path(delta, "--delta")
+    check_target(config, target, delta=source)
+    if not overwrite and sealed.read_record(target):
+        raise UserError(f"{out} holds an export: choose another --out, or pass --overwrite")
+    source = paths.local_copy(source, "--delta")
     if not (source / FILES["delta"]).is_file():
         raise MissingFile(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
-    base = open.find_base_model(config)
-    card, scheduler = atomic.read_json(source / CARD), atomic.read_json(source / "scheduler" / "scheduler_config.json")
-    merged = lora_file.merge_delta(base.tensors("unet"), weights.Tensors([source / FILES["delta"]]), scale)
-    with atomic.atomic_folder(target, overwrite) as draft:
-        write_folder(draft, base, merged, scheduler)
-        dtype = str(next(iter(merged.values())).dtype)
-        card |= {"base": open.title(config, base), "format": {**card["format"], "form": "diffusers", "dtype": dtype}}
-        atomic.write_json(draft / CARD, {**card, "merged": {"delta": card["digest"], "scale": scale}})
-        (draft / PAGE).write_text(card_page(card), encoding="utf-8")
-    log.info("%s: %s + %g x the %d-window delta of %s", out, base.origin, scale, card["windows"], delta)
+    log.info("%s", merge_delta(config, source, target, scale))
 
 
 if __name__ == "__main__":
@@ -43,6 +40,6 @@ if __name__ == "__main__":
         "delta": ("", "folder that export --form=delta wrote"),
         "out": ("", "folder to write"),
         "scale": (1.0, "factor of the delta"),
-        "overwrite": (False, "replace an existing folder"),
+        "overwrite": (False, "replace an export that stands there; anything else is never replaced"),
     }
     cli.start(merge, __doc__, "configs/digits.py", options)

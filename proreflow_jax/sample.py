@@ -38,7 +38,7 @@ def sample(
     out: str,
 ) -> None:
     """Writes a grid: one row a prompt, `count` seeds in columns. Column j starts from the same noise in every row and call."""
-    experiment = open_experiment(config)
+    experiment = open_experiment(config, base_alone=not stage)
     chosen = find_stage(experiment.stages, stage) if stage else None
     listed = [{"caption": prompt}]
     if prompts:
@@ -51,7 +51,7 @@ def sample(
     path = paths.parse_path(out, "--out")
     if path.suffix.lower() != ".png" or isinstance(path, Path) and not path.parent.is_dir():
         raise UserError(f"--out={out} must be a .png file in a folder that exists")
-    steps = steps or (stage if stage else BASE_STEPS)
+    steps = steps or stage or experiment.flow.windows or BASE_STEPS
     sampler.check_sampling(steps, chosen.student if chosen else experiment.flow)
     weights = load_weights(experiment, chosen)
 
@@ -88,7 +88,10 @@ if __name__ == "__main__":
         "prompts": ("", "text file with one prompt a line, instead of --prompt"),
         "negative": ("", "negative prompt; has an effect when guidance is not 1"),
         "stage": (2, "windows of the student's stage; 0: the base model"),
-        "steps": (0, "network evaluations, at least the stage's windows; 0: as many as windows, or 50 for the base model"),
+        "steps": (
+            0,
+            "network evaluations, at least the stage's windows; 0: as many as windows, or 50 where there are none",
+        ),
         "guidance": (1.0, "classifier-free guidance scale; 1: none"),
         "count": (8, "pictures of each prompt"),
         "seed": (0, "of the noise"),

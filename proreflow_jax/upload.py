@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.pretrained import hub
 from proreflow_jax.run import cli
-from proreflow_jax.storage import paths
+from proreflow_jax.storage import paths, sealed
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ def upload(config: ConfigDict, folder: str, repo: str, public: bool) -> None:
         raise UserError("--folder (that export wrote) and --repo (owner/name on the hub) must both be given")
     source = paths.local_copy(paths.parse_path(folder, "--folder"), "--folder")
     sizes = hub.contents(source)
+    sealed.check_undamaged(source, sealed.read_record(source), "export it again")
     for name, count in sizes.items():
         log.info("%10s  %s", hub.readable_size(count), name)
     kind = "public" if public else "private"

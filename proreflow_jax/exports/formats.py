@@ -14,6 +14,7 @@ class Format(NamedTuple):
     dtype: str = "float32"  # of the tensors written
     rank: int = 64  # of a LoRA
     scheduler: str = "stock"
+    names: str = "kohya"  # of a LoRA's tensors: for most tools, or "diffusers" for that one alone
 
 
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"

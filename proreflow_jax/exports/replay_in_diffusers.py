@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax import RunFailed, UserError
-from proreflow_jax.exports.card import CARD
+from proreflow_jax.exports.card import add_to_card
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file, weights
@@ -22,7 +22,7 @@ from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, Stage, run_key
-from proreflow_jax.storage import atomic
+from proreflow_jax.storage import atomic, sealed
 
 try:
     import diffusers
@@ -37,13 +37,16 @@ RESULT = "replay.json"
 
 
 def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
-    """Largest difference between our latents and those of diffusers at guidance 1; written to <folder>/replay.json.
+    """Largest difference between our latents and those of diffusers at guidance 1; written to <folder>/replay.json and
+    onto the card.
 
     As many steps as windows, or twice as many where the folder carries our scheduler. A LoRA is compared with our own sum of
     base and LoRA, and its distance to the student, for what it cannot carry, is told. Half precision is told only.
     Raises RuntimeError if the difference exceeds 1e-3.
     """
-    format_ = atomic.read_json(folder / CARD)["format"]
+    card = sealed.read_record(folder)
+    sealed.check_undamaged(folder, card, "export it again with --overwrite")
+    format_ = card["format"]
     steps = stage.windows * (2 if format_["scheduler"] == "windowed" else 1)
     prompts, student = _prompts(experiment), load_weights(experiment, stage)
     shape = (COUNT, *experiment.base.latent_shape)
@@ -54,11 +57,18 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     whole = our_latents(experiment, student, prompts, noise, steps)
     gap = to_student = float(np.abs(whole - theirs).max())
     if format_["form"] == "lora":
-        carried = student._replace(params=_with_lora(experiment, folder))
+        carried = student._replace(params=_with_lora(experiment, folder, format_["names"]))
         gap = float(np.abs(our_latents(experiment, carried, prompts, noise, steps) - theirs).max())
-    result = {"steps": steps, "images": COUNT, "largest_difference": gap, "largest_value": float(np.abs(theirs).max())}
+    result = {
+        "steps": steps,
+        "images": COUNT,
+        "guidance": 1.0,
+        "largest_difference": gap,
+        "largest_value": float(np.abs(theirs).max()),
+    }
     result |= {"to_student": to_student, "diffusers": diffusers.__version__, "torch": torch.__version__}
     atomic.write_json(folder / RESULT, result)
+    add_to_card(folder, replay=result)
     log.info(
         "%s: %d steps in diffusers, largest difference of the latents %.1e (values to %.1f)%s",
         folder,
@@ -72,10 +82,11 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     return gap
 
 
-def _with_lora(experiment: Experiment, folder: Path) -> Params:
+def _with_lora(experiment: Experiment, folder: Path, names: str) -> Params:
     """The base model's UNet with the LoRA of a folder, in our layout."""
     base = experiment.base.source.tensors("unet")
-    factors = lora_file.from_kohya(weights.Tensors([folder / FILES["lora"]]), base)
+    read = lora_file.from_peft if names == "diffusers" else lora_file.from_kohya
+    factors = read(weights.Tensors([folder / FILES["lora"]]), base)
     return weights.from_torch(lora_file.apply_factors(base, factors), experiment.networks.unet.shapes, str(folder))
 
 

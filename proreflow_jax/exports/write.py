@@ -9,53 +9,51 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from proreflow_jax.exports.card import CARD, PAGE, card_page, make_card
+from proreflow_jax import UserError
+from proreflow_jax.exports.card import make_card, write_card
 from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, student_scheduler_config
-from proreflow_jax.pretrained import lora_file, weights
+from proreflow_jax.exports.place import check_own
+from proreflow_jax.flow.parameterization import JUMPS
+from proreflow_jax.pretrained import copying, lora_file, lora_readers, weights
 from proreflow_jax.pretrained.single_file import to_original
 from proreflow_jax.pretrained.sources import INDEX, ModelSource
 from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
-from proreflow_jax.storage import atomic, paths
+from proreflow_jax.storage import atomic, paths, sealed
+from proreflow_jax.storage.gcs import WRITING
 
 log = logging.getLogger(__name__)
 RANKS = (1, 4, 16, 32, 64, 128, 256)  # of the energies that a LoRA's export prints
 
 
 def export_stage(
-    experiment: Experiment,
-    stage: Stage,
-    target: paths.Location,
-    overwrite: bool = False,
-    again: bool = True,
-    export_format: Format = STOCK,
+    experiment: Experiment, stage: Stage, target: paths.Location, overwrite: bool = False, export_format: Format = STOCK
 ) -> None:
-    """Writes the folder; with `again`, one that already holds this very student in this form is left as it is.
+    """Writes the folder; one that already holds this very student in this form is left as it is, or mended.
 
-    Raises ValueError if the folder holds something else, or if no stock scheduler reads the student.
+    Raises UserError, one line, if the folder holds something else, or if no stock scheduler reads the student.
     """
     if export_format.scheduler == "stock":
         check_export(experiment.config)
+    first(lambda: check_own(target))
     student = load_weights(experiment, stage)
     if student.factors:
         export_format = export_format._replace(rank=experiment.config.student.lora.rank)
     card = make_card(experiment, stage, student, export_format)
-    if first_says(lambda: again and not overwrite and _holds(target, card)):
+    if first_says(lambda: not overwrite and _holds(target, card)):
         log.info("%s: is there", target)
         return
     student = student._replace(params=host_arrays(student.params), factors=host_arrays(student.factors))
-    first(lambda: _write(experiment, student, card, target, overwrite, export_format))
+    first(lambda: _write(experiment, student, card, target, export_format))
     log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, export_format.form, stage.windows)
 
 
-def _write(
-    experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, overwrite: bool, export_format: Format
-) -> None:
+def _write(experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, export_format: Format) -> None:
     """The folder, whole or not at all. student: arrays of this host."""
     tensors = weights.to_torch(student.params)
-    with atomic.atomic_folder(target, overwrite) as draft:
+    with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: see `check_own`
         scheduler = student_scheduler_config(experiment.base.scheduler, student.flow, export_format.scheduler)
         if export_format.form == "diffusers":
             write_folder(draft, experiment.base.source, _as(tensors, export_format.dtype), scheduler)
@@ -64,53 +62,69 @@ def _write(
             single, report = _single_tensors(experiment, student, tensors, export_format)
             weights.save_tensors(draft / FILES[export_format.form], single)
             card |= report
-        atomic.write_json(draft / CARD, card)
-        (draft / PAGE).write_text(card_page(card), encoding="utf-8")
+        write_card(draft, card)
 
 
-def _holds(target: Path, card: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very student in this form."""
-    if not (target / CARD).is_file():
+def _holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very student in this form, every file as it was written. False if it is to be written.
+
+    Raises UserError, one line, if it holds another export.
+    """
+    if not target.exists() or (target / WRITING).is_file():  # the mark: its writer was stopped
         return False
-    present = atomic.read_json(target / CARD)
-    return all(present.get(name) == value for name, value in card.items() if name != "base")
+    try:
+        present = sealed.read_record(target)
+    except UserError as error:
+        log.warning("%s: written anew", error)
+        return False
+    if not present:  # an empty folder
+        return False
+    if differs := [name for name, value in card.items() if name != "base" and present.get(name) != value]:
+        raise UserError(f"{target} holds another export (of another {differs[0]}): choose another --out, or pass --overwrite")
+    if wrong := sealed.damage(target, present):
+        log.warning("%s: %s: written anew", target, wrong)
+    return not wrong
 
 
 def write_folder(draft: Path, base: ModelSource, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
-    """A diffusers folder: every component of `base` as it is, but this UNet (torch layout) and this scheduler.
+    """A diffusers folder: the files of every component of `base` (`copying`), but this UNet (torch layout) and this scheduler.
 
     What else lies beside the components stays behind: folders from the hub often hold whole models as single files.
     """
-    for name, kind in base.index.items():
-        if isinstance(kind, list) and kind[0] is not None and name not in ("unet", "scheduler"):
-            _copy_component(base.folder / name, draft / name, base)
-    for path in base.folder.glob("LICENSE*"):
-        shutil.copy(path, draft)
+    index = dict(base.index)
+    for name in _handed_on(base):
+        if base.file is None and copying.only_pickles(base.folder / name):
+            log.warning("%s: left out, its weights are a pickle, which may run code", name)
+            index[name] = [None, None]
+            continue
+        copying.copy_component(base.folder, name, draft, with_weights=base.file is None)
+        if base.file is not None and name in base.components:
+            weights.save_tensors(draft / name / weights.file_name(name), dict(base.tensors(name)))
+    for path in copying.licences(base.folder):
+        shutil.copyfile(path, draft / path.name)
     (draft / "unet").mkdir()
-    shutil.copy(base.folder / "unet" / "config.json", draft / "unet" / "config.json")
+    config = base.folder / "unet" / "config.json"
+    copying.check_inside(base.folder, config)
+    shutil.copyfile(config, draft / "unet" / "config.json")
     weights.save_tensors(draft / UNET_FILE, unet)
     write_scheduler(draft, scheduler)
     kind = scheduler["_class_name"]
     entry = ["diffusers", kind] if kind == SCHEDULER["_class_name"] else [WINDOWED.stem, kind]
-    atomic.write_json(draft / INDEX, {**base.index, "scheduler": entry})
+    atomic.write_json(draft / INDEX, {**index, "scheduler": entry})
 
 
-def _copy_component(path: Path, target: Path, base: ModelSource) -> None:
-    """One component's folder. Of a model in a single file the words are copied, and its weights are written beside them.
+def _handed_on(base: ModelSource) -> list[str]:
+    """The components that an export takes over from the base model."""
+    listed = [name for name, kind in base.index.items() if isinstance(kind, list) and kind[0] is not None]
+    return [name for name in listed if name not in ("unet", "scheduler")]
 
-    Weights that exist in half precision only get the plain names, which every reader asks for first.
-    """
-    if base.file is not None:
-        shutil.copytree(path, target, ignore=shutil.ignore_patterns("*.safetensors*", *weights.PICKLES))
-        if path.name in base.components:
-            weights.save_tensors(target / weights.file_name(path.name), dict(base.tensors(path.name)))
-        return
-    shutil.copytree(path, target)
-    if weights.only_half(target):
-        for file in [file for file in target.iterdir() if weights.HALF.search(file.name)]:
-            if file.suffix == ".json":
-                file.write_text(weights.HALF.sub("", file.read_text(encoding="utf-8")), encoding="utf-8")
-            file.rename(target / weights.HALF.sub("", file.name))
+
+def check_copies(base: ModelSource) -> None:
+    """Raises UserError, one line, if a file that an export takes over lies outside of the base model's folder."""
+    for name in _handed_on(base):
+        copying.component_files(base.folder, name)
+    copying.licences(base.folder)
+    copying.check_inside(base.folder, base.folder / "unet" / "config.json")
 
 
 def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
@@ -134,9 +148,7 @@ def _single_tensors(
         return _as(single_file(experiment, student), export_format.dtype), {}
     if export_format.form == "lora" and trained.factors:  # it is one already
         factors = lora_file.to_lora(trained.factors, experiment.layout.scale)
-        return lora_file.to_kohya(factors, jnp.dtype(export_format.dtype)), {
-            "lora": {"rank": export_format.rank, "layers": len(factors)}
-        }
+        return _lora(factors, {"rank": export_format.rank, "layers": len(factors)}, export_format, base.source.family)
     change = lora_file.delta(student, base.source.tensors("unet"))
     if export_format.form == "delta":
         return _as(change, export_format.dtype), {}
@@ -145,7 +157,20 @@ def _single_tensors(
         mark = " <- written" if rank == export_format.rank else ""
         log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)
     log.info("biases and norms, which no LoRA carries, hold %.4f of the whole change's energy", report["left_out"]["energy"])
-    return lora_file.to_kohya(factors, jnp.dtype(export_format.dtype)), {"lora": report}
+    return _lora(factors, report, export_format, base.source.family)
+
+
+def _lora(
+    factors: Mapping[str, lora_file.Factors], report: Mapping[str, Any], export_format: Format, family: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A LoRA's tensors under the names that are asked for, and its report, with what each reader drops."""
+    if export_format.names == "diffusers":
+        return lora_file.to_peft(factors, jnp.dtype(export_format.dtype)), {"lora": dict(report)}
+    lost = lora_readers.lost_energy(factors, family)
+    for reader, share in lost.items():
+        if share:
+            log.info("%s does not take layers that hold %.4f of the LoRA's energy", reader, share)
+    return lora_file.to_kohya(factors, jnp.dtype(export_format.dtype)), {"lora": {**report, "lost": lost}}
 
 
 def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -154,7 +179,8 @@ def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[
     An SDXL that predicts v gets the mark by which UIs know it; of SD 2.x they look at the weights.
     """
     base = experiment.base
-    by_mark = base.source.family == "xl" and experiment.flow.prediction == "v_prediction"
+    kind = experiment.flow.prediction
+    by_mark = base.source.family == "xl" and JUMPS.get(kind, kind) == "v_prediction"
     marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}
     parts = {"unet": unet} | {name: weights.to_torch(params) for name, params in base.params.items()}
     return marks | {

@@ -1,6 +1,6 @@
 """Opens a run: the config and its base model (folder, single file or hub id), checked before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization
+from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization, check_prediction
 from proreflow_jax.flow.schedule import from_config
+from proreflow_jax.flow.windows import check_windows
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.pretrained import pipeline, sources
 from proreflow_jax.pretrained.pipeline import Pipeline, read_unet
@@ -30,14 +31,17 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
 }
 
 
-def open_experiment(config: ConfigDict) -> Experiment:
-    """Reads the base model and checks the config; writes nothing. Raises UserError, one line."""
+def open_experiment(config: ConfigDict, base_alone: bool = False) -> Experiment:
+    """Reads the base model and checks the config; writes nothing. Raises UserError, one line.
+
+    With base_alone no stage is opened, so a student may be the base model whatever the config's stages are.
+    """
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     paths.check_reachable(_checked(config, machine))
     base = load_base_model(config, machine)
     unet = BaseUNet(lambda: read_unet(base, parameter_shardings(config, machine, base.unet.shapes)))
     unet.params()  # a model that does not fit is refused here
-    return _opened(config, machine, base, unet)
+    return _opened(config, machine, base, unet, base_alone)
 
 
 def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
@@ -63,12 +67,14 @@ def _checked(config: ConfigDict, machine: Mesh) -> paths.Location:
     return run
 
 
-def _opened(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet) -> Experiment:
+def _opened(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet, base_alone: bool = False) -> Experiment:
     """All parts as one value. Raises UserError, one line, where config and base model do not fit each other."""
     run = paths.parse_path(config.root) / config.name
-    flow = Parameterization(base.scheduler.get("prediction_type", "epsilon"))
-    check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
-    check_student(config, flow.prediction)
+    flow = base_flow(config, base)
+    if not flow.windows:
+        check_student(config, flow.prediction)
+    elif not base_alone:
+        _check_from_student(config, flow, base.source.student)
     if config.pairs.start == "data":  # images become latents of the shape that the noise has
         check_data_resolution(config, base.resolution)
     return Experiment(
@@ -78,10 +84,47 @@ def _opened(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet) -
         unet=unet,
         networks=Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling),
         flow=flow,
-        stages=plan_stages(config, run, flow, base.latent_shape),
+        stages=[] if base_alone else plan_stages(config, run, flow, base.latent_shape),
         layout=state_layout(config, machine, base.networks),
         mesh=machine,
     )
+
+
+def base_flow(config: ConfigDict, base: Pipeline) -> Parameterization:
+    """How the base model is read: by its scheduler's config, or, of a student that export wrote, by its reflow.json.
+
+    Raises UserError, one line, for a prediction type or a record that does not exist.
+    """
+    card, scheduler = base.source.student, base.scheduler
+    stated = card.get("flow") or (scheduler if "windows" in scheduler else None)  # our own scheduler's config says so too
+    if stated is None:
+        flow = Parameterization(scheduler.get("prediction_type", "epsilon"))
+        check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
+        return flow
+    where = f"{sources.PATH}={config.model.path}"
+    try:
+        flow = Parameterization(**{field: stated[field] for field in Parameterization._fields})
+        check_windows(flow.windows)
+        check_prediction(flow.prediction, flow.path)
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{where} is a student whose record of its windows is damaged ({error}): export it again") from None
+    if config.model.prediction_type:
+        raise UserError(f"{where} is a student, read as its export says: leave out --config.model.prediction_type")
+    return flow
+
+
+def _check_from_student(config: ConfigDict, flow: Parameterization, card: Mapping[str, Any]) -> None:
+    """Raises UserError, one line, unless the config's stages go on where a student that is the base model has stopped."""
+    where = f"{sources.PATH}={config.model.path} is a student of {flow.windows} windows"
+    before, first = flow.windows, config.stages[0]
+    if first >= before or before % first:
+        raise UserError(f"{where}: --config.stages={config.stages} must begin with a smaller divisor, or name its base model")
+    for field, value in (("prediction", flow.prediction), ("path", flow.path)):
+        if config.student[field] != value:
+            raise UserError(f"{where}, read as {value}: take --config.student.{field}={value}, or name its base model")
+    baked = card.get("guidance", {}).get("teacher", 1.0)
+    if config.pairs.guidance != baked:
+        raise UserError(f"{where} that has guidance {baked:g} in it: take --config.pairs.guidance={baked:g}, or its base model")
 
 
 def check_ready(experiment: Experiment, stage: Stage) -> None:
@@ -107,7 +150,8 @@ def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.M
         if sources.is_id(like):
             return sources.open_file(path, download(like, "main", configs_only=True, flag=sources.LIKE))
         return sources.open_file(path, paths.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE))
-    return sources.open_folder(download(m.path, m.revision, configs_only) if sources.is_id(m.path) else path)
+    folder = download(m.path, m.revision, configs_only) if sources.is_id(m.path) else path
+    return sources.open_folder(folder, with_weights=not configs_only)
 
 
 def title(config: ConfigDict, source: sources.ModelSource) -> str:

@@ -1,0 +1,68 @@
+"""A student's delta onto another fine-tune of the same base, as a diffusers folder that says it is a merge."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from proreflow_jax import UserError
+from proreflow_jax.exports.card import write_card
+from proreflow_jax.exports.formats import FILES
+from proreflow_jax.exports.write import check_copies, write_folder
+from proreflow_jax.flow.schedule import from_config
+from proreflow_jax.models.network import make_unet
+from proreflow_jax.pretrained import lora_file, sources, weights
+from proreflow_jax.pretrained.pipeline import scheduler_config
+from proreflow_jax.run import open
+from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.storage import atomic, sealed
+from proreflow_jax.storage.paths import Location
+
+
+def merge_delta(config: ConfigDict, delta: Path, target: Location, scale: float) -> str:
+    """Writes the folder and returns a line about it. Raises UserError, one line, if delta and model do not fit."""
+    card = sealed.read_record(delta)
+    sealed.check_undamaged(delta, card, "export the delta again, or copy it again")
+    scheduler = atomic.read_json(delta / "scheduler" / "scheduler_config.json")
+    base = open.find_base_model(config)
+    _check_same_diffusion(base, scheduler_config(base, config.model.prediction_type), scheduler, delta)
+    check_copies(base)
+    tensors = base.tensors("unet")
+    merged = lora_file.merge_delta(tensors, weights.Tensors([delta / FILES["delta"]]), scale)
+    onto, summed = (_digest(base, values) for values in (tensors, merged))
+    name, dtype = open.title(config, base), str(next(iter(merged.values())).dtype)
+    card |= {
+        "base": name,
+        "digest": summed,
+        "format": {**card["format"], "form": "diffusers", "dtype": dtype},
+        "lineage": card["lineage"] | {"onto": onto, "merged": summed},
+        "merged": {"delta": card["digest"], "base": card["base"], "scale": scale},
+    }
+    with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: `check_target`
+        write_folder(draft, base, merged, scheduler)
+        write_card(draft, card)
+    return f"{target}: {base.origin} + {scale:g} x the {card['windows']}-window delta of {delta}"
+
+
+def _digest(base: sources.ModelSource, tensors: Mapping[str, np.ndarray]) -> str:
+    """The digest of a UNet's weights as a run takes it. Raises UserError, one line, for numbers that are not finite."""
+    return fold(digest(weights.from_torch(tensors, make_unet(base.config("unet")).shapes, f"{base.origin}, merged")))
+
+
+def _check_same_diffusion(base: sources.ModelSource, ours: Mapping[str, Any], theirs: Mapping[str, Any], delta: Path) -> None:
+    """Raises UserError, one line, unless model and delta predict the same on the same schedule, and the model is no student."""
+    flag = f"{sources.PATH}={base.origin}"
+    if base.student:
+        raise UserError(
+            f"{flag} is a student of {base.student['windows']} windows already: name a fine-tune of the delta's base"
+        )
+    kinds = [config.get("prediction_type", "epsilon") for config in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{flag} predicts {kinds[0]}, the delta {delta} is of a model that predicts {kinds[1]}: they do not add up"
+        )
+    tables = [from_config(config).alphas_cumprod for config in (ours, theirs)]
+    if not np.allclose(*tables, rtol=1e-6, atol=0):
+        raise UserError(f"{flag} has another noise schedule (betas) than the model of the delta {delta}: they do not add up")
