@@ -23,7 +23,7 @@ from proreflow_jax.flow.solvers import make_step  # noqa: E402
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 NOISE = schedule.make_schedule(**BETAS)
-READINGS = [
+PREDICTIONS = [
     ("ddim_eps", "linear"),
     ("ddim_eps", "first_order"),
     ("diff_eps", "linear"),
@@ -64,7 +64,7 @@ def nhwc(z: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize(("prediction", "path"), READINGS)
+@pytest.mark.parametrize(("prediction", "path"), PREDICTIONS)
 def test_a_walk_is_our_samplers(prediction, path, n):
     z = draw(2, 4, 2, 2)
     for steps in (n, 2 * n, 3 * n):
@@ -110,7 +110,7 @@ def test_the_table_and_the_nodes_are_ours(name):
 
 
 def test_coefficients_stay_finite_on_every_walk():
-    for prediction, path in READINGS:
+    for prediction, path in PREDICTIONS:
         for n in (1, 8, 1000):
             points = windowed_scheduler.walk(1000, n)
             assert np.isfinite(windowed_scheduler.moves(prediction, path, NOISE.alphas_cumprod, points, n)).all()

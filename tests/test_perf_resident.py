@@ -22,6 +22,7 @@ from proreflow_jax.perf import resident
 from proreflow_jax.perf.jobs import Job, jobs
 from proreflow_jax.run import open
 from proreflow_jax.run.stages import find_stage
+from proreflow_jax.runtime.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick")
 SMALL = 1024
@@ -136,8 +137,13 @@ def test_plan_counts_what_is_alive_while_a_student_makes_pairs(full):
     check(*full[0].begin("pairs", 2))
 
 
-def test_plan_counts_what_is_alive_while_a_student_teaches_online(full):
+def test_plan_counts_what_is_alive_while_a_student_teaches_online(full, monkeypatch):
+    """The parent is the teacher too: it is read once, and without its moments."""
+    leaves, real = [], Checkpoints._read_leaves
+    monkeypatch.setattr(Checkpoints, "_read_leaves", lambda self, step, *a: leaves.append([*a[0]]) or real(self, step, *a))
     check(*full[0].begin("train", 2, pairs__mode="online", pairs__teacher="previous", model__teacher_dtype="bfloat16"))
+    (names,) = leaves
+    assert names and not [name for name in names if "opt_state" in name]
 
 
 def test_plan_counts_what_is_alive_while_students_are_judged(full, tmp_path, monkeypatch):

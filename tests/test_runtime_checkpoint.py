@@ -91,6 +91,25 @@ def test_an_older_step_can_be_asked_for(two_steps: Path) -> None:
             checkpoints.restore(7, placed(host_state(), 4))
 
 
+def test_a_part_is_read_alone(two_steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves that nobody asks for are neither read nor missed; those that are read are held against their digests."""
+    part = lambda state: state._replace(params={}, opt=())
+    whole, names, real = abstract(placed(host_state(), 4)), [], Checkpoints._read_leaves
+    monkeypatch.setattr(Checkpoints, "_read_leaves", lambda self, step, *a: names.extend(a[0]) or real(self, step, *a))
+    with Checkpoints(two_steps, read_only=True) as checkpoints:
+        step, state, meta = checkpoints.restore(None, part(whole), part=True)
+        assert (step, meta) == (2, {"position": 20}) and bits(state) == bits(part(host_state(2)))
+        assert sorted(names) == sorted(["step", *(f"ema/{name}" for name in SHAPES)])
+        with pytest.raises(ValueError, match="is not expected"):
+            checkpoints.restore(None, part(whole))
+        with pytest.raises(ValueError, match="another is missing"):
+            checkpoints.restore(None, {"another": whole.step}, part=True)
+    for path in array_files(two_steps, 2):
+        flip(path)
+    with Checkpoints(two_steps, read_only=True) as checkpoints, pytest.raises(ValueError, match=r"damaged: \[2\]"):
+        checkpoints.restore(2, part(whole), part=True)
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=2, every=5) as checkpoints:
         for step in (5, 10, 15):

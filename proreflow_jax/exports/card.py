@@ -79,7 +79,7 @@ Made by proreflow_jax: progressive reflow (ProReflow, CVPR 2025) in {" -> ".join
 - Replay in diffusers: {_replay(card)}
 - Guidance of the teacher: {baked}; empty prompts in training: {guidance["prompt_dropout"]:.0%}
 - Guidance scale to draw with: {low:g}{f" to {high:g}" if high > low else ""} ({guidance["why"]})
-- Reading of the network: {card["flow"]["prediction"]} on the {card["flow"]["path"]} path
+- Prediction type: {card["flow"]["prediction"]} on the {card["flow"]["path"]} path
 - Digest of the weights: {card["digest"]}
 
 The paper leaves these settings open; {"in the training of the change they were" if "merged" in card else "here they were"}:

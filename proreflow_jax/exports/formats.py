@@ -35,7 +35,7 @@ STOCK = Format()
 
 
 def student_scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
-    """scheduler_config.json on the base model's betas, for a student of this reading: stock DDIM, or ours for any steps."""
+    """scheduler_config.json on the base model's betas, for a student of this prediction type: stock, or ours for any steps."""
     betas = {name: base[name] for name in BETAS if name in base}
     if kind == "stock":
         return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction]}

@@ -12,7 +12,7 @@ levels a_i^2 = alphas_cumprod[i], s_i^2 = 1 - a_i^2 sits at t = (i + 1) / 1000 a
 entry and borrows entry 0. Every node of a walk is a grid point (`walk`), so timesteps are whole numbers, no two of a walk
 are equal, and the table is never interpolated.
 
-Each step from t to u is one affine map, z_u = P z_t + Q out, because each reading is. Window [t_s, t_e] holds t (a bound
+Each step from t to u is one affine map, z_u = P z_t + Q out, as each prediction type is. Window [t_s, t_e] holds t (a bound
 belongs to the window that begins there) and u:
 
     first_order  a DDIM step (Song et al. 2021, eq. 12):  P = l,  Q = h,  l = a_u / a_t,  h = s_u - l s_t
@@ -38,8 +38,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 GRID = 1000  # grid steps in [0, 1], and entries of the table
 MODULE = "windowed_scheduler"  # this file's name in a pipeline folder
-READINGS = ("ddim_eps", "diff_eps", "velocity", "ddim_v")
-PATHS = {"linear": READINGS, "first_order": ("ddim_eps", "ddim_v")}  # path -> readings that have a meaning on it
+PREDICTIONS = ("ddim_eps", "diff_eps", "velocity", "ddim_v")
+PATHS = {"linear": PREDICTIONS, "first_order": ("ddim_eps", "ddim_v")}  # path -> prediction types that have a meaning on it
 
 
 def beta_table(beta_schedule: str, beta_start: float, beta_end: float) -> np.ndarray:

@@ -192,7 +192,7 @@ class UpBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Latents, timesteps and text states -> the network's raw output (epsilon, v, or a student's reading)."""
+    """Latents, timesteps and text states -> the network's raw output (epsilon, v, or what a student predicts)."""
 
     def __init__(self, a: Architecture, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         self.a = a

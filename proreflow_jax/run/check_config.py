@@ -93,7 +93,7 @@ def check_data_resolution(config: ConfigDict, side: int) -> None:
 
 def check_student(config: ConfigDict, kind: str) -> None:
     """Raises ValueError if the student would be read as another type of diffusion model than its base is (`kind`)."""
-    fits = next((reading for reading, trained in JUMPS.items() if trained == kind), "velocity")
+    fits = next((prediction for prediction, trained in JUMPS.items() if trained == kind), "velocity")
     if JUMPS.get(config.student.prediction, kind) != kind:
         raise UserError(
             f"--config.student.prediction={config.student.prediction}: the base model predicts {kind}, its weights would "

@@ -102,8 +102,9 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
         return Weights(experiment.unet.params(), experiment.flow, experiment.unet.digest())
     check_done(stage)
     done, layout = atomic.read_json(stage.done), experiment.layout
+    weights = layout.target._replace(opt_state=(), **({"params": {}} if layout.average else {}))
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
-        trained = averaged(checkpoints.restore(done["step"], layout.target).state)
+        trained = averaged(checkpoints.restore(done["step"], weights, part=True).state)
     actual = fold(digest(trained))
     if actual != done["digest"]:
         raise UserError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")

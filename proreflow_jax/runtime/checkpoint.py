@@ -136,11 +136,12 @@ class Checkpoints:
             if step not in self._manager.all_steps():
                 raise RunFailed("it is not there")
 
-    def restore(self, step: int | None, target: PyTree) -> Restored:
+    def restore(self, step: int | None, target: PyTree, part: bool = False) -> Restored:
         """The state of `step` (None: the newest good one) in the structure, dtypes and shardings of `target`.
 
-        `target` is a pytree of ShapeDtypeStruct with shardings, or of arrays. A bad step is named in a warning and,
-        with step None, the one before is taken. Raises UserError if names, shapes or dtypes differ from the
+        `target` is a pytree of ShapeDtypeStruct with shardings, or of arrays. With `part` the leaves that it lacks are not
+        read, such as the moments of a model that is only sampled. A bad step is named in a warning and, with step None, the
+        one before is taken. Raises UserError if names, shapes or dtypes differ from the
         target's or if no step is good; MissingFile if there is none; RunFailed if one could not be read.
         """
         known = sorted(self._manager.all_steps(), reverse=True)
@@ -149,9 +150,9 @@ class Checkpoints:
             raise MissingFile(f"{self.folder} holds no checkpoint{'' if step is None else f' of step {step}'}")
 
         for candidate in steps:
-            restored, reason = self._attempt(candidate, target)
+            restored, reason = self._attempt(candidate, target, part)
             if restored is None:  # once more: a mount may have failed in between and be back
-                restored, reason = self._attempt(candidate, target)
+                restored, reason = self._attempt(candidate, target, part)
             if restored is not None:
                 self._target, self._saved[candidate] = _abstract(target), restored[1]
                 return restored[0]
@@ -203,16 +204,16 @@ class Checkpoints:
             where = f"checkpoint of step {step} was not written to {self.folder / str(step)}"
             raise RunFailed(f"{where}: {line(error)}; mend it and run the same command again") from error
 
-    def _attempt(self, step: int, target: PyTree) -> tuple[tuple[Restored, dict[str, str]] | None, str]:
+    def _attempt(self, step: int, target: PyTree, part: bool) -> tuple[tuple[Restored, dict[str, str]] | None, str]:
         """((restored, digests), "") or (None, why the step is bad)."""
         place, folder = f"checkpoint of step {step} in {self.folder}", self.folder / str(step)
         record, reason = everywhere(lambda: self._read_record(step), folder, place)
         if reason:
             return None, reason
         shapes = _wanted(target)
-        check_target(record, shapes, place)
+        check_target(record, shapes, place, part)
 
-        leaves, reason = everywhere(lambda: self._read_leaves(step, shapes), folder, place)
+        leaves, reason = everywhere(lambda: self._read_leaves(step, shapes, part), folder, place)
         if reason:
             return None, reason
         digests = digest(leaves)
@@ -227,8 +228,10 @@ class Checkpoints:
         check_seal(record, step)
         return record
 
-    def _read_leaves(self, step: int, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+    def _read_leaves(self, step: int, shapes: dict[str, jax.ShapeDtypeStruct], part: bool) -> dict[str, jax.Array]:
+        where = ocp.checkpoint_utils.construct_restore_args(shapes)
+        some = ocp.args.PyTreeRestore(item=shapes, restore_args=where, partial_restore=True)
+        items = ocp.args.Composite(state=some if part else ocp.args.StandardRestore(shapes))
         return jax.block_until_ready(self._manager.restore(step, args=items)["state"])
 
 

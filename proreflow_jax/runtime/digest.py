@@ -117,13 +117,16 @@ def check_seal(record: Mapping[str, Any], step: int) -> None:
         raise UserError(f"it is the checkpoint of step {record['step']} under another name")
 
 
-def check_target(record: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str) -> None:
-    """Raises one ValueError that lists every missing, unexpected and different leaf; `where` opens the sentence."""
+def check_target(record: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str, part: bool = False) -> None:
+    """Raises one UserError that lists every missing, unexpected and different leaf; `where` opens the sentence.
+
+    With `part` a leaf that is not among `wanted` is no fault.
+    """
     table = {path: (dtype, shape) for path, (dtype, shape, _) in record["leaves"].items()}
     kinds = {path: (str(leaf.dtype), list(leaf.shape)) for path, leaf in wanted.items()}
     faults = [
         *(f"{path} is missing" for path in sorted(kinds.keys() - table.keys())),
-        *(f"{path} is not expected" for path in sorted(table.keys() - kinds.keys())),
+        *(f"{path} is not expected" for path in sorted(table.keys() - kinds.keys()) if not part),
         *(
             f"{path} is {table[path][0]}{table[path][1]}, not {kinds[path][0]}{kinds[path][1]}"
             for path in sorted(kinds.keys() & table.keys())
@@ -135,8 +138,8 @@ def check_target(record: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeS
 
 
 def wrong_values(record: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
-    """Paths of the leaves whose digest is not the one that was saved."""
-    return [path for path, (_, _, expected) in record["leaves"].items() if digests[path] != expected]
+    """Paths of the leaves that were read and whose digest is not the one that was saved."""
+    return [path for path, digest in digests.items() if record["leaves"][path][2] != digest]
 
 
 def _seal(record: Mapping[str, Any]) -> str:
