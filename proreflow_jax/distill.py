@@ -30,7 +30,7 @@ def distill(config: ConfigDict) -> None:
         check_export(config)
         write.check_copies(experiment.base.source)
         for stage in exported:
-            place.check_own(_export_folder(experiment.run, stage))
+            place.check_replaceable(_export_folder(experiment.run, stage))
     check_ready(experiment, experiment.stages[0])
     began = time.monotonic()
     with job_lock(experiment.run):

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.exports.card import CARD, PAGE
 from proreflow_jax.exports.formats import FILES, SCHEDULERS, Format
-from proreflow_jax.exports.place import OUT, check_target
+from proreflow_jax.exports.place import OUT, check_out
 from proreflow_jax.exports.write import check_copies, export_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import STORAGE
@@ -38,7 +38,7 @@ def export(
     """The verb: one stage to a folder."""
     export_format = _format(form, for_, dtype, rank, scheduler)
     if out:
-        check_target(config, paths.parse_path(out, OUT))
+        check_out(config, paths.parse_path(out, OUT))
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
     check_copies(experiment.base.source)

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.exports.formats import FILES
-from proreflow_jax.exports.merge_delta import merge_delta
-from proreflow_jax.exports.place import OUT, check_target
+from proreflow_jax.exports.place import OUT, check_out
+from proreflow_jax.exports.write_merge import write_merge
 from proreflow_jax.run import cli
 from proreflow_jax.storage import paths, sealed
 
@@ -26,13 +26,13 @@ def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: boo
     if not math.isfinite(scale):
         raise UserError(f"--scale={scale} must be a number")
     target, source = paths.parse_path(out, OUT), paths.parse_path(delta, "--delta")
-    check_target(config, target, delta=source)
+    check_out(config, target, delta=source)
     if not overwrite and sealed.read_record(target):
         raise UserError(f"{out} holds an export: choose another --out, or pass --overwrite")
     source = paths.local_copy(source, "--delta")
     if not (source / FILES["delta"]).is_file():
         raise MissingFile(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
-    log.info("%s", merge_delta(config, source, target, scale))
+    log.info("%s", write_merge(config, source, target, scale))
 
 
 if __name__ == "__main__":

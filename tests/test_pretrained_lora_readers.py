@@ -25,7 +25,7 @@ NAMES = {  # weights with factors -> in which families a reader drops them
 def test_every_reader_drops_what_it_does_not_know(family):
     for reader in lora_readers.READERS:
         expected = [name for name, readers in NAMES.items() if family in readers.get(reader, ())]
-        assert lora_readers.dropped(NAMES, reader, family) == expected, reader
+        assert lora_readers.unread(NAMES, reader, family) == expected, reader
 
 
 def test_lost_energy_is_that_of_what_is_added():
@@ -50,4 +50,4 @@ def test_the_layers_that_are_trained_by_default_are_taken_by_all_readers(config)
     trained = [name for name in NAMES if re.search(config.get_config().student.lora.layers, name)]
     assert trained == ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
     for reader in lora_readers.READERS:
-        assert lora_readers.dropped(trained, reader, "xl") == lora_readers.dropped(trained, reader, "v1") == []
+        assert lora_readers.unread(trained, reader, "xl") == lora_readers.unread(trained, reader, "v1") == []

@@ -14,7 +14,7 @@ OUT = "--out"
 BESIDE = ("README.md", sources.INDEX, *sealed.LATER, *FILES.values())  # files of an export beside its components
 
 
-def check_target(config: ConfigDict, target: Location, **inputs: Location) -> None:
+def check_out(config: ConfigDict, target: Location, **inputs: Location) -> None:
     """Raises UserError, one line, unless an export may stand at `target`, or replace the export that stands there.
 
     Neither the base model, the run, the working directory and the home folder, nor a folder that holds one of them, is written
@@ -26,10 +26,10 @@ def check_target(config: ConfigDict, target: Location, **inputs: Location) -> No
         if name and not sources.is_id(name):
             places[f"what {flag} names"] = paths.parse_path(name, flag)
     sealed.check_apart(target, places | {f"what --{flag} names": place for flag, place in inputs.items()}, OUT)
-    check_own(target)
+    check_replaceable(target)
 
 
-def check_own(target: Location) -> None:
+def check_replaceable(target: Location) -> None:
     """Raises UserError, one line, if `target` is there and is not an export alone."""
     sealed.check_own(target, _may_be_ours, OUT)
 

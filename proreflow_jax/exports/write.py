@@ -12,7 +12,7 @@ import numpy as np
 from proreflow_jax import UserError
 from proreflow_jax.exports.card import make_card, write_card
 from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, student_scheduler_config
-from proreflow_jax.exports.place import check_own
+from proreflow_jax.exports.place import check_replaceable
 from proreflow_jax.flow.parameterization import JUMPS
 from proreflow_jax.pretrained import copying, lora_file, lora_readers, weights
 from proreflow_jax.pretrained.single_file import to_original
@@ -37,7 +37,7 @@ def export_stage(
     """
     if export_format.scheduler == "stock":
         check_export(experiment.config)
-    first(lambda: check_own(target))
+    first(lambda: check_replaceable(target))
     student = load_weights(experiment, stage)
     if student.factors:
         export_format = export_format._replace(rank=experiment.config.student.lora.rank)
@@ -53,7 +53,7 @@ def export_stage(
 def _write(experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, export_format: Format) -> None:
     """The folder, whole or not at all. student: arrays of this host."""
     tensors = weights.to_torch(student.params)
-    with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: see `check_own`
+    with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: see `check_replaceable`
         scheduler = student_scheduler_config(experiment.base.scheduler, student.flow, export_format.scheduler)
         if export_format.form == "diffusers":
             write_folder(draft, experiment.base.source, _as(tensors, export_format.dtype), scheduler)

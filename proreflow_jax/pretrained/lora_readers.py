@@ -21,7 +21,7 @@ READERS = {  # reader -> the weights whose factors it drops from a file in kohya
 }
 
 
-def dropped(names: Iterable[str], reader: str, family: str) -> list[str]:
+def unread(names: Iterable[str], reader: str, family: str) -> list[str]:
     """The weights, of `names`, whose factors a reader drops; family is a model's, "xl" for SDXL."""
     pattern = READERS[reader][family != "xl"]
     return [name for name in names if pattern and re.search(pattern, name)]
@@ -31,7 +31,7 @@ def lost_energy(factors: Mapping[str, Factors], family: str) -> dict[str, float]
     """{reader: share of a LoRA's energy in layers that it drops}; energy is the sum of the squares of what is added."""
     energies = {name: _energy(layer) for name, layer in factors.items()}
     whole = sum(energies.values()) or 1.0
-    return {reader: sum(energies[name] for name in dropped(energies, reader, family)) / whole for reader in READERS}
+    return {reader: sum(energies[name] for name in unread(energies, reader, family)) / whole for reader in READERS}
 
 
 def _energy(layer: Factors) -> float:

@@ -21,7 +21,7 @@ from proreflow_jax.storage import atomic, sealed
 from proreflow_jax.storage.paths import Location
 
 
-def merge_delta(config: ConfigDict, delta: Path, target: Location, scale: float) -> str:
+def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float) -> str:
     """Writes the folder and returns a line about it. Raises UserError, one line, if delta and model do not fit."""
     card = sealed.read_record(delta)
     sealed.check_undamaged(delta, card, "export the delta again, or copy it again")
@@ -40,7 +40,7 @@ def merge_delta(config: ConfigDict, delta: Path, target: Location, scale: float)
         "lineage": card["lineage"] | {"onto": onto, "merged": summed},
         "merged": {"delta": card["digest"], "base": card["base"], "scale": scale},
     }
-    with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: `check_target`
+    with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: `check_out`
         write_folder(draft, base, merged, scheduler)
         write_card(draft, card)
     return f"{target}: {base.origin} + {scale:g} x the {card['windows']}-window delta of {delta}"
