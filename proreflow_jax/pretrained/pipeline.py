@@ -92,7 +92,7 @@ def load_pipeline(
         source = sources.open_folder(source)
     networks = _networks(source, compute)
     folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
-    tokenizer = load_tokenizer(*folders)
+    tokenizer = load_tokenizer(*folders, encoders=[network.config for network in _encoders(networks).values()])
     scheduler = source.config("scheduler")
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
     params = {name: read(name) for name in networks if name != "unet" or with_unet}

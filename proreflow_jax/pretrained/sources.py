@@ -4,7 +4,6 @@ A single file holds weights only. Sizes, tokenizer and noise schedule come from 
 diffusers' own `from_single_file`. Most runs read a folder: the modules for other forms are imported when one is opened.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from importlib import import_module
@@ -15,29 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.pretrained import weights
+from proreflow_jax.pretrained import config_fields, weights
+from proreflow_jax.pretrained.config_fields import CLASSES, KNOWN
 
 INDEX = "model_index.json"
 PATH, LIKE = "--config.model.path", "--config.model.like"
-KNOWN = "only SD 1.x, SD 2.x, SDXL base and their fine-tunes are distilled"
-CLASSES = {  # of the networks, in model_index.json and in their own config.json
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
-TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-FIELDS = {  # that every network needs
-    "unet": (
-        *("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim"),
-        *("in_channels", "out_channels", "cross_attention_dim", "sample_size"),
-    ),
-    "vae": ("block_out_channels", "latent_channels"),
-    "text_encoder": TEXT_FIELDS,
-    "text_encoder_2": TEXT_FIELDS,
-    "scheduler": (),
-}
-SHIFTED = ("latents_mean", "latents_std", "shift_factor")  # fields of autoencoders that do more than scale latents
 TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 MARKS = {  # tensors that UIs put into a file to say how it is read
@@ -72,8 +53,7 @@ class ModelSource(NamedTuple):
 
         Raises FileNotFoundError or ValueError, one line, if it is not there or not that of such a component.
         """
-        config = weights.read_config(self.folder / component)
-        _check_config(component, config, self.folder / component)
+        config = config_fields.read_config(self.folder / component, component)
         if component == "scheduler" and self.stored is not None:
             for mark in self.stored.keys() & MARKS.keys():
                 config |= MARKS[mark]
@@ -103,19 +83,6 @@ def _class(index: Mapping[str, Any], component: str) -> str | None:
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
-def _check_config(component: str, config: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError, one line, unless a config.json is that of such a component, whole enough to build it."""
-    mend = f"name another {PATH}"
-    kinds = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or []
-    if component in CLASSES and kinds and kinds[0] not in CLASSES[component]:
-        known = " or ".join(CLASSES[component])
-        raise UserError(f"{folder}: its config.json is that of a {kinds[0]}, must be of a {known}: {KNOWN}: {mend}")
-    if lacking := [name for name in FIELDS[component] if config.get(name) is None]:
-        raise UserError(f"{folder}: its config.json lacks {', '.join(lacking)}: {mend}")
-    if shifted := [name for name in SHIFTED if component == "vae" and config.get(name) is not None]:
-        raise UserError(f"{folder}: its config.json sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {mend}")
-
-
 def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
     """A diffusers folder; `flag` named it, for errors.
 
@@ -127,10 +94,7 @@ def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
         raise MissingFile(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}: {rule}")
     if not (folder / INDEX).is_file():
         raise MissingFile(f"{folder} holds no {INDEX}: {rule}")
-    try:
-        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{folder / INDEX} is not a JSON object: {rule}") from None
+    index = config_fields.check_fields("model_index", config_fields.read_json(folder / INDEX, rule), folder / INDEX)
     for component, known in CLASSES.items():
         class_name = _class(index, component)
         if class_name not in known and (class_name or component != "text_encoder_2"):
@@ -139,7 +103,7 @@ def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
             raise UserError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
-    linear = weights.read_config(folder / "unet").get("use_linear_projection")
+    linear = config_fields.read_config(folder / "unet", "unet").get("use_linear_projection")
     return ModelSource(folder, index, "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1")
 
 

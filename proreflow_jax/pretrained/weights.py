@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from proreflow_jax import MissingFile, UserError
+from proreflow_jax import MissingFile, RunFailed, UserError
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Index = tuple[slice, ...]
@@ -24,7 +24,6 @@ Part = Callable[[Index], np.ndarray]  # a slice of one tensor, both in torch's l
 
 TABLE = re.compile(r"(token|position)_embedding\.weight$")
 IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that old text encoders stored
-CONFIG_NAMES = ("config.json", "scheduler_config.json")
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # so in SD 1.5's VAE on the Hub
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 STEMS = ("diffusion_pytorch_model", "model")
@@ -38,21 +37,6 @@ CONVERT = (
     """python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained('FOLDER').save_pretrained('NEW_FOLDER')\""""
 )
 LISTED = 4  # names printed of each kind of mismatch
-
-
-def read_config(folder: Path) -> dict:
-    """The config.json (or scheduler_config.json) of one component of a diffusers folder.
-
-    Raises FileNotFoundError naming the path, or ValueError when it is not JSON.
-    """
-    for name in CONFIG_NAMES:
-        if (folder / name).is_file():
-            try:
-                return dict(json.loads((folder / name).read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{folder / name} is not valid JSON: {error}: {REPLACE}") from None
-    names = " or ".join(CONFIG_NAMES)
-    raise MissingFile(f"{folder} holds no {names}: --config.model.path must name a diffusers folder")
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -292,8 +276,17 @@ def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one .safetensors file as diffusers and transformers expect it."""
+    """Writes one .safetensors file as diffusers and transformers expect it.
+
+    Raises FloatingPointError for numbers that are not finite, before the file is there; RunFailed for a full disk.
+    """
+    if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
+        half = " (float16 ends at 65504: take --dtype=float32 or bfloat16)" if tensors[bad[0]].dtype == np.float16 else ""
+        raise FloatingPointError(f"{path.name} is not written: {listing('not finite', bad)[0]}{half}")
     path.touch()
     mode = path.stat().st_mode  # by the user's umask; safetensors (0.8) writes files for their owner alone
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk is one, no OSError
+        raise RunFailed(f"{path} could not be written: {error}") from error
     path.chmod(mode)

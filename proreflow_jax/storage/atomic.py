@@ -78,8 +78,9 @@ def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
         return
     draft = temporary(path)
     try:
-        yield draft
-        sync(draft)
+        with _path_named(path):
+            yield draft
+            sync(draft)
         os.replace(draft, path) if replace else _place_first(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -127,13 +128,27 @@ def _renamed_folder(path: Path) -> Iterator[Path]:
     draft = temporary(path)
     draft.mkdir(parents=True)
     try:
-        yield draft
-        for file in draft.rglob("*"):
-            sync(file)
+        with _path_named(path):
+            yield draft
+            for file in draft.rglob("*"):
+                sync(file)
         _swap(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     sync(path.parent)
+
+
+@contextmanager
+def _path_named(path: Path) -> Iterator[None]:
+    """Puts a path into errors of the disk that name none: Python names it where a file is opened, not where it is written."""
+    try:
+        yield
+    except shutil.Error as error:  # of copied folders: a list of (from, to, why)
+        raise RunFailed(f"{path} could not be written: {one_line(error)}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _swap(draft: Path, path: Path) -> None:
