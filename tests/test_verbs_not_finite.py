@@ -42,7 +42,9 @@ def test_sample_paints_no_black_picture(tmp_path):
     own = ["--stage=0", "--steps=2", "--count=2", "--guidance=3", "--prompt=a loud three", f"--out={tmp_path}/x.png"]
     ended = run("sample", *flags, *own)
     assert ended.code == 1, ended
-    assert ended.err.splitlines()[-1].startswith("sample: latents of 2 of 2 pictures are not finite, of 'a loud three': take --config.model.")
+    assert ended.err.splitlines()[-1].startswith(
+        "sample: latents of 2 of 2 pictures are not finite, of 'a loud three': take --config.model."
+    )
     assert "Traceback" not in ended.err
     assert written(tmp_path) == before
 
@@ -50,7 +52,7 @@ def test_sample_paints_no_black_picture(tmp_path):
 @pytest.mark.parametrize(("bias", "field"), [(3e38, "model.teacher_dtype"), (1e10, "pairs.storage")])
 def test_make_pairs_writes_no_record_that_is_no_number(tmp_path, bias, field):
     """The second is a number in the teacher's float32 and none in the records' float16."""
-    flags = tiny_flags(tmp_path, loud_model(tmp_path / "loud", bias), model__teacher_dtype="float32")
+    flags = tiny_flags(tmp_path, loud_model(tmp_path / "loud", bias), model__teacher_dtype="float32", pairs__storage="float16")
     (tmp_path / "prompts.txt").write_text("the only prompt\n", encoding="utf-8")
     ended = run("make_pairs", *flags, "--stage=4")
     assert ended.code == 1, ended
