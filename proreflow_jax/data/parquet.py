@@ -76,7 +76,8 @@ def open_parquet(path: str, image_key: str, caption_key: str) -> ParquetRows:
     Args:
         path: a folder with .parquet files of one split, or a pattern such as data/train-*.parquet.
         image_key: the column of images: {bytes, path}, or the bytes themselves. A path is never followed.
-        caption_key: the column of text, or of lists of text (the first is taken). Fields below a struct in either: "column/field".
+        caption_key: the column of text, or of lists of text (the first is taken).
+        Either may name a field below a struct: "column/field".
 
     Raises:
         FileNotFoundError: no such folder or file.
