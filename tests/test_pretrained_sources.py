@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 
 import families  # noqa: E402
 
-from proreflow_jax.flow.schedule import from_config  # noqa: E402
+from proreflow_jax.flow.schedule import from_config, make_schedule  # noqa: E402
 from proreflow_jax.models.conditioning import Context  # noqa: E402
 from proreflow_jax.pretrained import pipeline, single_file, sources, tokenizer, weights  # noqa: E402
 
@@ -30,7 +30,7 @@ STRANGERS = {  # beside the model in files that people have: averaged weights, b
     "model_ema.decay": np.array([0.9999], np.float32),
     "model_ema.num_updates": np.array([7], np.int32),
     "model_ema.diffusion_modelconv_inweight": np.full((2, 2), np.nan, np.float32),
-    "alphas_cumprod": np.linspace(1, 0, 1000, dtype=np.float32),
+    "alphas_cumprod": make_schedule("scaled_linear", 0.00085, 0.012).alphas_cumprod.astype(np.float32),
     "betas": np.zeros(1000, np.float32),
     "denoiser.sigmas": np.zeros(1000, np.float32),
     "logvar": np.zeros(1000, np.float32),

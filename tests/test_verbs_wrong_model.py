@@ -106,7 +106,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # how 
     "empty file": (lambda f: (f / VAE).write_bytes(b""), (VAE, "not a readable safetensors file", "download it again")),
     "missing tensor": (
         lambda f: change(f, UNET, lambda t: t.pop("conv_in.bias")),
-        ("broken/unet", "1 missing: conv_in.bias", "download it again", PATH),
+        ("broken/unet", "1 missing: conv_in.bias", "of two models", PATH),
     ),
     "further tensor": (
         lambda f: change(f, UNET, lambda t: t.update(stray=np.zeros(1, np.float32))),

@@ -126,7 +126,7 @@ def _latent_shape(config: ConfigDict) -> tuple[int, int, int]:
 def _tokenizer(config: ConfigDict, texts: Sequence[Sequence[str]], folder: Path) -> tokenizer.PromptTokenizer:
     """The run's tokenizer: copied from the model to start from, or learned on the captions."""
     if config.start:
-        shutil.copytree(Path(config.start) / "tokenizer", folder, dirs_exist_ok=True)
+        shutil.copytree(paths.parse_local(config.start, "--config.start") / "tokenizer", folder, dirs_exist_ok=True)
     else:
         every = sorted({text for wordings in texts for text in wordings})
         tokenizer.write_tokenizer(folder, *tokenizer.learn(every, config.text.merges), config.text.length)

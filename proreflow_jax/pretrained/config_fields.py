@@ -6,7 +6,8 @@ in one line with file, field and value. A whole number may be written as a decim
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ SHIFTED = ("latents_mean", "latents_std", "shift_factor")  # fields of autoencod
 CONFIG_NAMES = ("config.json", "scheduler_config.json")
 MEND = "name another --config.model.path"
 DAMAGED = f"copy or download it again, or {MEND}"
+TEXT_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.")
 SHOWN = 100  # characters of a value in an error
 ABSENT = object()
 
@@ -184,6 +186,11 @@ def check_fields(component: str, config: Mapping[str, Any], path: Path) -> dict[
                 raise UserError(f"{path}: {field}={_shown(value)} must be {kind.words}: {MEND}") from None
     _check_sizes(component, checked, path)
     return checked
+
+
+def text_layers(names: Iterable[str]) -> int:
+    """How many layers of a CLIP text encoder the names count: the highest number and one; 0 if they name none."""
+    return max((int(match[1]) + 1 for match in map(TEXT_LAYER.match, names) if match), default=0)
 
 
 def _check_class(component: str, config: Mapping[str, Any], path: Path) -> None:

@@ -1,5 +1,6 @@
 """A whole Stable Diffusion as one value: networks, parameters, tokenizer, scheduler config."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ from proreflow_jax import UserError
 from proreflow_jax.models import conditioning
 from proreflow_jax.models.layers import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
-from proreflow_jax.pretrained import sources, weights
+from proreflow_jax.pretrained import config_fields, sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
 
+log = logging.getLogger(__name__)
 MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
 OWN = (0, 0)  # a size that means the model's own resolution
 
@@ -96,6 +98,7 @@ def load_pipeline(
     scheduler = source.config("scheduler")
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
     params = {name: read(name) for name in networks if name != "unet" or with_unet}
+    _log_layers_left_out(source, networks)
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
@@ -139,6 +142,14 @@ def _networks(source: sources.ModelSource, compute: Compute) -> dict[str, Networ
 
 def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
     return {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
+
+
+def _log_layers_left_out(source: sources.ModelSource, networks: dict[str, Network]) -> None:
+    """Says of a folder's text encoders which layers are not used; a single file's are compared with another model's config."""
+    for name, network in _encoders(networks).items() if source.file is None else ():
+        stored, used = config_fields.text_layers(source.tensors(name)), network.config["num_hidden_layers"]
+        if stored > used:
+            log.info("%s: %d layers are there, its config.json uses %d, as for clip skip", source.folder / name, stored, used)
 
 
 def _conditioner(

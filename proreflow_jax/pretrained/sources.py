@@ -21,10 +21,6 @@ INDEX = "model_index.json"
 PATH, LIKE = "--config.model.path", "--config.model.like"
 TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-MARKS = {  # tensors that UIs put into a file to say how it is read
-    "v_pred": {"prediction_type": "v_prediction"},
-    "ztsnr": {"rescale_betas_zero_snr": True},
-}
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
 
@@ -49,14 +45,13 @@ class ModelSource(NamedTuple):
         return self.file or self.folder
 
     def config(self, component: str) -> dict:
-        """config.json of a component; the scheduler's includes the marks in a single file.
+        """config.json of a component; the scheduler's includes what a single file says of itself.
 
         Raises FileNotFoundError or ValueError, one line, if it is not there or not that of such a component.
         """
         config = config_fields.read_config(self.folder / component, component)
         if component == "scheduler" and self.stored is not None:
-            for mark in self.stored.keys() & MARKS.keys():
-                config |= MARKS[mark]
+            config |= import_form("file_words").stated(self.stored, self.file)
         return config
 
     def tensors(self, component: str) -> Mapping[str, np.ndarray]:
@@ -69,7 +64,11 @@ class ModelSource(NamedTuple):
         try:
             return import_form("single_file").from_original(component, self.stored, self.config(component), self.family)
         except UserError as error:
-            raise UserError(f"{self.file}: {error}: {weights.REPLACE}") from None
+            raise UserError(f"{self.file}: {error}: name another {PATH}") from None
+
+    def noise_levels(self) -> np.ndarray | None:
+        """The table of a single file, (1000,) alphas_cumprod, where it has one."""
+        return None if self.stored is None else import_form("file_words").table(self.stored, self.file)
 
 
 def text_encoders(index: Mapping[str, Any]) -> list[str]:
@@ -109,7 +108,7 @@ def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
 
 def file_family(path: Path) -> str:
     """ "v1", "v2" or "xl" of a single file. Raises ValueError, one line, for any other file; pickles are never opened."""
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         how = TO_FOLDER.format("StableDiffusionPipeline", path.name, path.stem)
         raise UserError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
     stored = weights.Tensors([path])
@@ -127,15 +126,18 @@ def open_file(path: Path, like: Path) -> ModelSource:
     family, beside = file_family(path), open_folder(like, LIKE)
     if beside.family != family:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
+    stored, words = weights.Tensors([path]), import_form("file_words")
+    words.check_layout(stored, family, path)
+    words.log_left_out(stored, family, path)
     index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
-    return ModelSource(like, index, family, path, weights.Tensors([path]))
+    return ModelSource(like, index, family, path, stored)
 
 
 def is_id(path: str) -> bool:
     """Whether `path` reads owner/name in plain characters and nothing of that name lies here."""
-    return bool(ID.fullmatch(path)) and not path.endswith(FILES) and not Path(path).exists()
+    return bool(ID.fullmatch(path)) and not path.lower().endswith(FILES) and not Path(path).exists()
 
 
 def import_form(name: str) -> ModuleType:
-    """The module for a form beside the folder: "single_file" or "hub"."""
+    """The module for a form beside the folder: "single_file", "file_words" or "hub"."""
     return import_module(f"proreflow_jax.pretrained.{name}")

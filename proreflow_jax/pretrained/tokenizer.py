@@ -59,7 +59,7 @@ def _read(folder: Path, added: Mapping[str, tuple[int, AddedToken]]) -> Tokenize
         raise UserError(f"{folder} holds no readable tokenizer ({error}): fetch it again, or name another {RULE}") from None
     for word, (number, _) in added.items():
         if (actual := tokenizer.token_to_id(word)) != number:
-            raise UserError(f"{folder}: the added token {word!r} has id {number} in one file, {actual} by another: {RULE}")
+            raise UserError(f"{folder}: the added token {word!r} has id {number} in one file, {actual} in another: {RULE}")
     return tokenizer
 
 
@@ -84,6 +84,11 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], known: Sequence[str])
     rows += [(entry["content"], entry["id"], entry) for entry in _entries(folder / TOKENIZER, listed or [])]
     decoder = [{**entry, "id": number} for number, entry in (config.get("added_tokens_decoder") or {}).items()]
     rows += [(entry["content"], entry["id"], entry) for entry in _entries(folder / CONFIG, decoder)]
+    numbers: dict[str, int] = {}
+    for word, number, _ in rows:
+        if numbers.setdefault(word, number) != number:
+            both = f"has id {numbers[word]} in one file, {number} in another"
+            raise UserError(f"{folder}: the added token {word!r} {both}: name another {RULE}")
     return {word: (number, _with_rules(word, entry)) for word, number, entry in rows if word not in known}
 
 

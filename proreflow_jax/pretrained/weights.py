@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from proreflow_jax import MissingFile, RunFailed, UserError
+from proreflow_jax.pretrained.config_fields import DAMAGED, MEND, text_layers
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Index = tuple[slice, ...]
@@ -31,11 +32,11 @@ VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first
 HALF = re.compile(r"\.(fp16|bf16)(?=[.-])")  # in the name of a file, of a shard, and of an index
 EIGHT_BITS = ("F8_", "I8", "U8")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-REPLACE = "copy or download it again, or name another --config.model.path"
 CONVERT = (
     "convert it where you trust it: "
     """python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained('FOLDER').save_pretrained('NEW_FOLDER')\""""
 )
+TWO_MODELS = "they are of two models"
 LISTED = 4  # names printed of each kind of mismatch
 
 
@@ -48,9 +49,11 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._where: dict[str, Path] = {}
+        self.metadata: dict[str, str] = {}  # of the files' headers
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with _opened(path) as file:
+                self.metadata |= file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118 - no mapping
                     self._where[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
@@ -85,7 +88,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}: {REPLACE}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {error}: {DAMAGED}") from None
 
 
 def only_half(folder: Path) -> bool:
@@ -239,11 +242,15 @@ def _reader(name: str, part: Part, dtype: Any, not_finite: list[str]) -> Callabl
 
 
 def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
-    """{name as in `shapes`: name as in the file}, for names of today and of old files; constants are left out."""
+    """{name as in `shapes`: name as in the file}, for names of today and of old files; constants are left out.
+
+    So are a text encoder's layers behind the last that its config counts, as in transformers: a model for "clip skip".
+    """
     stored = {OLD_NAME.sub(lambda match: OLD[match[0]], name): name for name in tensors if not IGNORED.search(name)}
     if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in stored:
-        return {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
-    return stored
+        stored = {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
+    counted = text_layers(shapes)
+    return {name: torch for name, torch in stored.items() if not counted or text_layers([name]) <= counted}
 
 
 def check_tensors(
@@ -261,7 +268,8 @@ def check_tensors(
         *listing("not finite", not_finite),
     ]
     if kinds:
-        raise UserError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {REPLACE}")
+        why = f"{TWO_MODELS}, {MEND}" if misshapen or set(stored) != set(shapes) else MEND
+        raise UserError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {why}")
 
 
 def finite(tensor: np.ndarray) -> bool:
