@@ -1,6 +1,7 @@
 """Stable Diffusion in, and back out: whatever form a model lies in, no bit of it is lost, and a stranger is named."""
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 import families  # noqa: E402
+from transformers import CLIPTextModel  # noqa: E402
 
 from proreflow_jax.flow.schedule import from_config, make_schedule  # noqa: E402
 from proreflow_jax.models.conditioning import Context  # noqa: E402
@@ -292,6 +294,29 @@ def test_weights_in_eight_bits_are_refused(models, tmp_path):
     path = folder / "unet" / weights.file_name("unet")
     save({n: torch.from_numpy(v).to(torch.float8_e4m3fn) for n, v in load_file(path).items()}, path)
     has(line(pipeline.load_pipeline, folder), str(path), "F8_E4M3", "float16")
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_text_encoder_may_count_fewer_layers_than_its_file_has(models, tmp_path, caplog, form):
+    """As models for "clip skip" do; transformers reads the layers that the config counts, and so do we."""
+    folder = edited(models["v1"], tmp_path / "skip", "text_encoder/config.json", num_hidden_layers=1)
+    theirs = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    source = sources.open_folder(folder)
+    if form == "file":
+        source = sources.open_file(write_single(tmp_path / "model.safetensors", models["v1"]), folder)
+    with caplog.at_level(logging.INFO):
+        ours = pipeline.load_pipeline(source)
+    prompts = ("a three", "five")
+    ids = ours.tokenizer.encode(prompts)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    np.testing.assert_allclose(told(ours, *prompts).states, expected, atol=1e-5)
+    assert "leaves out the last 1 layers of the file" in caplog.text and source.layers_left_out("text_encoder") == 1
+
+
+def test_a_layer_that_is_missing_is_still_missing(models, tmp_path):
+    folder = edited(models["v1"], tmp_path / "more", "text_encoder/config.json", num_hidden_layers=3)
+    has(line(pipeline.load_pipeline, folder), "16 missing", "layers.2.", "of two models")
 
 
 # Reading

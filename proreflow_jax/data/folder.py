@@ -99,11 +99,11 @@ def open_image_folder(path: str, caption_key: str) -> FolderImages:
 
 def _find_metadata(folder: Path, files: list[str]) -> list[str]:
     """The files of metadata, that of the folder itself first. Raises ValueError where one folder holds two."""
-    found = sorted((name for name in files if name.rpartition("/")[2] in METADATA), key=lambda name: (name.count("/"), name))
-    folders = [name.rpartition("/")[0] for name in found]
+    paths = sorted((name for name in files if name.rpartition("/")[2] in METADATA), key=lambda name: (name.count("/"), name))
+    folders = [name.rpartition("/")[0] for name in paths]
     if twice := [here for here in folders if folders.count(here) > 1]:
         raise UserError(f"{folder / twice[0]} holds both {' and '.join(METADATA)}: keep one of them (--config.data.path)")
-    return found
+    return paths
 
 
 def _rows(folder: Path, metadata: list[str], caption_key: str, images: set[str]) -> tuple[list[str], list[Any]]:

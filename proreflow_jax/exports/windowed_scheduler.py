@@ -54,7 +54,7 @@ def _prediction(prediction: str | None, prediction_type: str | None) -> str:
         return next(name for name, stock in STOCK.items() if stock == (prediction_type or "epsilon"))
     if prediction_type and STOCK.get(prediction, prediction_type) != prediction_type:
         raise ValueError(
-            f"prediction {prediction!r} of a config with prediction_type {prediction_type!r}; leave prediction out, or change one"
+            f"prediction {prediction!r} contradicts prediction_type {prediction_type!r}; leave prediction out, or change one"
         )
     return prediction
 
@@ -131,7 +131,7 @@ class WindowedFlowScheduler(SchedulerMixin, ConfigMixin):
       num_train_timesteps: must be 1000, the grid of the windows.
       beta_start, beta_end, beta_schedule: of the base model; "scaled_linear", "linear" or "squaredcos_cap_v2".
       windows: N, which divides 1000.
-      prediction: what the network's output means: "ddim_eps", "diff_eps", "velocity" or "ddim_v"; None: as prediction_type says.
+      prediction: what the network's output means: "ddim_eps", "diff_eps", "velocity", "ddim_v"; None: as prediction_type says.
       path: inside a window, "linear" or (ddim_eps and ddim_v only) "first_order".
       prediction_type: of a stock scheduler's config, "epsilon" or "v_prediction"; so `from_config(pipe.scheduler.config)` reads
         a student as its stock scheduler does.

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from proreflow_jax import UserError
 from proreflow_jax.exports.card import CARD, PAGE, card_page, make_card
 from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, student_scheduler_config
 from proreflow_jax.pretrained import lora_file, weights
@@ -154,6 +155,11 @@ def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[
     An SDXL that predicts v gets the mark by which UIs know it; of SD 2.x they look at the weights.
     """
     base = experiment.base
+    if shorter := [name for name in base.text if base.source.layers_left_out(name)]:
+        raise UserError(
+            f"--form=single-file: {base.source.folder / shorter[0]} uses fewer layers than it has, no single file can say so: "
+            "take --form=diffusers or --form=lora"
+        )
     by_mark = base.source.family == "xl" and experiment.flow.prediction == "v_prediction"
     marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}
     parts = {"unet": unet} | {name: weights.to_torch(params) for name, params in base.params.items()}

@@ -29,7 +29,7 @@ SHOWN = 100  # characters of a value in an error
 ABSENT = object()
 
 
-class Kind(NamedTuple):
+class FieldKind(NamedTuple):
     """A kind of value. `read` gives the value as it is used, or raises ValueError, TypeError or OverflowError."""
 
     words: str  # behind "must be"
@@ -71,37 +71,37 @@ def _token(value: Any) -> str:
     return _instance(str, value.get("content") if isinstance(value, Mapping) else value)
 
 
-def _list_of(kind: Kind, value: Any) -> list:
+def _list_of(kind: FieldKind, value: Any) -> list:
     return [kind.read(item) for item in _instance((list, tuple), value)]
 
 
-COUNT = Kind("a whole number of at least 1", lambda value: _whole(1, value))
-INDEX = Kind("a whole number of at least 0", lambda value: _whole(0, value))
-POSITIVE = Kind("a number above 0", _positive)
-FLAG = Kind("true or false", lambda value: _instance(bool, value))
-WORD = Kind("a word", lambda value: _instance(str, value))
-COUNTS = Kind("a list of whole numbers of at least 1", lambda value: _list_of(COUNT, value))
-WORDS = Kind("a list of words", lambda value: _list_of(WORD, value))
-EACH = Kind(  # of the UNet's levels
+COUNT = FieldKind("a whole number of at least 1", lambda value: _whole(1, value))
+INDEX = FieldKind("a whole number of at least 0", lambda value: _whole(0, value))
+POSITIVE = FieldKind("a number above 0", _positive)
+FLAG = FieldKind("true or false", lambda value: _instance(bool, value))
+WORD = FieldKind("a word", lambda value: _instance(str, value))
+COUNTS = FieldKind("a list of whole numbers of at least 1", lambda value: _list_of(COUNT, value))
+WORDS = FieldKind("a list of words", lambda value: _list_of(WORD, value))
+EACH = FieldKind(  # of the UNet's levels
     "a whole number of at least 1, or a list of them",
     lambda value: (COUNTS if isinstance(value, list | tuple) else COUNT).read(value),
 )
-SQUARE = Kind("one whole number of at least 1: only squares are drawn", _square)
-SHIFT = Kind("a whole number", lambda value: _whole(-(2**31), value))
-TOKEN = Kind("a token", _token)
-OBJECT = Kind("an object", lambda value: _instance(Mapping, value))
+SQUARE = FieldKind("one whole number of at least 1: only squares are drawn", _square)
+SHIFT = FieldKind("a whole number", lambda value: _whole(-(2**31), value))
+TOKEN = FieldKind("a token", _token)
+OBJECT = FieldKind("an object", lambda value: _instance(Mapping, value))
 
 
-def _need(kind: Kind) -> Kind:
+def _need(kind: FieldKind) -> FieldKind:
     return kind._replace(required=True)
 
 
-def _or_null(kind: Kind) -> Kind:
-    return Kind(f"{kind.words}, or null", lambda value: None if value is None else kind.read(value))
+def _or_null(kind: FieldKind) -> FieldKind:
+    return FieldKind(f"{kind.words}, or null", lambda value: None if value is None else kind.read(value))
 
 
-def _one_of(*values: Any) -> Kind:
-    return Kind(" or ".join(map(str, values)), lambda value: _choice(values, value))
+def _one_of(*values: Any) -> FieldKind:
+    return FieldKind(" or ".join(map(str, values)), lambda value: _choice(values, value))
 
 
 TEXT = {
@@ -111,7 +111,7 @@ TEXT = {
     **{"max_position_embeddings": COUNT, "projection_dim": COUNT, "layer_norm_eps": POSITIVE, "hidden_act": WORD},
     **{"eos_token_id": INDEX, "architectures": _or_null(WORDS)},
 }
-TABLE: dict[str, dict[str, Kind]] = {
+TABLE: dict[str, dict[str, FieldKind]] = {
     "unet": {
         **{"block_out_channels": _need(COUNTS), "down_block_types": _need(WORDS), "up_block_types": _need(WORDS)},
         **{"attention_head_dim": _need(EACH), "num_attention_heads": _or_null(EACH), "transformer_layers_per_block": EACH},
@@ -149,7 +149,7 @@ LEVELS = ("down_block_types", "up_block_types", "attention_head_dim", "num_atten
 LEVELS += ("transformer_layers_per_block", "layers_per_block")  # of the UNet: lists with an entry for each level
 
 
-def read_json(path: Path, mend: str = DAMAGED) -> dict[str, Any]:
+def read_object(path: Path, mend: str = DAMAGED) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError in one line if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def read_json(path: Path, mend: str = DAMAGED) -> dict[str, Any]:
 
 def read_ids(path: Path) -> dict[str, int]:
     """{token: id} of a vocabulary's file. Raises ValueError, one line."""
-    ids = read_json(path)
+    ids = read_object(path)
     for word, number in ids.items():
         if type(number) is not int or not 0 <= number < 2**31:
             raise UserError(f"{path}: {_shown(word)}: {_shown(number)} must be {INDEX.words}: {MEND}")
@@ -210,7 +210,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     """
     for name in CONFIG_NAMES:
         if (folder / name).is_file():
-            return check_fields(component, read_json(folder / name), folder / name)
+            return check_fields(component, read_object(folder / name), folder / name)
     raise MissingFile(f"{folder} holds no {' or '.join(CONFIG_NAMES)}: --config.model.path must name a diffusers folder")
 
 

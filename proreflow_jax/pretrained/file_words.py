@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from proreflow_jax import UserError
-from proreflow_jax.pretrained.single_file import PREFIXES, UNET
+from proreflow_jax.pretrained.single_file import LAYER, PREFIXES, UNET
 from proreflow_jax.pretrained.weights import Tensors
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ TABLE = "alphas_cumprod"
 KINDS = {9: "a model for inpainting", 8: "a model for editing (as InstructPix2Pix)", 5: "a model for depth maps"}
 LCM = f"{UNET}time_embed.cond_proj.weight"
 INPUT = f"{UNET}input_blocks.0.0.weight"
+WHOLE = "UIs draw with a part of their own in its place, here the file must hold all: take the one with its VAE baked in"
 ANOTHER = "name another --config.model.path"
 
 
@@ -69,6 +70,13 @@ def table(stored: Tensors, path: Path) -> np.ndarray | None:
     return None
 
 
+def count_layers(stored: Tensors, family: str, component: str) -> int:
+    """How many layers of a text encoder the file holds."""
+    prefix = PREFIXES[family][component]
+    names = [LAYER.match(name.removeprefix(prefix)) for name in stored if name.startswith(prefix)]
+    return max((int(match[1]) + 1 for match in names if match), default=0)
+
+
 def check_layout(stored: Tensors, family: str, path: Path) -> None:
     """Raises UserError, one line that says what the file is, if it is no whole text-to-image model. Nothing is read."""
     if LCM in stored:
@@ -79,7 +87,7 @@ def check_layout(stored: Tensors, family: str, path: Path) -> None:
         raise UserError(f"{path} is {what}: its UNet takes {channels} channels, the VAE gives 4: {ANOTHER}")
     for component, prefix in PREFIXES[family].items():
         if not any(name.startswith(prefix) for name in stored):
-            raise UserError(f"{path} holds no {component}: none of its names begins with {prefix}: name a file that holds all")
+            raise UserError(f"{path} holds no {component}, no name that begins with {prefix}: {WHOLE}: {ANOTHER}")
 
 
 def log_left_out(stored: Tensors, family: str, path: Path) -> None:

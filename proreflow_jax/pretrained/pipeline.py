@@ -12,7 +12,7 @@ from proreflow_jax import UserError
 from proreflow_jax.models import conditioning
 from proreflow_jax.models.layers import PLAIN, Compute
 from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
-from proreflow_jax.pretrained import config_fields, sources, weights
+from proreflow_jax.pretrained import sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -145,11 +145,9 @@ def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
 
 
 def _log_layers_left_out(source: sources.ModelSource, networks: dict[str, Network]) -> None:
-    """Says of a folder's text encoders which layers are not used; a single file's are compared with another model's config."""
-    for name, network in _encoders(networks).items() if source.file is None else ():
-        stored, used = config_fields.text_layers(source.tensors(name)), network.config["num_hidden_layers"]
-        if stored > used:
-            log.info("%s: %d layers are there, its config.json uses %d, as for clip skip", source.folder / name, stored, used)
+    for name in _encoders(networks):
+        if count := source.layers_left_out(name):
+            log.info("%s: its config.json leaves out the last %d layers of the file", source.origin / name, count)
 
 
 def _conditioner(

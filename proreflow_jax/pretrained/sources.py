@@ -66,6 +66,14 @@ class ModelSource(NamedTuple):
         except UserError as error:
             raise UserError(f"{self.file}: {error}: name another {PATH}") from None
 
+    def layers_left_out(self, component: str) -> int:
+        """How many layers of a text encoder lie behind those that its config counts, without SD 2.x's unused last one."""
+        if self.stored is None:
+            stored = config_fields.text_layers(self.tensors(component))
+        else:
+            stored = import_form("file_words").count_layers(self.stored, self.family, component) - (self.family == "v2")
+        return max(stored - self.config(component)["num_hidden_layers"], 0)
+
     def noise_levels(self) -> np.ndarray | None:
         """The table of a single file, (1000,) alphas_cumprod, where it has one."""
         return None if self.stored is None else import_form("file_words").table(self.stored, self.file)
@@ -93,7 +101,7 @@ def open_folder(folder: str | Path, flag: str = PATH) -> ModelSource:
         raise MissingFile(f"{folder} {'is a file' if folder.is_file() else 'does not exist'}: {rule}")
     if not (folder / INDEX).is_file():
         raise MissingFile(f"{folder} holds no {INDEX}: {rule}")
-    index = config_fields.check_fields("model_index", config_fields.read_json(folder / INDEX, rule), folder / INDEX)
+    index = config_fields.check_fields("model_index", config_fields.read_object(folder / INDEX, rule), folder / INDEX)
     for component, known in CLASSES.items():
         class_name = _class(index, component)
         if class_name not in known and (class_name or component != "text_encoder_2"):

@@ -80,7 +80,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], known: Sequence[str])
     transformers 4 writes added_tokens.json and added_tokens_decoder, later ones tokenizer.json alone.
     """
     rows = [(word, number, {}) for word, number in _ids(folder / "added_tokens.json").items()]
-    listed = config_fields.read_json(folder / TOKENIZER).get("added_tokens") if (folder / TOKENIZER).is_file() else None
+    listed = config_fields.read_object(folder / TOKENIZER).get("added_tokens") if (folder / TOKENIZER).is_file() else None
     rows += [(entry["content"], entry["id"], entry) for entry in _entries(folder / TOKENIZER, listed or [])]
     decoder = [{**entry, "id": number} for number, entry in (config.get("added_tokens_decoder") or {}).items()]
     rows += [(entry["content"], entry["id"], entry) for entry in _entries(folder / CONFIG, decoder)]
@@ -112,7 +112,7 @@ def _with_rules(word: str, entry: Mapping[str, Any]) -> AddedToken:
 def _config(folder: Path, name: str) -> dict[str, Any]:
     """One of the tokenizer's config files, {} where it is not there."""
     path = folder / name
-    return config_fields.check_fields("tokenizer", config_fields.read_json(path), path) if path.is_file() else {}
+    return config_fields.check_fields("tokenizer", config_fields.read_object(path), path) if path.is_file() else {}
 
 
 def load_tokenizer(*folders: Path, encoders: Sequence[Mapping[str, Any]] = ()) -> PromptTokenizer:
