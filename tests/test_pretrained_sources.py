@@ -297,7 +297,7 @@ def test_weights_in_eight_bits_are_refused(models, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
-def test_a_text_encoder_may_count_fewer_layers_than_its_file_has(models, tmp_path, caplog, form):
+def test_a_text_encoder_may_count_one_layer_less_than_its_file_has(models, tmp_path, caplog, form):
     """As models for "clip skip" do; transformers reads the layers that the config counts, and so do we."""
     folder = edited(models["v1"], tmp_path / "skip", "text_encoder/config.json", num_hidden_layers=1)
     theirs = CLIPTextModel.from_pretrained(folder / "text_encoder")
@@ -311,7 +311,15 @@ def test_a_text_encoder_may_count_fewer_layers_than_its_file_has(models, tmp_pat
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids).long()).last_hidden_state.numpy()
     np.testing.assert_allclose(told(ours, *prompts).states, expected, atol=1e-5)
-    assert "leaves out the last 1 layers of the file" in caplog.text and source.layers_left_out("text_encoder") == 1
+    assert "leaves out the last layer of the file" in caplog.text and source.layers_left_out("text_encoder") == 1
+
+
+def test_two_layers_less_are_another_model(models, tmp_path):
+    folder = edited(models["v1"], tmp_path / "less", "text_encoder/config.json", num_hidden_layers=1)
+    path = folder / "text_encoder" / weights.file_name("text_encoder")
+    tensors = load_file(path)
+    save_file(tensors | {n.replace("layers.1.", "layers.2."): v for n, v in tensors.items()}, path)
+    has(line(pipeline.load_pipeline, folder), "16 unexpected", "layers.2.", "of two models")
 
 
 def test_a_layer_that_is_missing_is_still_missing(models, tmp_path):

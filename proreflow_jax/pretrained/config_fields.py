@@ -58,7 +58,7 @@ def _instance(kinds: type | tuple[type, ...], value: Any) -> Any:
 def _choice(values: tuple, value: Any) -> Any:
     if isinstance(value, bool) or value not in values:
         raise ValueError
-    return value
+    return values[values.index(value)]
 
 
 def _square(value: Any) -> int:

@@ -146,8 +146,8 @@ def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
 
 def _log_layers_left_out(source: sources.ModelSource, networks: dict[str, Network]) -> None:
     for name in _encoders(networks):
-        if count := source.layers_left_out(name):
-            log.info("%s: its config.json leaves out the last %d layers of the file", source.origin / name, count)
+        if source.layers_left_out(name):
+            log.info("%s: its config.json leaves out the last layer of the file", source.origin / name)
 
 
 def _conditioner(

@@ -4,7 +4,7 @@ One file holds every component under a prefix (`PREFIXES`). Tensors stay in torc
 and three shapes: the VAE's attention is linear here and a 1x1 convolution there, OpenCLIP stacks q, k and v in one tensor,
 and its text projection is transposed. Tables hold (diffusers, original) pairs; a config says how many of each there are.
 
-Not restored: layers of a text encoder behind those that its config.json counts. diffusers keeps 23 of the 24 of SD 2.x, since
+Not restored: one layer of a text encoder behind those its config.json counts. diffusers keeps 23 of the 24 of SD 2.x, since
 only the states before the last are used, and drops the projection too; so do we. diffusers, A1111 and ComfyUI read such a file.
 """
 
@@ -243,7 +243,7 @@ def _unused(name: str, config: Mapping, family: str) -> bool:
     if name in ("text_projection", PROJECTION):
         return PROJECTION not in _open_clip(config)
     layer = LAYER.match(name)
-    behind = layer is not None and int(layer[1]) >= config["num_hidden_layers"]
+    behind = layer is not None and int(layer[1]) == config["num_hidden_layers"]
     return behind or name == "logit_scale" or bool(IGNORED.search(name))
 
 

@@ -244,13 +244,13 @@ def _reader(name: str, part: Part, dtype: Any, not_finite: list[str]) -> Callabl
 def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
     """{name as in `shapes`: name as in the file}, for names of today and of old files; constants are left out.
 
-    So are a text encoder's layers behind the last that its config counts, as in transformers: a model for "clip skip".
+    So is one layer of a text encoder behind the last that its config counts, as in transformers: a model for "clip skip".
     """
     stored = {OLD_NAME.sub(lambda match: OLD[match[0]], name): name for name in tensors if not IGNORED.search(name)}
     if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in stored:
         stored = {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
     counted = text_layers(shapes)
-    return {name: torch for name, torch in stored.items() if not counted or text_layers([name]) <= counted}
+    return {name: torch for name, torch in stored.items() if not counted or text_layers([name]) != counted + 1}
 
 
 def check_tensors(
