@@ -47,7 +47,7 @@ def stable_diffusion(name: str) -> ConfigDict:
     c = ConfigDict()
     c.name = name  # run folder below `root`
     c.root = "runs"  # where run folders lie: a disk that outlives the machine
-    c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number >= 0
+    c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number from 0 to 2**64 - 1
     c.compilation_cache = ""  # folder or gs:// where compiled programs are kept for the next start; "": as the environment says
     _inputs(c)
     _method(c)

@@ -18,6 +18,8 @@ from proreflow_jax.run import cli
 from proreflow_jax.run.experiment import load_weights
 from proreflow_jax.run.open import open_experiment
 from proreflow_jax.run.stages import find_stage
+from proreflow_jax.runtime.metrics import check_finite_rows
+from proreflow_jax.runtime.seeds import LARGEST, seed_key
 from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ def sample(
     texts = [listed[i]["caption"] for i in range(len(listed))]
     if not texts[0]:
         raise UserError("--prompt is empty: say what to draw, or name a text file by --prompts")
-    if count < 1 or seed < 0:
-        raise UserError(f"--count={count} must be at least 1 and --seed={seed} at least 0")
+    if count < 1 or not 0 <= seed <= LARGEST:
+        raise UserError(f"--count={count} must be at least 1 and --seed={seed} in 0 to {LARGEST}")
     path = paths.parse_path(out, "--out")
     if path.suffix.lower() != ".png" or isinstance(path, Path) and not path.parent.is_dir():
         raise UserError(f"--out={out} must be a .png file in a folder that exists")
@@ -59,7 +61,7 @@ def sample(
     read = jax.jit(partial(text_context, n.condition))
     context = read(experiment.base.text, np.repeat(encode(texts), count, axis=0))
     against = read(experiment.base.text, encode([negative]))
-    noise = jax.random.normal(jax.random.key(seed), (count, *experiment.base.latent_shape))
+    noise = jax.random.normal(seed_key(seed), (count, *experiment.base.latent_shape))
     noise = jnp.tile(noise, (len(texts), 1, 1, 1))
     draw = partial(
         sampler.sample_latents,
@@ -71,6 +73,8 @@ def sample(
         dtype=config.model.sampling_dtype,
     )
     latents = jax.jit(draw)(weights.params, noise, context, against)
+    mend = "take --config.model.sampling_dtype=float32, or another --config.model.path"
+    check_finite_rows(np.isfinite(np.asarray(latents)).all(axis=(1, 2, 3)), np.repeat(texts, count).tolist(), mend)
     decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
     images = np.asarray(decode(experiment.base.params["vae"], latents))
     rows = images.reshape(len(texts), count, *images.shape[1:])

@@ -283,9 +283,9 @@ def run_write(case: Case, folder: Path) -> dict[str, Any]:
 def run_load(case: Case, folder: Path) -> dict[str, Any]:
     """Reads them as the verbs do; memory is the peak above what the process held before."""
     from proreflow_jax.models import network
-    from proreflow_jax.pretrained import weights
+    from proreflow_jax.pretrained import config_fields, weights
 
-    ours = network.make_unet(weights.read_config(folder))
+    ours = network.make_unet(config_fields.read_config(folder, "unet"))
     before, start = memory("VmRSS"), time.perf_counter()
     params = weights.from_torch(weights.read_tensors(folder), ours.shapes, str(folder))
     seconds, peak = time.perf_counter() - start, memory("VmHWM") - before

@@ -205,6 +205,26 @@ def test_the_config_survives_every_round_trip(tmp_path):
     assert (to_stock.config.beta_schedule, to_stock.config.beta_end) == ("scaled_linear", 0.012)
 
 
+@pytest.mark.parametrize(("kind", "reading"), [("epsilon", "ddim_eps"), ("v_prediction", "ddim_v")])
+def test_a_stock_schedulers_config_says_how_the_student_is_read(kind, reading):
+    """A v_prediction student read as epsilon would draw noise."""
+    stock = diffusers.DDIMScheduler(**BETAS, prediction_type=kind)
+    ours = WindowedFlowScheduler.from_config(stock.config, windows=4)
+    assert (ours.config.prediction, ours.config.prediction_type) == (reading, kind)
+    assert WindowedFlowScheduler.from_config(ours.config).config.prediction == reading
+    assert diffusers.DDIMScheduler.from_config(ours.config).config.prediction_type == kind
+    for prediction in ("velocity", "diff_eps", reading):
+        assert WindowedFlowScheduler.from_config(stock.config, prediction=prediction).config.prediction == prediction
+    other = {"ddim_eps": "ddim_v", "ddim_v": "ddim_eps"}[reading]
+    with pytest.raises(ValueError, match=f"'{other}' contradicts prediction_type '{kind}'"):
+        WindowedFlowScheduler.from_config(stock.config, prediction=other)
+
+
+def test_a_prediction_type_that_no_student_has_is_refused():
+    with pytest.raises(ValueError, match="prediction_type 'sample', must be one of epsilon, v_prediction"):
+        WindowedFlowScheduler.from_config(diffusers.DDIMScheduler(**BETAS, prediction_type="sample").config)
+
+
 def test_the_file_stands_alone():
     tree = ast.parse(Path(windowed_scheduler.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -240,6 +260,16 @@ def test_stock_pipelines_run(pipe):
     for made in (drawn, painted, filled, controlled):
         assert made.shape == (1, 32, 32, 3) and np.isfinite(made).all() and made.std() > 0.01
     np.testing.assert_allclose(controlled, drawn, atol=1e-5)  # a fresh ControlNet adds zeros
+
+
+def test_image_to_image_of_no_step_is_refused_in_words(pipe):
+    painter = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    image = torch.from_numpy(draw(*LATENT, seed=3))
+    with pytest.raises(ValueError, match="strength x num_inference_steps must be at least 1"):
+        call(painter, 4, image=image, strength=0.2, guidance_scale=1.0, output_type="latent")
+    empty = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="strength x num_inference_steps must be at least 1"):
+        WindowedFlowScheduler(**BETAS).add_noise(image, image, empty)
 
 
 @pytest.mark.parametrize("strength", [0.75, 0.4, 1.0])

@@ -10,7 +10,7 @@ from torch_reference import draw, quick_jit, randomise, same, tensors, to_jax
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from proreflow_jax.models import network
-from proreflow_jax.pretrained import weights
+from proreflow_jax.pretrained import config_fields, weights
 
 VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 2,
@@ -79,7 +79,7 @@ def test_vae_files_with_the_attention_names_of_old(tmp_path):
     assert sum("proj_attn" in name for name in old) == 4
     weights.save_tensors(tmp_path / "diffusion_pytorch_model.safetensors", old)
     reloaded = AutoencoderKL.from_pretrained(tmp_path)
-    ours = network.make_vae(weights.read_config(tmp_path))
+    ours = network.make_vae(config_fields.read_config(tmp_path, "vae"))
     params = weights.to_torch(weights.from_torch(weights.read_tensors(tmp_path), ours.shapes, "old vae"))
     expected = tensors(reloaded)
     assert params.keys() == expected.keys()

@@ -236,3 +236,59 @@ def test_config_of_another_size_than_the_weights_is_refused(tiny, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [4, 12]}))
     with pytest.raises(ValueError, match=r"mixed/unet: weights do not fit its config\.json"):
         pipeline.load_pipeline(tmp_path / "mixed")
+
+
+ENTRY = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
+LEARNED = ["a <my-toy> three", "<my-toy>", "<My-Toy>", "the <my-toy>s", "x<my-toy>y  <my-toy>", "!my-toy! a"]
+
+
+def with_learned(vocabulary, folder, where):
+    """A folder as textual inversion leaves it: two tokens beside the vocabulary, in one of the files that tell them."""
+    count = len(json.loads((vocabulary / "vocab.json").read_text()))
+    tokens = {"<my-toy>": count, "!my-toy!": count + 1}
+    decoder = {str(number): {"content": token, **ENTRY} for token, number in tokens.items()}
+    old_folder(vocabulary, folder, **({"added_tokens_decoder": decoder} if where == "added_tokens_decoder" else {}))
+    if where == "added_tokens.json":
+        (folder / where).write_text(json.dumps(tokens))
+    return folder, tokens
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder"])
+def test_learned_tokens_have_their_own_ids(vocabulary, tmp_path, where):
+    folder, tokens = with_learned(vocabulary, tmp_path, where)
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    theirs.add_tokens(list(tokens))
+    assert {token: theirs.convert_tokens_to_ids(token) for token in tokens} == tokens
+    ours = tokenizer.load_tokenizer(folder)
+    for prompt in LEARNED:
+        expected = theirs(prompt, padding="max_length", max_length=20, truncation=True)["input_ids"]
+        assert ours.encode([prompt])[0].tolist() == expected, prompt
+    assert ours.last == ("!my-toy!", tokens["!my-toy!"])
+
+
+def test_learned_tokens_of_the_tokenizer_json_that_transformers_saves(vocabulary, tmp_path):
+    theirs = stock(vocabulary)
+    theirs.add_tokens(["<my-toy>", "!my-toy!"])
+    theirs.save_pretrained(tmp_path)
+    ours = tokenizer.load_tokenizer(tmp_path)
+    for prompt in LEARNED:
+        expected = theirs(prompt, padding="max_length", max_length=20, truncation=True)["input_ids"]
+        assert ours.encode([prompt])[0].tolist() == expected, prompt
+
+
+def test_a_learned_token_with_two_ids_is_refused(vocabulary, tmp_path):
+    folder, tokens = with_learned(vocabulary, tmp_path, "added_tokens_decoder")
+    (folder / "added_tokens.json").write_text(json.dumps({token: number + 7 for token, number in tokens.items()}))
+    with pytest.raises(ValueError, match="'<my-toy>' has id .* in one file") as caught:
+        tokenizer.load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_end_token_that_the_encoder_looks_for_in_vain_is_refused(vocabulary, tmp_path):
+    """SDXL's pooled state is taken where the end token stands; of an id that never comes that would be the first place."""
+    encoder = {"vocab_size": 10**6, "max_position_embeddings": 20, "architectures": ["CLIPTextModelWithProjection"]}
+    folder = old_folder(vocabulary, tmp_path)
+    end = tokenizer.load_tokenizer(folder, encoders=[encoder | {"eos_token_id": 2}]).end
+    tokenizer.load_tokenizer(folder, encoders=[encoder | {"eos_token_id": end}])
+    with pytest.raises(ValueError, match=f"end token's id is {end}, .* eos_token_id=555"):
+        tokenizer.load_tokenizer(folder, encoders=[encoder | {"eos_token_id": 555}])

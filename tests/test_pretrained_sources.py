@@ -1,6 +1,7 @@
 """Stable Diffusion in, and back out: whatever form a model lies in, no bit of it is lost, and a stranger is named."""
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 import families  # noqa: E402
+from transformers import CLIPTextModel  # noqa: E402
 
-from proreflow_jax.flow.schedule import from_config  # noqa: E402
+from proreflow_jax.flow.schedule import from_config, make_schedule  # noqa: E402
 from proreflow_jax.models.conditioning import Context  # noqa: E402
 from proreflow_jax.pretrained import pipeline, single_file, sources, tokenizer, weights  # noqa: E402
 
@@ -30,7 +32,7 @@ STRANGERS = {  # beside the model in files that people have: averaged weights, b
     "model_ema.decay": np.array([0.9999], np.float32),
     "model_ema.num_updates": np.array([7], np.int32),
     "model_ema.diffusion_modelconv_inweight": np.full((2, 2), np.nan, np.float32),
-    "alphas_cumprod": np.linspace(1, 0, 1000, dtype=np.float32),
+    "alphas_cumprod": make_schedule("scaled_linear", 0.00085, 0.012).alphas_cumprod.astype(np.float32),
     "betas": np.zeros(1000, np.float32),
     "denoiser.sigmas": np.zeros(1000, np.float32),
     "logvar": np.zeros(1000, np.float32),
@@ -292,6 +294,37 @@ def test_weights_in_eight_bits_are_refused(models, tmp_path):
     path = folder / "unet" / weights.file_name("unet")
     save({n: torch.from_numpy(v).to(torch.float8_e4m3fn) for n, v in load_file(path).items()}, path)
     has(line(pipeline.load_pipeline, folder), str(path), "F8_E4M3", "float16")
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_text_encoder_may_count_one_layer_less_than_its_file_has(models, tmp_path, caplog, form):
+    """As models for "clip skip" do; transformers reads the layers that the config counts, and so do we."""
+    folder = edited(models["v1"], tmp_path / "skip", "text_encoder/config.json", num_hidden_layers=1)
+    theirs = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    source = sources.open_folder(folder)
+    if form == "file":
+        source = sources.open_file(write_single(tmp_path / "model.safetensors", models["v1"]), folder)
+    with caplog.at_level(logging.INFO):
+        ours = pipeline.load_pipeline(source)
+    prompts = ("a three", "five")
+    ids = ours.tokenizer.encode(prompts)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    np.testing.assert_allclose(told(ours, *prompts).states, expected, atol=1e-5)
+    assert "leaves out the last layer of the file" in caplog.text and source.layers_left_out("text_encoder") == 1
+
+
+def test_two_layers_less_are_another_model(models, tmp_path):
+    folder = edited(models["v1"], tmp_path / "less", "text_encoder/config.json", num_hidden_layers=1)
+    path = folder / "text_encoder" / weights.file_name("text_encoder")
+    tensors = load_file(path)
+    save_file(tensors | {n.replace("layers.1.", "layers.2."): v for n, v in tensors.items()}, path)
+    has(line(pipeline.load_pipeline, folder), "16 unexpected", "layers.2.", "of two models")
+
+
+def test_a_layer_that_is_missing_is_still_missing(models, tmp_path):
+    folder = edited(models["v1"], tmp_path / "more", "text_encoder/config.json", num_hidden_layers=3)
+    has(line(pipeline.load_pipeline, folder), "16 missing", "layers.2.", "of two models")
 
 
 # Reading

@@ -238,20 +238,10 @@ def test_truncated_file_is_named(tmp_path, keep):
     one_line(caught)
 
 
-def test_folder_without_weights_or_config_is_named(tmp_path):
+def test_folder_without_weights_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="model.safetensors") as caught:
         weights.read_tensors(tmp_path)
     assert str(tmp_path) in one_line(caught)
-    with pytest.raises(FileNotFoundError, match="--config.model.path") as caught:
-        weights.read_config(tmp_path)
-    assert str(tmp_path) in one_line(caught)
-
-
-def test_config_that_is_not_json_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{'in_channels': 4}")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON") as caught:
-        weights.read_config(tmp_path)
-    one_line(caught)
 
 
 def test_a_written_file_is_as_readable_as_the_umask_has_it(tmp_path):

@@ -228,6 +228,15 @@ def test_each_thing_they_depend_on_makes_other_numbers_and_files(made, whole):
     assert len([*reference.glob("*.safetensors")]) == 1
 
 
+def test_pictures_of_no_numbers_are_not_judged(made):
+    """They would be black, and the FID a number."""
+    loud = toy(made, "loud")
+    params = {name: np.full_like(value, 3e38) if "conv_out" in name else value for name, value in loud.unet.params().items()}
+    with pytest.raises(FloatingPointError, match=r"latents of \d of 8 pictures are not finite, of '.*take --config.model.samp"):
+        score_coco.score_coco(loud._replace(unet=BaseUNet(lambda: params)))
+    assert not (loud.run / "scores.json").exists() and kept(made, "loud") == {}
+
+
 def test_without_clip_it_says_so(made, whole):
     (row,) = score_coco.score_coco(toy(made, "no-clip", clip="", seeds=(0,), teacher_steps=(4,), student_steps=()))
     assert row["fid"][0] == whole[0]["fid"][0] and row["clip"] == {}

@@ -16,6 +16,7 @@ from verb import PROMPTS, keep_networks, run, tiny_flags
 from proreflow_jax.pretrained import single_file, sources
 
 UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+WORDS_CONFIG = "tokenizer/tokenizer_config.json"
 PATH, LIKE = "--config.model.path", "--config.model.like"
 
 
@@ -74,6 +75,13 @@ def fields(folder: Path, name: str, **values: object) -> None:
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
 
+def without(folder: Path, name: str, field: str) -> None:
+    """Takes a field out of a JSON file."""
+    content = json.loads((folder / name).read_text())
+    del content[field]
+    (folder / name).write_text(json.dumps(content))
+
+
 def infect(tensors: dict[str, np.ndarray], name: str = "conv_in.weight") -> None:
     tensors[name][0, 0, 0, 0] = np.nan
 
@@ -98,7 +106,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # how 
     "empty file": (lambda f: (f / VAE).write_bytes(b""), (VAE, "not a readable safetensors file", "download it again")),
     "missing tensor": (
         lambda f: change(f, UNET, lambda t: t.pop("conv_in.bias")),
-        ("broken/unet", "1 missing: conv_in.bias", "download it again", PATH),
+        ("broken/unet", "1 missing: conv_in.bias", "of two models", PATH),
     ),
     "further tensor": (
         lambda f: change(f, UNET, lambda t: t.update(stray=np.zeros(1, np.float32))),
@@ -115,7 +123,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # how 
     ),
     "broken vocabulary": (
         lambda f: (f / "tokenizer" / "vocab.json").write_text("{"),
-        ("broken/tokenizer", "no readable tokenizer", PATH),
+        ("broken/tokenizer/vocab.json", "not a JSON object", "download it again", PATH),
     ),
     "VAE's weights as UNet": (lambda f: shutil.copy(f / VAE, f / UNET), ("broken/unet", "missing", "unexpected", PATH)),
     "VAE's folder as UNet": (
@@ -138,7 +146,88 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # how 
         lambda f: fields(f, "scheduler/scheduler_config.json", rescale_betas_zero_snr=True),
         ("rescale_betas_zero_snr", "alpha(1) = 0", "--config.model"),
     ),
+    "no limit of tokens": (
+        lambda f: fields(f, WORDS_CONFIG, model_max_length=10**30),
+        ("broken/tokenizer", "model_max_length", "1000000000000000000000000000000", "text_encoder", "8 positions", PATH),
+    ),
+    "limit of tokens missing": (
+        lambda f: without(f, WORDS_CONFIG, "model_max_length"),
+        ("broken/tokenizer", "model_max_length", "text_encoder", "8 positions", PATH),
+    ),
+    "token beyond the table": (
+        lambda f: fields(f, "tokenizer/vocab.json", toy=5000),
+        ("broken/tokenizer", "'toy'", "5000", "text_encoder", "rows", PATH),
+    ),
 }
+TYPES = (  # file, field, a value of another kind, what the line says beside file, field and value
+    ("unet/config.json", "sample_size", "64", "whole number"),
+    ("unet/config.json", "sample_size", [4, 8], "whole number"),
+    ("unet/config.json", "sample_size", True, "whole number"),
+    ("unet/config.json", "attention_head_dim", "8", "whole number"),
+    ("unet/config.json", "attention_head_dim", [2, 2, 2], "2 levels"),
+    ("unet/config.json", "cross_attention_dim", [8, 8], "whole number"),
+    ("unet/config.json", "block_out_channels", [8, 16, 16], "3 levels"),
+    ("unet/config.json", "block_out_channels", 8, "list of whole numbers"),
+    ("unet/config.json", "block_out_channels", [8, "16"], "list of whole numbers"),
+    ("unet/config.json", "transformer_layers_per_block", [1], "2 levels"),
+    ("unet/config.json", "transformer_layers_per_block", [[1], [1, 1]], "whole number"),
+    ("unet/config.json", "down_block_types", "DownBlock2D", "list of words"),
+    ("unet/config.json", "norm_num_groups", 3, "divide"),
+    ("unet/config.json", "norm_num_groups", None, "whole number"),
+    ("unet/config.json", "use_linear_projection", "no", "true or false"),
+    ("unet/config.json", "in_channels", 0, "whole number"),
+    ("vae/config.json", "scaling_factor", None, "number above 0"),
+    ("vae/config.json", "scaling_factor", 0, "number above 0"),
+    ("vae/config.json", "scaling_factor", "0.18215", "number above 0"),
+    ("vae/config.json", "block_out_channels", 8, "list of whole numbers"),
+    ("vae/config.json", "act_fn", "relu", "silu"),
+    ("vae/config.json", "in_channels", 1, "3"),
+    ("text_encoder/config.json", "eos_token_id", None, "whole number"),
+    ("text_encoder/config.json", "eos_token_id", [555], "whole number"),
+    ("text_encoder/config.json", "max_position_embeddings", None, "whole number"),
+    ("text_encoder/config.json", "num_attention_heads", 3, "divide"),
+    ("text_encoder/config.json", "layer_norm_eps", "1e-5", "number above 0"),
+    ("text_encoder/config.json", "hidden_act", ["gelu"], "word"),
+    ("text_encoder/config.json", "architectures", "CLIPTextModel", "list of words"),
+    ("scheduler/scheduler_config.json", "beta_start", "0.00085", "number above 0"),
+    ("scheduler/scheduler_config.json", "beta_end", [1], "number above 0"),
+    ("scheduler/scheduler_config.json", "prediction_type", 1, "word"),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", "1000", "whole number"),
+    ("tokenizer/tokenizer_config.json", "model_max_length", "77", "number"),
+    ("tokenizer/tokenizer_config.json", "model_max_length", None, "number"),
+    ("tokenizer/tokenizer_config.json", "model_max_length", 0, "number"),
+    ("tokenizer/tokenizer_config.json", "pad_token", 0, "token"),
+    ("tokenizer/tokenizer_config.json", "added_tokens_decoder", [1], "added_tokens_decoder"),
+    ("tokenizer/special_tokens_map.json", "pad_token", ["!"], "token"),
+    ("tokenizer/vocab.json", "a", "7", "number"),
+    ("model_index.json", "force_zeros_for_empty_prompt", "yes", "true or false"),
+)
+
+
+@pytest.mark.parametrize(("name", "field", "value", "kind"), TYPES, ids=[f"{row[1]}={row[2]!r}" for row in TYPES])
+def test_a_field_of_another_kind_is_refused(models, tmp_path, name, field, value, kind):
+    """As a converter or a hand may leave it."""
+    broken = Path(shutil.copytree(models.folder, tmp_path / "broken"))
+    fields(broken, name, **{field: value})
+    refused(tmp_path, broken, f"broken/{name}", field, kind, PATH)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json", "vae/config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "", "\xff", "[" * 100_000], ids=["cut", "list", "empty", "latin", "deep"])
+def test_a_config_that_is_no_object_is_refused(models, tmp_path, name, text):
+    broken = Path(shutil.copytree(models.folder, tmp_path / "broken"))
+    (broken / name).write_text(text, encoding="latin-1")
+    refused(tmp_path, broken, f"broken/{name}", "JSON", PATH)
+
+
+def test_whole_numbers_may_be_written_as_decimals_and_squares_as_pairs(models, tmp_path):
+    """JSON knows one kind of number, and diffusers writes sizes as pairs too."""
+    folder = Path(shutil.copytree(models.folder, tmp_path / "same"))
+    fields(folder, "unet/config.json", sample_size=[4.0, 4.0], norm_num_groups=4.0, transformer_layers_per_block=[1, 1])
+    fields(folder, WORDS_CONFIG, model_max_length=8.0)
+    assert (
+        run("sample", *tiny_flags(tmp_path, folder), "--stage=0", "--steps=1", "--count=1", f"--out={tmp_path}/x.png").code == 0
+    )
 
 
 @pytest.mark.parametrize(("spoil", "needles"), FOLDERS.values(), ids=FOLDERS)

@@ -21,6 +21,16 @@ from proreflow_jax.storage import atomic
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel; others have no one meaning
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of images in layouts of files
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {  # its values; 1 stands already
+    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
+    **{
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    },
+}
 PIXEL_LIMIT = 64 << 20  # a 8192 x 8192 picture
 BYTE_LIMIT = 64 << 20
 LINE_LIMIT = 4096  # bytes of a caption; CLIP reads 77 tokens
@@ -85,7 +95,7 @@ def check_index(index: int, count: int) -> None:
 
 
 def decode_image(encoded: bytes, resolution: int) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
-    """Decodes an image: centre square of the short side, resized bicubically.
+    """Decodes an image: turned as its EXIF says, centre square of the short side, resized bicubically.
 
     Transparency is laid on white, grey becomes RGB. An image of that size already comes back unchanged.
 
@@ -106,15 +116,27 @@ def decode_image(encoded: bytes, resolution: int) -> UInt8[np.ndarray, "{resolut
     if image.mode not in MODES:
         raise Unusable(f"an image of mode {image.mode}: only 8 bits a channel are read ({', '.join(MODES)})")
     try:
-        image = _rgb(image)
+        image = _upright(image)
     except MemoryError:
         raise
     except Exception as error:
         raise Unusable(f"a damaged {image.format} image ({atomic.one_line(error)})") from error
+    width, height = image.size  # of the picture that stands
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)  # cropping and resizing in one: no huge picture in between
     return np.array(image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As RGB, turned and mirrored as viewers show it: cameras store the pixels as the sensor lay."""
+    image.load()  # a PNG may keep its EXIF behind the pixels
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow's readers raise many kinds on damaged EXIF; the pixels are good
+        turn = None
+    upright = _rgb(image)
+    return upright if turn is None else upright.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

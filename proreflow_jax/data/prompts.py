@@ -57,4 +57,4 @@ def _prompt(line: bytes, where: str, flag: str) -> str:
 
 def prompts_identity(path: str | os.PathLike) -> dict[str, str]:
     """The hash of the file's bytes."""
-    return {"prompts": atomic.sha256(Path(path))}
+    return {"prompts": atomic.sha256(Path(path).expanduser())}

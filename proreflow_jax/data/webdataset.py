@@ -1,16 +1,20 @@
 """Images and captions in webdataset's tar shards, by random access: an index of offsets, built once and kept.
 
-A sample is the members of one shard that share a name up to its first dot, "000042.jpg" and "000042.txt". Names of members are
-keys and nothing else: nothing is unpacked, no name becomes a path, links are ignored. The index of a shard lies in a cache
-folder. Its name holds the shard's path, size and time of change, so a changed shard gets a new index.
+A sample is the members of one shard that share a name up to its first dot, "000042.jpg" and "000042.txt", or
+"42.image.jpg" and "42.caption.txt". Where several images share it, as in "pic.7.jpg" and "pic.8.jpg", each is a sample of its
+own, with the caption of the same name up to the last dot. Names of members are keys and nothing else: nothing is unpacked, no
+name becomes a path, links are ignored. The index of a shard lies in a cache folder. Its name holds the shard's path, size and
+time of change, so a changed shard gets a new index.
 """
 
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -32,9 +36,12 @@ from proreflow_jax.storage import atomic
 
 BLOCK = 512  # bytes; tar's unit
 SHARD_LIMIT = 100_000  # shards that a pattern may name
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 WIDTH = 4  # numbers a sample: offset and size of its image, offset and size of its caption; size -1: there is none
+NONE = (0, -1)
 
+Members = dict[tuple[str, str], tuple[int, int]]  # of one key: (name between the dots, extension) -> offset and size
+log = logging.getLogger(__name__)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -89,9 +96,13 @@ def open_webdataset(path: str, caption_key: str, cache: str | os.PathLike) -> Ta
     shards = find_shards(path)
     stats = [_stat(shard) for shard in shards]
     tables = [_index(shard, stat, caption_key, Path(cache)) for shard, stat in zip(shards, stats, strict=True)]
-    if not any(len(table) for table in tables):
-        raise UserError(f"{path} holds no image ({', '.join(EXTENSIONS)}) in {len(shards)} tar shards: see --config.data.path")
-    return TarSamples(path, shards, stats, tables, caption_key)
+    with_image, known = [table[table[:, 1] >= 0] for table in tables], ", ".join(EXTENSIONS)
+    count, every = sum(map(len, with_image)), sum(map(len, tables))
+    if not count:
+        raise UserError(f"{path} holds no image ({known}) in {len(shards)} tar shards: see --config.data.path")
+    if count < every:
+        log.info("%s: %d of %d samples have no image (%s), they are left out", path, every - count, every, known)
+    return TarSamples(path, shards, stats, with_image, caption_key)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -188,7 +199,7 @@ def _write_index(path: Path, table: Int[np.ndarray, "n 4"]) -> None:
 
 
 def build_index(shard: Path, extension: str) -> Int[np.ndarray, "n 4"]:
-    """Reads a shard's headers: WIDTH numbers for each sample that has an image, in the order of the shard.
+    """Reads a shard's headers: WIDTH numbers for each sample, in the order of the shard; one without image counts too.
 
     Raises ValueError: no tar, compressed, or cut before its end mark.
     """
@@ -206,16 +217,35 @@ def build_index(shard: Path, extension: str) -> Int[np.ndarray, "n 4"]:
                 raise UserError(f"cut or damaged at byte {tar.offset}, where the next header or the end mark belongs")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
         raise UserError(f"{shard} is not a whole uncompressed tar ({atomic.one_line(error)}): {mend}") from error
-    rows = [[*places[min(places.keys() & set(EXTENSIONS), key=EXTENSIONS.index)], *places.get(extension, (0, -1))]
-            for places in samples.values() if places.keys() & set(EXTENSIONS)]  # fmt: skip
+    rows = [row for members in samples.values() for row in _sample_rows(members, extension)]
     return np.array(rows, np.int64).reshape(-1, WIDTH)
 
 
-def _note(samples: dict[str, dict[str, tuple[int, int]]], member: tarfile.TarInfo, extension: str) -> None:
-    """Enters a member by its key and extension; of several with one name the first counts."""
+def _note(samples: dict[str, Members], member: tarfile.TarInfo, extension: str) -> None:
+    """Enters a member by its key, field and extension; of several with one name the first counts."""
     name = PurePosixPath(member.name)
-    stem, dot, ending = name.name.partition(".")
-    ending = ending.lower()
-    if not stem or not dot or not member.isreg() or member.issparse() or ending not in (*EXTENSIONS, extension):
+    stem, dot, rest = name.name.partition(".")
+    if not stem or not dot or not member.isreg() or member.issparse():
         return
-    samples.setdefault(f"{name.parent}/{stem}", {}).setdefault(ending, (member.offset_data, member.size))
+    members = samples.setdefault(f"{name.parent}/{stem}", {})
+    field, _, ending = rest.rpartition(".")
+    if (ending := ending.lower()) in (*EXTENSIONS, extension):
+        members.setdefault((field, ending), (member.offset_data, member.size))
+
+
+def _sample_rows(members: Members, extension: str) -> Iterator[tuple[int, ...]]:
+    """(offset and size of the image, of the caption) of each sample that shares a key; see the top of this file."""
+    captions = {field: place for (field, ending), place in members.items() if ending == extension}
+    images: dict[str, tuple[int, int]] = {}
+    for ending in EXTENSIONS:  # of several images of one field the first kind counts
+        for (field, kind), place in members.items():
+            if kind == ending:
+                images.setdefault(field, place)
+    if len(images) <= 1:
+        only = captions.get("") or (next(iter(captions.values())) if len(captions) == 1 else NONE)
+        for field, image in (images or {"": NONE}).items():
+            yield (*image, *captions.get(field, only))
+        return
+    for field in dict.fromkeys(field for field, _ in members if field in images or field in captions):
+        if field in images or field:  # a caption that stands for all of them is of none
+            yield (*images.get(field, NONE), *captions.get(field, NONE))

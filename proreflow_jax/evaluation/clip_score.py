@@ -23,7 +23,7 @@ from proreflow_jax.evaluation.moments import Moments, gaussian
 from proreflow_jax.flow import losses
 from proreflow_jax.models import clip_image, network
 from proreflow_jax.models.network import Network, Params
-from proreflow_jax.pretrained import tokenizer, weights
+from proreflow_jax.pretrained import config_fields, tokenizer, weights
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images, red green blue; OpenCLIP took them over
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -123,14 +123,20 @@ def outline_clip(folder: Path) -> tuple[tuple[dict, dict], Network, Network]:
         )
         raise MissingFile(f"{folder} (--config.evaluate.clip) holds no config.json of transformers{why}")
     with _of_clip():
-        towers = tower_configs(weights.read_config(folder))
+        towers = _checked_towers(folder)
         return towers, network.make_text_encoder(towers[0]), clip_image.make_image_encoder(towers[1])
+
+
+def _checked_towers(folder: Path) -> tuple[dict, dict]:
+    path = folder / "config.json"
+    text, image = tower_configs(config_fields.read_config(folder, "clip"))
+    return config_fields.check_fields("text_encoder", text, path), config_fields.check_fields("image_encoder", image, path)
 
 
 def read_tokenizer(folder: Path) -> tokenizer.PromptTokenizer:
     """The tokenizer beside the towers. Raises FileNotFoundError or ValueError, one line, where there is none."""
     with _of_clip():
-        return tokenizer.load_tokenizer(folder)
+        return tokenizer.load_tokenizer(folder, encoders=[_checked_towers(folder)[0]])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from proreflow_jax.evaluation.protocols import Protocol
 from proreflow_jax.models import inception
 from proreflow_jax.models.inception import MEND, NAME, UNUSED, make_inception
 from proreflow_jax.models.network import Network, Params
-from proreflow_jax.pretrained import weights
+from proreflow_jax.pretrained import config_fields, weights
 from proreflow_jax.pretrained.weights import Shapes
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.runtime.digest import digest, fold
@@ -104,5 +104,7 @@ def read_inception(path: Path) -> HostParams:
         used = {name: tensors[name] for name in tensors if not name.endswith(UNUSED)}
         return weights.from_torch(used, make_inception().shapes, str(path))
     except UserError as error:
-        text = str(error).removesuffix(weights.REPLACE).replace("its config.json", NAME)
-        raise UserError(f"{text.removesuffix(': ')}: {MEND}") from None
+        text = str(error).replace("its config.json", NAME)
+        for advice in (config_fields.DAMAGED, f"{weights.TWO_MODELS}, {config_fields.MEND}", config_fields.MEND):
+            text = text.removesuffix(f": {advice}")
+        raise UserError(f"{text}: {MEND}") from None

@@ -18,7 +18,7 @@ class Format(NamedTuple):
 
 
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
-FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta.safetensors"}
+FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta_weights.safetensors"}
 SCHEDULERS = ("stock", "windowed")
 SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps is the stock DDIMScheduler, exactly
     "_class_name": "DDIMScheduler",

@@ -37,9 +37,26 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 GRID = 1000  # grid steps in [0, 1], and entries of the table
+NO_STEP = "no step is left to take: strength x num_inference_steps must be at least 1; raise strength or num_inference_steps"
 MODULE = "windowed_scheduler"  # this file's name in a pipeline folder
 PREDICTIONS = ("ddim_eps", "diff_eps", "velocity", "ddim_v")
+STOCK = {"ddim_eps": "epsilon", "ddim_v": "v_prediction"}  # prediction -> prediction_type of stock DDIM for that student
 PATHS = {"linear": PREDICTIONS, "first_order": ("ddim_eps", "ddim_v")}  # path -> prediction types that have a meaning on it
+
+
+def _prediction(prediction: str | None, prediction_type: str | None) -> str:
+    """The prediction type, by its own name or by a stock scheduler's. Raises ValueError if the two contradict each other."""
+    if prediction_type not in (None, *STOCK.values()):
+        raise ValueError(
+            f"prediction_type {prediction_type!r}, must be one of {', '.join(STOCK.values())}; change prediction_type"
+        )
+    if prediction is None:
+        return next(name for name, stock in STOCK.items() if stock == (prediction_type or "epsilon"))
+    if prediction_type and STOCK.get(prediction, prediction_type) != prediction_type:
+        raise ValueError(
+            f"prediction {prediction!r} contradicts prediction_type {prediction_type!r}; leave prediction out, or change one"
+        )
+    return prediction
 
 
 def beta_table(beta_schedule: str, beta_start: float, beta_end: float) -> np.ndarray:
@@ -114,8 +131,10 @@ class WindowedFlowScheduler(SchedulerMixin, ConfigMixin):
       num_train_timesteps: must be 1000, the grid of the windows.
       beta_start, beta_end, beta_schedule: of the base model; "scaled_linear", "linear" or "squaredcos_cap_v2".
       windows: N, which divides 1000.
-      prediction: what the network's output means: "ddim_eps", "diff_eps", "velocity" or "ddim_v".
+      prediction: what the network's output means: "ddim_eps", "diff_eps", "velocity", "ddim_v"; None: as prediction_type says.
       path: inside a window, "linear" or (ddim_eps and ddim_v only) "first_order".
+      prediction_type: of a stock scheduler's config, "epsilon" or "v_prediction"; so `from_config(pipe.scheduler.config)` reads
+        a student as its stock scheduler does.
 
     Raises:
       ValueError: one of these rules is broken.
@@ -131,9 +150,11 @@ class WindowedFlowScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.012,
         beta_schedule: str = "scaled_linear",
         windows: int = 4,
-        prediction: str = "ddim_eps",
+        prediction: str | None = None,
         path: str = "linear",
+        prediction_type: str | None = None,
     ) -> None:
+        prediction = _prediction(prediction, prediction_type)
         if num_train_timesteps != GRID:
             raise ValueError(f"num_train_timesteps={num_train_timesteps}, must be {GRID}, the grid; change num_train_timesteps")
         if windows < 1 or GRID % windows:
@@ -151,7 +172,8 @@ class WindowedFlowScheduler(SchedulerMixin, ConfigMixin):
         self._moves: dict[int, tuple[int, float, float]] = {}  # timestep -> (index, P, Q)
         self._begin_index: int | None = None
         self._step_index: int | None = None
-        self.register_to_config(_use_default_values=[])  # a stock scheduler made from this config keeps every value of it
+        stock = {"prediction": prediction, "prediction_type": STOCK.get(prediction, "epsilon")}
+        self.register_to_config(**stock, _use_default_values=[])  # a stock scheduler made from this config keeps all of it
         self.__module__ = MODULE  # of this object: where a pipeline's model_index.json shall say that the class is found
 
     @property
@@ -165,7 +187,12 @@ class WindowedFlowScheduler(SchedulerMixin, ConfigMixin):
         return self._step_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Notes where a walk begins. Steps do not need it: no two timesteps of a walk are equal."""
+        """Notes where a walk begins. Steps do not need it: no two timesteps of a walk are equal.
+
+        Raises ValueError if the walk is over before it begins, as where image-to-image has a small strength.
+        """
+        if self.num_inference_steps is not None and begin_index >= self.num_inference_steps:
+            raise ValueError(NO_STEP)
         self._begin_index = begin_index
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -216,6 +243,8 @@ class WindowedFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """a x0 + s eps at whole timesteps, (b,) or (1,) or (), each 0 to 999; shape and dtype of original_samples."""
+        if not len(torch.as_tensor(timesteps).flatten()):
+            raise ValueError(NO_STEP)
         a, s = self._levels(timesteps, original_samples)
         return (a * _wide(original_samples) + s * _wide(noise)).to(original_samples.dtype)
 

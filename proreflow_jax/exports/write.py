@@ -179,6 +179,11 @@ def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[
     An SDXL that predicts v gets the mark by which UIs know it; of SD 2.x they look at the weights.
     """
     base = experiment.base
+    if shorter := [name for name in base.text if base.source.layers_left_out(name)]:
+        raise UserError(
+            f"--form=single-file: {base.source.folder / shorter[0]} uses fewer layers than it has, no single file can say so: "
+            "take --form=diffusers or --form=lora"
+        )
     kind = experiment.flow.prediction
     by_mark = base.source.family == "xl" and JUMPS.get(kind, kind) == "v_prediction"
     marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}

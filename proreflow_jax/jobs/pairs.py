@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 
 from proreflow_jax.data import loader, records
 from proreflow_jax.jobs.write_records import batched, begin_records, write_records
+from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow import pairs
-from proreflow_jax.run.dataset import encodes, open_source, read_rows
+from proreflow_jax.run.dataset import encodes, open_source, read_captions, read_rows
 from proreflow_jax.run.experiment import PLANNED, Experiment, frozen_arrays, load_weights, stage_plan
 from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import first
 
 log = logging.getLogger(__name__)
@@ -57,10 +59,16 @@ def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh) -> Any:
 
 
 def _rows(experiment: Experiment, source: loader.Source, compute: Any, numbers: range) -> Iterator[dict[str, np.ndarray]]:
-    """The records of some examples, in order."""
-    config = experiment.config
+    """The records of some examples, in order. Raises FloatingPointError for one whose states are no finite numbers."""
+    config, index = experiment.config, iter(numbers)
     read = partial(read_rows, config, experiment.base.tokenizer, source)
     for batch, count in batched(experiment.mesh, config.pairs.batch, read, compute, numbers):
-        batch["states"] = batch["states"].astype(jnp.dtype(config.pairs.storage))
+        with np.errstate(over="ignore"):
+            stored = batch["states"].astype(jnp.dtype(config.pairs.storage))
         for i in range(count):
-            yield {name: values[i] for name, values in batch.items()}
+            number = next(index)
+            if not weights.finite(stored[i]):
+                field = "pairs.storage" if np.isfinite(batch["states"][i]).all() else "model.teacher_dtype"
+                mend = f"take --config.{field}=float32, or another --config.model.path"
+                check_finite_rows([False], read_captions(config, source, [number]), f"{mend} (example {number})")
+            yield {name: values[i] for name, values in (batch | {"states": stored}).items()}

@@ -23,6 +23,7 @@ from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.runtime.seeds import seed_key
 from proreflow_jax.storage import atomic, paths, sealed
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _latent_shape(config: ConfigDict) -> tuple[int, int, int]:
 def _tokenizer(config: ConfigDict, texts: Sequence[Sequence[str]], folder: Path) -> tokenizer.PromptTokenizer:
     """The run's tokenizer: copied from the model to start from, or learned on the captions."""
     if config.start:
-        copying.copy_component(Path(config.start), "tokenizer", folder.parent)
+        copying.copy_component(paths.parse_local(config.start, "--config.start"), "tokenizer", folder.parent)
     else:
         every = sorted({text for wordings in texts for text in wordings})
         tokenizer.write_tokenizer(folder, *tokenizer.learn(every, config.text.merges), config.text.length)
@@ -197,7 +198,7 @@ def _apart(joint: Params) -> dict[str, Params]:
 def _fresh(config: ConfigDict, training: Training) -> Callable[..., TrainState]:
     """The state at step 0, a function of the weights to begin with, or of nothing."""
     chain = make_optimizer({**training.settings.optimizer, "steps": training.settings.steps})
-    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+    key = jax.random.fold_in(seed_key(config.seed), 2**31 - 1)
     return lambda *begin: init_state(begin[0] if begin else training.init(key), chain, training.ema > 0)
 
 
@@ -222,7 +223,7 @@ def _fit(
     c, folder, machine = training.settings, training.folder, mesh.make_mesh()
     mesh.check_batch(c.batch, 1, machine)
     chain = make_optimizer({**c.optimizer, "steps": c.steps})
-    key = jax.random.key(config.seed)
+    key = seed_key(config.seed)
     fresh = _fresh(config, training)
     shapes = jax.eval_shape(fresh)
     places = state_shardings(machine, REPLICATED, shapes)

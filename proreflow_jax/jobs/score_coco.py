@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Bool, UInt8
 
 from proreflow_jax import MissingFile
 from proreflow_jax.data import coco
@@ -30,10 +31,12 @@ from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.storage import atomic, lock, paths
 from proreflow_jax.storage.atomic import json_digest
 
 log = logging.getLogger(__name__)
+MEND = "take --config.model.sampling_dtype=float32, or another --config.model.path"
 SAVE_EVERY = 20  # batches that a kill costs at most
 COLUMNS = {
     "method": "method",
@@ -148,8 +151,8 @@ def draw_images(
     steps: int,
     guidance: float,
     dtype: str,
-) -> UInt8[Array, "b height width 3"]:
-    """Images of numbered prompts, uint8; noise i is drawn by a key of (seed, i).
+) -> tuple[UInt8[Array, "b height width 3"], Bool[Array, " b"]]:
+    """Images of numbered prompts, uint8, and whether their latents are finite; noise i is drawn by a key of (seed, i).
 
     Args:
       params: of the UNet; text, vae: of the networks beside it.
@@ -163,7 +166,7 @@ def draw_images(
     context, negative = (text_context(networks.condition, text, ids) for ids in (rows["ids"], empty))
     options = dict(unet=networks.unet, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance, dtype=dtype)
     latents = sampler.sample_latents(params, noise, context, negative, **options)
-    return sampler.decode(networks.vae, vae, latents, networks.scaling)
+    return sampler.decode(networks.vae, vae, latents, networks.scaling), jnp.isfinite(latents).all(axis=(1, 2, 3))
 
 
 def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidance: float) -> Callable:
@@ -214,8 +217,9 @@ def _generated(
         return draw(inputs.text, inputs.vae, inputs.empty, rows, np.uint32(seed))
 
     firsts = range(position, plan.count, batch)
-    for first, images in zip(firsts, fid.ahead(start, firsts), strict=True):
+    for first, (images, finite) in zip(firsts, fid.ahead(start, firsts), strict=True):
         prompts = inputs.prompts[first : first + batch]
+        check_finite_rows(finite[: len(prompts)], prompts, MEND)
         yield judge.rows(np.stack([fid.prepare_images(image, plan.protocol) for image in images[: len(prompts)]]), prompts)
 
 

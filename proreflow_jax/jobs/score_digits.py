@@ -24,6 +24,7 @@ from proreflow_jax.reflow.predict import make_predict, text_context
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key
 from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import first, host_arrays
 from proreflow_jax.storage import atomic
 
@@ -158,13 +159,22 @@ def prompts(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]
     return labels, experiment.base.tokenizer.encode([digits.caption(label, i // 10) for i, label in enumerate(labels)])
 
 
+def check_latents(latents: np.ndarray, labels: np.ndarray) -> None:
+    """Raises FloatingPointError, one line with the prompts, for latents (n, h, w, c) that are no finite numbers."""
+    captions = [digits.caption(label, i // 10) for i, label in enumerate(labels)]
+    mend = "take --config.model.sampling_dtype=float32, or another --config.model.path"
+    check_finite_rows(np.isfinite(latents).all(axis=(1, 2, 3)), captions, mend)
+
+
 def scores(
     judge: DigitsJudge, latents: np.ndarray, images: np.ndarray, reference: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
     """distance (RMS of latents to the reference's), frechet (to the real digits), recognised (share), of n samples.
 
     latents, reference: (n, h, w, c). images: (n, height, width, 3) uint8. labels: the prompts' digits, (n,).
+    Raises FloatingPointError, one line with the prompts, for latents that are no finite numbers.
     """
+    check_latents(latents, labels)
     pixels = digits.to_pixels8(images)
     return {
         "distance": float(np.sqrt(np.mean((latents - reference) ** 2))),

@@ -18,15 +18,17 @@ from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.predict import make_predict, text_context
-from proreflow_jax.run.dataset import open_source, read_rows
+from proreflow_jax.run.dataset import open_source, read_captions, read_rows
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key
 from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 NUMBERS = "study.json"
+MEND = "take --config.model.sampling_dtype=float32, or another --config.model.path"
 TIME = "time t (1: noise, 0: data)"
 UNIFORM = 8  # times in each window that stand for uniform t
 MAP = 32  # times of the map of velocities, at most
@@ -37,6 +39,7 @@ class StudyInputs(NamedTuple):
 
     noise: list[np.ndarray]  # one for each seed, (b, h, w, c)
     ids: np.ndarray  # (b, s)
+    captions: list[str]
     nodes: np.ndarray  # (steps + 1,), from 1 down to 0; holds the bounds of every stage
 
 
@@ -82,10 +85,11 @@ def study_flow(experiment: Experiment) -> dict[str, Any]:
 def _inputs(experiment: Experiment) -> StudyInputs:
     config, s = experiment.config, experiment.config.evaluate.study
     source = open_source(config, experiment.base)
-    ids = read_rows(config, experiment.base.tokenizer, source, np.arange(s.examples))["ids"]
+    numbers = np.arange(s.examples)
+    ids, captions = read_rows(config, experiment.base.tokenizer, source, numbers)["ids"], read_captions(config, source, numbers)
     keys = jax.random.split(run_key(config, EVALUATION_KEY, 1), s.seeds)
     noise = [np.asarray(jax.random.normal(key, (s.examples, *experiment.base.latent_shape))) for key in keys]
-    return StudyInputs(noise, ids, windows.sampling_nodes(s.steps, max(config.stages)))
+    return StudyInputs(noise, ids, captions, windows.sampling_nodes(s.steps, max(config.stages)))
 
 
 def _in_batches(experiment: Experiment, call: Callable[..., Any], rows: Mapping[str, np.ndarray], axis: int) -> Any:
@@ -120,7 +124,10 @@ def _walks(experiment: Experiment, weights: Weights, inputs: StudyInputs) -> lis
         return trajectory.trajectory(weights.flow, schedule, predict, batch["noise"], inputs.nodes)
 
     call = lambda batch, number: walk(weights.params, experiment.base.text, batch)
-    return [_in_batches(experiment, call, {"noise": z, "ids": inputs.ids}, axis=1) for z in inputs.noise]
+    walks = [_in_batches(experiment, call, {"noise": z, "ids": inputs.ids}, axis=1) for z in inputs.noise]
+    for states, _ in walks:
+        check_finite_rows(np.isfinite(states[-1]).all(axis=(1, 2, 3)), inputs.captions, MEND)
+    return walks
 
 
 def _name(count: int) -> str:

@@ -80,7 +80,11 @@ def _tokenizing(experiment: Experiment) -> Experiment:
     if not all(folder.is_dir() for folder in folders):
         log.warning("%s has no tokenizer: prompts are read, but not tokenized", base.source.folder)
         return experiment
-    return experiment._replace(base=base._replace(tokenizer=tokenizer.load_tokenizer(*folders)))
+    return experiment._replace(
+        base=base._replace(
+            tokenizer=tokenizer.load_tokenizer(*folders, encoders=[base.networks[name].config for name in encoders])
+        )
+    )
 
 
 def _records(experiment: Experiment, stage: Stage, folder: Path) -> tuple[loader.Source, str]:

@@ -1,5 +1,6 @@
 """A whole Stable Diffusion as one value: networks, parameters, tokenizer, scheduler config."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from proreflow_jax.models.network import Network, make_text_encoder, make_unet, 
 from proreflow_jax.pretrained import sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
 
+log = logging.getLogger(__name__)
 MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
 OWN = (0, 0)  # a size that means the model's own resolution
 
@@ -92,10 +94,11 @@ def load_pipeline(
         source = sources.open_folder(source)
     networks = _networks(source, compute)
     folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
-    tokenizer = load_tokenizer(*folders)
+    tokenizer = load_tokenizer(*folders, encoders=[network.config for network in _encoders(networks).values()])
     scheduler = scheduler_config(source, prediction_type)
     read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
     params = {name: read(name) for name in networks if name != "unet" or with_unet}
+    _log_layers_left_out(source, networks)
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
 
@@ -143,6 +146,12 @@ def _networks(source: sources.ModelSource, compute: Compute) -> dict[str, Networ
 
 def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
     return {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
+
+
+def _log_layers_left_out(source: sources.ModelSource, networks: dict[str, Network]) -> None:
+    for name in _encoders(networks):
+        if source.layers_left_out(name):
+            log.info("%s: its config.json leaves out the last layer of the file", source.origin / name)
 
 
 def _conditioner(

@@ -4,9 +4,8 @@ One file holds every component under a prefix (`PREFIXES`). Tensors stay in torc
 and three shapes: the VAE's attention is linear here and a 1x1 convolution there, OpenCLIP stacks q, k and v in one tensor,
 and its text projection is transposed. Tables hold (diffusers, original) pairs; a config says how many of each there are.
 
-Not restored: diffusers keeps 23 of the 24 layers of SD 2.x's text encoder, since only the states before the last are used.
-Reading drops that layer and the projection after it; writing 23 layers leaves them out. diffusers, A1111 and ComfyUI read
-such a file, for they take the same states.
+Not restored: one layer of a text encoder behind those its config.json counts. diffusers keeps 23 of the 24 of SD 2.x, since
+only the states before the last are used, and drops the projection too; so do we. diffusers, A1111 and ComfyUI read such a file.
 """
 
 import itertools
@@ -73,6 +72,7 @@ CLIP_ENDS = _leaves({"text_model.final_layer_norm": "ln_final"}) | {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
 }
+LAYER = re.compile(r"(?:transformer\.resblocks|(?:text_model\.)?encoder\.layers)\.(\d+)\.")
 STACK = ".qkv."  # our word, in a name, for the three that OpenCLIP stacks
 PROJECTION = "text_projection.weight"
 
@@ -242,8 +242,9 @@ def _unused(name: str, config: Mapping, family: str) -> bool:
     """Names in a text encoder of the file that diffusers' network has no use for."""
     if name in ("text_projection", PROJECTION):
         return PROJECTION not in _open_clip(config)
-    last = family == "v2" and name.startswith(f"transformer.resblocks.{config['num_hidden_layers']}.")
-    return last or name == "logit_scale" or bool(IGNORED.search(name))
+    layer = LAYER.match(name)
+    behind = layer is not None and int(layer[1]) == config["num_hidden_layers"]
+    return behind or name == "logit_scale" or bool(IGNORED.search(name))
 
 
 def _today(component: str, names: Iterable[str]) -> dict[str, str]:

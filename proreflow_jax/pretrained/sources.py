@@ -4,7 +4,6 @@ A single file holds weights only. Sizes, tokenizer and noise schedule come from 
 diffusers' own `from_single_file`. Most runs read a folder: the modules for other forms are imported when one is opened.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from importlib import import_module
@@ -15,37 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.pretrained import weights
+from proreflow_jax.pretrained import config_fields, weights
+from proreflow_jax.pretrained.config_fields import CLASSES, KNOWN
 from proreflow_jax.storage import sealed
 from proreflow_jax.storage.paths import check_name
 
 INDEX = "model_index.json"
 PATH, LIKE = "--config.model.path", "--config.model.like"
-KNOWN = "only SD 1.x, SD 2.x, SDXL base and their fine-tunes are distilled"
-CLASSES = {  # of the networks, in model_index.json and in their own config.json
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
-TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-FIELDS = {  # that every network needs
-    "unet": (
-        *("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim"),
-        *("in_channels", "out_channels", "cross_attention_dim", "sample_size"),
-    ),
-    "vae": ("block_out_channels", "latent_channels"),
-    "text_encoder": TEXT_FIELDS,
-    "text_encoder_2": TEXT_FIELDS,
-    "scheduler": (),
-}
-SHIFTED = ("latents_mean", "latents_std", "shift_factor")  # fields of autoencoders that do more than scale latents
 TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-MARKS = {  # tensors that UIs put into a file to say how it is read
-    "v_pred": {"prediction_type": "v_prediction"},
-    "ztsnr": {"rescale_betas_zero_snr": True},
-}
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
 
@@ -71,15 +48,13 @@ class ModelSource(NamedTuple):
         return self.file or self.folder
 
     def config(self, component: str) -> dict:
-        """config.json of a component; the scheduler's includes the marks in a single file.
+        """config.json of a component; the scheduler's includes what a single file says of itself.
 
         Raises FileNotFoundError or ValueError, one line, if it is not there or not that of such a component.
         """
-        config = weights.read_config(self.folder / component)
-        _check_config(component, config, self.folder / component)
+        config = config_fields.read_config(self.folder / component, component)
         if component == "scheduler" and self.stored is not None:
-            for mark in self.stored.keys() & MARKS.keys():
-                config |= MARKS[mark]
+            config |= import_form("file_words").stated(self.stored, self.file)
         return config
 
     def tensors(self, component: str) -> Mapping[str, np.ndarray]:
@@ -92,7 +67,19 @@ class ModelSource(NamedTuple):
         try:
             return import_form("single_file").from_original(component, self.stored, self.config(component), self.family)
         except UserError as error:
-            raise UserError(f"{self.file}: {error}: {weights.REPLACE}") from None
+            raise UserError(f"{self.file}: {error}: name another {PATH}") from None
+
+    def layers_left_out(self, component: str) -> int:
+        """How many layers of a text encoder lie behind those that its config counts, without SD 2.x's unused last one."""
+        if self.stored is None:
+            stored = config_fields.text_layers(self.tensors(component))
+        else:
+            stored = import_form("file_words").count_layers(self.stored, self.family, component) - (self.family == "v2")
+        return max(stored - self.config(component)["num_hidden_layers"], 0)
+
+    def noise_levels(self) -> np.ndarray | None:
+        """The table of a single file, (1000,) alphas_cumprod, where it has one."""
+        return None if self.stored is None else import_form("file_words").table(self.stored, self.file)
 
 
 def text_encoders(index: Mapping[str, Any]) -> list[str]:
@@ -104,19 +91,6 @@ def _class(index: Mapping[str, Any], component: str) -> str | None:
     """The class of a component in a model_index.json, which says [library, class]."""
     entry = index.get(component)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-
-
-def _check_config(component: str, config: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError, one line, unless a config.json is that of such a component, whole enough to build it."""
-    mend = f"name another {PATH}"
-    kinds = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or []
-    if component in CLASSES and kinds and kinds[0] not in CLASSES[component]:
-        known = " or ".join(CLASSES[component])
-        raise UserError(f"{folder}: its config.json is that of a {kinds[0]}, must be of a {known}: {KNOWN}: {mend}")
-    if lacking := [name for name in FIELDS[component] if config.get(name) is None]:
-        raise UserError(f"{folder}: its config.json lacks {', '.join(lacking)}: {mend}")
-    if shifted := [name for name in SHIFTED if component == "vae" and config.get(name) is not None]:
-        raise UserError(f"{folder}: its config.json sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {mend}")
 
 
 def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True) -> ModelSource:
@@ -136,10 +110,7 @@ def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True)
         kind = f", it is a student's {form} that export wrote" if form else ""
         raise MissingFile(f"{folder} holds no {INDEX}{kind}: {rule}")
     sealed.check_undamaged(folder, record, weights.REPLACE, lambda name: not _is_read(folder, name, with_weights))
-    try:
-        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{folder / INDEX} is not a JSON object: {rule}") from None
+    index = config_fields.check_fields("model_index", config_fields.read_object(folder / INDEX, rule), folder / INDEX)
     _check_components(folder, index)
     for component, known in CLASSES.items():
         class_name = _class(index, component)
@@ -149,7 +120,7 @@ def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True)
             raise UserError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
-    linear = weights.read_config(folder / "unet").get("use_linear_projection")
+    linear = config_fields.read_config(folder / "unet", "unet").get("use_linear_projection")
     family = "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1"
     return ModelSource(folder, index, family, student=record if "flow" in record else {})
 
@@ -174,7 +145,7 @@ def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
 
 def file_family(path: Path) -> str:
     """ "v1", "v2" or "xl" of a single file. Raises ValueError, one line, for any other file; pickles are never opened."""
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         how = TO_FOLDER.format("StableDiffusionPipeline", path.name, path.stem)
         raise UserError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
     stored = weights.Tensors([path])
@@ -192,18 +163,21 @@ def open_file(path: Path, like: Path) -> ModelSource:
     family, beside = file_family(path), open_folder(like, LIKE, with_weights=False)
     if beside.family != family:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
+    stored, words = weights.Tensors([path]), import_form("file_words")
+    words.check_layout(stored, family, path)
+    words.log_left_out(stored, family, path)
     index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
     record = sealed.read_record(path.parent)
     own = path.name in record.get(sealed.FILES, {})
     sealed.check_undamaged(path.parent, record, weights.REPLACE, lambda name: name != path.name)
-    return ModelSource(like, index, family, path, weights.Tensors([path]), record if own and "flow" in record else {})
+    return ModelSource(like, index, family, path, stored, record if own and "flow" in record else {})
 
 
 def is_id(path: str) -> bool:
     """Whether `path` reads owner/name in plain characters and nothing of that name lies here."""
-    return bool(ID.fullmatch(path)) and not path.endswith(FILES) and not Path(path).exists()
+    return bool(ID.fullmatch(path)) and not path.lower().endswith(FILES) and not Path(path).exists()
 
 
 def import_form(name: str) -> ModuleType:
-    """The module for a form beside the folder: "single_file" or "hub"."""
+    """The module for a form beside the folder: "single_file", "file_words" or "hub"."""
     return import_module(f"proreflow_jax.pretrained.{name}")

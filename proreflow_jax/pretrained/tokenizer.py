@@ -5,19 +5,22 @@ Old folders hold vocab.json + merges.txt, new ones tokenizer.json; both give the
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from proreflow_jax import MissingFile, UserError
+from proreflow_jax.pretrained import config_fields
 
 log = logging.getLogger(__name__)
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 RULE = "--config.model.path"
+LENGTH = 77  # tokens, of CLIP, where no file says it
+CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -26,6 +29,8 @@ class PromptTokenizer(NamedTuple):
 
     length: int
     encode: Callable[[Sequence[str]], Int[np.ndarray, "b s"]]
+    last: tuple[str, int] = ("", 0)  # the token of the highest id, and that id
+    end: int = 0  # id of the end token
 
 
 def build(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -44,25 +49,31 @@ def build(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
     return tokenizer
 
 
-def _read(folder: Path) -> Tokenizer:
+def _read(folder: Path, added: Mapping[str, tuple[int, AddedToken]]) -> Tokenizer:
     try:
-        return _built(folder)
-    except FileNotFoundError:
+        tokenizer = _built(folder, {word: number for word, (number, _) in added.items()})
+        tokenizer.add_tokens([token for _, token in added.values()])
+    except UserError:
         raise
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{folder} holds no readable tokenizer ({error}): fetch it again, or name another {RULE}") from None
+    for word, (number, _) in added.items():
+        if (actual := tokenizer.token_to_id(word)) != number:
+            raise UserError(f"{folder}: the added token {word!r} has id {number} in one file, {actual} in another: {RULE}")
+    return tokenizer
 
 
-def _built(folder: Path) -> Tokenizer:
+def _built(folder: Path, added: Mapping[str, int]) -> Tokenizer:
+    """The tokenizer; added tokens are entries of its vocabulary where that is a file of its own, so they keep their ids."""
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary = config_fields.read_ids(folder / "vocab.json")
         _check_merges(vocabulary, merges)
-        return build(vocabulary, merges)
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raise MissingFile(f"{folder} holds neither vocab.json + merges.txt nor tokenizer.json: name another {RULE}")
+        return build(dict(added) | vocabulary, merges)
+    if (folder / TOKENIZER).is_file():
+        return Tokenizer.from_file(str(folder / TOKENIZER))
+    raise MissingFile(f"{folder} holds neither vocab.json + merges.txt nor {TOKENIZER}: name another {RULE}")
 
 
 def _check_merges(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> None:
@@ -76,34 +87,94 @@ def _check_merges(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]])
         raise ValueError(f"merges.txt lacks {len(lacking)} of {len(longer)} merges, that of {lacking[0]!r} among them")
 
 
-def _text(value: str | dict | None, default: str) -> str:
-    return default if value is None else value["content"] if isinstance(value, dict) else value
+def _added_tokens(folder: Path, config: Mapping[str, Any], known: Sequence[str]) -> dict[str, tuple[int, AddedToken]]:
+    """{token: (id, token with its rules)} that stand beside the vocabulary, without `known`: learned ones, for example.
+
+    transformers 4 writes added_tokens.json and added_tokens_decoder, later ones tokenizer.json alone.
+    """
+    rows = [(word, number, {}) for word, number in _ids(folder / "added_tokens.json").items()]
+    listed = config_fields.read_object(folder / TOKENIZER).get("added_tokens") if (folder / TOKENIZER).is_file() else None
+    rows += [(entry["content"], entry["id"], entry) for entry in _entries(folder / TOKENIZER, listed or [])]
+    decoder = [{**entry, "id": number} for number, entry in (config.get("added_tokens_decoder") or {}).items()]
+    rows += [(entry["content"], entry["id"], entry) for entry in _entries(folder / CONFIG, decoder)]
+    numbers: dict[str, int] = {}
+    for word, number, _ in rows:
+        if numbers.setdefault(word, number) != number:
+            both = f"has id {numbers[word]} in one file, {number} in another"
+            raise UserError(f"{folder}: the added token {word!r} {both}: name another {RULE}")
+    return {word: (number, _with_rules(word, entry)) for word, number, entry in rows if word not in known}
 
 
-def load_tokenizer(*folders: Path) -> PromptTokenizer:
-    """Reads the tokenizer of a diffusers folder, or SDXL's two.
+def _ids(path: Path) -> dict[str, int]:
+    return config_fields.read_ids(path) if path.is_file() else {}
+
+
+def _entries(path: Path, entries: Any) -> list[dict[str, Any]]:
+    """The entries of added tokens, checked; ids may be written as text."""
+    try:
+        return [{**entry, "id": int(entry["id"]), "content": str(entry["content"])} for entry in entries]
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{path}: its added tokens must be objects with a number and a content: name another {RULE}") from None
+
+
+def _with_rules(word: str, entry: Mapping[str, Any]) -> AddedToken:
+    rules = {name: bool(entry[name]) for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in entry}
+    return AddedToken(word, **rules)
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    """One of the tokenizer's config files, {} where it is not there."""
+    path = folder / name
+    return config_fields.check_fields("tokenizer", config_fields.read_object(path), path) if path.is_file() else {}
+
+
+def load_tokenizer(*folders: Path, encoders: Sequence[Mapping[str, Any]] = ()) -> PromptTokenizer:
+    """Reads the tokenizer of a diffusers folder, or SDXL's two. `encoders` are their text encoders' configs, to be compared.
 
     Returns a PromptTokenizer: `encode` gives ids (b, length) int32, padded as the folder says. Longer prompts are cut and
     keep the end token; the first one is named in a warning. Two tokenizers' ids lie side by side, `length` is the sum. Raises
-    FileNotFoundError if a folder holds no tokenizer. Raises ValueError if the padding or end token has no id, or if two
-    tokenizers differ in length.
+    FileNotFoundError if a folder holds no tokenizer. Raises ValueError if the padding or end token has no id, if two
+    tokenizers differ in length, or if one does not fit its text encoder.
     """
     warned: list[bool] = []
     each = [_load(folder, warned) for folder in folders]
     if len({one.length for one in each}) > 1:
         raise UserError(f"{folders[0].parent}: its tokenizers take {' and '.join(str(one.length) for one in each)} tokens")
+    for folder, one, encoder in zip(folders, each, encoders, strict=False):
+        check_encoder(folder, one, encoder)
     together = lambda prompts: np.concatenate([one.encode(prompts) for one in each], axis=1)
     return each[0] if len(each) == 1 else PromptTokenizer(sum(one.length for one in each), together)
 
 
+def check_encoder(folder: Path, tokenizer: PromptTokenizer, encoder: Mapping[str, Any]) -> None:
+    """Raises ValueError, one line, for ids or lengths that a text encoder has no place for: a look-up there gives NaN.
+
+    folder: the tokenizer's. encoder: config.json of its text encoder.
+    """
+    beside = f"{folder} and its text_encoder do not fit"
+    positions, rows = encoder.get("max_position_embeddings", LENGTH), encoder["vocab_size"]
+    if tokenizer.length > positions:
+        raise UserError(
+            f"{beside}: {CONFIG}'s model_max_length={tokenizer.length} is more than the encoder's {positions} positions: "
+            f"write {positions} there, or name another {RULE}"
+        )
+    token, number = tokenizer.last
+    if number >= rows:
+        raise UserError(
+            f"{beside}: token {token!r} has id {number}, the encoder's table has {rows} rows (vocab_size): name another {RULE}"
+        )
+    end = encoder.get("eos_token_id", 2)
+    if "CLIPTextModelWithProjection" in (encoder.get("architectures") or ()) and end not in (2, tokenizer.end):
+        raise UserError(
+            f"{beside}: the end token's id is {tokenizer.end}, the encoder's config.json says eos_token_id={end}: "
+            f"mend that, or name another {RULE}"
+        )
+
+
 def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
-    tokenizer = _read(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    special = folder / "special_tokens_map.json"
-    config = (json.loads(special.read_text(encoding="utf-8")) if special.is_file() else {}) | config
-    length = min(int(config.get("model_max_length", 77)), 10_000)
-    pad = _text(config.get("pad_token"), END)
+    config = _config(folder, "special_tokens_map.json") | _config(folder, CONFIG)
+    length, pad = config.get("model_max_length", LENGTH), config.get("pad_token") or END
+    tokenizer = _read(folder, _added_tokens(folder, config, (START, END, pad)))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     pad_id, end_id = tokenizer.token_to_id(pad), tokenizer.token_to_id(END)
@@ -123,7 +194,8 @@ def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
             row[: len(ids)] = ids
         return rows
 
-    return PromptTokenizer(length, encode)
+    last = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
+    return PromptTokenizer(length, encode, last, end_id)
 
 
 def learn(texts: Sequence[str], merges: int) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -16,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from proreflow_jax import MissingFile, UserError
+from proreflow_jax import MissingFile, RunFailed, UserError
+from proreflow_jax.pretrained.config_fields import DAMAGED, MEND, text_layers
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Index = tuple[slice, ...]
@@ -24,7 +25,6 @@ Part = Callable[[Index], np.ndarray]  # a slice of one tensor, both in torch's l
 
 TABLE = re.compile(r"(token|position)_embedding\.weight$")
 IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that old text encoders stored
-CONFIG_NAMES = ("config.json", "scheduler_config.json")
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # so in SD 1.5's VAE on the Hub
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
 STEMS = ("diffusion_pytorch_model", "model")
@@ -32,27 +32,12 @@ VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first
 HALF = re.compile(r"\.(fp16|bf16)(?=[.-])")  # in the name of a file, of a shard, and of an index
 FLOATS = ("F16", "BF16", "F32", "F64")
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-REPLACE = "copy or download it again, or name another --config.model.path"
 CONVERT = (
     "convert it where you trust it: "
     """python -c "from diffusers import DiffusionPipeline as P; P.from_pretrained('FOLDER').save_pretrained('NEW_FOLDER')\""""
 )
+TWO_MODELS = "they are of two models"
 LISTED = 4  # names printed of each kind of mismatch
-
-
-def read_config(folder: Path) -> dict:
-    """The config.json (or scheduler_config.json) of one component of a diffusers folder.
-
-    Raises FileNotFoundError naming the path, or ValueError when it is not JSON.
-    """
-    for name in CONFIG_NAMES:
-        if (folder / name).is_file():
-            try:
-                return dict(json.loads((folder / name).read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{folder / name} is not valid JSON: {error}: {REPLACE}") from None
-    names = " or ".join(CONFIG_NAMES)
-    raise MissingFile(f"{folder} holds no {names}: --config.model.path must name a diffusers folder")
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -66,9 +51,11 @@ class Tensors(Mapping[str, np.ndarray]):
     def __init__(self, paths: Iterable[Path], kinds: tuple[str, ...] = FLOATS) -> None:
         self._kinds = kinds
         self._where: dict[str, Path] = {}
+        self.metadata: dict[str, str] = {}  # of the files' headers
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
             with _opened(path) as file:
+                self.metadata |= file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118 - no mapping
                     self._where[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
@@ -105,7 +92,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}: {REPLACE}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {error}: {DAMAGED}") from None
 
 
 def file_name(component: str) -> str:
@@ -254,11 +241,15 @@ def _reader(name: str, part: Part, dtype: Any, not_finite: list[str]) -> Callabl
 
 
 def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
-    """{name as in `shapes`: name as in the file}, for names of today and of old files; constants are left out."""
+    """{name as in `shapes`: name as in the file}, for names of today and of old files; constants are left out.
+
+    So is one layer of a text encoder behind the last that its config counts, as in transformers: a model for "clip skip".
+    """
     stored = {OLD_NAME.sub(lambda match: OLD[match[0]], name): name for name in tensors if not IGNORED.search(name)}
     if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in stored:
-        return {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
-    return stored
+        stored = {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
+    counted = text_layers(shapes)
+    return {name: torch for name, torch in stored.items() if not counted or text_layers([name]) != counted + 1}
 
 
 def check_tensors(
@@ -276,7 +267,8 @@ def check_tensors(
         *listing("not finite", not_finite),
     ]
     if kinds:
-        raise UserError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {REPLACE}")
+        why = f"{TWO_MODELS}, {MEND}" if misshapen or set(stored) != set(shapes) else MEND
+        raise UserError(f"{origin}: weights do not fit its config.json: {'; '.join(kinds)}: {why}")
 
 
 def finite(tensor: np.ndarray) -> bool:
@@ -291,8 +283,17 @@ def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one .safetensors file as diffusers and transformers expect it."""
+    """Writes one .safetensors file as diffusers and transformers expect it.
+
+    Raises FloatingPointError for numbers that are not finite, before the file is there; RunFailed for a full disk.
+    """
+    if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
+        half = " (float16 ends at 65504: take --dtype=float32 or bfloat16)" if tensors[bad[0]].dtype == np.float16 else ""
+        raise FloatingPointError(f"{path.name} is not written: {listing('not finite', bad)[0]}{half}")
     path.touch()
     mode = path.stat().st_mode  # by the user's umask; safetensors (0.8) writes files for their owner alone
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk is one, no OSError
+        raise RunFailed(f"{path} could not be written: {error}") from error
     path.chmod(mode)

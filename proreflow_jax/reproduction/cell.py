@@ -204,6 +204,7 @@ def cell_inputs(experiment: Experiment, seed: int, programs: Programs, judge: sc
     latents, images = score_digits.sample_rows(
         programs.draw, base, experiment.flow, noise, ids, steps=e.teacher_steps[0], batch=e.batch
     )
+    score_digits.check_latents(latents, labels)
     return CellInputs(noise, ids, labels, latents, _moments(judge, images), judge)
 
 

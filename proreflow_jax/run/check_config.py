@@ -16,6 +16,7 @@ from proreflow_jax.models.layers import POLICIES
 from proreflow_jax.reflow import train_step
 from proreflow_jax.reflow.pairs import STARTS
 from proreflow_jax.runtime import mesh, metrics
+from proreflow_jax.runtime.seeds import LARGEST
 
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")
@@ -36,7 +37,7 @@ CHOICES = {
     "data.kind": kinds.KINDS,
 }
 RANGES = {  # field: (lowest, highest); both ends are allowed
-    "seed": (0, 2**63 - 1),
+    "seed": (0, LARGEST),
     "data.max_bad": (0.0, 1.0),
     "data.threads": (1, 1024),
     "pairs.substeps": (1, 1000),

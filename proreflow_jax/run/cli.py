@@ -68,6 +68,7 @@ def _config_files(default: str) -> list[Path]:
 
 def _read(values: flags.FlagValues, name: str, about: str, config: str, options: Mapping[str, tuple]) -> ConfigDict:
     """Reads the flags and returns the config, locked. Raises UserError, one line, for any error of flags or config file."""
+    sys.argv[1:] = [_expanded(word) for word in sys.argv[1:]]
     try:
         _define(values, config, options)
         _parse(values, name, about, config)
@@ -77,6 +78,12 @@ def _read(values: flags.FlagValues, name: str, about: str, config: str, options:
             raise
         reason = endings.config_error(error, _config_files(config))
         raise UserError(f"{reason}; `{name} --help` lists the flags") from None
+
+
+def _expanded(word: str) -> str:
+    """--config=~/mine.py with the home in it: a shell expands `~` at the beginning of a word only."""
+    flag, equals, path = word.partition("=")
+    return f"{flag}={os.path.expanduser(path)}" if equals and flag.lstrip("-") == "config" else word
 
 
 def _define(values: flags.FlagValues, config: str, options: Mapping[str, tuple]) -> None:
@@ -150,8 +157,9 @@ def choose(value: str, known: Sequence[str], flag: str) -> str:
 
 def check_place(file: str, flag: str) -> None:
     """Raises MissingFile, one line, if the folder of a file that is to be written is not there; "" is no file."""
-    if file and not Path(file).parent.is_dir():
-        raise MissingFile(f"{flag}={file}: there is no folder {Path(file).parent}")
+    folder = Path(file).expanduser().parent
+    if file and not folder.is_dir():
+        raise MissingFile(f"{flag}={file}: there is no folder {folder}")
 
 
 def quiet_libraries() -> None:

@@ -1,6 +1,7 @@
 """The block `data` of a config as a job reads it: copied from an object store, written by the demo, of this base model."""
 
 import hashlib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,11 @@ def read_rows(config: ConfigDict, tokenizer: PromptTokenizer, source: Source, nu
     rows = {"index": numbers.astype(np.int32), "ids": tokenizer.encode([item["caption"] for item in items])}
     fields = kinds.TEXTS + (("image", *kinds.LATENTS) if config.pairs.start == "data" else ())
     return rows | {name: np.stack([item[name] for item in items]) for name in fields if name in items[0]}
+
+
+def read_captions(config: ConfigDict, source: Source, numbers: Iterable[int]) -> list[str]:
+    """The captions of examples by their number, as `read_rows` reads them."""
+    return [item["caption"] for item in read_items(source, epoch_places(numbers, config.seed, len(source)))]
 
 
 def made_by(base: Pipeline, text: bool) -> dict[str, Any]:

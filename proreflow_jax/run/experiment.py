@@ -21,6 +21,7 @@ from proreflow_jax.run.train_state import StateLayout, whole_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.runtime.seeds import seed_key
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
@@ -125,7 +126,7 @@ def first_weights(experiment: Experiment, parent: Weights) -> Params:
     """What training starts from: the parent's weights; of a LoRA its factors, or new ones that add nothing."""
     if not experiment.layout.scale:
         return parent.params
-    lora, key = experiment.config.student.lora, jax.random.key(experiment.config.seed)
+    lora, key = experiment.config.student.lora, seed_key(experiment.config.seed)
     return parent.factors or lora_factors.init(experiment.networks.unet.shapes, lora.layers, lora.rank, key)
 
 

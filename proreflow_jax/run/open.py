@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization, check_prediction
-from proreflow_jax.flow.schedule import from_config
+from proreflow_jax.flow.schedule import Schedule, from_config
 from proreflow_jax.flow.windows import check_windows
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.pretrained import pipeline, sources
@@ -77,12 +78,14 @@ def _opened(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet, b
         _check_from_student(config, flow, base.source.student)
     if config.pairs.start == "data":  # images become latents of the shape that the noise has
         check_data_resolution(config, base.resolution)
+    schedule = from_config(base.scheduler)
+    _check_noise_levels(base.source, schedule)
     return Experiment(
         config=config,
         run=run,
         base=base,
         unet=unet,
-        networks=Networks(base.unet, base.condition, base.vae, from_config(base.scheduler), base.scaling),
+        networks=Networks(base.unet, base.condition, base.vae, schedule, base.scaling),
         flow=flow,
         stages=[] if base_alone else plan_stages(config, run, flow, base.latent_shape),
         layout=state_layout(config, machine, base.networks),
@@ -125,6 +128,18 @@ def _check_from_student(config: ConfigDict, flow: Parameterization, card: Mappin
     baked = card.get("guidance", {}).get("teacher", 1.0)
     if config.pairs.guidance != baked:
         raise UserError(f"{where} that has guidance {baked:g} in it: take --config.pairs.guidance={baked:g}, or its base model")
+
+
+def _check_noise_levels(source: sources.ModelSource, schedule: Schedule) -> None:
+    """Raises UserError, one line, if a single file's own table of noise levels is another than its config's."""
+    levels = source.noise_levels()
+    if levels is not None and not np.allclose(levels, schedule.alphas_cumprod, rtol=1e-2, atol=1e-3):
+        own, other = (f"{table[0]:.4g} to {table[-1]:.4g}" for table in (levels, schedule.alphas_cumprod))
+        zero = ", which ends in pure noise (zero terminal SNR, refused here)" if levels[-1] < 1e-6 else ""
+        raise UserError(
+            f"{source.origin} has noise levels of its own (alphas_cumprod from {own}{zero}), {source.folder} says {other}: "
+            f"name a folder with its schedule by {sources.LIKE}, or another {sources.PATH}"
+        )
 
 
 def check_ready(experiment: Experiment, stage: Stage) -> None:

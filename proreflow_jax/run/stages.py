@@ -11,6 +11,7 @@ from proreflow_jax.flow import windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.loss import LossRecipe
 from proreflow_jax.reflow.pairs import PairRecipe, check_pair_steps
+from proreflow_jax.runtime.seeds import seed_key
 from proreflow_jax.storage.paths import Location
 
 DONE = "DONE.json"
@@ -61,7 +62,7 @@ def find_stage(stages: Sequence[Stage], count: int) -> Stage:
 
 def run_key(config: ConfigDict, purpose: int, windows: int) -> jax.Array:
     """The one key of a job, from the run's seed, what it is for, and the stage."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), purpose), windows)
+    return jax.random.fold_in(jax.random.fold_in(seed_key(config.seed), purpose), windows)
 
 
 def loss_recipe(config: ConfigDict) -> LossRecipe:

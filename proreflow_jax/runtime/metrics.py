@@ -32,6 +32,7 @@ from proreflow_jax.storage.paths import parse_path as located
 
 log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0  # between plain log lines where there is no terminal
+NAMED = 3  # prompts in an error
 WINDOW = re.compile(r"(?:^|/)window/(\d+)(?:/|$)")
 PROFILE = "--config.profile.steps"
 STEP = "train"  # name of a step in the trace
@@ -148,6 +149,17 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
     where = f" in window {', '.join(map(str, windows))}" if windows else ""
     values = ", ".join(f"{name}={value}" for name, value in wrong.items())
     raise FloatingPointError(f"step {step}{where}: {values}; lower --config.optimizer.learning_rate or clip_norm")
+
+
+def check_finite_rows(finite: Sequence[bool], prompts: Sequence[str], mend: str) -> None:
+    """Raises FloatingPointError in one line with the prompts, unless the latents of every row are finite numbers.
+
+    finite: of each row. prompts: of each row.
+    """
+    wrong = [prompt for whole, prompt in zip(finite, prompts, strict=True) if not whole]
+    if wrong:
+        shown = ", ".join(repr(prompt) for prompt in list(dict.fromkeys(wrong))[:NAMED])
+        raise FloatingPointError(f"latents of {len(wrong)} of {len(prompts)} pictures are not finite, of {shown}: {mend}")
 
 
 def keep_until(path: str | Path, step: int) -> None:

@@ -78,8 +78,9 @@ def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
         return
     draft = temporary(path)
     try:
-        yield draft
-        sync(draft)
+        with _path_named(path):
+            yield draft
+            sync(draft)
         os.replace(draft, path) if replace else _place_first(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -129,9 +130,10 @@ def _renamed_folder(path: Path) -> Iterator[Path]:
     above = next(folder for folder in path.absolute().parents if folder.exists())  # the new folders' names are its entries
     draft.mkdir(parents=True)
     try:
-        yield draft
-        for file in (*draft.rglob("*"), draft):
-            sync(file)
+        with _path_named(path):
+            yield draft
+            for file in (*draft.rglob("*"), draft):
+                sync(file)
         _swap(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -139,6 +141,19 @@ def _renamed_folder(path: Path) -> Iterator[Path]:
         sync(folder)
         if folder == above:
             break
+
+
+@contextmanager
+def _path_named(path: Path) -> Iterator[None]:
+    """Puts a path into errors of the disk that name none: Python names it where a file is opened, not where it is written."""
+    try:
+        yield
+    except shutil.Error as error:  # of copied folders: a list of (from, to, why)
+        raise RunFailed(f"{path} could not be written: {one_line(error)}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _swap(draft: Path, path: Path) -> None:

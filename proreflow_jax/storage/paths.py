@@ -18,10 +18,16 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
 def parse_path(text: str | os.PathLike | ObjectPath, flag: str = "--config.root") -> Path | ObjectPath:
-    """A path as a Path, or gs://bucket/name as an ObjectPath. Raises ValueError for any other url or a malformed name."""
+    """A path as a Path, `~` expanded, or gs://bucket/name as an ObjectPath.
+
+    Raises ValueError for any other url, a malformed name, or the home of a user that is not known.
+    """
     url = URL.match(str(text))
     if not url:
-        return Path(text)
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            raise UserError(f"{flag}={text}: no such user's home is known: write the whole path") from None
     if url[1] != SCHEME[:-3]:
         raise UserError(f"{flag}={text} must be a local or mounted path or {SCHEME}bucket/folder: {url[1]}:// is not known")
     bucket, _, key = url[2].partition("/")
