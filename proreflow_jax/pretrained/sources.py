@@ -109,7 +109,7 @@ def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True)
         form = record.get(sealed.FORMAT, {}).get("form")
         kind = f", it is a student's {form} that export wrote" if form else ""
         raise MissingFile(f"{folder} holds no {INDEX}{kind}: {rule}")
-    sealed.check_undamaged(folder, record, weights.REPLACE, lambda name: not _is_read(folder, name, with_weights))
+    sealed.check_undamaged(folder, record, config_fields.DAMAGED, lambda name: not _is_read(folder, name, with_weights))
     index = config_fields.check_fields("model_index", config_fields.read_object(folder / INDEX, rule), folder / INDEX)
     _check_components(folder, index)
     for component, known in CLASSES.items():
@@ -169,7 +169,7 @@ def open_file(path: Path, like: Path) -> ModelSource:
     index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
     record = sealed.read_record(path.parent)
     own = path.name in record.get(sealed.FILES, {})
-    sealed.check_undamaged(path.parent, record, weights.REPLACE, lambda name: name != path.name)
+    sealed.check_undamaged(path.parent, record, config_fields.DAMAGED, lambda name: name != path.name)
     return ModelSource(like, index, family, path, stored, record if own and "flow" in record else {})
 
 
