@@ -77,7 +77,7 @@ if __name__ == "__main__":
         "stage": (2, "windows of the stage to export"),
         "out": ("", "folder to write; empty: <run>/export/stage-N, with the form's name behind"),
         "form": ("diffusers", "diffusers, single-file, lora or delta"),
-        "for_": ("", "of a LoRA: diffusers, whose own names are written, every layer of which it takes; empty: most tools"),
+        "for": ("", "of a LoRA: diffusers, whose own names are written, every layer of which it takes; empty: most tools"),
         "dtype": ("float32", "of the tensors written: float32, float16 or bfloat16"),
         "rank": (64, "of the LoRA, capped at each layer's full rank; a student trained as a LoRA keeps its own"),
         "scheduler": ("stock", "stock: diffusers' DDIM, steps = windows; windowed: ours, copied along, any steps from there"),

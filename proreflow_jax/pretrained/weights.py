@@ -71,9 +71,7 @@ class Tensors(Mapping[str, np.ndarray]):
         with _opened(path := self._where[name]) as file:
             stored = file.get_slice(name)
             if (kind := stored.get_dtype()) not in self._kinds:
-                raise UserError(
-                    f"{path} keeps {name} in {kind}, must be in {' or '.join(self._kinds)}: name another file of it"
-                )
+                raise UserError(f"{path} keeps {name} in {kind}, no weights to distil: name a float16 or float32 file of it")
             return stored[index] if index else stored[...]
 
     def __contains__(self, name: object) -> bool:

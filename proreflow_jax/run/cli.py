@@ -1,5 +1,6 @@
 """The command line that every verb shares: --config with overrides, logging, and how a verb ends (run/endings.py)."""
 
+import keyword
 import logging
 import os
 import sys
@@ -49,7 +50,7 @@ def start(
         experiment = _read(values, name, about, config, options)
         _prepare(name, pod)
         keep_programs(experiment.get("compilation_cache", ""))
-        verb(experiment, **{option: getattr(values, _flag(option)) for option in options})
+        verb(experiment, **{_parameter(option): getattr(values, option) for option in options})
     except KeyboardInterrupt:
         _leave(endings.INTERRUPTED, f"{name}: interrupted; run the same command again to go on")
     except Exception as error:
@@ -92,14 +93,14 @@ def _define(values: flags.FlagValues, config: str, options: Mapping[str, tuple])
     flags.DEFINE_bool("help", False, "show this page", short_name="h", flag_values=values)
     define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for option, (default, text) in options.items():
-        define[type(default)](_flag(option), default, text, flag_values=values)
+        define[type(default)](option, default, text, flag_values=values)
     sys.path[:0] = [str(file.parent.parent) for file in _config_files(config)]  # `configs.common` is imported from there
     config_flags.DEFINE_config_file("config", config, "the experiment", flag_values=values)
 
 
-def _flag(option: str) -> str:
-    """The flag of an option: `for_` is --for, a word that Python keeps for itself."""
-    return option.rstrip("_")
+def _parameter(option: str) -> str:
+    """The verb's parameter for a flag: `for_` for --for, a word that Python keeps for itself."""
+    return f"{option}_" if keyword.iskeyword(option) else option
 
 
 def _parse(values: flags.FlagValues, name: str, about: str, config: str) -> None:
