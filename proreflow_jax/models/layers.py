@@ -69,6 +69,9 @@ def gather(weight: Float[Array, "..."], mesh: Mesh) -> Float[Array, "..."]:
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec()))
 
 
+gather.defvjp(lambda weight, mesh: (gather(weight, mesh), None), lambda mesh, _, gradient: (gather(gradient, mesh),))
+
+
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1, padding: int | str = -1) -> nnx.Conv:
     """A 2-D convolution with torch's symmetric padding, by default half the kernel."""
     pad = size // 2 if padding == -1 else padding
