@@ -155,8 +155,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {  # how 
         ("broken/tokenizer", "model_max_length", "text_encoder", "8 positions", PATH),
     ),
     "token beyond the table": (
-        lambda f: fields(f, "tokenizer/vocab.json", toy=5000),
-        ("broken/tokenizer", "'toy'", "5000", "text_encoder", "rows", PATH),
+        lambda f: fields(f, "tokenizer/vocab.json", **{"<toy>": 5000}),
+        ("broken/tokenizer", "'<toy>'", "5000", "text_encoder", "rows", PATH),
     ),
 }
 TYPES = (  # file, field, a value of another kind, what the line says beside file, field and value
