@@ -17,9 +17,8 @@ from proreflow_jax.reflow.predict import text_context
 from proreflow_jax.run import cli
 from proreflow_jax.run.experiment import load_weights
 from proreflow_jax.run.open import open_experiment
-from proreflow_jax.run.stages import find_stage
+from proreflow_jax.run.stages import LARGEST, find_stage, seed_key
 from proreflow_jax.runtime.metrics import check_finite_rows
-from proreflow_jax.runtime.seeds import LARGEST, seed_key
 from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import families  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
 from proreflow_jax.flow.schedule import from_config, make_schedule  # noqa: E402
-from proreflow_jax.models.conditioning import Context  # noqa: E402
+from proreflow_jax.models.network import Context  # noqa: E402
 from proreflow_jax.pretrained import pipeline, single_file, sources, tokenizer, weights  # noqa: E402
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)

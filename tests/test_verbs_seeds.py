@@ -7,8 +7,7 @@ import tiny
 from verb import keep_networks, run, tiny_config, tiny_flags
 
 from proreflow_jax.data import loader
-from proreflow_jax.run.stages import PAIR_KEY, run_key
-from proreflow_jax.runtime.seeds import seed_key
+from proreflow_jax.run.stages import PAIR_KEY, run_key, seed_key
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax.flow.schedule import from_config, make_schedule
-from proreflow_jax.models.conditioning import Context
-from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
+from proreflow_jax.models.network import Context, Network, make_text_encoder, make_unet, make_vae
 from proreflow_jax.pretrained import pipeline, tokenizer, write_pipeline
 from proreflow_jax.reflow.pairs import Frozen, Networks
 

@@ -19,11 +19,11 @@ from proreflow_jax.models.network import Network, Params, make_text_encoder, mak
 from proreflow_jax.pretrained import copying, pipeline, tokenizer, write_pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, make_optimizer, state_shardings, train_step
+from proreflow_jax.run.stages import seed_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import job_lock
-from proreflow_jax.runtime.seeds import seed_key
 from proreflow_jax.storage import atomic, paths, sealed
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,16 @@ import jax
 import numpy as np
 
 from proreflow_jax import UserError
-from proreflow_jax.models import conditioning
 from proreflow_jax.models.layers import PLAIN, Compute
-from proreflow_jax.models.network import Network, make_text_encoder, make_unet, make_vae
+from proreflow_jax.models.network import (
+    Conditioner,
+    Network,
+    check_conditioning,
+    make_conditioner,
+    make_text_encoder,
+    make_unet,
+    make_vae,
+)
 from proreflow_jax.pretrained import sources, weights
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
 
@@ -27,7 +34,7 @@ class Pipeline(NamedTuple):
     networks: dict[str, Network]  # by component: unet, vae, text_encoder, and SDXL's text_encoder_2
     params: dict[str, dict[str, Any]]  # component -> {torch name: numpy array}; the UNet's on its devices where they were named
     tokenizer: PromptTokenizer
-    condition: conditioning.Conditioner
+    condition: Conditioner
     scheduler: dict  # scheduler_config.json: betas and prediction type
 
     @property
@@ -139,7 +146,7 @@ def _networks(source: sources.ModelSource, compute: Compute) -> dict[str, Networ
     """The networks by component, which fit each other."""
     networks = {name: _network(source, name, compute) for name in source.components}
     origin = str(source.origin)
-    conditioning.check_fit(networks["unet"].config, _encoders(networks), origin)
+    check_conditioning(networks["unet"].config, _encoders(networks), origin)
     _check_channels(networks, origin)
     return networks
 
@@ -161,11 +168,11 @@ def _conditioner(
     original_size: tuple[int, int],
     crop: tuple[int, int],
     target_size: tuple[int, int],
-) -> conditioning.Conditioner:
+) -> Conditioner:
     own = (_pixels(networks),) * 2
     sizes = (*(original_size if any(original_size) else own), *crop, *(target_size if any(target_size) else own))
     zeroed = tokenizer.encode([""])[0] if source.index.get("force_zeros_for_empty_prompt") else None
-    return conditioning.make_conditioner(_encoders(networks), sizes, zeroed)
+    return make_conditioner(_encoders(networks), sizes, zeroed)
 
 
 def _network(source: sources.ModelSource, component: str, compute: Compute) -> Network:

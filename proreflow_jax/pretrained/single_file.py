@@ -4,8 +4,8 @@ One file holds every component under a prefix (`PREFIXES`). Tensors stay in torc
 and three shapes: the VAE's attention is linear here and a 1x1 convolution there, OpenCLIP stacks q, k and v in one tensor,
 and its text projection is transposed. Tables hold (diffusers, original) pairs; a config says how many of each there are.
 
-Not restored: one layer of a text encoder behind those its config.json counts. diffusers keeps 23 of the 24 of SD 2.x, since
-only the states before the last are used, and drops the projection too; so do we. diffusers, A1111 and ComfyUI read such a file.
+Not restored: one layer of a text encoder behind those its config.json counts. diffusers keeps 23 of the 24 of SD 2.x and drops
+the projection, since only the states before the last are used; so do we. diffusers, A1111 and ComfyUI read such a file.
 """
 
 import itertools
@@ -25,7 +25,6 @@ PREFIXES = {  # family -> component -> prefix of its names
 }
 MARKED = {"xl": "text_encoder_2", "v2": "text_encoder", "v1": "text_encoder"}  # has the token embedding
 MARK = re.compile(r"(text_model\.embeddings\.|embeddings\.)?token_embedding\.weight")  # old v1 files lack text_model
-
 Modules = dict[str, str]  # diffusers -> original, without weight or bias
 Table = dict[str, str]  # names without prefix; a dot at the end: a transformer of the UNet
 

@@ -17,8 +17,7 @@ from proreflow_jax.flow import solvers
 from proreflow_jax.flow import windows as windowing
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import GRID, Schedule, per_example
-from proreflow_jax.models.conditioning import Conditioner
-from proreflow_jax.models.network import Network, Params
+from proreflow_jax.models.network import Conditioner, Network, Params
 from proreflow_jax.reflow.predict import make_predict, row_context, text_context
 
 STARTS = ("noise", "data")

@@ -11,8 +11,7 @@ from proreflow_jax import UserError
 from proreflow_jax.flow import schedule, windows
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.flow.schedule import GRID, Schedule, timestep
-from proreflow_jax.models.conditioning import Conditioner, Context
-from proreflow_jax.models.network import Network, Params, cast
+from proreflow_jax.models.network import Conditioner, Context, Network, Params, cast
 
 TOLERANCE = 1e-5
 

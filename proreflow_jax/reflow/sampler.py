@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import Schedule
-from proreflow_jax.models.conditioning import Context
-from proreflow_jax.models.network import Network, Params
+from proreflow_jax.models.network import Context, Network, Params
 from proreflow_jax.reflow.predict import make_predict
 
 

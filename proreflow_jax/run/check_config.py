@@ -15,8 +15,8 @@ from proreflow_jax.models.attention_kernels import FORMS
 from proreflow_jax.models.layers import POLICIES
 from proreflow_jax.reflow import train_step
 from proreflow_jax.reflow.pairs import STARTS
+from proreflow_jax.run.stages import LARGEST
 from proreflow_jax.runtime import mesh, metrics
-from proreflow_jax.runtime.seeds import LARGEST
 
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")

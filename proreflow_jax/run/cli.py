@@ -1,5 +1,11 @@
-"""The command line that every verb shares: --config with overrides, logging, and how a verb ends (run/endings.py)."""
+"""The command line that every verb shares: --config with overrides, logging, the compilation cache, and how a verb ends.
 
+Exit codes: 0 done; 1 the run failed; 2 the user's input is wrong; 75 (`STOPPED`) the verb was asked to stop, saved, and goes on
+when the same command runs again; 130 Ctrl-C. An error that is neither the user's, the run's, nor the environment's is a bug: it
+shows its traceback, and Python exits with 1.
+"""
+
+import errno
 import keyword
 import logging
 import os
@@ -7,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import jax
@@ -14,8 +21,7 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
-from proreflow_jax import MissingFile, UserError
-from proreflow_jax.run import endings
+from proreflow_jax import MissingFile, RunFailed, UserError
 from proreflow_jax.runtime.mesh import initialize_distributed
 from proreflow_jax.runtime.processes import check_alone, leads
 from proreflow_jax.storage import gcs, paths
@@ -27,6 +33,14 @@ NOISY = ("orbax", "jax", "etils")  # their warnings are for programmers, their e
 SAID_BY_US = ("gcsfs", "fsspec", "google")  # their errors come back as a line of ours
 ONE_A_LEAF = ("absl", "asyncio", "concurrent.futures")  # a traceback a leaf of one failed save, which is a line of ours
 CACHE = "--config.compilation_cache"
+USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+QUOTES = "'\""
+NAMES = (  # of the errors by which an operating system speaks of disk, network, limits and rights, not of our code
+    "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "EACCES", "EPERM", "ENOLCK", "EBUSY",
+    "ENXIO", "ENODEV", "EREMOTEIO", "ETIMEDOUT", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH",
+    "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENOTCONN", "ESHUTDOWN", "EADDRINUSE", "EADDRNOTAVAIL",
+)  # fmt: skip
+ENVIRONMENT = frozenset(getattr(errno, name) for name in NAMES if hasattr(errno, name))
 
 
 def start(
@@ -41,7 +55,7 @@ def start(
       options: {name: (default, help)} of the verb's own flags, beside --config.field=value; the default's type is the flag's.
       pod: whether several processes may run it as one job.
 
-    Exit codes: run/endings.py. Any error that endings does not name is a bug of the package and shows its traceback.
+    Any error that `exit_code` does not know is a bug of the package and shows its traceback.
     """
     name = verb.__name__
     values = flags.FlagValues()
@@ -52,12 +66,12 @@ def start(
         keep_programs(experiment.get("compilation_cache", ""))
         verb(experiment, **{_parameter(option): getattr(values, option) for option in options})
     except KeyboardInterrupt:
-        _leave(endings.INTERRUPTED, f"{name}: interrupted; run the same command again to go on")
+        _leave(INTERRUPTED, f"{name}: interrupted; run the same command again to go on")
     except Exception as error:
-        code = endings.exit_code(error)
+        code = exit_code(error)
         if code is None or _traced():
             raise
-        _leave(code, f"{name}: {endings.message(error)}")
+        _leave(code, f"{name}: {message(error)}")
     sys.exit(0)
 
 
@@ -77,7 +91,7 @@ def _read(values: flags.FlagValues, name: str, about: str, config: str, options:
     except Exception as error:
         if _traced():
             raise
-        reason = endings.config_error(error, _config_files(config))
+        reason = config_error(error, _config_files(config))
         raise UserError(f"{reason}; `{name} --help` lists the flags") from None
 
 
@@ -209,3 +223,59 @@ def _made(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{CACHE}={folder} must be a folder that can be written to ({error.strerror})") from None
     return folder
+
+
+def exit_code(error: Exception) -> int | None:
+    """USER_ERROR or FAILED, for an error that is shown as one line; None for a bug, which shows its traceback."""
+    if isinstance(error, UserError):
+        return USER_ERROR
+    return FAILED if isinstance(error, RunFailed | FloatingPointError) or _of_environment(error) else None
+
+
+def _of_environment(error: Exception) -> bool:
+    """Whether disk, network, limits or rights are at fault: by its number, or in words of our own."""
+    if isinstance(error, OSError):
+        return error.errno in ENVIRONMENT or (error.errno is None and (_is_ours(error) or gcs.is_trouble(error)))
+    return gcs.is_trouble(error)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package itself raised the error, and so chose its words."""
+    *_, (innermost, _) = walk_tb(error.__traceback__)
+    return innermost.f_globals.get("__name__", "").partition(".")[0] == "proreflow_jax"
+
+
+def message(error: BaseException) -> str:
+    """An error's message on one line; a KeyError's without the quotes Python puts around it."""
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+
+
+def config_error(error: Exception, configs: Sequence[Path]) -> str:
+    """Says what is wrong with flags or config file; for an error in the code of one of the `configs` also where.
+
+    ml_collections quotes an unknown field several times over, and wraps some errors of a config file in its own.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, UserError):
+            return _plain(link)
+        if place := _config_line(link, configs):
+            return f"{place}: {type(link).__name__}: {_plain(link)}"
+        link = link.__cause__ or link.__context__
+    text = _plain(error)
+    if isinstance(error, KeyError | AttributeError) and text[:1] in QUOTES:
+        return f"no such config field: {text.strip(QUOTES).replace(QUOTES[0], ',')}"
+    return text if isinstance(error, ValueError | OSError | TypeError | flags.Error) else f"{type(error).__name__}: {text}"
+
+
+def _plain(error: BaseException) -> str:
+    return message(error).rstrip(".").replace("\\n", " ").replace("\\", "")
+
+
+def _config_line(error: BaseException, configs: Sequence[Path]) -> str:
+    """`FILE, line N` of the innermost line of a config file, or one beside it, that raised the error; empty if none did."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message says so
+    folders = [config.parent for config in configs]
+    lines = [(Path(frame.f_code.co_filename).resolve(), line) for frame, line in walk_tb(error.__traceback__)]
+    return next((f"{file}, line {line}" for file, line in reversed(lines) if file.parent in folders), "")

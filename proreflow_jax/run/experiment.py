@@ -16,12 +16,11 @@ from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.reflow.pairs import Frozen, Networks
 from proreflow_jax.reflow.train_step import averaged
 from proreflow_jax.run import dataset
-from proreflow_jax.run.stages import DONE, Stage
+from proreflow_jax.run.stages import DONE, Stage, seed_key
 from proreflow_jax.run.train_state import StateLayout, whole_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.digest import digest, fold
-from proreflow_jax.runtime.seeds import seed_key
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 

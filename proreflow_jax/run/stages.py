@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
@@ -11,11 +13,11 @@ from proreflow_jax.flow import windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.loss import LossRecipe
 from proreflow_jax.reflow.pairs import PairRecipe, check_pair_steps
-from proreflow_jax.runtime.seeds import seed_key
 from proreflow_jax.storage.paths import Location
 
 DONE = "DONE.json"
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
+LARGEST = 2**64 - 1  # that UIs give
 
 
 class Stage(NamedTuple):
@@ -119,3 +121,9 @@ def _pair_recipe(config: ConfigDict, count: int, teacher: Parameterization, late
         latent=latent,
         dtype=config.model.teacher_dtype,
     )
+
+
+def seed_key(seed: int) -> Key[Array, ""]:
+    """The key that jax makes of a seed in 0 .. LARGEST where it computes in 64 bits; below 2**32 everywhere the same."""
+    with jax.enable_x64(True):
+        return jax.random.key(np.uint64(seed))
