@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from verb import CONFIG, run, tiny_config, tiny_flags
 
 from proreflow_jax import UserError
-from proreflow_jax.exports.formats import UNET_FILE
+from proreflow_jax.exports.formats import FILES, UNET_FILE
 from proreflow_jax.run.open import find_base_model, open_experiment
 from proreflow_jax.storage import sealed
 from proreflow_jax.storage.atomic import read_json
@@ -280,8 +280,8 @@ def test_a_damaged_delta_and_a_damaged_merge_are_not_read(delta, model, tmp_path
     flip(tmp_path / "merged" / UNET_FILE)
     refused(draw(tmp_path / "merged", tmp_path), str(UNET_FILE), "reflow.json")
     broken = Path(shutil.copytree(delta, tmp_path / "broken"))
-    flip(broken / "delta.safetensors")
-    refused(run("merge", *merge_words(model, broken, tmp_path / "again")), "delta.safetensors", "reflow.json")
+    flip(broken / FILES["delta"])
+    refused(run("merge", *merge_words(model, broken, tmp_path / "again")), FILES["delta"], "reflow.json")
     assert not (tmp_path / "again").exists()
 
 
