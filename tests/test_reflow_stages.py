@@ -130,6 +130,22 @@ def sampled(flow, steps, guidance=1):
     return np.asarray(quick_jit(sample)(FROZEN.teacher, NOISE, *contexts()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_computes_in_the_dtype_that_is_asked_for(dtype):
+    """The UNet gets weights, latents and states of that dtype; what it gives is carried on in float32."""
+    dtypes = []
+
+    def apply(params, z, t, *context):
+        dtypes.append({str(array.dtype) for array in jax.tree.leaves((params, z, context))})
+        return TOYS.unet.apply(params, z, t, *context)
+
+    unet, options = TOYS.unet._replace(apply=apply), {"flow": STUDENT, "steps": 8, "guidance": 1, "dtype": dtype}
+    latents = jax.eval_shape(
+        partial(sample_latents, unet=unet, schedule=SCHEDULE, **options), FROZEN.teacher, NOISE, *contexts()
+    )
+    assert dtypes and all(each == {dtype} for each in dtypes) and latents.dtype == jnp.float32
+
+
 def by_hand(flow, times, predict):
     """Windows crossed one after another by `advance`, in plain Python."""
     z = NOISE

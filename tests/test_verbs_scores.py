@@ -81,8 +81,9 @@ def made(tmp_path_factory) -> Made:
     return Made(folder=folder, coco=(captions, images), flags={name: str(path) for name, path in flags.items()})
 
 
-def config(made: Made, name: str = "toy", **fields: object):
+def config(made: Made, name: str = "toy", dtype: str = "float32", **fields: object):
     c = digits.get_config()
+    c.model.sampling_dtype = dtype
     c.name, c.root, c.stages = name, str(made.folder / "runs"), (2,)
     c.evaluate.update({**FIELDS, **made.flags, **fields})
     return c.lock()
@@ -222,6 +223,8 @@ def test_each_thing_they_depend_on_makes_other_numbers_and_files(made, whole):
         found.append(next(iter(row["fid"].values())))
         assert not first & set(kept(made, f"other-{i}"))
     assert len(set(found)) == 5
+    (half,) = score_coco.score_coco(toy(made, "half", dtype="bfloat16", **one))
+    assert ", bfloat16, " in half["statement"] and half["fid"] != whole[0]["fid"] and not first & set(kept(made, "half"))
     reference = made.folder / "runs" / "reference"
     assert len([*reference.glob("*.safetensors")]) == 1
     score_coco.score_coco(toy(made, "no-clip", clip="", **one))

@@ -36,7 +36,6 @@ from proreflow_jax.storage import atomic, lock, paths
 from proreflow_jax.storage.atomic import json_digest
 
 log = logging.getLogger(__name__)
-MEND = "take --config.model.sampling_dtype=float32, or another --config.model.path"
 SAVE_EVERY = 20  # batches that a kill costs at most
 COLUMNS = {
     "method": "method",
@@ -219,7 +218,7 @@ def _generated(
     firsts = range(position, plan.count, batch)
     for first, (images, finite) in zip(firsts, fid.ahead(start, firsts), strict=True):
         prompts = inputs.prompts[first : first + batch]
-        check_finite_rows(finite[: len(prompts)], prompts, MEND)
+        check_finite_rows(finite[: len(prompts)], prompts)
         yield judge.rows(np.stack([fid.prepare_images(image, plan.protocol) for image in images[: len(prompts)]]), prompts)
 
 

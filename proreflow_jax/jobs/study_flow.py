@@ -28,7 +28,6 @@ from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
 NUMBERS = "study.json"
-MEND = "take --config.model.sampling_dtype=float32, or another --config.model.path"
 TIME = "time t (1: noise, 0: data)"
 UNIFORM = 8  # times in each window that stand for uniform t
 MAP = 32  # times of the map of velocities, at most
@@ -126,7 +125,7 @@ def _walks(experiment: Experiment, weights: Weights, inputs: StudyInputs) -> lis
     call = lambda batch, number: walk(weights.params, experiment.base.text, batch)
     walks = [_in_batches(experiment, call, {"noise": z, "ids": inputs.ids}, axis=1) for z in inputs.noise]
     for states, _ in walks:
-        check_finite_rows(np.isfinite(states[-1]).all(axis=(1, 2, 3)), inputs.captions, MEND)
+        check_finite_rows(np.isfinite(states[-1]).all(axis=(1, 2, 3)), inputs.captions)
     return walks
 
 

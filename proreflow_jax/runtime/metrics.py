@@ -33,6 +33,7 @@ from proreflow_jax.storage.paths import parse_path as located
 log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0  # between plain log lines where there is no terminal
 NAMED = 3  # prompts in an error
+IN_FLOAT32 = "take --config.model.sampling_dtype=float32, or another --config.model.path"
 WINDOW = re.compile(r"(?:^|/)window/(\d+)(?:/|$)")
 PROFILE = "--config.profile.steps"
 STEP = "train"  # name of a step in the trace
@@ -151,7 +152,7 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
     raise FloatingPointError(f"step {step}{where}: {values}; lower --config.optimizer.learning_rate or clip_norm")
 
 
-def check_finite_rows(finite: Sequence[bool], prompts: Sequence[str], mend: str) -> None:
+def check_finite_rows(finite: Sequence[bool], prompts: Sequence[str], mend: str = IN_FLOAT32) -> None:
     """Raises FloatingPointError in one line with the prompts, unless the latents of every row are finite numbers.
 
     finite: of each row. prompts: of each row.
