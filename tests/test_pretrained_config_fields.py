@@ -31,7 +31,7 @@ def test_a_config_that_is_not_json_is_named(tmp_path):
         ("models/vae.py", ("vae",)),
         ("models/clip.py", ("text_encoder",)),
         ("models/clip_image.py", ("image_encoder",)),
-        ("models/conditioning.py", ("unet", "text_encoder")),
+        ("models/network.py", ("unet", "text_encoder")),
         ("flow/schedule.py", ("scheduler",)),
         ("pretrained/tokenizer.py", ("tokenizer", "text_encoder")),
         ("pretrained/single_file.py", ("unet", "vae", "text_encoder")),

@@ -120,7 +120,7 @@ def grid_time(index: Int[ArrayLike, "..."], dtype: Any = None) -> Float[Array, "
 
     dtype: of the result; None is jax's default float (float32, or float64 under x64).
     """
-    return jnp.asarray(_GRID_TIMES, dtype)[jnp.asarray(index)]
+    return jnp.asarray(_GRID_TIMES, jnp.result_type(float) if dtype is None else dtype)[jnp.asarray(index)]
 
 
 def per_example(t: Float[Array, "b"], z: Float[Array, "b *d"]) -> Float[Array, "b *ones"]:
