@@ -42,7 +42,7 @@ if __name__ == "__main__":
     options = {
         "delta": ("", "folder that export --form=delta wrote"),
         "out": ("", "folder to write"),
-        "scale": (1.0, "factor of the delta"),
+        "scale": (1.0, "factor of the delta", (-100, 100)),
         "overwrite": (False, "replace an existing folder"),
     }
     cli.start(merge, __doc__, "configs/digits.py", options)

@@ -7,8 +7,8 @@ from proreflow_jax.exports.formats import Format
 from proreflow_jax.run import open
 from proreflow_jax.run.check_config import field_value
 from proreflow_jax.run.experiment import Experiment, Weights, guidance_contract
+from proreflow_jax.run.finished import read_done
 from proreflow_jax.run.stages import Stage
-from proreflow_jax.storage import atomic
 
 CARD, PAGE = "reflow.json", "README.md"
 OPEN = (  # what the paper does not fix and the config therefore decides
@@ -37,8 +37,8 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, wanted: Fo
 
 def _lineage(experiment: Experiment, stage: Stage) -> dict[str, str]:
     """Digests of the weights from the base model to the student, by the name of what holds them."""
-    done = [atomic.read_json(other.done) for other in experiment.stages if other.windows >= stage.windows]
-    return {"base": done[0]["parent"]} | {f"stage-{one['flow']['windows']}": one["digest"] for one in done}
+    done = [read_done(other) for other in experiment.stages if other.windows >= stage.windows]
+    return {"base": done[0].parent} | {f"stage-{one.flow.windows}": one.digest for one in done}
 
 
 def card_page(card: Mapping[str, Any]) -> str:

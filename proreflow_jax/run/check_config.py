@@ -15,6 +15,7 @@ from proreflow_jax.models.attention_kernels import FORMS
 from proreflow_jax.models.layers import POLICIES
 from proreflow_jax.reflow import train_step
 from proreflow_jax.reflow.pairs import STARTS
+from proreflow_jax.run.ranges import check_ranges
 from proreflow_jax.runtime import mesh, metrics
 
 DTYPES = ("float32", "bfloat16")
@@ -35,23 +36,6 @@ CHOICES = {
     "cache.storage": STORAGE,
     "data.kind": kinds.KINDS,
 }
-RANGES = {  # field: (lowest, highest); both ends are allowed
-    "seed": (0, 2**63 - 1),
-    "data.max_bad": (0.0, 1.0),
-    "data.threads": (1, 1024),
-    "pairs.substeps": (1, 1000),
-    "pairs.guidance": (0.0, 1000.0),
-    "pairs.prompt_dropout": (0.0, 1.0),
-    "loss.alpha": (0.0, 1e6),
-    "student.lora.rank": (0, 2**31 - 1),
-    "student.lora.alpha": (0.0, 1e6),
-    "train.steps": (1, 2**31 - 1),
-    "train.log_every": (1, 2**31 - 1),
-    "cache.shard_size": (1, 2**31 - 1),
-    "cache.batch": (1, 2**31 - 1),
-    "checkpoint.every": (1, 2**31 - 1),
-    "checkpoint.keep": (1, 2**31 - 1),
-}
 Change = dict[str, Any]  # {field: value}, as --config.field=value
 
 
@@ -61,9 +45,7 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
         _check_counts(field, field_value(config, field))
     for field, known in CHOICES.items():
         check_choice(field_value(config, field), known, f"--config.{field}")
-    for field, (low, high) in RANGES.items():
-        if not low <= field_value(config, field) <= high:
-            raise UserError(f"--config.{field}={field_value(config, field)} must be in [{low}, {high}]")
+    check_ranges(config)
     if not 0 <= config.train.ema < 1:
         raise UserError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_prediction(config.student.prediction, config.student.path)

@@ -50,7 +50,7 @@ def message(error: BaseException) -> str:
     return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
 
 
-def config_error(error: Exception, configs: Sequence[Path]) -> str:
+def config_error(error: BaseException, configs: Sequence[Path]) -> str:
     """Says what is wrong with flags or config file; for an error in the code of one of the `configs` also where.
 
     ml_collections quotes an unknown field several times over, and wraps some errors of a config file in its own.

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
+from proreflow_jax.data import record_plan
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_factors
@@ -16,18 +17,21 @@ from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.reflow.pairs import Frozen, Networks
 from proreflow_jax.reflow.train_step import averaged
 from proreflow_jax.run import dataset
+from proreflow_jax.run.finished import Done, read_done
 from proreflow_jax.run.stages import DONE, Stage
 from proreflow_jax.run.train_state import StateLayout, whole_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
+from proreflow_jax.runtime.damage import Damaged
 from proreflow_jax.runtime.digest import digest, fold
-from proreflow_jax.storage import atomic
+from proreflow_jax.runtime.processes import first_reads
 from proreflow_jax.storage.paths import Location
 
 FREE = (  # fields that a resumed stage may change, beside those of `dataset.FREE`
     "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *dataset.FREE,
 )  # fmt: skip
 PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the config that pairs depend on
+TRAINED = (*PLANNED, "loss", "train", "optimizer")  # blocks that a student depends on
 
 
 class BaseUNet:
@@ -64,6 +68,7 @@ class Experiment(NamedTuple):
     stages: list[Stage]
     layout: StateLayout
     mesh: Mesh
+    identity: Callable[[], dict[str, str]]  # `base_identity` of the base model, worked out once
 
 
 class Weights(NamedTuple):
@@ -96,28 +101,40 @@ def guidance_contract(config: ConfigDict) -> dict[str, Any]:
 def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     """The finished student of a stage (its average where there is one), or the base model for None.
 
-    Raises MissingFile if the stage is not done, UserError if its weights are not those its DONE.json names.
+    Raises MissingFile if the stage is not done, UserError if its weights are damaged or not those its DONE.json names.
     """
     if stage is None:
         return Weights(experiment.unet.params(), experiment.flow, experiment.unet.digest())
-    check_done(stage)
-    done, layout = atomic.read_json(stage.done), experiment.layout
-    with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
-        trained = averaged(checkpoints.restore(done["step"], layout.target).state)
-    actual = fold(digest(trained))
-    if actual != done["digest"]:
-        raise UserError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
-    flow = Parameterization(**done["flow"])
+    done, layout = read_done(stage), experiment.layout
+    try:
+        trained = finished_weights(experiment, stage, done)
+    except (Damaged, MissingFile) as error:
+        again = f"distill, or train --stage={stage.windows}, goes back to the newest good step and trains the rest again"
+        raise UserError(f"{error}: {again}") from None
     if not layout.scale:
-        return Weights(trained, flow, actual)
+        return Weights(trained, done.flow, done.digest)
     params = jax.jit(partial(whole_weights, layout))(trained, experiment.unet.params())
-    return Weights(params, flow, actual, trained)
+    return Weights(params, done.flow, done.digest, trained)
 
 
-def check_done(stage: Stage) -> None:
-    """Raises MissingFile, one line, if a stage is not done."""
-    if not stage.done.is_file():
-        raise MissingFile(f"{stage.done} is missing: run distill, or train --stage={stage.windows}")
+def finished_weights(experiment: Experiment, stage: Stage, done: Done) -> Params:
+    """What a finished stage trained (the average where there is one), compared with its record.
+
+    Raises Damaged or MissingFile if the step is damaged or gone, UserError if its weights are another run's.
+    """
+    with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
+        trained = averaged(checkpoints.restore(done.step, experiment.layout.target).state)
+    if fold(digest(trained)) != done.digest:
+        raise UserError(
+            f"{stage.folder}: step {done.step} does not hold the weights that {DONE} names, one of the two is another run's: "
+            f"put back the right one; with {DONE} moved aside train --stage={stage.windows} goes by the checkpoint"
+        )
+    return trained
+
+
+def handed_on(experiment: Experiment, stage: Stage | None) -> str:
+    """The digest of a finished student, by its record, or of the base model for None. Raises as `read_done`."""
+    return read_done(stage).digest if stage else experiment.unet.digest()
 
 
 def first_weights(experiment: Experiment, parent: Weights) -> Params:
@@ -151,7 +168,38 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
     plan |= dataset.identity(config)
-    return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
+    plan = {name: value for name, value in plan.items() if name not in FREE}
+    return plan | experiment.identity() | {"seed": config.seed, "parent": parent}
+
+
+def check_begun(experiment: Experiment, stages: Sequence[Stage]) -> None:
+    """Raises UserError, one line, if one of the stages, or its pairs, was begun with another config; writes nothing.
+
+    What a stage starts from is compared as far as it is known: a stage before it may have to be finished first.
+    """
+    for stage in stages:
+        for folder, source, blocks in (
+            (stage.folder, stage.parent, TRAINED),
+            (stage.folder / "pairs", stage.maker, PLANNED),
+        ):
+            begun, known = first_reads(lambda at=folder, by=source: [_has_plan(at), by is None or _has_plan(by.folder)])
+            if not begun:
+                continue
+            if not known:
+                raise UserError(
+                    f"{folder / record_plan.PLAN} was begun from other weights, --config.stages={experiment.config.stages} "
+                    f"starts it from stage {source.windows}, which has not begun: take another folder by --config.name"
+                )
+            try:
+                parent, unknown = handed_on(experiment, source), ()
+            except (MissingFile, Damaged):
+                parent, unknown = "", ("parent",)
+            plan = stage_plan(experiment, stage, parent, blocks)
+            first_reads(lambda at=folder, p=plan, u=unknown: record_plan.check_plan(at, p, unknown=u))
+
+
+def _has_plan(folder: Location) -> bool:
+    return (folder / record_plan.PLAN).is_file()
 
 
 def _plain(value: Any) -> Any:

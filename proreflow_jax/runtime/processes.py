@@ -1,27 +1,27 @@
-"""Several processes that run one job: what process 0 does for all, what all must know alike; and signals to one of them.
+"""Several processes that run one job: what process 0 does for all, and what all must know alike.
 
 Every process runs the same verb. What computes runs on all of them together; what writes a file, or decides by looking at
 a folder, is process 0's, and the others wait for its word: a folder may look different from another host. One process
 alone waits for nobody.
 """
 
-import logging
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from proreflow_jax import STOPPED, RunFailed, UserError
+from proreflow_jax import RunFailed, UserError
+from proreflow_jax.storage.atomic import clear_drafts
 from proreflow_jax.storage.lock import lock_folder
-from proreflow_jax.storage.paths import Location
+from proreflow_jax.storage.paths import Location, parse_path
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 FINE, REFUSED, FAILED = range(3)
 
@@ -65,25 +65,30 @@ def first_says(question: Callable[[], bool]) -> bool:
     return bool(broadcast(np.array(bool(first(question)))))
 
 
+def first_reads(read: Callable[[], Any]) -> Any:
+    """What process 0 reads, on all of them: a value that JSON can hold. Raises as `first` does."""
+    value = first(read)
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(broadcast(np.array(text.size)))
+    return json.loads(broadcast(text if leads() else np.zeros(size, np.uint8)).tobytes())
+
+
 @contextmanager
 def job_lock(folder: str | Location) -> Iterator[None]:
     """This job alone writes to `folder`; process 0 holds it for all. Two writers would lose each other's saves in silence.
 
-    Raises UserError naming folder and holder.
+    Drafts that killed writers left there are removed. Raises UserError naming folder and holder.
     """
+
+    def enter() -> None:
+        stack.enter_context(lock_folder(folder))
+        clear_drafts(parse_path(folder))
+
     with ExitStack() as stack:
-        first(lambda: stack.enter_context(lock_folder(folder)))
+        first(enter)
         yield
-
-
-def stop_if_preempted(step: int) -> None:
-    """Ends all processes of a job with STOPPED at the same step, once one of them got SIGTERM; all call it at every step.
-
-    jax holds SIGTERM back in a job of several processes. One process alone ends by the signal itself, so here nothing happens.
-    """
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-        log.warning("asked to stop; run the same command again to go on")
-        raise SystemExit(STOPPED)
 
 
 def broadcast(value: np.ndarray) -> np.ndarray:
@@ -100,20 +105,6 @@ def _host_array(value: Array) -> np.ndarray:
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(jax.device_get(value))
-
-
-@contextmanager
-def sigterm_event() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. With jax.distributed jax's own notice is used instead (all processes stop together)."""
-    stop = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
