@@ -176,7 +176,12 @@ class Checkpoints:
         expected, target = self._saved.get(step), self._target if target is None else target
         self._manager.close()
         self._manager = self._open()
-        self.restore(step, target)
+        try:
+            self.restore(step, target)
+        except Damaged as error:
+            raise RunFailed(
+                f"{error} right after its save: look at the disk; the same command goes on from the step before"
+            ) from None
         digests = self._saved[step]
         if expected is not None and digests != expected:
             raise UserError(f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?")
