@@ -135,7 +135,7 @@ launch_process() {
 }
 
 # await_processes LOG: shows the log of the first while they run. Exits with the code of the first that fails; the others then
-# get SIGTERM, and GRACE seconds later SIGKILL. Needs bash 5.1.
+# get SIGTERM (but for a signal that was passed on to all), and GRACE seconds later SIGKILL. Needs bash 5.1.
 await_processes() {
   local code=0 status ended shown killer=''
   [[ -z $SIGNAL ]] || signal_all "$SIGNAL" "${RUNNING[@]}" # it came while some were not there yet
@@ -147,8 +147,10 @@ await_processes() {
     [[ -n ${ended:-} ]] || continue # a signal was passed on
     mapfile -t RUNNING < <(printf '%s\n' "${RUNNING[@]}" | grep -vx "$ended")
     if ((status && status != STOPPED && !code && ${#RUNNING[@]})); then # where one was stopped all stop, and save together
-      say "process $ended failed with exit code $status; ending the others"
-      signal_all TERM "${RUNNING[@]}"
+      if [[ -z $SIGNAL ]]; then # else all have been told to end, and a second signal would cut short what they do then
+        say "process $ended failed with exit code $status; ending the others"
+        signal_all TERM "${RUNNING[@]}"
+      fi
       set -m
       (sleep "$GRACE" && signal_all KILL "${RUNNING[@]}") >/dev/null 2>&1 &
       killer=$!

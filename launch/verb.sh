@@ -3,8 +3,8 @@
 #
 #   launch/verb.sh python -m proreflow_jax.distill --config=...
 #
-# A verb that gets SIGTERM (that is how spot machines and Slurm take a machine away) saves and exits with 75; while it makes
-# pairs, caches or evaluates it does not catch SIGTERM, since what is whole is on the disk: that becomes 75 too. So:
+# A verb that gets SIGTERM (that is how spot machines and Slurm take a machine away) saves and exits with 75, at once where
+# nothing is unsaved; a verb that dies of it before it listens becomes 75 too. So:
 # 0 finished, 75 stopped in between, anything else is the verb's own code: 1 failed, 2 wrong input, 130 interrupted.
 # SIGTERM, Ctrl-C and a lost connection reach the verb as SIGTERM. VERB_LOG=FILE: write there, not to the terminal.
 set -euo pipefail

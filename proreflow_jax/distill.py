@@ -16,6 +16,7 @@ from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.open import check_ready, open_experiment
 from proreflow_jax.run.stages import Stage, find_stage
 from proreflow_jax.runtime.processes import first, job_lock
+from proreflow_jax.runtime.stopping import watching
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
@@ -31,12 +32,12 @@ def distill(config: ConfigDict) -> None:
         write.check_copies(experiment.base.source)
         for stage in exported:
             place.check_replaceable(_export_folder(experiment.run, stage))
-    check_ready(experiment, experiment.stages[0])
+    check_ready(experiment, experiment.stages)
     began = time.monotonic()
     with job_lock(experiment.run):
         first(lambda: _keep_config(experiment.run / "config.json", config))
         for stage in experiment.stages:
-            with job_lock(stage.folder):
+            with job_lock(stage.folder), watching(config.watchdog):
                 if not stage.online:
                     pairs.make_stage_pairs(experiment, stage)
                 train.train_stage(experiment, stage)

@@ -74,12 +74,12 @@ def _format(form: str, reader: str, dtype: str, rank: int, scheduler: str) -> Fo
 
 if __name__ == "__main__":
     options = {
-        "stage": (2, "windows of the stage to export"),
+        "stage": (2, "windows of the stage to export", (1, 1000)),
         "out": ("", "folder to write; empty: <run>/export/stage-N, with the form's name behind"),
         "form": ("diffusers", "diffusers, single-file, lora or delta"),
         "for": ("", "of a LoRA: diffusers, whose own names are written, every layer of which it takes; empty: most tools"),
         "dtype": ("float32", "of the tensors written: float32, float16 or bfloat16"),
-        "rank": (64, "of the LoRA, capped at each layer's full rank; a student trained as a LoRA keeps its own"),
+        "rank": (64, "of the LoRA, capped at each layer's full rank; a student trained as a LoRA keeps its own", (1, 65536)),
         "scheduler": ("stock", "stock: diffusers' DDIM, steps = windows; windowed: ours, copied along, any steps from there"),
         "check": (False, "also sample it in diffusers from the same noise (pip install 'proreflow_jax[export-check]')"),
         "overwrite": (False, "replace an export that stands there; anything else is never replaced"),

@@ -11,6 +11,7 @@ from proreflow_jax.run import cli
 from proreflow_jax.run.open import check_ready, open_experiment
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.runtime.stopping import watching
 
 
 def make_pairs(config: ConfigDict, stage: int) -> None:
@@ -19,10 +20,11 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
     chosen = find_stage(experiment.stages, stage)
     if chosen.online:
         raise UserError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
-    check_ready(experiment, chosen)
-    with job_lock(chosen.folder):
+    check_ready(experiment, [chosen])
+    with job_lock(chosen.folder), watching(config.watchdog):
         make_stage_pairs(experiment, chosen)
 
 
 if __name__ == "__main__":
-    cli.start(make_pairs, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage whose pairs are made")}, pod=True)
+    options = {"stage": (8, "windows of the stage whose pairs are made", (1, 1000))}
+    cli.start(make_pairs, __doc__, "configs/digits.py", options, pod=True)

@@ -39,7 +39,7 @@ if __name__ == "__main__":
     options = {
         "delta": ("", "folder that export --form=delta wrote"),
         "out": ("", "folder to write"),
-        "scale": (1.0, "factor of the delta"),
+        "scale": (1.0, "factor of the delta", (-100, 100)),
         "overwrite": (False, "replace an export that stands there; anything else is never replaced"),
     }
     cli.start(merge, __doc__, "configs/digits.py", options)

@@ -52,7 +52,7 @@ def plan(config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool,
 if __name__ == "__main__":
     options = {
         "slice": ("v5e:4x4", "TPU slice, chip and topology"),
-        "stage": (0, "windows of the one stage to plan; 0: all stages"),
+        "stage": (0, "windows of the one stage to plan; 0: all stages", (0, 1000)),
         "jobs": (",".join(JOBS), "which jobs to compile, by commas"),
         "search": (False, "look for the largest batch on a chip that fits, and try more changes where something does not"),
         "json": ("", "file to write every number to"),

@@ -43,5 +43,5 @@ def reproduce(config: ConfigDict, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    options = {"workers": (1, "processes that share the cells, each on its share of the cores")}
+    options = {"workers": (1, "processes that share the cells, each on its share of the cores", (1, 1024))}
     cli.start(reproduce, __doc__, "configs/reproduce.py", options)

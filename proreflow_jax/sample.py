@@ -47,8 +47,6 @@ def sample(
     texts = [listed[i]["caption"] for i in range(len(listed))]
     if not texts[0]:
         raise UserError("--prompt is empty: say what to draw, or name a text file by --prompts")
-    if count < 1 or not 0 <= seed <= LARGEST:
-        raise UserError(f"--count={count} must be at least 1 and --seed={seed} in 0 to {LARGEST}")
     path = paths.parse_path(out, "--out")
     if path.suffix.lower() != ".png" or isinstance(path, Path) and not path.parent.is_dir():
         raise UserError(f"--out={out} must be a .png file in a folder that exists")
@@ -89,14 +87,15 @@ if __name__ == "__main__":
         "prompt": ("a handwritten seven", "what to draw"),
         "prompts": ("", "text file with one prompt a line, instead of --prompt"),
         "negative": ("", "negative prompt; has an effect when guidance is not 1"),
-        "stage": (2, "windows of the student's stage; 0: the base model"),
+        "stage": (2, "windows of the student's stage; 0: the base model", (0, 1000)),
         "steps": (
             0,
             "network evaluations, at least the stage's windows; 0: as many as windows, or 50 where there are none",
+            (0, 1000),
         ),
-        "guidance": (1.0, "classifier-free guidance scale; 1: none"),
-        "count": (8, "pictures of each prompt"),
-        "seed": (0, "of the noise"),
+        "guidance": (1.0, "classifier-free guidance scale; 1: none", (-1000, 1000)),
+        "count": (8, "pictures of each prompt", (1, 4096)),
+        "seed": (0, "of the noise", (0, LARGEST)),
         "out": ("samples.png", "PNG file to write"),
     }
     cli.start(sample, __doc__, "configs/digits.py", options)

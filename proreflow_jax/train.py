@@ -12,18 +12,19 @@ from proreflow_jax.run import cli
 from proreflow_jax.run.open import check_ready, open_experiment
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.runtime.stopping import watching
 
 
 def train(config: ConfigDict, stage: int) -> None:
     """The verb: one stage to its end, DONE.json included."""
     experiment = open_experiment(config)
     chosen = find_stage(experiment.stages, stage)
-    check_ready(experiment, chosen)
+    check_ready(experiment, [chosen])
     if not chosen.online and not (chosen.folder / "pairs" / records.MANIFEST).is_file():
         raise MissingFile(f"{chosen.folder / 'pairs'} holds no finished pairs: run make_pairs --stage={stage} first")
-    with job_lock(chosen.folder):
+    with job_lock(chosen.folder), watching(config.watchdog):
         train_stage(experiment, chosen)
 
 
 if __name__ == "__main__":
-    cli.start(train, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage to train")}, pod=True)
+    cli.start(train, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage to train", (1, 1000))}, pod=True)

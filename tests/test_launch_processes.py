@@ -95,6 +95,14 @@ def test_signals_go_to_every_process_of_a_local_pod(cloud, number, name, code):
     assert logs(cloud) == [f"began\n{name}\n"] * 2
 
 
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "TERM", STOPPED), (signal.SIGINT, "INT", 130)])
+def test_a_process_that_hears_late_still_ends_by_the_signal_that_was_sent(cloud, number, name, code):
+    pause = "[ $JAX_PROCESS_ID = 0 ] && pause=0.05 || pause=1"  # a shell's trap runs when its child has ended
+    caught = f"{pause}; trap 'echo {name}; exit {code}' {name}; {BEGAN}; while :; do sleep $pause; done"
+    assert interrupt(cloud, ["local_pod.sh", "--", "sh", "-c", caught], number, 2) == (code, f"began\n{name}\n")
+    assert logs(cloud) == [f"began\n{name}\n"] * 2
+
+
 @pytest.mark.parametrize(
     ("verb", "code"),
     [("exit 0", 0), (STOPS, STOPPED), ("exit 1", 1), ("exit 2", 2), ("kill -TERM $$", STOPPED), ("echo asked to stop: no", 0)],

@@ -30,9 +30,6 @@ class Recorder(Metrics, Checkpoints):
     def due(self, step):
         return step % self.every == 0
 
-    def preempted(self, step):
-        return False
-
     def save(self, step, state, meta):
         self.events.append(("save", step, int(state), meta))
 

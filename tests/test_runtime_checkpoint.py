@@ -16,6 +16,7 @@ import optax
 import pytest
 from jaxtyping import PyTree
 
+from proreflow_jax import RunFailed
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
 
@@ -272,7 +273,7 @@ def test_finish_reads_back_what_was_saved(tmp_path: Path) -> None:
 def test_finish_refuses_a_damaged_step(two_steps: Path) -> None:
     for path in array_files(two_steps, 2):
         flip(path)
-    with Checkpoints(two_steps) as checkpoints, pytest.raises(ValueError, match=r"damaged: \[2\]"):
+    with Checkpoints(two_steps) as checkpoints, pytest.raises(RunFailed, match=r"step 2 in .* is damaged right after"):
         checkpoints.finish(2, placed(host_state(), 8))
 
 

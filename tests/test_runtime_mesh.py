@@ -284,7 +284,17 @@ def test_no_other_machine_asks_the_network(
     assert joined == []
 
 
-@pytest.mark.parametrize("values", [("h:1", "2", ""), ("", "2", "0"), ("h:1", "2", "2"), ("h:1", "two", "0")])
+ADDRESSES = ("10.0.0.1", "h:", ":1", "h:port", "h:0", "h:65536")
+PARTIAL = [
+    ("h:1", "2", ""),
+    ("", "2", "0"),
+    ("h:1", "2", "2"),
+    ("h:1", "two", "0"),
+    *((address, "2", "0") for address in ADDRESSES),
+]
+
+
+@pytest.mark.parametrize("values", PARTIAL)
 def test_a_partial_job_is_refused(joined: list[dict], monkeypatch: pytest.MonkeyPatch, values: tuple[str, str, str]) -> None:
     for key, value in zip(JOB, values, strict=True):
         monkeypatch.setenv(f"JAX_{key}", value)

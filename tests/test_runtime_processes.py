@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from proreflow_jax import STOPPED
-from proreflow_jax.runtime import processes
+from proreflow_jax.runtime import processes, stopping
 
 JOB = """
 import sys
@@ -28,6 +28,7 @@ processes.first(lambda: (folder / "written").write_text("by one"))
 saw.append((folder / "written").read_text() == "by one")
 saw.append(processes.first_says(lambda: k == 0))
 saw.append(int(processes.broadcast(np.array(7 + k))) == 7)
+saw.append(processes.first_reads(lambda: {"of": "ä" * (k + 3)}) == {"of": "äää"})
 
 def raised(work, kind):
     try:
@@ -106,13 +107,13 @@ def test_two_processes_do_once_what_is_done_once_and_hold_their_own_rows(tmp_pat
 
 STOPS = """
 import os, signal, sys, time
-from proreflow_jax.runtime import mesh, processes
+from proreflow_jax.runtime import mesh, processes, stopping
 mesh.initialize_distributed()
 import jax
 import numpy as np
 
 for step in range(400):
-    processes.stop_if_preempted(step)
+    stopping.stop_if_asked()
     if step == 3 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     processes.broadcast(np.array(step))
@@ -126,8 +127,9 @@ def test_sigterm_to_one_process_stops_all_with_the_code_of_a_stopped_run(tmp_pat
 
 def test_one_process_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "multihost_utils", None)
-    assert processes.leads() and processes.first(lambda: 3) == 3
-    processes.stop_if_preempted(0)
+    monkeypatch.setattr(stopping, "multihost_utils", None)
+    assert processes.leads() and processes.first(lambda: 3) == 3 and processes.first_reads(lambda: {"a": [1]}) == {"a": [1]}
+    stopping.stop_if_asked()
     assert processes.first_says(lambda: True) and processes.broadcast(np.array(4)) == 4
     np.testing.assert_array_equal(processes.host_arrays({"x": jax.numpy.arange(3)})["x"], np.arange(3))
     with pytest.raises(KeyError):

@@ -179,6 +179,39 @@ def test_a_dead_writers_draft_is_cleared_and_a_living_writers_is_not(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+CUT = """
+import os, signal, sys
+from proreflow_jax.storage.atomic import write_json
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_json(sys.argv[1], {"half": 1})
+"""
+
+
+def test_the_draft_of_a_small_file_does_not_outlive_the_next_start(tmp_path: Path) -> None:
+    for name in ("plan.json", "other.json"):
+        with start(CUT, tmp_path / name) as writer:
+            writer.wait()
+    assert len(list(tmp_path.glob(".tmp.*"))) == 2
+    atomic.write_json(tmp_path / "plan.json", {"whole": 1})
+    assert [path.name.rpartition(".tmp")[2].endswith("other.json") for path in tmp_path.glob(".tmp.*")] == [True]
+    with job_lock(tmp_path):  # whoever starts the job again
+        assert sorted(os.listdir(tmp_path)) == [".lock", "plan.json"]
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        atomic.write_json(tmp_path / "plan.json", {})
+        with job_lock(tmp_path):
+            pass
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("plan.json", ".lock"), 0o666 & ~mask
+    )
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

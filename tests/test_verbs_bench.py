@@ -149,11 +149,11 @@ def test_rows_of_the_input_are_timed_until_they_lie_on_the_devices(opened, monke
 def test_wrong_words_end_in_one_line(tmp_path, outline_only):
     words = verb.tiny_flags(tmp_path, outline_only)
     for wrong, said in {
-        "--steps=0": "--steps=0 must be at least 1",
-        "--warmup=-1": "--warmup=-1 must be at least 0",
-        "--rows=0": "--rows=0 must be at least 1",
-        "--rate=-2": "--rate=-2.0 must be at least 0",
-        "--rate=nan": "--rate=nan must be at least 0",
+        "--steps=0": "--steps=0 must be in [1, 1e+06]",
+        "--warmup=-1": "--warmup=-1 must be in [0, 1e+06]",
+        "--rows=0": "--rows=0 must be in [1, 65536]",
+        "--rate=-2": "--rate=-2.0 must be in [0, 1e+09]",
+        "--rate=nan": "--rate=nan must be in [0, 1e+09]",
         "--rate=5": "--rate=5.0 is what the input is held against: add --input",
         "--stage=3": "--stage=3 is not a stage",
         "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",

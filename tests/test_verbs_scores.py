@@ -108,7 +108,7 @@ def toy(made: Made, name: str, devices: int = 2, fsdp: int = 1, **fields: object
     for stage in plan:
         stage.folder.mkdir(parents=True, exist_ok=True)
         stage.done.touch()
-    return Experiment(c, run, base, unet, networks, flow, plan, None, machine)
+    return Experiment(c, run, base, unet, networks, flow, plan, None, machine, dict)
 
 
 def kept(made: Made, name: str) -> dict[str, bytes]:

@@ -5,6 +5,8 @@ folder. So this file checks the metadata by our own rules first, and takes recor
 and captions. TensorFlow is not needed.
 """
 
+import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -27,6 +29,7 @@ from proreflow_jax.data.images import (
 )
 from proreflow_jax.storage import atomic
 
+SAMPLE = 1 << 16  # bytes at either end of a shard by which it is known
 _FEATURES = "tensorflow_datasets.core.features."
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _TEMPLATE = re.compile(r"(?:[A-Za-z0-9._-]|\{(?:DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\})*")
@@ -97,6 +100,28 @@ def open_tfds(path: str | os.PathLike, split: str, image_key: str, caption_key: 
     for shard in shards:
         _check_shard(Path(shard.filename), shard.examples_in_shard)
     return ImageCaptions(records, str(folder), image_key, caption_key, resolution)
+
+
+def tfds_identity(path: str | os.PathLike) -> dict[str, str]:
+    """The hash of a prepared folder's metadata and of its shards' names, sizes, first and last bytes.
+
+    A folder that was prepared anew has another order of examples, hence other bytes. Raises as `check_metadata`.
+    """
+    folder = Path(path).expanduser()
+    check_metadata(folder)
+    facts: list[Any] = [atomic.sha256(folder / name) for name in ("dataset_info.json", "features.json")]
+    facts += [[shard.name, *_sample(shard)] for shard in sorted(folder.glob("*.array_record*"))]
+    return {"tfds": hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
+
+
+def _sample(path: Path) -> tuple[int, str]:
+    """(size, hash of the first and last bytes) of a file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(SAMPLE)
+        file.seek(max(size - SAMPLE, 0))
+        ends += file.read(SAMPLE)
+    return size, hashlib.sha256(ends).hexdigest()
 
 
 # --- a stranger's folder ----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ READERS = {  # kind: (file:function of this folder, the fields of `data` that it
     "cached": ("cached:Cached", ("path",)),
 }
 IDENTITIES = {  # likewise: the function that tells a dataset from another under the same name
+    "tfds": ("captions:tfds_identity", ("path",)),
     "webdataset": ("webdataset:shards_identity", ("path",)),
     "parquet": ("parquet:parquet_identity", ("path",)),
     "folder": ("folder:folder_identity", ("path", "caption_key")),
@@ -59,10 +60,11 @@ def open_data(data: Any) -> Threaded:
 
 
 def data_identity(data: Any) -> dict[str, str]:
-    """One hash that tells a dataset from another under the same name, by its kind; {} for tfds and digits.
+    """One hash that tells a dataset from another under the same name, by its kind; {} for digits, whose bytes their fields fix.
 
-    A prompts file is known by its bytes, a cache by its manifest, shards by their names and sizes, a folder by its metadata or
-    its file names. A stage that has begun refuses another dataset: its example numbers would mean other examples.
+    A prompts file is known by its bytes, a cache by its manifest, shards by their names and sizes, those of tfds by samples of
+    their bytes too, a folder by its metadata or its file names. A stage that has begun refuses another dataset: its example
+    numbers would mean other examples.
     """
     return _call(IDENTITIES[data.kind], data) if data.kind in IDENTITIES else {}
 

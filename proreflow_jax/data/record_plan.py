@@ -5,7 +5,7 @@ folder with one plan refuses another.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,16 @@ def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         atomic.write_json(folder / PLAN, plan, replace=False)
+    check_plan(folder, plan, flag)
+
+
+def check_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name", unknown: Collection[str] = ()) -> None:
+    """Raises as `fix_plan` if the folder's plan is another; writes nothing. `unknown` are fields that are not compared."""
+    folder, plan = paths.parse_path(folder), atomic.plain_json(plan)
     fixed = read_plan(folder)
     for name in [*plan, *(name for name in fixed if name not in plan)]:
+        if name in unknown:
+            continue
         if name not in fixed or name not in plan or fixed[name] != plan[name]:
             old, new = (json.dumps(p[name]) if name in p else "nothing" for p in (fixed, plan))
             raise UserError(

@@ -8,7 +8,7 @@ from proreflow_jax.exports.formats import Format
 from proreflow_jax.run import open
 from proreflow_jax.run.check_config import field_value
 from proreflow_jax.run.experiment import Experiment, Weights, guidance_contract
-from proreflow_jax.run.stages import Stage
+from proreflow_jax.run.stages import Stage, read_done
 from proreflow_jax.storage import atomic, sealed
 
 CARD, PAGE = sealed.RECORD, sealed.PAGE
@@ -38,10 +38,10 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, export_for
 
 def _lineage(experiment: Experiment, stage: Stage) -> dict[str, str]:
     """Digests of the weights from the base model to the student, by the name of what holds them."""
-    done = [atomic.read_json(other.done) for other in experiment.stages if other.windows >= stage.windows]
+    done = [read_done(other) for other in experiment.stages if other.windows >= stage.windows]
     before = experiment.base.source.student.get("lineage", {})
-    start = {"start": done[0]["parent"]} if before else {"base": done[0]["parent"]}
-    return before | start | {f"stage-{one['flow']['windows']}": one["digest"] for one in done}
+    start = {"start": done[0].parent} if before else {"base": done[0].parent}
+    return before | start | {f"stage-{one.flow.windows}": one.digest for one in done}
 
 
 def write_card(draft: Path, card: Mapping[str, Any]) -> None:

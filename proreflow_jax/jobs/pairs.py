@@ -15,7 +15,7 @@ from proreflow_jax.jobs.write_records import batched, begin_records, write_recor
 from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow import pairs
 from proreflow_jax.run.dataset import encodes, open_source, read_captions, read_rows
-from proreflow_jax.run.experiment import PLANNED, Experiment, frozen_arrays, load_weights, stage_plan
+from proreflow_jax.run.experiment import PLANNED, Experiment, frozen_arrays, handed_on, load_weights, stage_plan
 from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.metrics import check_finite_rows
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 def make_stage_pairs(experiment: Experiment, stage: Stage) -> None:
     """Makes what is missing of a stage's pairs. The caller holds the stage's lock."""
     config, folder = experiment.config, stage.folder / "pairs"
-    teacher = load_weights(experiment, stage.maker)
-    plan = stage_plan(experiment, stage, teacher.digest, PLANNED)
+    plan = stage_plan(experiment, stage, handed_on(experiment, stage.maker), PLANNED)
     missing = begin_records(folder, plan)
     if not missing:
         first(lambda: records.publish(folder, plan))
         log.info("stage %d: %d pair records are there", stage.windows, config.pairs.examples)
         return
 
+    teacher = load_weights(experiment, stage.maker)
     maker = f"{teacher.flow.windows}-window student" if stage.maker else "base model"
     count, steps = config.pairs.examples, stage.pairs.steps
     log.info("stage %d: %d pair records by the %s, %d steps a window", stage.windows, count, maker, steps)

@@ -61,7 +61,7 @@ def pretrain(config: ConfigDict, out: str, snapshot: bool = False) -> None:
     if not out:
         raise UserError("--out is empty: name the diffusers folder to write")
     if paths.parse_local(out, "--out").exists():
-        raise UserError(f"{out} exists already: choose another --out, or remove it")
+        raise UserError(f"{out} exists already: choose another --out")
     run = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
     start = pipeline.load_pipeline(paths.parse_local(config.start, "--config.start")) if config.start else None
     if snapshot:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import loader, record_plan, records
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import loop, pairs
@@ -20,20 +21,24 @@ from proreflow_jax.run import train_state
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
 from proreflow_jax.run.experiment import (
     PLANNED,
+    TRAINED,
     Experiment,
     Weights,
+    finished_weights,
     first_weights,
     frozen_arrays,
     guidance_contract,
+    handed_on,
     load_weights,
     stage_plan,
 )
-from proreflow_jax.run.stages import TRAIN_KEY, Stage, run_key
-from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.checkpoint import Checkpoints, digest, fold
+from proreflow_jax.run.stages import TRAIN_KEY, Done, Stage, read_done, run_key, write_done
+from proreflow_jax.runtime import mesh, stopping
+from proreflow_jax.runtime.checkpoint import Checkpoints, Restored, digest, fold
+from proreflow_jax.runtime.damage import Damaged
 from proreflow_jax.runtime.metrics import Metrics, Trace
 from proreflow_jax.runtime.processes import first, first_says, leads
-from proreflow_jax.storage import atomic, paths
+from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
@@ -42,19 +47,23 @@ IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the ste
 def train_stage(experiment: Experiment, stage: Stage) -> None:
     """Trains what is missing of a stage. The caller holds the stage's lock."""
     config, target = experiment.config, experiment.layout.target
-    parent = load_weights(experiment, stage.parent)
-    plan = stage_plan(experiment, stage, parent.digest, (*PLANNED, "loss", "train", "optimizer"))
+    plan = stage_plan(experiment, stage, handed_on(experiment, stage.parent), TRAINED)
     first(lambda: record_plan.fix_plan(stage.folder, plan))
-    if first_says(stage.done.is_file):
+    if _is_finished(experiment, stage, plan["parent"]):
         log.info("stage %d: done", stage.windows)
         return
-    source = _source(experiment, stage)
+    parent, source = load_weights(experiment, stage.parent), _source(experiment, stage)
     if stage.parent is None:
         _identity(experiment, stage, parent)
     with Checkpoints(stage.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.every) as checkpoints:
         start, state = 0, None
         if checkpoints.latest() is not None:
-            start, state, _ = checkpoints.restore(None, target)
+            start, state, _ = _of_this_stage(checkpoints.restore(None, target), experiment, stage, parent.digest)
+        elif first_says(stage.done.is_file):
+            raise UserError(
+                f"{checkpoints.folder} holds no step, though {stage.done} says that the stage is done: bring the last step "
+                "back from a copy; with the record moved aside the same command trains the stage from step 0"
+            )
         if start < config.train.steps:
             log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
             step, lineage = make_train_step(experiment, stage, parent), parent.digest
@@ -69,16 +78,48 @@ def train_stage(experiment: Experiment, stage: Stage) -> None:
         weights = fold(digest(trained))
         del state, trained
         checkpoints.finish(config.train.steps, target)
-    done = {"step": config.train.steps, "digest": weights, "parent": lineage, "flow": stage.student._asdict()}
-    done |= {"guidance": guidance_contract(config)}
-    first(lambda: atomic.write_json(stage.done, done))
+    write_done(stage, Done(config.train.steps, weights, lineage, stage.student, guidance_contract(config)))
+    stopping.stop_if_asked()
+
+
+def _is_finished(experiment: Experiment, stage: Stage, parent: str) -> bool:
+    """Whether a stage is done, its record and its last step are whole. Says why, if it has to be finished again.
+
+    Raises UserError if record and step are not of one run.
+    """
+    if not first_says(stage.done.is_file):
+        return False
+    try:
+        done = read_done(stage)
+        finished_weights(experiment, stage, done)
+    except (Damaged, MissingFile) as error:
+        log.warning("stage %d: %s; going on from the newest good step", stage.windows, error)
+        return False
+    if done.parent != parent:
+        raise UserError(
+            f"{stage.done} is of a student with another parent, {done.parent[:16]}: put this stage's own record back"
+        )
+    return True
+
+
+def _of_this_stage(restored: Restored, experiment: Experiment, stage: Stage, parent: str) -> Restored:
+    """The checkpoint itself. Raises UserError if it was saved in another stage or run: all stages have the same shapes."""
+    saved = {"seed": restored.meta["seed"], **restored.meta["lineage"]}
+    if saved != {"seed": experiment.config.seed, "parent": parent, "windows": stage.windows}:
+        raise UserError(
+            f"{stage.folder / 'checkpoints'}: step {restored.step} was saved by another stage or run ({saved['windows']} "
+            f"windows, seed {saved['seed']}, parent {saved['parent'][:16]}): put this stage's own checkpoints back"
+        )
+    return restored
 
 
 def _source(experiment: Experiment, stage: Stage) -> loader.Source:
-    """Pair records, or captions (and images) for the online mode."""
+    """Pair records of this very config, or captions (and images) for the online mode."""
     if stage.online:
         return open_source(experiment.config, experiment.base)
-    return records.PairRecords(paths.local_copy(stage.folder / "pairs"), verify=leads())
+    folder = paths.local_copy(stage.folder / "pairs")
+    record_plan.check_plan(folder, stage_plan(experiment, stage, handed_on(experiment, stage.maker), PLANNED))
+    return records.PairRecords(folder, verify=leads())
 
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from proreflow_jax import RunFailed
 from proreflow_jax.data import loader, records
-from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.processes import broadcast, first, host_arrays, leads, stop_if_preempted
+from proreflow_jax.runtime import mesh, stopping
+from proreflow_jax.runtime.processes import broadcast, first, host_arrays, leads
 from proreflow_jax.storage.paths import Location
 
 Rows = Mapping[str, np.ndarray]  # of a batch, by field
@@ -78,5 +78,6 @@ def batched(
     begins = range(numbers.start, numbers.stop, size)
     with loader.Ahead(lambda begin: read(begin + own), begins, depth=2) as batches:
         for begin, rows in zip(begins, batches, strict=True):
-            stop_if_preempted(begin // size)
+            stopping.stop_if_asked()
+            stopping.alive()
             yield host_arrays(compute(mesh.put_batch(machine, rows, size))), min(size, numbers.stop - begin)

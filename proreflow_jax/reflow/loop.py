@@ -1,6 +1,5 @@
 """batch -> step -> metrics -> checkpoint. The device never waits for the host: step n is read after n + 1 is sent."""
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,12 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from proreflow_jax import STOPPED
+from proreflow_jax.runtime import stopping
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import OFF, Metrics, Trace, check_finite
-from proreflow_jax.runtime.processes import sigterm_event
 
-log = logging.getLogger(__name__)
 COUNT = "count"
 WHOLE, INPUT, DEVICE = "seconds", "wait_input", "wait_device"  # of a step, on this host; no two runs agree in them
 
@@ -94,8 +91,8 @@ def run_loop(
       meta: steps done -> what is stored beside the state of that step.
       trace, let_go: records chosen steps; the state -> as it is saved.
 
-    Returns the last state. Raises FloatingPointError naming step and window; SystemExit(STOPPED) after a SIGTERM, once the
-    step is committed.
+    Returns the last state. Raises FloatingPointError naming step and window; before the last step as `stopping.stop`, once
+    the step is committed.
     """
     waits = Waits()
 
@@ -107,27 +104,27 @@ def run_loop(
             metrics.write(done, values | waits.means())
 
     pending = None
-    with sigterm_event() as stop:
+    with stopping.saving() as saving:
         for position, batch in waits.over(batches):
             done = position + 1
             with trace.step(done):
                 state, numbers = step(state, batch)
+            saving.stepped()
             trace.sent(done, numbers)
             if pending is not None:
                 settle(*pending)
             pending = (done, numbers)
-            stopping = stop.is_set() or checkpoints.preempted(done)
-            if stopping or checkpoints.due(done) or done == total:
+            requested = stopping.requested()
+            if requested or checkpoints.due(done) or done == total:
                 settle(*pending)
                 pending = None
                 metrics.publish()  # first: a run that goes on from this step has the lines up to it
                 checkpoints.save(done, let_go(state), meta(done))
             checkpoints.check()
-            if stopping and done < total:
+            if requested and done < total:
                 checkpoints.wait()
-                log.warning("asked to stop: step %d is saved; run the same command again to go on", done)
-                raise SystemExit(STOPPED)
+                stopping.stop(f"step {done} is saved")
             if done == total:
                 break
-    checkpoints.wait()
+        checkpoints.wait()
     return state

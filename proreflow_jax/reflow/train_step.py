@@ -27,6 +27,7 @@ Batch = Mapping[str, Array]
 Draw = Callable[[PyTree, Batch, Key[Array, ""]], dict[str, PyTree]]
 Loss = Callable[[Params, Mapping[str, PyTree]], tuple[Float[Array, ""], PyTree]]
 FLAG = "--config.optimizer"
+LEAST_NORM = 1e-6  # for clip_norm: Adam's epsilon swallows what is cut shorter
 FIELDS = (
     "learning_rate", "schedule", "warmup_steps", "steps", "beta1", "beta2", "epsilon", "weight_decay", "decay_rules",
     "clip_norm",
@@ -227,7 +228,7 @@ def _checked(cfg: Any) -> dict[str, Any]:
         "beta2": (0 <= cfg["beta2"] < 1, "in [0, 1)"),
         "epsilon": (cfg["epsilon"] > 0, "positive"),
         "weight_decay": (cfg["weight_decay"] >= 0, "not negative"),
-        "clip_norm": (cfg["clip_norm"] >= 0, "not negative (0: off)"),
+        "clip_norm": (cfg["clip_norm"] == 0 or cfg["clip_norm"] >= LEAST_NORM, f"0 (off) or at least {LEAST_NORM}"),
     }
     for name, (holds, rule) in rules.items():
         if not holds:

@@ -10,6 +10,7 @@ import keyword
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax import MissingFile, RunFailed, UserError
+from proreflow_jax.run.check_config import check_range, check_ranges
+from proreflow_jax.runtime import processes, stopping
 from proreflow_jax.runtime.mesh import initialize_distributed
 from proreflow_jax.runtime.processes import check_alone, leads
 from proreflow_jax.storage import gcs, paths
@@ -53,6 +56,7 @@ def start(
       about: the verb's docstring, shown by --help.
       config: default of --config.
       options: {name: (default, help)} of the verb's own flags, beside --config.field=value; the default's type is the flag's.
+        A number has its range as a third entry, (lowest, highest).
       pod: whether several processes may run it as one job.
 
     Any error that `exit_code` does not know is a bug of the package and shows its traceback.
@@ -63,15 +67,18 @@ def start(
     try:
         experiment = _read(values, name, about, config, options)
         _prepare(name, pod)
-        keep_programs(experiment.get("compilation_cache", ""))
-        verb(experiment, **{_parameter(option): getattr(values, option) for option in options})
-    except KeyboardInterrupt:
-        _leave(INTERRUPTED, f"{name}: interrupted; run the same command again to go on")
+        with stopping.listening():
+            keep_programs(experiment.get("compilation_cache", ""))
+            verb(experiment, **{_parameter(option): getattr(values, option) for option in options})
+    except KeyboardInterrupt as error:
+        _leave(error, INTERRUPTED, f"{name}: interrupted; {stopping.AGAIN}")
     except Exception as error:
         code = exit_code(error)
-        if code is None or _traced():
+        if code is not None and not _traced():
+            _leave(error, code, f"{name}: {message(error)}")
+        elif not processes.several():
             raise
-        _leave(code, f"{name}: {message(error)}")
+        _leave(error, code or FAILED, traceback.format_exc().rstrip())
     sys.exit(0)
 
 
@@ -87,8 +94,14 @@ def _read(values: flags.FlagValues, name: str, about: str, config: str, options:
     try:
         _define(values, config, options)
         _parse(values, name, about, config)
+        check_ranges(values.config)
+        for option, (_, _, *bounds) in options.items():
+            if bounds:
+                check_range(getattr(values, option), bounds[0], f"--{option}")
         return values.config.lock()
-    except Exception as error:
+    except (KeyboardInterrupt, _Help):
+        raise
+    except BaseException as error:  # a config file may also call sys.exit
         if _traced():
             raise
         reason = config_error(error, _config_files(config))
@@ -106,7 +119,7 @@ def _define(values: flags.FlagValues, config: str, options: Mapping[str, tuple])
     flags.DEFINE_bool("traceback", False, "show where an error was raised", flag_values=values)
     flags.DEFINE_bool("help", False, "show this page", short_name="h", flag_values=values)
     define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for option, (default, text) in options.items():
+    for option, (default, text, *_) in options.items():
         define[type(default)](option, default, text, flag_values=values)
     sys.path[:0] = [str(file.parent.parent) for file in _config_files(config)]  # `configs.common` is imported from there
     config_flags.DEFINE_config_file("config", config, "the experiment", flag_values=values)
@@ -120,10 +133,14 @@ def _parameter(option: str) -> str:
 def _parse(values: flags.FlagValues, name: str, about: str, config: str) -> None:
     if any(word in ("--help", "-h", "--helpfull", "-help") for word in sys.argv[1:]):
         sys.stdout.write(f"{_help(values, name, about, config)}\n")
-        sys.exit(0)
+        raise _Help(0)
     rest = values(sys.argv)[1:]
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag: fields are set by --config.field=value")
+
+
+class _Help(SystemExit):
+    """The page was shown: the end of the verb, with exit code 0."""
 
 
 def _help(values: flags.FlagValues, name: str, about: str, config: str) -> str:
@@ -152,14 +169,20 @@ def _prepare(name: str, pod: bool) -> None:
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))  # a power of two divides most batches
     if not initialize_distributed():
         return
+    processes.watch_others()
     if not pod:
         check_alone(name)
     if not leads():
         logging.getLogger().setLevel(logging.WARNING)  # process 0 says how it goes
 
 
-def _leave(code: int, line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+def _leave(error: BaseException, code: int, text: str) -> None:
+    """Shows the text and ends the process, and all others of its job."""
+    code, text = processes.end_of_another() or (code, text)  # then this error is but what follows from that end
+    sys.stderr.write(f"{text}\n")
+    if processes.several():
+        processes.announce(code=code, line=message(error) or type(error).__name__)
+        processes.leave(code)
     sys.exit(code)
 
 

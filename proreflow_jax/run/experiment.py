@@ -9,18 +9,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
+from proreflow_jax.data import record_plan
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_factors
 from proreflow_jax.pretrained.pipeline import Pipeline
+from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.pairs import Frozen, Networks
 from proreflow_jax.reflow.train_step import averaged
 from proreflow_jax.run import dataset
-from proreflow_jax.run.stages import DONE, Stage, seed_key
+from proreflow_jax.run.stages import DONE, Done, Stage, read_done, seed_key
 from proreflow_jax.run.train_state import StateLayout, whole_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
+from proreflow_jax.runtime.damage import Damaged
 from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.runtime.processes import first_reads
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
@@ -28,6 +32,12 @@ FREE = (  # fields that a resumed stage may change, beside those of `dataset.FRE
     "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *dataset.FREE,
 )  # fmt: skip
 PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the config that pairs depend on
+TRAINED = (*PLANNED, "loss", "train", "optimizer")  # blocks that a student depends on
+SCHEDULE = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+FILES = (  # of a tokenizer
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+)  # fmt: skip
+PROVENANCE = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of a config.json: they change no result
 
 
 class BaseUNet:
@@ -64,6 +74,7 @@ class Experiment(NamedTuple):
     stages: list[Stage]
     layout: StateLayout
     mesh: Mesh
+    identity: Callable[[], dict[str, str]]  # `base_identity` of the base model, worked out once
 
 
 class Weights(NamedTuple):
@@ -96,29 +107,40 @@ def guidance_contract(config: ConfigDict) -> dict[str, Any]:
 def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     """The finished student of a stage (its average where there is one), or the base model for None.
 
-    Raises MissingFile if the stage is not done, UserError if its weights are not those its DONE.json names.
+    Raises MissingFile if the stage is not done, UserError if its weights are damaged or not those its DONE.json names.
     """
     if stage is None:
         return Weights(experiment.unet.params(), experiment.flow, experiment.unet.digest())
-    check_done(stage)
-    done, layout = atomic.read_json(stage.done), experiment.layout
-    weights = layout.target._replace(opt_state=(), **({"params": {}} if layout.average else {}))
-    with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
-        trained = averaged(checkpoints.restore(done["step"], weights, part=True).state)
-    actual = fold(digest(trained))
-    if actual != done["digest"]:
-        raise UserError(f"{stage.folder}: the weights are not those of {DONE}: remove the folder and run the stage again")
-    flow = Parameterization(**done["flow"])
+    done, layout = read_done(stage), experiment.layout
+    try:
+        trained = finished_weights(experiment, stage, done)
+    except (Damaged, MissingFile) as error:
+        again = f"distill, or train --stage={stage.windows}, goes back to the newest good step and trains the rest again"
+        raise UserError(f"{error}: {again}") from None
     if not layout.scale:
-        return Weights(trained, flow, actual)
+        return Weights(trained, done.flow, done.digest)
     params = jax.jit(partial(whole_weights, layout))(trained, experiment.unet.params())
-    return Weights(params, flow, actual, trained)
+    return Weights(params, done.flow, done.digest, trained)
 
 
-def check_done(stage: Stage) -> None:
-    """Raises MissingFile, one line, if a stage is not done."""
-    if not stage.done.is_file():
-        raise MissingFile(f"{stage.done} is missing: run distill, or train --stage={stage.windows}")
+def finished_weights(experiment: Experiment, stage: Stage, done: Done) -> Params:
+    """What a finished stage trained (the average where there is one), compared with its record.
+
+    Raises Damaged or MissingFile if the step is damaged or gone, UserError if its weights are another run's.
+    """
+    with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
+        trained = averaged(checkpoints.restore(done.step, experiment.layout.target).state)
+    if fold(digest(trained)) != done.digest:
+        raise UserError(
+            f"{stage.folder}: step {done.step} does not hold the weights that {DONE} names, one of the two is another run's: "
+            f"put back the right one; with {DONE} moved aside train --stage={stage.windows} goes by the checkpoint"
+        )
+    return trained
+
+
+def handed_on(experiment: Experiment, stage: Stage | None) -> str:
+    """The digest of a finished student, by its record, or of the base model for None. Raises as `read_done`."""
+    return read_done(stage).digest if stage else experiment.unet.digest()
 
 
 def first_weights(experiment: Experiment, parent: Weights) -> Params:
@@ -152,7 +174,38 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
     plan |= dataset.identity(config)
-    return {name: value for name, value in plan.items() if name not in FREE} | {"seed": config.seed, "parent": parent}
+    plan = {name: value for name, value in plan.items() if name not in FREE}
+    return plan | experiment.identity() | {"seed": config.seed, "parent": parent}
+
+
+def check_begun(experiment: Experiment, stages: Sequence[Stage]) -> None:
+    """Raises UserError, one line, if one of the stages, or its pairs, was begun with another config; writes nothing.
+
+    What a stage starts from is compared as far as it is known: a stage before it may have to be finished first.
+    """
+    for stage in stages:
+        for folder, source, blocks in (
+            (stage.folder, stage.parent, TRAINED),
+            (stage.folder / "pairs", stage.maker, PLANNED),
+        ):
+            begun, known = first_reads(lambda at=folder, by=source: [_has_plan(at), by is None or _has_plan(by.folder)])
+            if not begun:
+                continue
+            if not known:
+                raise UserError(
+                    f"{folder / record_plan.PLAN} was begun from other weights, --config.stages={experiment.config.stages} "
+                    f"starts it from stage {source.windows}, which has not begun: take another folder by --config.name"
+                )
+            try:
+                parent, unknown = handed_on(experiment, source), ()
+            except (MissingFile, Damaged):
+                parent, unknown = "", ("parent",)
+            plan = stage_plan(experiment, stage, parent, blocks)
+            first_reads(lambda at=folder, p=plan, u=unknown: record_plan.check_plan(at, p, unknown=u))
+
+
+def _has_plan(folder: Location) -> bool:
+    return (folder / record_plan.PLAN).is_file()
 
 
 def _plain(value: Any) -> Any:
@@ -160,3 +213,32 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping | ConfigDict) else value
+
+
+def base_identity(base: Pipeline) -> dict[str, str]:
+    """{"base.<part>": hash}, by what the parts are and not by where they lie."""
+    parts = {name: _hash(_described(network.config)) for name, network in base.networks.items()}
+    for name in ("vae", *base.text):
+        parts[name] = _hash([parts[name], fold(digest(base.params[name]))])
+    parts["schedule"] = _hash({name: base.scheduler.get(name) for name in SCHEDULE})
+    parts["tokenizer"] = _hash([_files(base.source.folder / name) for name in _tokenizers(base)])
+    parts["index"] = _hash(base.source.index.get("force_zeros_for_empty_prompt", False))
+    return {f"base.{name}": value for name, value in parts.items()}
+
+
+def _tokenizers(base: Pipeline) -> list[str]:
+    return [name.replace("text_encoder", "tokenizer") for name in base.networks if name in TEXT_ENCODERS]
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """{name: hash} of a tokenizer's files."""
+    return {name: atomic.sha256(folder / name) for name in FILES if (folder / name).is_file()}
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what says whence it comes."""
+    return {name: value for name, value in config.items() if name[:1] != "_" and name not in PROVENANCE}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

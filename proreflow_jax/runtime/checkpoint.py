@@ -20,7 +20,8 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from proreflow_jax import MissingFile, RunFailed, UserError
-from proreflow_jax.runtime.damage import could_not_read, everywhere, is_folder, line, unreadable, unseen_steps
+from proreflow_jax.runtime import processes
+from proreflow_jax.runtime.damage import Damaged, could_not_read, everywhere, is_folder, line, unreadable, unseen_steps
 from proreflow_jax.runtime.digest import (
     check_seal,
     check_target,
@@ -74,8 +75,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Wait for the save in flight and close. Raises what that save raised, unless an error is on its way."""
+        """Wait for the save in flight and close. Raises what that save raised, unless an error is on its way.
+
+        The other processes hear of an error first: this wait may be for them.
+        """
         failed: Exception | None = None
+        if isinstance(error, Exception):
+            processes.announce(error)
         for end in (self.wait, self._manager.close):
             try:
                 end()
@@ -87,12 +93,8 @@ class Checkpoints:
             log.error("%s", line(failed))
 
     def due(self, step: int) -> bool:
-        """True if `step` is a multiple of `every`, or the machine is about to be taken away."""
-        return bool(self.every and step % self.every == 0) or self.preempted(step)
-
-    def preempted(self, step: int) -> bool:
-        """True on all processes at the same step after one of them got SIGTERM; needs `initialize_distributed`."""
-        return self._manager.reached_preemption(step)
+        """True if `step` is a multiple of `every`."""
+        return bool(self.every and step % self.every == 0)
 
     def latest(self) -> int | None:
         """The newest step in the folder, good or bad, or None."""
@@ -141,8 +143,8 @@ class Checkpoints:
 
         `target` is a pytree of ShapeDtypeStruct with shardings, or of arrays. With `part` the leaves that it lacks are not
         read, such as the moments of a model that is only sampled. A bad step is named in a warning and, with step None, the
-        one before is taken. Raises UserError if names, shapes or dtypes differ from the
-        target's or if no step is good; MissingFile if there is none; RunFailed if one could not be read.
+        one before is taken. Raises UserError if names, shapes or dtypes differ from the target's; Damaged if no step is
+        good; MissingFile if there is none; RunFailed if one could not be read.
         """
         known = sorted(self._manager.all_steps(), reverse=True)
         steps = known if step is None else [s for s in known if s == step]
@@ -158,7 +160,12 @@ class Checkpoints:
                 return restored[0]
             self._bad.add(candidate)
             log.warning("checkpoint of step %d in %s is damaged and not used: %s", candidate, self.folder, reason)
-        raise UserError(f"no good checkpoint in {self.folder} (damaged: {steps}): remove the folder to start again")
+        if step is not None:
+            raise Damaged(f"checkpoint of step {step} in {self.folder} is damaged")
+        raise Damaged(
+            f"no good checkpoint in {self.folder} (damaged: {steps}): bring one of them back from a copy; with the folder "
+            "moved aside the same command starts from step 0"
+        )
 
     def finish(self, step: int, target: PyTree = None) -> dict[str, str]:
         """Wait, open the folder anew, restore `step` and compare it with what was saved: only then is a stage done.
@@ -170,7 +177,12 @@ class Checkpoints:
         expected, target = self._saved.get(step), self._target if target is None else target
         self._manager.close()
         self._manager = self._open()
-        self.restore(step, target)
+        try:
+            self.restore(step, target)
+        except Damaged as error:
+            raise RunFailed(
+                f"{error} right after its save: look at the disk; the same command goes on from the step before"
+            ) from None
         digests = self._saved[step]
         if expected is not None and digests != expected:
             raise UserError(f"checkpoint of step {step} in {self.folder} is not what was saved: does another run write?")

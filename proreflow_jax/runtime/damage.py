@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from proreflow_jax import RunFailed
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.storage.gcs import SCHEME, is_trouble
 
 PASS_ON = (MemoryError, jax.errors.JaxRuntimeError)  # of this machine's memory or devices, or of the other processes
@@ -25,6 +25,10 @@ UNDECIDED = ("UNKNOWN:", "CANCELLED:")  # tensorstore's, where it does not say m
 READABLE, DAMAGED, UNREADABLE = range(3)
 BLOCK = 1 << 24  # bytes read at once
 COMMITTED = "commit_success.txt"  # orbax writes it last
+
+
+class Damaged(UserError):
+    """Bytes of the run were read and are wrong."""
 
 
 def could_not_read(error: BaseException) -> bool:

@@ -105,13 +105,12 @@ def _as_array(path: str, leaf: object) -> jax.Array:
 def inventory(step: int, leaves: Mapping[str, jax.Array], digests: Mapping[str, str], meta: Any) -> dict[str, Any]:
     """{step, meta, leaves: {path: [dtype, shape, digest]}, seal}. Raises TypeError if `meta` is no JSON."""
     table = {path: [str(leaf.dtype), list(leaf.shape), digests[path]] for path, leaf in leaves.items()}
-    record = {"step": step, "meta": meta, "leaves": table}
-    return {**record, "seal": _seal(record)}
+    return sealed({"step": step, "meta": meta, "leaves": table})
 
 
 def check_seal(record: Mapping[str, Any], step: int) -> None:
-    """Raises ValueError (or KeyError) if the inventory is damaged or belongs to another step."""
-    if record["seal"] != _seal(record):
+    """Raises ValueError if the inventory is damaged or belongs to another step."""
+    if not is_sealed(record):
         raise UserError("meta is not what was saved")
     if record["step"] != step:
         raise UserError(f"it is the checkpoint of step {record['step']} under another name")
@@ -142,6 +141,16 @@ def wrong_values(record: Mapping[str, Any], digests: Mapping[str, str]) -> list[
     return [path for path, digest in digests.items() if record["leaves"][path][2] != digest]
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its seal, a hash of all its fields. Raises TypeError if the record is no JSON."""
+    return {**record, "seal": _seal(record)}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether the record is as it was sealed."""
+    return record.get("seal") == _seal(record)
+
+
 def _seal(record: Mapping[str, Any]) -> str:
-    text = json.dumps({key: record[key] for key in ("step", "meta", "leaves")}, sort_keys=True)
+    text = json.dumps({key: value for key, value in record.items() if key != "seal"}, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -237,8 +237,11 @@ def _job(variables: Mapping[str, str | None]) -> dict[str, str | int]:
     address, processes, index = (str(variables[key]) for key in JOB)
     if not (processes.isdigit() and index.isdigit() and int(index) < int(processes)):
         raise UserError(f"NUM_PROCESSES={processes}, PROCESS_ID={index}: need whole numbers with PROCESS_ID below")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"COORDINATOR_ADDRESS={address}: needs host:port, a port from 1 to 65535")
     job = {"coordinator_address": address, "num_processes": int(processes), "process_id": int(index)}
-    if address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]"):
+    if host in ("127.0.0.1", "localhost", "[::1]"):
         job["coordinator_bind_address"] = address  # jax binds every interface otherwise, without authentication
     return job
 

@@ -1,29 +1,44 @@
-"""Several processes that run one job: what process 0 does for all, what all must know alike; and signals to one of them.
+"""Several processes that run one job: what process 0 does for all, and what all must know alike.
 
 Every process runs the same verb. What computes runs on all of them together; what writes a file, or decides by looking at
 a folder, is process 0's, and the others wait for its word: a folder may look different from another host. One process
 alone waits for nobody.
+
+All end together. A process that fails alone leaves the others waiting for it in a collective, for ever: its heartbeats go on.
+So the process says so through jax's coordination service, where every process looks once a second. The others print the line
+and leave.
 """
 
+import atexit
+import json
 import logging
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from proreflow_jax import STOPPED, RunFailed, UserError
+from proreflow_jax import RunFailed, UserError
+from proreflow_jax.storage.atomic import clear_drafts
 from proreflow_jax.storage.lock import lock_folder
-from proreflow_jax.storage.paths import Location
+from proreflow_jax.storage.paths import Location, parse_path
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 FINE, REFUSED, FAILED = range(3)
+KEY, GONE = "proreflow/end", "proreflow/gone"
+LOOK_S = 1.0  # between looks at the service
+GRACE_S = 4.0  # for the others to come to an end by themselves, and for a save under way
+LEAVE_S = 9.0  # until a process that failed leaves, whatever holds it
+USER_ERROR, FAILED = 2, 1  # exit codes; run/endings.py has all
 
 
 def leads() -> bool:
@@ -65,25 +80,30 @@ def first_says(question: Callable[[], bool]) -> bool:
     return bool(broadcast(np.array(bool(first(question)))))
 
 
+def first_reads(read: Callable[[], Any]) -> Any:
+    """What process 0 reads, on all of them: a value that JSON can hold. Raises as `first` does."""
+    value = first(read)
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(broadcast(np.array(text.size)))
+    return json.loads(broadcast(text if leads() else np.zeros(size, np.uint8)).tobytes())
+
+
 @contextmanager
 def job_lock(folder: str | Location) -> Iterator[None]:
     """This job alone writes to `folder`; process 0 holds it for all. Two writers would lose each other's saves in silence.
 
-    Raises UserError naming folder and holder.
+    Drafts that killed writers left there are removed. Raises UserError naming folder and holder.
     """
+
+    def enter() -> None:
+        stack.enter_context(lock_folder(folder))
+        clear_drafts(parse_path(folder))
+
     with ExitStack() as stack:
-        first(lambda: stack.enter_context(lock_folder(folder)))
+        first(enter)
         yield
-
-
-def stop_if_preempted(step: int) -> None:
-    """Ends all processes of a job with STOPPED at the same step, once one of them got SIGTERM; all call it at every step.
-
-    jax holds SIGTERM back in a job of several processes. One process alone ends by the signal itself, so here nothing happens.
-    """
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-        log.warning("asked to stop; run the same command again to go on")
-        raise SystemExit(STOPPED)
 
 
 def broadcast(value: np.ndarray) -> np.ndarray:
@@ -103,20 +123,6 @@ def _host_array(value: Array) -> np.ndarray:
 
 
 @contextmanager
-def sigterm_event() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. With jax.distributed jax's own notice is used instead (all processes stop together)."""
-    stop = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C takes effect at the end of the block: a save cut in two leaves orbax's threads waiting for the other half."""
     before = signal.getsignal(signal.SIGINT)
@@ -131,3 +137,89 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if notices:
         before(*notices[0])
+
+
+def several() -> bool:
+    """Whether this is one of several processes. Looks for no devices, unlike jax."""
+    return distributed.global_state.client is not None and (distributed.global_state.num_processes or 1) > 1
+
+
+def watch_others() -> None:
+    """Starts looking for another process's end; for a job of one process nothing happens."""
+    if several():
+        watcher = _Watcher()
+        watcher.start()
+        atexit.register(watcher.end)  # before jax's own farewell
+
+
+def announce(error: BaseException | None = None, code: int = RUN_FAILED, line: str = "") -> None:
+    """Tells all processes that this one ends, by an error or by code and line; the first to speak is heard."""
+    if not several():
+        return
+    if error is not None:
+        code = USER_ERROR if isinstance(error, UserError) else RUN_FAILED
+        line = f"{type(error).__name__}: {error}" if not str(error) else str(error)
+    message = {"process": _own(), "code": code, "line": " ".join(line.split())}
+    with suppress(Exception):  # another was first, or the service is gone
+        _client().key_value_set(KEY, json.dumps(message))
+
+
+def end_of_another() -> tuple[int, str] | None:
+    """(exit code, line) of another process that has announced its end; None if none has."""
+    message = _read() if several() else None
+    if message is None or message["process"] == _own():
+        return None
+    return message["code"], f"process {message['process']}: {message['line']}"
+
+
+def leave(code: int) -> None:
+    """Ends a process of several after `announce`. Process 0, which is the service, waits until the others have gone."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    with suppress(Exception):
+        _client().key_value_set(f"{GONE}/{_own()}", "")
+        until = time.monotonic() + GRACE_S + 2 * LOOK_S
+        while _own() == 0 and time.monotonic() < until:
+            if len(_client().key_value_dir_get(GONE)) >= distributed.global_state.num_processes:
+                break
+            time.sleep(0.1)
+    os._exit(code)
+
+
+def _own() -> int:
+    return distributed.global_state.process_id
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _read() -> dict[str, Any] | None:
+    try:
+        return json.loads(_client().key_value_try_get(KEY))
+    except Exception:  # nobody has spoken; a lost service is jax's own affair
+        return None
+
+
+class _Watcher(threading.Thread):
+    """Looks for the end of another process, and of this one if it does not come to its own."""
+
+    def __init__(self) -> None:
+        super().__init__(name="ends of others", daemon=True)
+        self._over = threading.Event()
+
+    def end(self) -> None:
+        """Stops looking."""
+        self._over.set()
+        self.join(2 * LOOK_S)
+
+    def run(self) -> None:
+        while not self._over.wait(LOOK_S):
+            if (message := _read()) is None:
+                continue
+            mine = message["process"] == _own()
+            if not self._over.wait(LEAVE_S if mine else GRACE_S):
+                sys.stderr.write(f"process {message['process']}: {message['line']}\n")
+                leave(message["code"])

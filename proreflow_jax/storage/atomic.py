@@ -68,7 +68,7 @@ def write_json(path: str | Location, value: Any, replace: bool = True) -> None:
 def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
     """A local file to write, which becomes `path` when the block ends well. Nothing is left if the block fails.
 
-    With replace=False a file that is there already stays as it is.
+    What killed writers of the same file left is removed. With replace=False a file that is there already stays as it is.
     """
     path = paths.parse_path(path)
     if isinstance(path, ObjectPath):
@@ -76,6 +76,7 @@ def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
             yield Path(folder) / path.name
             path.upload(Path(folder) / path.name)
         return
+    clear_drafts(path.parent, path.name)
     draft = temporary(path)
     try:
         with _path_named(path):
@@ -174,7 +175,12 @@ def recover(path: Path) -> None:
     """Clears the remains of killed writers beside a folder. A folder that was moved aside and not replaced is put back."""
     for old in stale_temporaries(path.parent, path.name, ASIDE):
         shutil.rmtree(old) if path.exists() else os.rename(old, path)
-    for draft in stale_temporaries(path.parent, path.name):
+    clear_drafts(path.parent, path.name)
+
+
+def clear_drafts(folder: Location, name: str = "*") -> None:
+    """Removes the drafts of dead writers in a folder: of files or folders called `name` ("*": all). A store has none."""
+    for draft in stale_temporaries(folder, name) if isinstance(folder, Path) else ():
         shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
 
 

@@ -30,7 +30,7 @@ def lock_folder(folder: str | Path | ObjectPath) -> AbstractContextManager[None]
 @contextmanager
 def _flocked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # less the user's umask
     try:
         _take_flock(handle, folder)
         yield
