@@ -13,7 +13,7 @@ from PIL import Image
 from proreflow_jax import UserError
 from proreflow_jax.data.prompts import Prompts
 from proreflow_jax.reflow import sampler
-from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.reflow.pairs import text_context
 from proreflow_jax.run import cli
 from proreflow_jax.run.experiment import load_weights
 from proreflow_jax.run.open import open_experiment

@@ -14,8 +14,7 @@ from proreflow_jax.flow.parameterization import Parameterization, convert
 from proreflow_jax.flow.schedule import grid_time
 from proreflow_jax.flow.solvers import make_step
 from proreflow_jax.reflow import pairs
-from proreflow_jax.reflow.pairs import PairRecipe
-from proreflow_jax.reflow.predict import make_predict, text_context
+from proreflow_jax.reflow.pairs import PairRecipe, make_predict, text_context
 from proreflow_jax.reflow.sampler import sample_latents
 
 TOYS = tiny.toy_networks()

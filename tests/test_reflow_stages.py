@@ -15,7 +15,7 @@ from proreflow_jax.flow import windows
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.flow.schedule import Schedule, grid_time, make_schedule, timestep
 from proreflow_jax.flow.solvers import as_epsilon, make_step
-from proreflow_jax.reflow.predict import check_identity, identity_gap, make_predict, text_context
+from proreflow_jax.reflow.pairs import check_identity, identity_gap, make_predict, text_context
 from proreflow_jax.reflow.sampler import check_sampling, decode, sample_latents
 from proreflow_jax.run import stages
 from proreflow_jax.run.stages import plan_stages

@@ -220,7 +220,7 @@ SPOILT = [
     (
         "latents are scaled by NaN",
         lambda folder: spoil_json(folder / "vae" / "config.json", scaling_factor=float("nan")),
-        ("scaling_factor=nan", "vae"),
+        ("scaling_factor=NaN", "vae"),
     ),
     ("other sizes", lambda folder: spoil_json(folder / "unet" / "config.json", block_out_channels=[8, 24]), ("unet", "shape")),
 ]

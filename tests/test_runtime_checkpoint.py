@@ -107,7 +107,7 @@ def test_a_part_is_read_alone(two_steps: Path, monkeypatch: pytest.MonkeyPatch) 
             checkpoints.restore(None, {"another": whole.step}, part=True)
     for path in array_files(two_steps, 2):
         flip(path)
-    with Checkpoints(two_steps, read_only=True) as checkpoints, pytest.raises(ValueError, match=r"damaged: \[2\]"):
+    with Checkpoints(two_steps, read_only=True) as checkpoints, pytest.raises(ValueError, match="step 2 .* is damaged"):
         checkpoints.restore(2, part(whole), part=True)
 
 

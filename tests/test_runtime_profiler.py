@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from verb import ROOT, tiny_flags
 
-from proreflow_jax.run.cli import keep_programs
+from proreflow_jax.runtime.mesh import keep_programs
 from proreflow_jax.runtime.metrics import STEP, Trace, check_traced_steps
 from proreflow_jax.storage import gcs, paths
 

@@ -33,7 +33,7 @@ from proreflow_jax.flow.parameterization import Parameterization  # noqa: E402
 from proreflow_jax.flow.solvers import make_step  # noqa: E402
 from proreflow_jax.pretrained import single_file, sources  # noqa: E402
 from proreflow_jax.reflow import sampler  # noqa: E402
-from proreflow_jax.reflow.predict import make_predict, text_context  # noqa: E402
+from proreflow_jax.reflow.pairs import make_predict, text_context  # noqa: E402
 from proreflow_jax.run.check_config import field_value  # noqa: E402
 from proreflow_jax.run.experiment import Experiment, load_weights  # noqa: E402
 from proreflow_jax.run.open import open_experiment  # noqa: E402

@@ -29,7 +29,7 @@ from proreflow_jax.flow.solvers import make_step
 from proreflow_jax.jobs import score_coco, score_plan
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights
-from proreflow_jax.reflow.predict import make_predict
+from proreflow_jax.reflow.pairs import make_predict
 from proreflow_jax.run.experiment import BaseUNet, Experiment, Weights
 from proreflow_jax.run.stages import EVALUATION_KEY, Stage, plan_stages
 from proreflow_jax.runtime import mesh

@@ -19,7 +19,7 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.pretrained.sources import ModelSource
 from proreflow_jax.reflow import sampler
-from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.reflow.pairs import text_context
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, Stage, run_key
 from proreflow_jax.storage import atomic, sealed

@@ -15,7 +15,7 @@ from proreflow_jax.data import cached, kinds, loader, records
 from proreflow_jax.jobs.write_records import batched, begin_records, publish_records, write_records
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs
-from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.reflow.pairs import text_context
 from proreflow_jax.run import dataset
 from proreflow_jax.run.check_config import check_data_resolution
 from proreflow_jax.run.dataset import made_by, open_source

@@ -25,8 +25,7 @@ from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs.score_plan import INCEPTION, Plan, _check_count, _local, make_plan
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
-from proreflow_jax.reflow.pairs import Networks
-from proreflow_jax.reflow.predict import text_context
+from proreflow_jax.reflow.pairs import Networks, text_context
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage
 from proreflow_jax.runtime import mesh

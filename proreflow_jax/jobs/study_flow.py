@@ -17,7 +17,7 @@ from proreflow_jax import UserError
 from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.models.network import Params
-from proreflow_jax.reflow.predict import make_predict, text_context
+from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.dataset import open_source, read_captions, read_rows
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key

@@ -15,7 +15,7 @@ from proreflow_jax.data import loader, record_plan, records
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import loop, pairs
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
-from proreflow_jax.reflow.predict import check_identity, text_context
+from proreflow_jax.reflow.pairs import check_identity, text_context
 from proreflow_jax.reflow.train_step import TrainState, averaged, train_step
 from proreflow_jax.run import train_state
 from proreflow_jax.run.dataset import encodes, open_source, read_rows

@@ -17,8 +17,7 @@ from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import GRID, Schedule, grid_time
 from proreflow_jax.flow.windows import Window
 from proreflow_jax.models.network import Params
-from proreflow_jax.reflow.pairs import Frozen, Networks
-from proreflow_jax.reflow.predict import make_predict, row_context
+from proreflow_jax.reflow.pairs import Frozen, Networks, make_predict, row_context
 
 SPACES = ("velocity", "output")
 BALANCES = ("fixed", "auto")

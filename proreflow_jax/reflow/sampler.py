@@ -10,7 +10,7 @@ from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import Schedule
 from proreflow_jax.models.network import Context, Network, Params
-from proreflow_jax.reflow.predict import make_predict
+from proreflow_jax.reflow.pairs import make_predict
 
 
 def check_sampling(steps: int, flow: Parameterization) -> None:

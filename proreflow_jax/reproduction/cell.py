@@ -24,7 +24,7 @@ from proreflow_jax.jobs import score_digits
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs, train_step
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
-from proreflow_jax.reflow.predict import make_predict, text_context
+from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
 from proreflow_jax.run.experiment import Experiment, frozen_arrays
 from proreflow_jax.run.stages import EVALUATION_KEY, Stage, run_key

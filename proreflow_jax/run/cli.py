@@ -19,15 +19,14 @@ from typing import Any
 
 import jax
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax import MissingFile, RunFailed, UserError
 from proreflow_jax.run.check_config import check_range, check_ranges
 from proreflow_jax.runtime import processes, stopping
-from proreflow_jax.runtime.mesh import initialize_distributed
+from proreflow_jax.runtime.mesh import initialize_distributed, keep_programs
 from proreflow_jax.runtime.processes import check_alone, leads
-from proreflow_jax.storage import gcs, paths
+from proreflow_jax.storage import gcs
 
 MOST_HOST_DEVICES = 8
 FIELDS = "Every field is explained in the config file, for example --config.train.batch=32 --config.stages='(4, 2)'."
@@ -35,7 +34,6 @@ log = logging.getLogger("proreflow_jax")
 NOISY = ("orbax", "jax", "etils")  # their warnings are for programmers, their errors are shown
 SAID_BY_US = ("gcsfs", "fsspec", "google")  # their errors come back as a line of ours
 ONE_A_LEAF = ("absl", "asyncio", "concurrent.futures")  # a traceback a leaf of one failed save, which is a line of ours
-CACHE = "--config.compilation_cache"
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 QUOTES = "'\""
 NAMES = (  # of the errors by which an operating system speaks of disk, network, limits and rights, not of our code
@@ -220,32 +218,6 @@ class _WithoutClosedLoops:
     def __call__(self, unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             self._hook(unraisable)
-
-
-def keep_programs(folder: str) -> None:
-    """Programs compiled from here on are kept in `folder`, and taken from there; "" leaves all as the environment says.
-
-    Raises ValueError or FileNotFoundError, one line, for a folder that cannot be used.
-    """
-    if not folder:
-        return
-    location = paths.parse_path(folder, CACHE)
-    if isinstance(location, Path):
-        location = _made(location.expanduser().absolute())
-    else:
-        paths.check_reachable(location)
-        gcs.prepare_gcs()
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own part of it writes to disks alone
-    jax.config.update("jax_compilation_cache_dir", str(location))
-    compilation_cache.reset_cache()  # jax opens the folder once
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{CACHE}={folder} must be a folder that can be written to ({error.strerror})") from None
-    return folder
 
 
 def exit_code(error: Exception) -> int | None:

@@ -1,7 +1,10 @@
 """An opened run as one value, built in `run.open`; where weights come from, and what a stage may not change under way."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -128,8 +131,10 @@ def finished_weights(experiment: Experiment, stage: Stage, done: Done) -> Params
 
     Raises Damaged or MissingFile if the step is damaged or gone, UserError if its weights are another run's.
     """
+    layout = experiment.layout
+    weights = layout.target._replace(opt_state=(), **({"params": {}} if layout.average else {}))
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
-        trained = averaged(checkpoints.restore(done.step, experiment.layout.target).state)
+        trained = averaged(checkpoints.restore(done.step, weights, part=True).state)
     if fold(digest(trained)) != done.digest:
         raise UserError(
             f"{stage.folder}: step {done.step} does not hold the weights that {DONE} names, one of the two is another run's: "

@@ -32,8 +32,6 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
     "xl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 
-MOST_SCALING = 1e6  # of latents; Stable Diffusion's are 0.18 and 0.13
-
 
 def open_experiment(config: ConfigDict, base_alone: bool = False) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises UserError, one line.
@@ -86,8 +84,6 @@ def _opened(
         check_student(config, flow.prediction)
     elif not base_alone:
         _check_from_student(config, flow, base.source.student)
-    if not isinstance(base.scaling, int | float) or not 0 < base.scaling < MOST_SCALING:
-        raise UserError(f"{base.source.folder / 'vae'}: scaling_factor={base.scaling!r} in its config.json must be positive")
     if config.pairs.start == "data":  # images become latents of the shape that the noise has
         check_data_resolution(config, base.resolution)
     schedule = from_config(base.scheduler)

@@ -35,10 +35,10 @@ from proreflow_jax.storage.paths import Location, parse_path
 T = TypeVar("T")
 FINE, REFUSED, FAILED = range(3)
 KEY, GONE = "proreflow/end", "proreflow/gone"
+USER_ERROR, RUN_FAILED = 2, 1  # exit codes; run/cli.py has all
 LOOK_S = 1.0  # between looks at the service
 GRACE_S = 4.0  # for the others to come to an end by themselves, and for a save under way
 LEAVE_S = 9.0  # until a process that failed leaves, whatever holds it
-USER_ERROR, FAILED = 2, 1  # exit codes; run/endings.py has all
 
 
 def leads() -> bool:
