@@ -50,7 +50,7 @@ def kernel_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], pa
     return SCALE * float(own(polynomial_kernel(x, x)) + own(polynomial_kernel(y, y)) - 2 * between)
 
 
-def estimate_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n d"], paired: bool = False) -> Estimate:
+def estimate_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], paired: bool = False) -> Estimate:
     """The distance with its standard error over PARTS disjoint parts, a little too large, as parts are small sets.
 
     Raises ValueError for fewer than LEAST rows.

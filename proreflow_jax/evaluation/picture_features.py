@@ -23,7 +23,7 @@ class PictureFeatures(NamedTuple):
     batch: int
     digest: str  # of the weights and the size they see
 
-    def of(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 1280"]:
+    def of(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n d"]:
         """The features of pictures, float32."""
         rows = ({"images": images[i : i + self.batch]} for i in range(0, len(images), self.batch))
         parts = [part[NAME] for part in self.run(rows)]

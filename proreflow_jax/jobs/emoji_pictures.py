@@ -143,7 +143,7 @@ def measure_pictures(
             folder.mkdir(parents=True, exist_ok=True)
             atomic.write_json(folder / f"{stem}.json", about)
             with atomic.drafted(path) as draft:
-                weight_files.save_tensors(draft, arrays)
+                weight_files.save_tensors(draft, arrays | {"pictures": arrays["pictures"].astype(np.float16)})  # exact to 2,048
     return arrays
 
 
@@ -155,7 +155,10 @@ def _batch(experiment: Experiment, prompts: PromptRows, first: int, batch: int) 
 
 
 def _read(path: Location) -> Arrays:
-    return dict(weight_files.Tensors([paths.local_copy(path)])) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    tensors = dict(weight_files.Tensors([paths.local_copy(path)]))
+    return tensors | {"pictures": tensors["pictures"].astype(np.uint8)}
 
 
 def _joined(arrays: Arrays, new: Arrays, seconds: float) -> Arrays:

@@ -119,6 +119,9 @@ def _plain(result: Result, plan: Plan, config: ConfigDict) -> Result:
     count = result["count"]
     under = Conditions(row.steps, result["seeds"], count, count, row.guidance, "none", config.model.sampling_dtype)
     scores = [kernel_words(result["sides"])]
+    scores += [
+        f"Frechet distance {said(s['frechet'])} on {side} pairs" for side, s in result["sides"].items() if "frechet" in s
+    ]
     numbers |= {"windows": row.windows, "steps": row.steps, "guidance": row.guidance, "calls": row.calls}
     numbers |= {"digest": result["digest"], "seconds": result["seconds"]}
     return numbers | {"statement": protocols.sentence(plan.protocol, scores, result["seeds"], under)}
