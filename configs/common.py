@@ -146,7 +146,7 @@ def _run(c: ConfigDict) -> None:
     c.export.stages = (4, 2)  # stages whose student distill exports to <run>/export/stage-N [paper: 4 and 2 steps]
 
     c.evaluate = ConfigDict()
-    c.evaluate.protocol = "coco2017-5k"  # of FID and CLIP score: "coco2017-5k" or "coco2014-30k", see docs/scores.md
+    c.evaluate.protocol = "coco2017-5k"  # "coco2017-5k", "coco2014-30k": FID and CLIP score, see docs/scores.md
     c.evaluate.examples = 0  # images of each row and seed; 0: as many as the protocol says
     c.evaluate.seeds = ()  # of the noise; (): the protocol's
     c.evaluate.guidance = 0.0  # classifier-free guidance scale; 0: the protocol's

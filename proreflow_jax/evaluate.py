@@ -2,9 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.evaluation.protocols import DIGITS
+from proreflow_jax.evaluation.protocols import DIGITS, EMOJI
 from proreflow_jax.jobs.score_coco import score_coco
 from proreflow_jax.jobs.score_digits import check_digits, score_digits
+from proreflow_jax.jobs.score_emoji import check_emoji, score_emoji
 from proreflow_jax.jobs.score_plan import check_scores
 from proreflow_jax.jobs.study_flow import NUMBERS, check_study, study_flow
 from proreflow_jax.run import cli
@@ -13,20 +14,24 @@ from proreflow_jax.runtime.processes import leads
 
 
 def evaluate(config: ConfigDict, study: bool) -> None:
-    """The verb: the digits' table, or FID and CLIP score by another protocol; with `study` also study.json and its pictures."""
-    by_scores = config.evaluate.protocol != DIGITS
-    if by_scores:
+    """The verb: the table of the digits or the emoji, or FID and CLIP score; with `study` also study.json and its pictures."""
+    protocol = config.evaluate.protocol
+    if protocol in EMOJI:
+        check_emoji(config)
+    elif protocol != DIGITS:
         check_scores(config)
     experiment = open_experiment(config)
-    if not by_scores:
+    if protocol == DIGITS:
         check_digits(experiment)
     if study:
         check_study(config)
-    if by_scores:
+    if protocol in EMOJI:
+        lines = score_emoji(experiment)
+    elif protocol == DIGITS:
+        lines = score_digits(experiment)
+    else:
         lines = [f"{row['method']}: {row['statement']}" for row in score_coco(experiment)]
         lines.append(f"table: {experiment.run / 'scores.md'}")
-    else:
-        lines = score_digits(experiment)
     if leads():
         print("\n".join(lines), flush=True)
     if study:

@@ -30,6 +30,7 @@ LONG = (  # files of more than half a minute, the longest first
     "test_verbs_lora.py",
     "test_verbs_reproduce.py",
     "test_verbs_families.py",
+    "test_verbs_emoji_scores.py",
     "test_reflow_train_step.py",
     "test_runtime_faults.py",
 )

@@ -73,6 +73,13 @@ def check(c: ConfigDict, devices: int) -> None:
     assert c.evaluate.batch % (machine.shape["data"] * machine.shape["fsdp"]) == 0
 
 
+def test_the_emoji_can_be_carried_out_on_two_cores():
+    c = config("emoji")
+    check(c, 2)
+    assert max(c.evaluate.teacher_steps) == 64 and set(c.evaluate.gate.guidance) == {1, 2, 3, 4, 5}
+    assert {count for count, _ in c.evaluate.student_steps} == set(c.stages)
+
+
 def slices(name: str) -> list[tuple[str, int, list[str]]]:
     """(slice, chips, flags on its line) of the docstring's table."""
     return [(kind, int(chips), overrides(rest)) for kind, chips, rest in SLICE.findall(page(name))]
@@ -230,7 +237,7 @@ def test_a_file_and_common_together_set_every_field(name):
 
 
 def test_every_line_of_fields_says_what_it_means():
-    for name in (*LARGE, "common", "digits"):
+    for name in (*LARGE, "common", "digits", "emoji"):
         text = (ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         explained = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}

@@ -5,12 +5,13 @@ import json
 import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from proreflow_jax.data import emoji, emoji_packages
+from proreflow_jax.data import emoji, emoji_packages, emoji_pairs, training_set
 from proreflow_jax.data.emoji import Concept, Picture
 
 WAFFLE = Concept("1f9c7", "waffle", ("breakfast", "sweet"), "food-drink")
@@ -185,3 +186,49 @@ def test_a_damaged_package_or_dataset_is_one_line(tmp_path):
     (tmp_path / "emoji64.npz").write_bytes((tmp_path / "emoji64.npz").read_bytes()[:500])
     with pytest.raises(ValueError, match="no emoji dataset"):
         emoji.load_emoji(tmp_path, 64)
+
+
+def test_pairs_to_judge_by_are_the_same_in_any_order_and_do_not_meet():
+    rows = pictures(400)
+    order = np.random.default_rng(0).permutation(len(rows))
+    chosen, moved = (emoji_pairs.choose_pairs(each, 50) for each in (rows, [rows[i] for i in order]))
+    hidden = emoji.hold_out(rows)
+    for name, held in (("seen", False), ("held-out", True)):
+        pairs = chosen[name]
+        assert len(pairs.rows) == len(pairs.others) == len({*pairs.rows, *pairs.others}) / 2 == 50
+        np.testing.assert_array_equal(hidden[[*pairs.rows, *pairs.others]], held)
+        assert [rows[i].name for i in pairs.rows] == [rows[order[i]].name for i in moved[name].rows]
+    fewer = emoji_pairs.choose_pairs(rows, 20)["seen"].rows
+    np.testing.assert_array_equal(fewer, chosen["seen"].rows[:20])
+
+
+def test_a_concept_of_one_family_is_not_judged():
+    alone = [
+        Picture(Concept(f"a{i:x}", "x", (), "objects"), style) for i in range(50) for style in ("fluent-3d", "fluent-flat")
+    ]
+    chosen = emoji_pairs.choose_pairs(pictures(100) + alone, 10_000)
+    assert len(chosen["seen"].rows) + len(chosen["held-out"].rows) == len(pictures(100))
+    with pytest.raises(ValueError, match="make_emoji"):
+        emoji_pairs.choose_pairs(alone, 10)
+
+
+def test_labels_number_concepts_families_and_groups():
+    rows = pictures(3)
+    labels = emoji_pairs.labels_of(rows)
+    assert len(set(labels.concept)) == 3 and len(set(labels.family)) == len({one.family for one in rows})
+    assert all(len({labels.family[i] for i, one in enumerate(rows) if one.style == style}) == 1 for style in STYLES)
+
+
+def test_known_prompts_are_those_of_pictures_that_training_saw(tmp_path):
+    arrays, table = emoji.paths(tmp_path, 8)
+    concepts = [WAFFLE._replace(hex=f"{i:x}", label=f"thing {i}")._asdict() for i in range(40)]
+    style, concept = np.repeat([0, 1], 40), np.tile(np.arange(40), 2)
+    np.savez(arrays, images=np.zeros((80, 8, 8, 3), np.uint8), style=style, concept=concept)
+    table.write_text(json.dumps({"styles": ["noto", "twemoji"], "concepts": concepts}))
+    dataset = emoji.load_emoji(tmp_path, 8)
+    hidden = emoji.hold_out(dataset.pictures)
+    lines = training_set.known_prompts(SimpleNamespace(kind="emoji", path=str(tmp_path), resolution=8))
+    assert hidden.sum() > 0 and len(lines) == (~hidden).sum()
+    for i, (line, row) in enumerate(zip(lines, np.flatnonzero(~hidden), strict=True)):
+        assert line == emoji.wordings(dataset.pictures[row])[i % len(emoji.WORDINGS)]
+    assert training_set.known_prompts(SimpleNamespace(kind="digits")) == []

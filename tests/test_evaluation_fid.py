@@ -246,7 +246,7 @@ def test_a_set_of_images_is_told_from_others_by_bytes_cuts_and_order():
 
 
 def test_the_protocols_name_what_exists():
-    assert {"coco2014-30k", "coco2017-5k", "digits"} <= set(protocols.PROTOCOLS)
+    assert {"coco2014-30k", "coco2017-5k", "digits", *protocols.EMOJI} <= set(protocols.PROTOCOLS)
     for name, row in protocols.PROTOCOLS.items():
         assert protocols.find_protocol(name) is row and row.name == name
         assert row.count > 1 and row.seeds and row.steps and row.crop in ("centre", "none")

@@ -98,6 +98,8 @@ def test_a_training_may_be_stopped_gone_on_with_and_looked_into(folder, monkeypa
     model = pipeline.load_pipeline(folder / "whole")
     assert model.latent_shape == (4, 4, 4) and model.scaling > 0
     assert all(row.author in (folder / "whole" / "README.md").read_text() for row in emoji_packages.STYLES)
+    lines = (folder / "whole" / "prompts.txt").read_text().splitlines()
+    assert len(lines) == (~emoji.hold_out(emoji.load_emoji(folder, 8).pictures)).sum() and all(lines)
 
     pretrain(toy(folder, "other", start=str(folder / "whole")), str(folder / "onward"))
     assert moved(folder / "whole", folder / "onward") == {"unet", "text_encoder"}

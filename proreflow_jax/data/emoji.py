@@ -99,8 +99,8 @@ def paths(folder: str | os.PathLike, size: int) -> tuple[Path, Path]:
     return stem.with_suffix(".npz"), stem.with_suffix(".json")
 
 
-def load_emoji(folder: str | os.PathLike, size: int) -> Emoji:
-    """Reads the dataset.
+def load_emoji(folder: str | os.PathLike, size: int, flag: str = "--config.data.path") -> Emoji:
+    """Reads the dataset; `flag` names the folder, for messages.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -109,7 +109,7 @@ def load_emoji(folder: str | os.PathLike, size: int) -> Emoji:
     arrays, table = paths(folder, size)
     for path in (arrays, table):
         if not path.is_file():
-            raise MissingFile(f"{path} is missing: run `python -m proreflow_jax.make_emoji`, or set --config.data.path")
+            raise MissingFile(f"{path} is missing: run `python -m proreflow_jax.make_emoji`, or set {flag}")
     try:
         with np.load(arrays, allow_pickle=False) as columns:
             images, style, concept = columns["images"], columns["style"], columns["concept"]

@@ -64,6 +64,13 @@ def _emoji(data: Any) -> tuple[np.ndarray, list[Sequence[str]]]:
     return visible.images, [emoji.wordings(picture) for picture in visible.pictures]
 
 
+def known_prompts(data: Any) -> list[str]:
+    """One caption of each picture, the wordings in turn: what a model trained on them can be asked for; []: nothing is kept."""
+    reader = {"emoji": _emoji}.get(data.kind)
+    _, texts = reader(data) if reader else (None, [])
+    return [wordings[i % len(wordings)] for i, wordings in enumerate(texts)]
+
+
 def _find(kind: str) -> tuple[Callable[[Any], tuple[np.ndarray, list[Sequence[str]]]], int]:
     """(reader, value at the edge of a shifted image: black behind the digits, white behind the emoji) of a kind."""
     sets = {"digits": (_digits, 0), "emoji": (_emoji, 255)}

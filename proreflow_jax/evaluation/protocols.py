@@ -1,19 +1,22 @@
-"""Protocols of FID and CLIP score by name, and the sentence that states a number with what it rests on.
+"""Protocols of FID, CLIP score and kernel distance by name, and the sentence that states a number with what it rests on.
 
 An FID without its protocol says nothing: the count, the resize, the crop and the reference each move it by more than methods
 differ. So a protocol is a row of a table, and where a measurement departs from its row, the sentence says so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from proreflow_jax import UserError
 from proreflow_jax.evaluation.classifier import FEATURES
+from proreflow_jax.models import efficientnet
 from proreflow_jax.models.inception import NAME
 
 DIGITS = "digits"
+EMOJI = ("emoji", "emoji-2500")  # kernel distance; with a Frechet distance too, for which FRECHET_LEAST pictures are needed
+FRECHET_LEAST = 2500  # pictures a side from which a Frechet distance over 1,280 features is stated
 
 
 class Protocol(NamedTuple):
@@ -98,6 +101,28 @@ PROTOCOLS = {
             seeds=(0, 1, 2),
             steps=(1, 2, 4, 8),
         ),
+        *(
+            Protocol(
+                name=name,
+                prompts=f"the plain captions of {count:,} pictures that training saw, and of as many held out",  # our choice
+                choice="none",
+                reference="these pictures themselves",  # our choice: what prompts show falls out of the difference
+                real=count,
+                year=0,
+                count=count,  # of each kind; there are 993 held out
+                size=128,  # what the feature network sees: twice the pictures' 64
+                crop="none",
+                scale="bicubic",  # in float, by the feature network itself
+                file="none",
+                features=efficientnet.NAME,  # not Inception, whose weights are too many to come with the package
+                resize="none",
+                clip="none",
+                guidance=3.0,  # our choice; the gate sweeps 1 to 5
+                seeds=(0, 1, 2),
+                steps=(2, 4, 8, 16, 32, 64),
+            )
+            for name, count in zip(EMOJI, (500, FRECHET_LEAST), strict=True)
+        ),
     )
 }
 
@@ -158,13 +183,19 @@ def statement(protocol: Protocol, fid: Mapping[int, float], clip: Mapping[int, f
 
     Raises ValueError without a score.
     """
-    scores = [f"FID {_said(fid)}"] + ([f"CLIP score {_said(clip)} by {under.clip}"] if clip else [])
-    seeds = f"seeds {_listed(tuple(fid))}" if len(fid) > 1 else f"seed {_listed(tuple(fid))} only, spread unknown"
+    scores = [f"FID {said(fid)}"] + ([f"CLIP score {said(clip)} by {under.clip}"] if clip else [])
+    return sentence(protocol, scores, tuple(fid), under)
+
+
+def sentence(protocol: Protocol, scores: Sequence[str], seeds: tuple[int, ...], under: Conditions) -> str:
+    """Scores in words, each already with its spread, with all that they rest on."""
+    of = f"seeds {_listed(seeds)}" if len(seeds) > 1 else f"seed {_listed(seeds)} only, spread unknown"
     rest = f"{under.steps} steps, {under.count:,} images, guidance {under.guidance:g}, {under.dtype}, {protocol.features}"
     odd = [f"not the protocol's: {', '.join(lines)}" for lines in [departures(protocol, under)] if lines]
-    return "; ".join([", ".join(scores), seeds, f"{protocol.name}, {rest}", *odd])
+    return "; ".join([", ".join(scores), of, f"{protocol.name}, {rest}", *odd])
 
 
-def _said(values: Mapping[int, float]) -> str:
+def said(values: Mapping[int, float]) -> str:
+    """Mean over seeds, and the spread where there are several: "1.23 +- 0.04"."""
     mean, spread = mean_and_spread(values)
     return f"{mean:.2f}" + ("" if spread is None else f" +- {spread:.2f}")

@@ -1,6 +1,7 @@
 """An evaluation's report: a table in text, a picture with seeds in columns, an HTML page."""
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 LABEL, CELL, GAP = 190, 64, 4  # pixels: label column, one image, between images
+LINE, LETTER = 22, 8  # pixels: a line of heads, and about the width of one letter
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 STYLE = (
     "body{font:15px system-ui;margin:2em auto;max-width:62em;padding:0 1em}td,th{padding:.3em .8em;text-align:right}"
@@ -31,20 +33,26 @@ def text_table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str])
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
-def picture(path: Path, rows: Sequence[tuple[str, UInt8[np.ndarray, "n h w 3"]]], heads: Sequence[str]) -> None:
-    """Writes a PNG: one labelled row of images per method, the same seed and prompt in each column."""
+def picture(
+    path: Path, rows: Sequence[tuple[str, UInt8[np.ndarray, "n h w 3"]]], heads: Sequence[str], cell: int = CELL
+) -> None:
+    """Writes a PNG: one labelled row of images per method, the same seed and prompt in each column.
+
+    cell: pixels a side of one image. Heads are broken into lines of a cell's width.
+    """
     columns = len(heads)
-    font, top = ImageFont.load_default(13), 22
-    step = CELL + GAP
+    lines = ["\n".join(textwrap.wrap(head, max(cell // LETTER, 1))) for head in heads]
+    font, top = ImageFont.load_default(13), LINE * max(1 + text.count("\n") for text in ["", *lines])
+    step = cell + GAP
     canvas = Image.new("RGB", (LABEL + columns * step, top + len(rows) * step), PAPER)
     draw = ImageDraw.Draw(canvas)
-    for j, head in enumerate(heads):
-        draw.text((LABEL + j * step + CELL // 2, top // 2), head, INK, font, anchor="mm")
+    for j, head in enumerate(lines):
+        draw.multiline_text((LABEL + j * step + cell // 2, top // 2), head, INK, font, anchor="mm", align="center")
     for i, (label, images) in enumerate(rows):
         y = top + i * step
-        draw.text((8, y + CELL // 2), label, INK, font, anchor="lm")
+        draw.text((8, y + cell // 2), label, INK, font, anchor="lm")
         for j, image in enumerate(images[:columns]):
-            canvas.paste(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC), (LABEL + j * step, y))
+            canvas.paste(Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC), (LABEL + j * step, y))
     with path.open("wb") as file:
         canvas.save(file, "PNG")
 

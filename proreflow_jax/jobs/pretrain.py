@@ -93,6 +93,8 @@ def write_model(config: ConfigDict, run: Path, out: str, params: Mapping[str, Pa
         copying.copy_component(run, "tokenizer", draft)
         if card := training_set.card(config.data.kind):
             (draft / "README.md").write_text(card, encoding="utf-8")
+        if lines := training_set.known_prompts(config.data):
+            (draft / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         sealed.seal(draft, {"model": config.name})
     log.info("wrote %s", out)
 

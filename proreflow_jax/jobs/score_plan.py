@@ -34,12 +34,7 @@ def check_scores(config: ConfigDict) -> None:
     e, plan = config.evaluate, make_plan(config)
     if plan.protocol.choice not in coco.CHOICES:
         raise UserError(f"--config.evaluate.protocol={plan.protocol.name} has a table of its own, no FID of COCO")
-    if plan.count < 2:
-        raise UserError(f"--config.evaluate.examples={e.examples} must be at least 2, or 0: as the protocol says")
-    if plan.guidance < 0:
-        raise UserError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
-    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in plan.seeds) or len(set(plan.seeds)) < len(plan.seeds):
-        raise UserError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
+    check_plan(config, plan, least=2)
     check_alone(f"evaluate with --config.evaluate.protocol={plan.protocol.name}")
     _check_file(e.inception)
     for name in ("images", "captions"):
@@ -50,6 +45,17 @@ def check_scores(config: ConfigDict) -> None:
         coco.check_tfds(Path(e.images).expanduser(), plan.protocol.year)
     else:
         _check_count(plan, e.examples, coco.open_split(e.captions, e.images, plan.protocol.year))
+
+
+def check_plan(config: ConfigDict, plan: Plan, least: int) -> None:
+    """Raises ValueError, one line, for numbers of the config that cannot be measured; at least so many images are needed."""
+    e = config.evaluate
+    if plan.count < least:
+        raise UserError(f"--config.evaluate.examples={e.examples} must be at least {least}, or 0: as the protocol says")
+    if plan.guidance < 0:
+        raise UserError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
+    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in plan.seeds) or len(set(plan.seeds)) < len(plan.seeds):
+        raise UserError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
 
 
 def _local(path: str, flag: str) -> Path:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from proreflow_jax.evaluation import clip_score, judges, protocols
+from proreflow_jax.models.efficientnet import make_efficientnet
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.train_state import parameter_shardings
@@ -43,7 +44,8 @@ def beside_pairs(experiment: Experiment, by_base: bool) -> dict[str, Any]:
 def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:
     """Beside the student that is sampled: the base model, and what the protocol's job keeps.
 
-    By COCO's protocols images are judged on the devices, and a batch begins before the host has read the one before it.
+    By COCO's protocols images are judged on the devices, and a batch begins before the host has read the one before it. So are
+    the emoji, one batch after the other.
     The digits' table holds all its students from the beginning, and is judged on the host.
     """
     e, base, factors = experiment.config.evaluate, unet_shapes(experiment), _factors(experiment)
@@ -86,7 +88,9 @@ def _by_rules(experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct]
 
 
 def _judges(experiment: Experiment) -> Any:
-    path, whole = experiment.config.evaluate.clip, mesh.replicated(experiment.mesh)
-    clip = paths.local_copy(paths.parse_path(path, clip_score.FLAG), clip_score.FLAG).expanduser() if path else None
+    e, whole = experiment.config.evaluate, mesh.replicated(experiment.mesh)
     place = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole)
+    if e.protocol in protocols.EMOJI:
+        return jax.tree.map(place, make_efficientnet(protocols.PROTOCOLS[e.protocol].size).shapes)
+    clip = paths.local_copy(paths.parse_path(e.clip, clip_score.FLAG), clip_score.FLAG).expanduser() if e.clip else None
     return jax.tree.map(place, judges.judge_shapes(clip))

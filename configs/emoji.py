@@ -1,0 +1,68 @@
+"""Progressive reflow of the emoji model in 8, 4, then 2 windows; its gate, and its table.
+
+    python -m proreflow_jax.evaluate --config=configs/emoji.py
+    python -m proreflow_jax.distill --config=configs/emoji.py
+
+The first command alone is the gate: it needs the base model and the dataset (`python -m proreflow_jax.make_emoji`), draws the
+teacher at 2 to 64 steps and at several guidance scales, and says what a testbed must show; after the second it has rows for the
+students too. Stop it and run it again as you like. Machine: 2 CPU cores; the teacher's rows are 756,000 evaluations of the UNet
+(14 ms each: 3 hours), the guidance rows 164,000.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs.common import optimizer, stable_diffusion
+
+HERE = Path(__file__).resolve().parent.parent
+MODEL = HERE / "proreflow_jax" / "assets" / "emoji"
+
+
+def get_config() -> ConfigDict:
+    """What was decided for the emoji; the rest is common.stable_diffusion's."""
+    c = stable_diffusion("emoji")
+    c.model.path = str(MODEL)  # diffusers folder, single .safetensors file or hub id
+    c.model.dtype = "float32"  # of the student's computation; a CPU gains nothing by "bfloat16"
+    c.model.teacher_dtype = "float32"  # of the teacher's computation
+
+    c.data.path = str(MODEL / "prompts.txt")  # captions of the pictures that the base model's training saw, one a line
+    c.data.resolution = 64  # pixels a side
+    c.data.threads = 2  # that read and decode images, of each process: one a core
+
+    c.student.prediction = "ddim_eps"  # prediction type: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
+
+    c.pairs.steps = 4  # solver steps per window of the diffusion teacher in the first stage [paper: 4]; later stages scale
+    c.pairs.examples = 4096  # records a stage; from noise each holds a whole trajectory
+    c.pairs.shard_size = 512  # records a shard; a kill costs at most one shard
+    c.pairs.batch = 64  # trajectories computed at once; divides shard_size and is a multiple of the devices
+
+    c.train.steps = 500  # updates per stage (the paper does not say)
+    c.train.batch = 32  # global batch: examples per update, over all devices and accumulation (the paper does not say)
+    c.train.accumulation = 1  # parts a batch is computed in; divides batch / devices
+    c.train.ema = 0.99  # decay of the averaged weights, which are handed on; 0: off (the paper does not say)
+    c.train.remat = "none"  # all is kept of each block for the backward pass: memory is no matter here
+    c.train.log_every = 20  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
+
+    c.optimizer = optimizer(learning_rate=5e-4, warmup_steps=20)  # the paper does not say
+
+    c.checkpoint.every = 100  # steps between checkpoints
+
+    c.mesh.data = -1  # devices of a slice over which only the batch is split; -1: all that are left
+    c.mesh.fsdp = 1  # devices over which the state is split too: it fits one
+
+    c.export.stages = (8, 4, 2)  # stages whose student is exported to <run>/export/stage-N
+
+    c.evaluate.protocol = "emoji"  # "emoji": kernel distances of 500 pictures a side; "emoji-2500": with Frechet distances
+    c.evaluate.images = "runs/data/emoji"  # folder of the real pictures, as make_emoji writes it
+    c.evaluate.batch = 50  # images computed at once; a multiple of the devices
+    c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2)  # rows of the base model; the most are the reference of the distances
+    c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students that are finished
+    c.evaluate.columns = 12  # images of each row in the picture: seen prompts in the left half, held-out ones in the right
+    c.evaluate.gate = ConfigDict()  # of the emoji's table alone
+    c.evaluate.gate.styled = True  # prompts name a style: "a waffle, noto style"; False: "a waffle", which is harder
+    c.evaluate.gate.student_guidance = 3.0  # classifier-free guidance scale of the students; 1 if pairs.guidance is in them
+    c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)  # scales of further rows of the base model, one seed; (): none
+    c.evaluate.gate.guidance_steps = (32, 4)  # their steps
+    c.evaluate.gate.guidance_examples = 250  # pictures of each of these rows, seen and held out each
+    return c

@@ -1,0 +1,154 @@
+"""The emoji's table: teacher and students beside the real pictures, over seeds, seen and held-out pairs apart; and the gate.
+
+Kernel distances to the real pictures and to the teacher's own many-step pictures; the shares of pictures that show what their
+prompts say. What was drawn is kept below <run>/scores: the same command goes on where a killed one was.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from proreflow_jax import UserError
+from proreflow_jax.data import emoji, emoji_pairs
+from proreflow_jax.evaluation import fid, kernel
+from proreflow_jax.evaluation.picture_features import make_picture_features
+from proreflow_jax.jobs import emoji_table
+from proreflow_jax.jobs.emoji_pictures import SHOWN, Arrays, PictureRow, make_picture_draw, measure_pictures
+from proreflow_jax.jobs.emoji_reference import (
+    IMAGES,
+    Real,
+    Side,
+    baselines,
+    compare_pictures,
+    make_side,
+    prompt_texts,
+    read_real,
+)
+from proreflow_jax.jobs.score_plan import Plan, check_plan, make_plan
+from proreflow_jax.reflow import sampler
+from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.stages import find_stage
+from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.processes import check_alone
+from proreflow_jax.storage import lock, paths
+
+log = logging.getLogger(__name__)
+Drawn = dict[tuple[str, int], Arrays]  # by side and seed
+Measure = Callable[[PictureRow, Weights, Side, int], Arrays]
+
+
+def check_emoji(config: ConfigDict) -> None:
+    """Raises ValueError or FileNotFoundError, one line, for a table that cannot be made; reads no model."""
+    e, plan = config.evaluate, make_plan(config)
+    if "gate" not in e:
+        raise UserError(f"--config.evaluate.protocol={e.protocol} needs fields that only --config=configs/emoji.py has")
+    check_plan(config, plan, kernel.LEAST)
+    check_alone(f"evaluate with --config.evaluate.protocol={e.protocol}")
+    if not 1 <= e.columns <= SHOWN:
+        raise UserError(f"--config.evaluate.columns={e.columns} must be in [1, {SHOWN}]")
+    if not e.teacher_steps:
+        raise UserError("--config.evaluate.teacher_steps is empty: students are held against the teacher's most steps")
+    if e.gate.guidance and e.gate.guidance_examples < kernel.LEAST:
+        raise UserError(f"--config.evaluate.gate.guidance_examples={e.gate.guidance_examples} must be at least {kernel.LEAST}")
+    emoji.load_emoji(paths.parse_local(e.images, IMAGES), config.data.resolution, IMAGES)
+
+
+def score_emoji(experiment: Experiment) -> list[str]:
+    """Writes table.md, table.json, samples.png and report.html into the run's folder; returns the lines to show."""
+    e, plan = experiment.config.evaluate, make_plan(experiment.config)
+    mesh.check_split(e.batch, fid.BATCH, experiment.mesh)
+    rows, sweep = _rows(experiment, plan), _sweep(experiment)
+    judge = make_picture_features(plan.protocol.size, experiment.mesh, e.batch)
+    real = read_real(experiment, judge)
+    chosen = emoji_pairs.choose_pairs(real.dataset.pictures, plan.count)
+    sides = [make_side(experiment, real, name, pairs) for name, pairs in chosen.items()]
+    measure = partial(_measure, partial(measure_pictures, experiment, draw=make_picture_draw(experiment), judge=judge))
+    results = baselines(experiment, real, sides, judge)
+    with lock.lock_folder(experiment.run / "scores"):
+        results += _measured(experiment, plan.seeds, rows, real, sides, measure=measure)
+        if sweep:
+            few = [make_side(experiment, real, name, pairs, e.gate.guidance_examples) for name, pairs in chosen.items()]
+            results += _measured(experiment, plan.seeds[:1], sweep, real, few, measure=measure, alone=True)
+    texts = {side.name: prompt_texts(experiment, real, side.pairs.rows[:SHOWN]) for side in sides}
+    return emoji_table.write_table(experiment, plan, results, texts)
+
+
+def _rows(experiment: Experiment, plan: Plan) -> list[PictureRow]:
+    """The teacher, most steps first, then the students that are finished."""
+    e, flow = experiment.config.evaluate, experiment.flow
+    rows = [PictureRow("teacher", 0, flow, steps, plan.guidance) for steps in sorted(e.teacher_steps, reverse=True)]
+    for count, steps in e.student_steps:
+        stage = find_stage(experiment.stages, count)
+        if stage.done.is_file():
+            rows.append(PictureRow(f"{count}-window student", count, stage.student, steps, float(e.gate.student_guidance)))
+        else:
+            log.info("the run has no %d-window student yet: its row is left out", count)
+    for row in rows:
+        sampler.check_sampling(row.steps, row.flow)
+    return rows
+
+
+def _sweep(experiment: Experiment) -> list[PictureRow]:
+    """The teacher at several guidance scales."""
+    gate = experiment.config.evaluate.gate
+    rows = [
+        PictureRow("teacher, guidance", 0, experiment.flow, steps, float(scale))
+        for steps in gate.guidance_steps
+        for scale in gate.guidance
+    ]
+    for row in rows:
+        sampler.check_sampling(row.steps, row.flow)
+    return rows
+
+
+def _measure(measure: Callable[..., Arrays], row: PictureRow, weights: Weights, side: Side, seed: int) -> Arrays:
+    return measure(row, weights, side.prompts, seed)
+
+
+def _measured(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    rows: Sequence[PictureRow],
+    real: Real,
+    sides: Sequence[Side],
+    *,
+    measure: Measure,
+    alone: bool = False,
+) -> list[dict[str, Any]]:
+    """Rows of the table. Unless `alone`, the first row, the teacher's most steps, is what the others are held against too."""
+    results, loaded, weights = [], None, None
+    reference: Drawn = {}
+    for row in rows:
+        if weights is None or row.windows != loaded:  # rows of one student stand together
+            stage = find_stage(experiment.stages, row.windows) if row.windows else None
+            loaded, weights = row.windows, load_weights(experiment, stage)
+        arrays = {(side.name, seed): measure(row, weights, side, seed) for side in sides for seed in seeds}
+        reference = {} if alone else reference or arrays
+        numbers = {side.name: _by_name(_numbers(real, side, arrays, reference)) for side in sides}
+        pictures = {side.name: arrays[side.name, seeds[0]]["pictures"] for side in sides}
+        seconds = min(float(part["seconds"]) for part in arrays.values())
+        results.append({"row": row, "method": row.method, "sides": numbers, "pictures": pictures, "seconds": seconds})
+        results[-1] |= {"count": len(sides[0].pairs.rows), "seeds": tuple(seeds), "digest": weights.digest}
+        log.info("%s, %d steps: %s", row.method, row.steps, emoji_table.kernel_words(numbers))
+    return results
+
+
+def _numbers(real: Real, side: Side, arrays: Drawn, reference: Drawn) -> dict[int, dict[str, float]]:
+    """{seed: numbers} of a side, with those beside the reference's pictures of that seed, if any."""
+    by_seed = {}
+    for seed, batch in ((seed, batch) for (name, seed), batch in arrays.items() if name == side.name):
+        teacher = reference.get((side.name, seed))
+        by_seed[seed] = compare_pictures(real, side, batch["features"], teacher and teacher["features"])
+        if teacher:
+            by_seed[seed]["latents"] = float(np.sqrt(np.mean((batch["latents"] - teacher["latents"]) ** 2)))
+    return by_seed
+
+
+def _by_name(by_seed: dict[int, dict[str, float]]) -> dict[str, dict[int, float]]:
+    """{seed: {name: number}} -> {name: {seed: number}}."""
+    names = next(iter(by_seed.values()))
+    return {name: {seed: numbers[name] for seed, numbers in by_seed.items()} for name in names}

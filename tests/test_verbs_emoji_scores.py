@@ -1,0 +1,287 @@
+"""The emoji's table and gate on a tiny model and a made dataset: rows, an independent drawing, killed and resumed, refusals.
+
+The feature network is four averages of a picture; the real one has tests of its own.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from safetensors.numpy import load_file
+from verb import ROOT, Ended, keep_networks, kept_programs, run
+
+from proreflow_jax.data import emoji, emoji_pairs
+from proreflow_jax.evaluation import kernel
+from proreflow_jax.evaluation.picture_features import PictureFeatures
+from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.jobs import emoji_pictures, emoji_reference, score_emoji
+from proreflow_jax.pretrained import pipeline
+from proreflow_jax.reflow import sampler
+from proreflow_jax.run.experiment import Experiment, Weights
+from proreflow_jax.run.stages import EVALUATION_KEY, Stage
+from proreflow_jax.storage.atomic import read_json
+
+STYLES = ("noto", "twemoji", "fxemoji", "noto-v1", "emojione")
+COUNT, BATCH, GUIDANCE = 12, 8, 3.0
+
+
+def small_features(images: np.ndarray) -> np.ndarray:
+    """Four averages of each picture, float32."""
+    quarters = images.reshape(len(images), 2, 4, 2, 4, 3).astype(np.float32).mean(axis=(2, 4))
+    return quarters.reshape(len(images), 12) / 127.5 - 1
+
+
+def small_network(size: int, mesh: object, batch: int) -> PictureFeatures:
+    """Stands in for EfficientNet: every picture's row depends on that picture alone."""
+    run = lambda batches: ({"efficientnet-lite0": small_features(rows["images"])} for rows in batches)
+    return PictureFeatures(run, batch, f"small-{size}")
+
+
+def load_weights(real: Callable, experiment: Experiment, stage: Stage | None) -> Weights:
+    """The 4-window student is the teacher with larger weights."""
+    if stage is None:
+        return real(experiment, None)
+    params = {name: 1.1 * value for name, value in experiment.unet.params().items()}
+    return Weights(params, Parameterization("ddim_eps", 4), "student")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+        keep_networks(patch)
+        patch.setattr(jax, "jit", tiny.quick_jit)
+        patch.setattr(score_emoji, "make_picture_features", small_network)
+        patch.setattr(score_emoji, "load_weights", partial(load_weights, score_emoji.load_weights))
+        patch.setattr(emoji_pictures, "SAVE_EVERY", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 60 concepts in 5 styles, 8 pixels a side: a concept's colours, darkened by its style."""
+    folder = tmp_path_factory.mktemp("emoji")
+    rng = np.random.default_rng(0)
+    rows = [{"hex": f"{i:x}", "label": f"thing {i}", "tags": ["thing"], "group": "objects"} for i in range(60)]
+    quarters = rng.integers(40, 256, (60, 2, 2, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    shade = np.linspace(1, 0.5, len(STYLES))[:, None, None, None, None]
+    images = (quarters[None] * shade + rng.integers(-5, 5, (len(STYLES), 60, 8, 8, 3))).clip(0, 255).astype(np.uint8)
+    arrays, table = emoji.paths(folder, 8)
+    style, concept = np.repeat(np.arange(len(STYLES)), 60), np.tile(np.arange(60), len(STYLES))
+    np.savez(arrays, images=images.reshape(-1, 8, 8, 3), style=style, concept=concept)
+    table.write_text(json.dumps({"styles": STYLES, "concepts": rows}))
+    (folder / "prompts.txt").write_text("a thing\nanother\n")
+    return folder
+
+
+def evaluate(folder: Path, model: Path, name: str, **fields: object) -> Ended:
+    """The verb on the dataset of `folder`, its run folder beside it."""
+    values = {
+        "name": name,
+        "root": folder / "runs",
+        "model.path": model,
+        "data.path": folder / "prompts.txt",
+        "data.resolution": 8,
+        "evaluate.images": folder,
+        "evaluate.examples": COUNT,
+        "evaluate.seeds": "(0, 1)",
+        "evaluate.batch": BATCH,
+        "evaluate.teacher_steps": "(2, 8, 4)",
+        "evaluate.student_steps": "((4, 4), (2, 2))",
+        "evaluate.columns": 4,
+        "evaluate.gate.guidance": "(1.0, 4.0)",
+        "evaluate.gate.guidance_steps": "(2,)",
+        "evaluate.gate.guidance_examples": 10,
+        "evaluate.gate.student_guidance": 1.0,
+        "pairs.batch": 64,
+        "train.batch": 32,
+    } | {key.replace("__", "."): value for key, value in fields.items()}
+    return run("evaluate", f"--config={ROOT / 'configs' / 'emoji.py'}", *(f"--config.{k}={v}" for k, v in values.items()))
+
+
+def finish_student(folder: Path, name: str) -> None:
+    """Says that the run's 4-window student is finished."""
+    stage = folder / "runs" / name / "stage-4"
+    stage.mkdir(parents=True)
+    (stage / "DONE.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, model: Path) -> dict:
+    """table.json of a run with a 4-window student, never stopped."""
+    finish_student(folder, "whole")
+    ended = evaluate(folder, model, "whole")
+    assert ended.code == 0, ended.err
+    assert "2-window student yet: its row is left out" in ended.err
+    assert (folder / "runs" / "whole" / "table.md").read_text().startswith("| method")
+    return read_json(folder / "runs" / "whole" / "table.json") | {"out": ended.out}
+
+
+def of(table: dict, method: str, steps: int = 0, guidance: float = 0.0) -> dict:
+    rows = [row for row in table["rows"] if row["method"] == method and steps in (0, row.get("steps"))]
+    (row,) = [row for row in rows if guidance in (0.0, row.get("guidance"))]
+    return row
+
+
+def arrays(folder: Path, name: str, **about: object) -> list[dict[str, np.ndarray]]:
+    """What was kept of the rows that these facts describe."""
+    files = sorted((folder / "runs" / name / "scores").glob("emoji-*.json"))
+    files = [f for f in files if about.items() <= read_json(f).items() and f.with_suffix(".safetensors").is_file()]
+    return [load_file(f.with_suffix(".safetensors")) for f in files]
+
+
+def test_rows_are_teacher_students_and_what_no_model_draws(whole):
+    rows = [(row["method"], row.get("steps"), row.get("guidance"), row.get("calls")) for row in whole["rows"]]
+    without = [(name, None, None, None) for name in ("real pictures", "shuffled prompts", "autoencoder")]
+    teacher = [("teacher", steps, 3.0, 2 * steps) for steps in (8, 4, 2)]
+    sweep = [("teacher, guidance", 2, 1.0, 2), ("teacher, guidance", 2, 4.0, 4)]
+    assert rows == [*without, *teacher, ("4-window student", 4, 1.0, 4), *sweep]
+    for row in whole["rows"][3:7]:
+        assert set(row["sides"]) == {"seen", "held-out"}
+        for numbers in row["sides"].values():
+            assert set(numbers) == {"kernel", "teacher_kernel", "latents", "top1", "top5", "group"}
+            assert all(set(values) == {"0", "1"} for values in numbers.values())
+    assert set(of(whole, "teacher, guidance", 2, 1.0)["sides"]["seen"]["kernel"]) == {"0"}
+    assert "teacher_kernel" not in of(whole, "teacher, guidance", 2, 1.0)["sides"]["seen"]
+
+
+def test_numbers_are_said_with_their_protocol_and_the_gate_in_words(whole):
+    text = of(whole, "teacher", 2)["statement"]
+    assert (
+        text.startswith("kernel distance ") and " on seen pairs, " in text and " on held-out pairs; seeds 0, 1; emoji, " in text
+    )
+    assert text.endswith("images 12 instead of 500, real images 12 instead of 500, seeds 0, 1 instead of 0, 1, 2")
+    assert set(whole["gate"]) == {"seen", "held-out"} and set(whole["gate"]["seen"]) == {"a", "b", "c"}
+    assert len(whole["sentences"]) == 6
+    for sentence in whole["sentences"]:
+        assert sentence in whole["out"]
+        assert sentence.split(" pairs: ")[1].startswith(("(a) ", "(b) ", "(c) "))
+    assert whole["gate"]["seen"]["b"] is not None  # the run has the student
+
+
+def test_the_teacher_is_held_against_its_own_most_steps(whole):
+    for side in ("seen", "held-out"):
+        most, few = of(whole, "teacher", 8)["sides"][side], of(whole, "teacher", 2)["sides"][side]
+        assert not any(most["latents"].values()) and not any(most["teacher_kernel"].values())
+        assert all(few["latents"].values())
+
+
+def test_real_pictures_are_the_ceiling_of_fidelity_and_shuffled_prompts_its_floor(whole):
+    for side in ("seen", "held-out"):
+        real, shuffled = of(whole, "real pictures")["sides"][side], of(whole, "shuffled prompts")["sides"][side]
+        assert real["top1"] > 0.7 and real["top5"] >= real["top1"]
+        assert shuffled["top1"] < 0.2 and shuffled["top5"] < 0.4
+        assert "kernel" not in shuffled and real["kernel"]["error"] > 0
+
+
+def test_a_picture_is_that_of_its_seed_and_number_and_the_distance_is_to_its_own_pairs(folder, model, whole):
+    """The teacher's 4 steps for held-out pairs at seed 1, without batches, meshes or the verb's own loop."""
+    base, networks = tiny.load(model)
+    dataset, params = emoji.load_emoji(folder, 8), base.params
+    rows = emoji_pairs.choose_pairs(dataset.pictures, COUNT)["held-out"].rows
+    key = jax.random.fold_in(jax.random.key(1), EVALUATION_KEY)
+    noise = jax.numpy.stack([jax.random.normal(jax.random.fold_in(key, 1_000_000 + i), tiny.LATENT) for i in range(COUNT)])
+    texts = [emoji.prompt(dataset.pictures[row]) for row in rows]
+
+    @jax.jit
+    def draw(noise: jax.Array, ids: jax.Array, empty: jax.Array) -> tuple[jax.Array, jax.Array]:
+        context, negative = (networks.condition(base.text, each) for each in (ids, empty))
+        options = dict(unet=networks.unet, schedule=networks.schedule, flow=Parameterization("epsilon"), steps=4)
+        latents = sampler.sample_latents(params["unet"], noise, context, negative, guidance=GUIDANCE, **options)
+        return latents, sampler.decode(networks.vae, params["vae"], latents, networks.scaling)
+
+    latents, images = map(np.asarray, draw(noise, base.tokenizer.encode(texts), base.tokenizer.encode([""])))
+    kept = arrays(folder, "whole", steps=4, seed=1, guidance=GUIDANCE)
+    own = min(kept, key=lambda part: np.abs(part["latents"] - latents).max())
+    assert len(kept) == 2  # the other is of the seen pairs
+    np.testing.assert_allclose(own["latents"], latents, atol=1e-4)
+    assert np.abs(images.astype(int) - own["pictures"]).max() <= 1
+    value = kernel.kernel_distance(small_features(images), small_features(dataset.images[rows]), paired=True)
+    assert of(whole, "teacher", 4)["sides"]["held-out"]["kernel"]["1"] == pytest.approx(value, rel=0.02, abs=1)
+
+
+def test_the_reconstructions_are_the_floor_that_the_autoencoder_sets(folder, model, whole):
+    base, dataset = pipeline.load_pipeline(model), emoji.load_emoji(folder, 8)
+    rows = emoji_pairs.choose_pairs(dataset.pictures, COUNT)["seen"].rows
+    images = jax.numpy.asarray(dataset.images[rows] / np.float32(127.5) - 1)
+    mean, _ = base.vae.apply(base.params["vae"], images, method="encode")
+    again = sampler.decode(base.vae, base.params["vae"], mean, 1.0)
+    value = kernel.kernel_distance(small_features(np.asarray(again)), small_features(dataset.images[rows]), paired=True)
+    assert of(whole, "autoencoder")["sides"]["seen"]["kernel"]["value"] == pytest.approx(value, rel=0.02, abs=1)
+
+
+def test_the_grid_has_a_row_a_method_and_prompts_as_heads(folder, whole):
+    picture = np.asarray(Image.open(folder / "runs" / "whole" / "samples.png"))
+    rows = len(whole["rows"]) - 1  # all but the shuffled prompts
+    assert picture.shape[1] == 190 + 4 * 100 and 0 < picture.shape[0] - rows * 100 <= 8 * 22
+    assert "<h1>whole" in (folder / "runs" / "whole" / "report.html").read_text()
+
+
+def numbers(table: dict) -> list[tuple]:
+    return [(row["method"], row.get("steps"), row["sides"]) for row in table["rows"]]
+
+
+def test_killed_and_resumed_it_says_the_same(folder, model, whole, monkeypatch):
+    """Broken off after the first of two batches of the third set; nothing is drawn again that was kept."""
+    finish_student(folder, "cut")
+    save, left = emoji_pictures.weight_files.save_tensors, [5]
+
+    def breaking(path, tensors):
+        save(path, tensors)
+        if "latents" in tensors:
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(emoji_pictures.weight_files, "save_tensors", breaking)
+        evaluate(folder, model, "cut")
+    kept = {part["features"].shape[0] for part in arrays(folder, "cut")}
+    assert kept == {COUNT}  # the draft of the third set never took its place
+    ended = evaluate(folder, model, "cut")
+    assert ended.code == 0, ended.err
+    assert numbers(read_json(folder / "runs" / "cut" / "table.json")) == numbers(whole)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(emoji_reference, "reconstructions", lambda experiment, images: images)
+    monkeypatch.setattr(emoji_pictures.sampler, "decode", never)
+    assert evaluate(folder, model, "cut").code == 0
+
+
+def test_a_set_of_which_some_batches_are_kept_is_gone_on_with(folder, model, whole):
+    finish_student(folder, "half")
+    shutil.copytree(folder / "runs" / "whole" / "scores", folder / "runs" / "half" / "scores")
+    path = max((folder / "runs" / "half" / "scores").glob("emoji-*.safetensors"), key=lambda p: p.stat().st_size)
+    part = load_file(path)
+    short = {name: value if name == "seconds" else value[:BATCH].copy() for name, value in part.items()}
+    emoji_pictures.weight_files.save_tensors(path, short)
+    assert evaluate(folder, model, "half").code == 0
+    again = load_file(path)
+    for name in ("features", "latents", "pictures"):
+        np.testing.assert_array_equal(again[name], part[name])
+
+
+def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
+    cases = {
+        "evaluate.examples=4 must be at least 10": {"evaluate__examples": 4},
+        "evaluate.columns=17 must be in": {"evaluate__columns": 17},
+        "evaluate.batch=9": {"evaluate__batch": 9},
+        "set --config.evaluate.images": {"evaluate__images": tmp_path},
+        "teacher_steps is empty": {"evaluate__teacher_steps": "()"},
+        "guidance_examples=5": {"evaluate__gate__guidance_examples": 5},
+        "evaluate.seeds=(0, 0)": {"evaluate__seeds": "(0, 0)"},
+    }
+    for text, fields in cases.items():
+        ended = evaluate(folder, model, "refused", **fields)
+        assert ended.code == 2 and text in ended.err.strip().splitlines()[-1], (text, ended.err)
+    assert not (folder / "runs" / "refused").exists()
+    ended = run("evaluate", f"--config={ROOT / 'configs' / 'digits.py'}", "--config.evaluate.protocol=emoji")
+    assert ended.code == 2 and "--config=configs/emoji.py" in ended.err
