@@ -101,16 +101,19 @@ EFFECTS = (  # what, a method, the one from which it differs in that
     ("automatic alpha, not 10", "ProReflow-II-auto", "ProReflow-II-alpha-10"),
 )
 CHAIN = {  # the new chain's four settings, each with the paper's beside it
-    "starts": {"loss.window_start_prob": 1.0},  # taught at window starts alone; uniform
-    "single": {"pairs.substeps": 1},  # one Euler step a window where a student makes pairs; four
+    "all-starts": {"loss.window_start_prob": 1.0},  # taught at window starts alone; uniform
+    "one-step": {"pairs.substeps": 1},  # one Euler step a window where a student makes pairs; four
     "noise": {"pairs.start": "noise"},  # whole trajectories; one window from noised data
     "auto": {"loss.balance": "auto"},  # alpha in units of each target; as it is
 }
 PAPER_ALL = PAPER | {"loss.balance": "fixed"}
 ALL = {field: value for fields in CHAIN.values() for field, value in fields.items()}
-SHORT, LONG = (100_000, 300_000, 1_000_000), (3_000_000,)  # the lab's budgets, and those of its main rows
+BUDGETS = (100_000, 1_000_000)  # of every row of the lab
+MORE, MOST = (300_000, 3_000_000), (10_000_000,)  # of its main rows beside these, and of a few
 MAIN = ("reflow-1", "PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "PeRFlow-4-aligned", "ProReflow-I-plain", "ProReflow-I",
         "ProReflow-II", "direct-2", "chain")  # fmt: skip
+
+LONGEST = ("PeRFlow-4-velocity", "ProReflow-II", "direct-2", "chain")
 
 
 def _lab_methods() -> list[tuple]:
@@ -122,8 +125,12 @@ def _lab_methods() -> list[tuple]:
         ("one setting less", f"chain-without-{name}", chain | {field: PAPER_ALL[field] for field in fields})
         for name, fields in CHAIN.items()
     ]
-    budgets = lambda name: {"reproduce.budgets": SHORT + (LONG if name in MAIN else ())}
-    return [(group, name, fields | budgets(name)) for group, name, fields in rows]
+    rows += [
+        ("starts", f"chain-starts-{p}", chain | {"loss.window_start_prob": p, "reproduce.budgets": (1_000_000,)})
+        for p in (0.25, 0.5)
+    ]
+    budgets = lambda name: {"reproduce.budgets": BUDGETS + MORE * (name in MAIN) + MOST * (name in LONGEST)}
+    return [(group, name, budgets(name) | fields) for group, name, fields in rows]
 
 
 LAB_EFFECTS = (
@@ -133,6 +140,8 @@ LAB_EFFECTS = (
     ("ProReflow-II against PeRFlow", "ProReflow-II", "PeRFlow-4-ddim_eps"),
     *((f"{name}, added to ProReflow-II", f"ProReflow-II-{name}", "ProReflow-II") for name in CHAIN),
     *((f"{name}, left out of the chain", f"chain-without-{name}", "chain") for name in CHAIN),
+    ("a quarter of the times at starts, not all", "chain-starts-0.25", "chain"),
+    ("half of the times at starts, not all", "chain-starts-0.5", "chain"),
     ("the four together", "chain", "ProReflow-II"),
     ("the chain against one stage", "chain", "direct-2"),
 )
@@ -146,11 +155,11 @@ QUICK = ("PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "ProReflow-I", "ProReflow-I
 
 
 def get_config(form: str = "full") -> ConfigDict:
-    """The digits' grid, "full" or "quick"; "lab", the fastest; or the demo's config as one of METHODS, by its name."""
+    """The digits' grid, "full" or "quick"; "lab", the fastest; or the demo's config as one of their methods, by its name."""
     if form == "lab":
         return _lab()
     c = digits()
-    table = {name: fields for _, name, fields in METHODS}
+    table = {name: fields for _, name, fields in (*_lab_methods(), *METHODS)}
     if form not in ("full", "quick", *table):
         raise ValueError(f"{form!r} after configs/reproduce.py: must be full, quick, lab, or one of {', '.join(table)}")
     c.name = {"full": "reproduce", "quick": "reproduce-quick"}.get(form, form)  # run folder below `root`
@@ -176,9 +185,11 @@ def _grid(c: ConfigDict, methods: Sequence[tuple], effects: Sequence[tuple]) -> 
     c.reproduce.methods = tuple(methods)  # rows of the table
     c.reproduce.baseline = "PeRFlow-4-velocity"  # must beat the teacher at 4 steps where a claim is made: the gate
     c.reproduce.references = ("ProReflow-II", "PeRFlow-4-ddim_eps")  # methods that the others are compared with
-    shown = [row for row in effects if {*row[1:]} <= names]
-    c.reproduce.effects = tuple(shown)  # rows of the table of choices: (what, method, the one from which it differs in that)
-    c.reproduce.figures = ()  # (file, methods) of the curves of quality over cost
+    shown = {row[1:]: row for row in effects if {*row[1:]} <= {*names, "teacher"}}
+    c.reproduce.effects = tuple(
+        shown.values()
+    )  # rows of the table of choices: (what, method, the one from which it differs in that)
+    c.reproduce.figures = (("curves.png", tuple(n for n in CURVES if n in names)),)  # of quality over cost: (file, methods)
 
 
 def _with(c: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
@@ -220,7 +231,7 @@ def _lab() -> ConfigDict:
     c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2, 1)  # of the base model; the first is the reference of distances
 
     _grid(c, _lab_methods(), (*EFFECTS, *LAB_EFFECTS))
-    c.reproduce.budgets = SHORT + LONG  # forwards; each method has its own
+    c.reproduce.budgets = tuple(sorted(BUDGETS + MORE + MOST))  # forwards; each method says which
     c.reproduce.steps = (1, 2, 4, 8)  # of the sampler
     c.reproduce.chunk = 20  # updates in one call: half the time of single ones
     c.reproduce.references = ("ProReflow-II",)  # methods that the others are compared with

@@ -36,7 +36,7 @@ def write_report(experiment: Experiment, testbed: Testbed, results: Sequence[Map
     parts, effects = [*notes], []
     if gate:
         effects = claims.make_claims(budgets, r.effects, list(testbed.measures), gate)
-        parts += [gate_text(gate, budgets, testbed), costs(budgets)]
+        parts += [gate_text(gate, budgets, testbed, r.baseline), costs(budgets)]
         parts += [f"## {title}\n\n{_tables(budgets, measure, r.steps)}" for measure, title in testbed.measures.items()]
         parts += [_changes(f"What each choice does, {budget:,} forwards", effects, budget, testbed) for budget in budgets]
         for name in r.references:
@@ -85,7 +85,7 @@ def spread(numbers: Sequence[float]) -> str:
     return f"{mean:.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
 
 
-def gate_text(gate: Gate, budgets: Mapping[int, Cells], testbed: Testbed) -> str:
+def gate_text(gate: Gate, budgets: Mapping[int, Cells], testbed: Testbed, baseline: str) -> str:
     """The gate with its numbers."""
     teacher = next(iter(budgets.values()))[BASE]
     lines = []
@@ -104,8 +104,8 @@ def gate_text(gate: Gate, budgets: Mapping[int, Cells], testbed: Testbed) -> str
     return (
         f"## The gate\n\n{report.text_table(lines, heads)}\n\n"
         f"(a) The teacher's {testbed.short[gate.measure]} falls with its steps, {claims.FACTOR:g} times and more: {falls}. "
-        f"(b) The baseline at {max(AT)} steps against the untouched teacher, by budget: {at}. (c) Only differences beyond "
-        f"{claims.SPREADS:g} pooled spreads count. Claims are made where (a) holds and (b) says {BETTER}."
+        f"(b) {baseline} at {max(AT)} steps against the untouched teacher, in distance, by budget: {at}. (c) Only differences "
+        f"beyond {claims.SPREADS:g} pooled spreads count. Claims are made where (a) holds and (b) says {BETTER}."
     )
 
 
