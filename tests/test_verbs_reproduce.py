@@ -44,6 +44,7 @@ SMALL = {
     "reproduce.baseline": "four",
     "reproduce.seeds": (0, 1),
     "reproduce.references": ("two",),
+    "reproduce.figures": (),
     "reproduce.effects": (("a stage more", "two", "four"), ("alpha 3", "two-again", "two")),
 }
 PAPER = {"pairs.start": "data", "loss.window_start_prob": 0.0, "export.stages": ()}

@@ -89,10 +89,10 @@ def make_programs(experiment: Experiment) -> Programs:
 
     def update(
         before: train_step.TrainState, frozen: pairs.Frozen, batch: Any, key: jax.Array, numbers: Numbers, **static: Any
-    ) -> tuple[train_step.TrainState, jax.Array]:
+    ) -> tuple[train_step.TrainState, dict[str, Any]]:
         recipe = static["loss"]._replace(alpha=numbers.alpha, window_start_prob=numbers.window_start_prob)
         bound = {"flow": static["flow"], "networks": networks, "loss": recipe}
-        now, metrics = train_step.train_step(
+        return train_step.train_step(
             before,
             frozen,
             batch,
@@ -104,7 +104,6 @@ def make_programs(experiment: Experiment) -> Programs:
             accumulation=1,
             unroll=True,
         )
-        return now, metrics["loss"]
 
     def updates(
         before: train_step.TrainState,
@@ -115,13 +114,17 @@ def make_programs(experiment: Experiment) -> Programs:
         *,
         flow: Parameterization,
         loss: Any,
-    ) -> tuple[train_step.TrainState, jax.Array]:
-        """numbers.count updates, one for each of the leading axis of `batches`."""
+    ) -> tuple[train_step.TrainState, dict[str, Any]]:
+        """numbers.count updates, one for each of the leading axis of `batches`; of chunk 1 one update, without that axis."""
         one = lambda now, batch: update(now, frozen, batch, key, numbers, flow=flow, loss=loss)
         if config.reproduce.chunk == 1:
-            return one(before, jax.tree.map(lambda x: x[0], batches))
-        turn = lambda i, carry: one(carry[0], jax.tree.map(lambda x: x[i], batches))
-        return jax.lax.fori_loop(0, numbers.count, turn, (before, jnp.zeros(())))
+            return one(before, batches)
+
+        def turn(i: jax.Array, carry: Any) -> Any:
+            now, metrics = one(carry[0], jax.tree.map(lambda x: x[i], batches))
+            return now, {"loss": metrics["loss"]}
+
+        return jax.lax.fori_loop(0, numbers.count, turn, (before, {"loss": jnp.zeros(())}))
 
     whole = mesh.replicated(experiment.mesh)
     return Programs(
@@ -164,15 +167,18 @@ def _train_stage(
     fresh = train_step.init_state({name: jnp.array(value) for name, value in start.items()}, rule, config.train.ema > 0)
     now = jax.device_put(fresh, mesh.replicated(experiment.mesh))
     order = _order(config.seed, cost, config.train.batch)
-    split = NamedSharding(experiment.mesh, PartitionSpec(None, *mesh.batch_sharding(experiment.mesh).spec))
+    split = mesh.batch_sharding(experiment.mesh)
+    if chunk > 1:
+        split = NamedSharding(experiment.mesh, PartitionSpec(None, *split.spec))
     for begin in range(0, cost.updates, chunk):
         rows = order[begin : begin + chunk]
         count = len(rows)
         rows = np.concatenate([rows, np.repeat(rows[-1:], chunk - count, axis=0)])  # one shape, one program
+        rows = rows if chunk > 1 else rows[0]
         batches = jax.device_put({name: values[rows] for name, values in records.items()}, split)
         numbers = Numbers(stage.loss.alpha, stage.loss.window_start_prob, cost.updates, count)
-        now, value = programs.update(now, frozen, batches, stage.train_key, numbers, flow=stage.student, loss=loss)
-    check_finite(cost.updates, {"loss": float(value)})
+        now, metrics = programs.update(now, frozen, batches, stage.train_key, numbers, flow=stage.student, loss=loss)
+    check_finite(cost.updates, {"loss": float(metrics["loss"])})
     return train_step.averaged(now)
 
 
