@@ -9,10 +9,12 @@ in forwards of the UNet on one image: a teacher's as they are, an update as thre
 Each stage of a method gets an equal share of it, and there `pair_share` goes to the teacher, the rest to updates.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs.common import optimizer, stable_diffusion
 from configs.digits import get_config as digits
 
 STEPS = 32  # of the diffusion teacher from noise to data, in every method [paper]
@@ -98,31 +100,96 @@ EFFECTS = (  # what, a method, the one from which it differs in that
     ("automatic alpha, not 3", "ProReflow-II-auto", "ProReflow-II-alpha-3"),
     ("automatic alpha, not 10", "ProReflow-II-auto", "ProReflow-II-alpha-10"),
 )
+CHAIN = {  # the new chain's four settings, each with the paper's beside it
+    "all-starts": {"loss.window_start_prob": 1.0},  # taught at window starts alone; uniform
+    "one-step": {"pairs.substeps": 1},  # one Euler step a window where a student makes pairs; four
+    "noise": {"pairs.start": "noise"},  # whole trajectories; one window from noised data
+    "auto": {"loss.balance": "auto"},  # alpha in units of each target; as it is
+}
+PAPER_ALL = PAPER | {"loss.balance": "fixed"}
+ALL = {field: value for fields in CHAIN.values() for field, value in fields.items()}
+BUDGETS = (100_000, 1_000_000)  # of every row of the lab
+MORE, MOST = (300_000, 3_000_000), (10_000_000,)  # of its main rows beside these, and of a few
+MAIN = ("reflow-1", "PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "PeRFlow-4-aligned", "ProReflow-I-plain", "ProReflow-I",
+        "ProReflow-II", "direct-2", "chain")  # fmt: skip
+
+LONGEST = ("PeRFlow-4-velocity", "ProReflow-II", "direct-2", "chain")
+
+
+def _lab_methods() -> list[tuple]:
+    chain = method(8, 4, 2) | ALL
+    rows = [row for row in METHODS if row[1] in (*MAIN, "PeRFlow-4-diff_eps")]
+    rows += [("new chain", "chain", chain)]
+    rows += [("one setting more", f"ProReflow-II-{name}", method(8, 4, 2) | fields) for name, fields in CHAIN.items()]
+    rows += [
+        ("one setting less", f"chain-without-{name}", chain | {field: PAPER_ALL[field] for field in fields})
+        for name, fields in CHAIN.items()
+    ]
+    rows += [
+        ("starts", f"chain-starts-{p}", chain | {"loss.window_start_prob": p, "reproduce.budgets": (1_000_000,)})
+        for p in (0.25, 0.5)
+    ]
+    budgets = lambda name: {"reproduce.budgets": BUDGETS + MORE * (name in MAIN) + MOST * (name in LONGEST)}
+    return [(group, name, budgets(name) | fields) for group, name, fields in rows]
+
+
+LAB_EFFECTS = (
+    ("PeRFlow's rescaled noise, not ddim_eps", "PeRFlow-4-diff_eps", "PeRFlow-4-ddim_eps"),
+    ("PeRFlow against the teacher", "PeRFlow-4-velocity", "teacher"),
+    ("ProReflow-II against one-window reflow", "ProReflow-II", "reflow-1"),
+    ("ProReflow-II against PeRFlow", "ProReflow-II", "PeRFlow-4-ddim_eps"),
+    *((f"{name}, added to ProReflow-II", f"ProReflow-II-{name}", "ProReflow-II") for name in CHAIN),
+    *((f"{name}, left out of the chain", f"chain-without-{name}", "chain") for name in CHAIN),
+    ("a quarter of the times at starts, not all", "chain-starts-0.25", "chain"),
+    ("half of the times at starts, not all", "chain-starts-0.5", "chain"),
+    ("the four together", "chain", "ProReflow-II"),
+    ("the chain against one stage", "chain", "direct-2"),
+)
+CURVES = ("reflow-1", "PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "ProReflow-I", "ProReflow-II", "direct-2", "chain")
+LAB_FIGURES = (
+    ("curves.png", CURVES),
+    ("settings.png", ("ProReflow-II", *(f"ProReflow-II-{name}" for name in CHAIN), *(f"chain-without-{name}" for name in CHAIN),
+                      "chain")),
+)  # fmt: skip
 QUICK = ("PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "ProReflow-I", "ProReflow-II", "direct-2")
 
 
 def get_config(form: str = "full") -> ConfigDict:
-    """The grid, "full" or "quick"; or the demo's config as one of METHODS, by its name."""
+    """The digits' grid, "full" or "quick"; "lab", the fastest; or the demo's config as one of their methods, by its name."""
+    if form == "lab":
+        return _lab()
     c = digits()
-    table = {name: fields for _, name, fields in METHODS}
+    table = {name: fields for _, name, fields in (*_lab_methods(), *METHODS)}
     if form not in ("full", "quick", *table):
-        raise ValueError(f"{form!r} after configs/reproduce.py: must be full, quick, or one of {', '.join(table)}")
+        raise ValueError(f"{form!r} after configs/reproduce.py: must be full, quick, lab, or one of {', '.join(table)}")
     c.name = {"full": "reproduce", "quick": "reproduce-quick"}.get(form, form)  # run folder below `root`
     c.train.batch = 32  # images of an update: at this compute many small updates beat few large ones
     c.evaluate.batch = 250  # images drawn at once; divides evaluate.examples
     if form in table:
         return _with(c, table[form])
 
+    _grid(c, [row for row in METHODS if form == "full" or row[1] in QUICK], EFFECTS)
+    c.reproduce.budgets = (100_000 if form == "full" else 25_000,)  # forwards of each method and seed, the teacher's included
+    return c
+
+
+def _grid(c: ConfigDict, methods: Sequence[tuple], effects: Sequence[tuple]) -> None:
+    """The block `reproduce` but for the budgets."""
+    names = {name for _, name, _ in methods}
     c.reproduce = ConfigDict()
-    c.reproduce.forwards = 100_000 if form == "full" else 25_000  # of each method and seed, the teacher's included
+    c.reproduce.budgets = ()  # forwards of each method and seed, the teacher's included; a method may have others
     c.reproduce.pair_share = 1 / 3  # of a stage's forwards for the teacher
     c.reproduce.seeds = (0, 1, 2)  # of pairs, training and evaluation noise alike; at least two
     c.reproduce.steps = (1, 2, 4, 8)  # of the sampler; fewer than windows: read as a student of that many windows
-    c.reproduce.methods = tuple(row for row in METHODS if form == "full" or row[1] in QUICK)  # rows of the table
+    c.reproduce.chunk = 1  # updates in one call; more only where a network has no convolutions, which loops make slow on CPUs
+    c.reproduce.methods = tuple(methods)  # rows of the table
+    c.reproduce.baseline = "PeRFlow-4-velocity"  # must beat the teacher at 4 steps where a claim is made: the gate
     c.reproduce.references = ("ProReflow-II", "PeRFlow-4-ddim_eps")  # methods that the others are compared with
-    shown = [row for row in EFFECTS if form == "full" or {*row[1:]} <= {*QUICK}]
-    c.reproduce.effects = tuple(shown)  # rows of the table of choices: (what, method, the one from which it differs in that)
-    return c
+    shown = {row[1:]: row for row in effects if {*row[1:]} <= {*names, "teacher"}}
+    c.reproduce.effects = tuple(
+        shown.values()
+    )  # rows of the table of choices: (what, method, the one from which it differs in that)
+    c.reproduce.figures = (("curves.png", tuple(n for n in CURVES if n in names)),)  # of quality over cost: (file, methods)
 
 
 def _with(c: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
@@ -136,4 +203,53 @@ def _with(c: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
         *((n, n) for n in c.stages),
         (last, 2 * last),
     )  # as many steps as windows; the last also in twice
+    return c
+
+
+def _lab() -> ConfigDict:
+    """A mixture of Gaussians and a small network, by the same code: a million forwards are 20 seconds of a CPU."""
+    c = stable_diffusion("lab")  # run folder below `root`
+    c.model.path = ""  # the base model is trained by the lab, block `lab`, and kept in the run's folder
+    c.model.dtype = "float32"  # of the student's computation
+    c.model.teacher_dtype = "float32"  # of the teacher's computation
+    c.data.kind = "mixture"  # drawn where it is needed
+    c.data.resolution = 1  # a picture is one vector
+    c.data.threads = 1  # none is needed
+    c.student.prediction = "ddim_eps"  # prediction type, as of SD
+    c.pairs.examples = 128  # not looked at: budgets say how many
+    c.pairs.shard_size = 128  # not looked at
+    c.pairs.batch = 128  # trajectories computed at once; small, so that small budgets hold some
+    c.pairs.storage = "float32"  # not looked at
+    c.train.steps = 1000  # not looked at: budgets say how many
+    c.train.batch = 64  # examples of an update
+    c.train.accumulation = 1  # parts a batch is computed in
+    c.train.ema = 0.99  # decay of the averaged weights, which are handed on
+    c.train.remat = "none"  # memory is no matter here
+    c.optimizer = optimizer(learning_rate=1e-3, warmup_steps=20)  # the digits' own
+    c.mesh.fsdp = 1  # one device
+    c.evaluate.examples = 8192  # samples of each row and seed
+    c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2, 1)  # of the base model; the first is the reference of distances
+
+    _grid(c, _lab_methods(), (*EFFECTS, *LAB_EFFECTS))
+    c.reproduce.budgets = tuple(sorted(BUDGETS + MORE + MOST))  # forwards; each method says which
+    c.reproduce.steps = (1, 2, 4, 8)  # of the sampler
+    c.reproduce.chunk = 20  # updates in one call: half the time of single ones
+    c.reproduce.references = ("ProReflow-II",)  # methods that the others are compared with
+    c.reproduce.figures = LAB_FIGURES  # (file, methods)
+
+    c.lab = ConfigDict()
+    c.lab.classes = 10  # equally likely; a prompt names one
+    c.lab.components = 6  # Gaussians of a class
+    c.lab.dimensions = 16  # of an example
+    c.lab.mixture_seed = 11  # decides the mixture
+    c.lab.width = 128  # of the network: 0.23 M weights
+    c.lab.blocks = 3  # residual blocks
+    c.lab.time_features = 64  # sines and cosines
+    c.lab.schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's
+    c.lab.steps = 6000  # updates of the base model
+    c.lab.batch = 256  # fresh examples of an update
+    c.lab.ema = 0.999  # decay of the averaged weights
+    c.lab.prompt_dropout = 0.1  # share of empty prompts
+    c.lab.seed = 5  # of the base model
+    c.lab.optimizer = optimizer(learning_rate=2e-3, warmup_steps=200)  # as far as 6,000 updates allow
     return c

@@ -1,7 +1,7 @@
-"""The paper's methods and their neighbours on the digits: trained and measured at equal compute, over seeds, as one table.
+"""The paper's methods and their neighbours, trained and measured at equal compute, over budgets and seeds, as one table.
 
-Every cell (a method at a seed) is kept when it is done, so the same command goes on where it was stopped. Several processes
-may run it at once and share the cells; --workers starts them.
+Every cell (a method at a seed and a budget) is kept when it is done, so the same command goes on where it was stopped.
+Several processes may run it at once and share the cells; --workers starts them.
 """
 
 import logging
@@ -10,33 +10,35 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import RunFailed, UserError
 from proreflow_jax.reproduction import report
-from proreflow_jax.reproduction.cells import _spawn, _work, check_grid, make_cells
+from proreflow_jax.reproduction.cells import check_grid, make_cells, spawn, work
+from proreflow_jax.reproduction.digits import DIGITS
+from proreflow_jax.reproduction.lab import LAB
 from proreflow_jax.run import cli
-from proreflow_jax.run.dataset import open_source
-from proreflow_jax.run.open import open_experiment
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
+TESTBEDS = {"digits": DIGITS, "mixture": LAB}  # by --config.data.kind
 
 
 def reproduce(config: ConfigDict, workers: int) -> None:
     """The verb: makes the cells that are missing and writes table.md, table.json and the figures into the run's folder."""
     if "reproduce" not in config:
-        raise UserError("the config has no block `reproduce`: take --config=configs/reproduce.py, or :quick behind it")
-    experiment = open_experiment(config)
-    check_grid(experiment, workers)
+        raise UserError("the config has no block `reproduce`: take --config=configs/reproduce.py, or :quick or :lab behind it")
+    testbed = TESTBEDS.get(config.data.kind, DIGITS)  # which refuses other kinds
+    experiment = testbed.open(config)
+    check_grid(experiment, testbed, workers)
     cells = make_cells(experiment)
     missing = [cell for cell in cells if not cell.path(".json").is_file()]
     log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
-    open_source(config, experiment.base)  # written before workers look for it
+    testbed.prepare(experiment)
     if workers > 1 and len(missing) > 1:
-        _spawn(min(workers, len(missing)))
+        spawn(min(workers, len(missing)))
     elif missing:
-        _work(experiment, missing)
+        work(experiment, testbed, missing)
     done = [(cell, atomic.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
     if not done:
         raise RunFailed("no cell is done: another process makes them; run the same command again when it has ended")
-    text = report.write_report(experiment, [found for _, found in done], len(cells))
+    text = report.write_report(experiment, testbed, [result for _, result in done], len(cells))
     print(text)
     written = sorted(path.name for path in experiment.run.iterdir() if path.suffix in (".md", ".json", ".png"))
     print(f"in {experiment.run}: {', '.join(written)}")

@@ -22,6 +22,7 @@ READERS = {  # kind: (file:function of this folder, the fields of `data` that it
     "folder": ("folder:open_image_folder", ("path", "caption_key")),
     "prompts": ("prompts:Prompts", ("path",)),
     "cached": ("cached:Cached", ("path",)),
+    "mixture": ("mixture:open_mixture", ()),
 }
 IDENTITIES = {  # likewise: the function that tells a dataset from another under the same name
     "tfds": ("captions:tfds_identity", ("path",)),

@@ -44,6 +44,14 @@ class Line(NamedTuple):
     spread: Sequence[float] | None = None
 
 
+class Chart(NamedTuple):
+    """Series in one chart, and horizontal lines by name."""
+
+    title: str
+    series: Sequence[Line]
+    levels: Mapping[str, float]
+
+
 def check_matplotlib() -> None:
     """Raises UserError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -104,16 +112,44 @@ def lines(
     return _save(figure, path, title)
 
 
+def curves(path: Path, charts: Sequence[Sequence[Chart]], x_label: str, title: str = "") -> "Figure":
+    """Writes a grid of charts with logarithmic axes, error bars and one legend for all; returns the figure.
+
+    Charts are rows of equal length, a series has one style in all. Raises UserError for a y that is not finite.
+    """
+    for line in (line for row in charts for chart in row for line in chart.series):
+        _check_finite(line.y, f"the chart {title!r}")
+    names = list(dict.fromkeys(line.name for row in charts for chart in row for line in chart.series))
+    styles = {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
+    columns = max(map(len, charts))
+    figure = _figure(HEIGHT * len(charts) * 0.75, WIDTH * columns / 2)
+    handles = {}
+    for row, axes_row in zip(charts, figure.subplots(len(charts), columns, squeeze=False), strict=True):
+        for chart, axes in zip(row, axes_row, strict=True):
+            for line in chart.series:
+                handles[line.name] = axes.errorbar(line.x, line.y, line.spread, capsize=3, markersize=4, **styles[line.name])
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            for name, level in chart.levels.items():
+                axes.axhline(level, color="0.4", linestyle="--", linewidth=1)
+                axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+            axes.set_title(chart.title, fontsize=10)
+            axes.grid(alpha=0.3, which="both")
+    figure.supxlabel(x_label, fontsize=10)
+    figure.legend(list(handles.values()), list(handles), loc="outside right center")
+    return _save(figure, path, title)
+
+
 def _check_finite(values: Sequence[float] | np.ndarray, name: str) -> None:
     if not np.all(np.isfinite(values)):
         raise UserError(f"{name} can only show finite numbers")
 
 
-def _figure(height: float) -> "Figure":
+def _figure(height: float, width: float = WIDTH) -> "Figure":
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def _save(figure: "Figure", path: Path, title: str) -> "Figure":

@@ -20,7 +20,7 @@ from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.pretrained import weights as weight_files
 from proreflow_jax.reflow import sampler
-from proreflow_jax.reflow.predict import make_predict, text_context
+from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.stages import EVALUATION_KEY
 from proreflow_jax.runtime import mesh

@@ -18,6 +18,7 @@ from proreflow_jax.reflow.loss import draw_examples, reflow_loss
 from proreflow_jax.reflow.pairs import check_identity, text_context
 from proreflow_jax.reflow.train_step import TrainState, averaged, train_step
 from proreflow_jax.run import train_state
+from proreflow_jax.run.check_config import few_starts
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
 from proreflow_jax.run.experiment import (
     PLANNED,
@@ -65,6 +66,8 @@ def train_stage(experiment: Experiment, stage: Stage) -> None:
                 "back from a copy; with the record moved aside the same command trains the stage from step 0"
             )
         if start < config.train.steps:
+            if stage.parent is None and start == 0 and (line := few_starts(config)):
+                log.warning("%s", line)
             log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
             step, lineage = make_train_step(experiment, stage, parent), parent.digest
             if state is None:

@@ -1,4 +1,4 @@
-"""The grid's cells: one method at one seed each, made by one process or several, kept by what they depend on."""
+"""The grid's cells: one method at one seed and budget each, made by one process or several, kept by what they depend on."""
 
 import hashlib
 import json
@@ -19,35 +19,32 @@ from PIL import Image
 from proreflow_jax import STOPPED, RunFailed, UserError
 from proreflow_jax.evaluation import figures
 from proreflow_jax.flow import windows
-from proreflow_jax.jobs import score_digits
-from proreflow_jax.reproduction.cell import (
-    CellInputs,
-    Programs,
-    budget,
-    cell_inputs,
-    make_programs,
-    measure_student,
-    train_student,
-)
+from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.models.network import Params
+from proreflow_jax.reproduction.cell import Programs, Spent, budget, make_programs, train_student
+from proreflow_jax.reproduction.testbed import Testbed
 from proreflow_jax.run import check_config
 from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import reopen
+from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import atomic, lock, paths
 
 log = logging.getLogger(__name__)
+BASE = "teacher"  # the base model's row
 TRAINING = (  # what a method's numbers depend on beside the base model; blocks, or single fields of them
-    "stages", "student", "pairs", "loss", "optimizer", "train.batch", "train.ema", "reproduce.forwards", "reproduce.pair_share",
+    "stages", "student", "pairs", "loss", "optimizer", "train.batch", "train.ema", "reproduce.pair_share",
 )  # fmt: skip
 MEASURING = (
     "model.dtype", "model.teacher_dtype", "model.sampling_dtype", "data.kind", "data.resolution",
     "evaluate.examples", "evaluate.batch",
     "evaluate.columns", "evaluate.teacher_steps", "evaluate.study.examples", "evaluate.study.steps", "reproduce.steps",
+    "lab",  # where there is one
 )  # fmt: skip
 
 
 class Cell(NamedTuple):
-    """A method at a seed. The base model is a method without stages.
+    """A method at a seed and a budget. The base model is a method without stages.
 
     key: a hash of everything its numbers depend on but the code: who changes that removes the folder of cells.
     """
@@ -55,18 +52,24 @@ class Cell(NamedTuple):
     group: str
     method: str
     seed: int
+    forwards: int  # the budget; of the base model 0
     experiment: Experiment
     key: str
 
+    @property
+    def name(self) -> str:
+        """What tells it from others of the grid."""
+        return "-".join([self.method, *([f"{self.forwards:.3g}".replace("+", "")] if self.forwards else []), str(self.seed)])
+
     def path(self, suffix: str) -> Path:
         """Where its result lies."""
-        return _folder(self.experiment) / f"{self.method}-{self.seed}-{self.key}{suffix}"
+        return _folder(self.experiment) / f"{self.name}-{self.key}{suffix}"
 
 
-def check_grid(experiment: Experiment, workers: int) -> None:
+def check_grid(experiment: Experiment, testbed: Testbed, workers: int) -> None:
     """Raises ValueError, one line, for a grid that cannot be carried out, whatever its methods are."""
     r = experiment.config.reproduce
-    score_digits.check_digits(experiment)
+    testbed.check(experiment)
     figures.check_matplotlib()
     if experiment.stages[0].online or experiment.layout.scale:
         raise UserError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
@@ -74,32 +77,49 @@ def check_grid(experiment: Experiment, workers: int) -> None:
         raise UserError(f"--workers={workers} must be at least 1")
     if len(set(r.seeds)) < 2:
         raise UserError(f"--config.reproduce.seeds={r.seeds} must be at least two different numbers: a spread needs them")
+    if r.chunk < 1 or (r.chunk > 1 and mesh.ways(experiment.mesh) > 1):
+        raise UserError(f"--config.reproduce.chunk={r.chunk} must be at least 1, and 1 on several devices")
     for count in r.steps:
         windows.check_windows(count)
     names = [name for _, name, _ in r.methods]
-    for field, methods in (("references", r.references), ("effects", [name for row in r.effects for name in row[1:]])):
-        if unknown := [name for name in methods if name not in names]:
+    fields = {"references": r.references, "effects": [name for row in r.effects for name in row[1:]], "baseline": [r.baseline]}
+    fields |= {"figures": [name for _, row in r.figures for name in row]}
+    for field, methods in fields.items():
+        if unknown := [name for name in methods if name not in (*names, BASE)]:
             raise UserError(f"--config.reproduce.{field}: {unknown[0]!r} is none of its methods, {', '.join(names)}")
 
 
 def make_cells(experiment: Experiment) -> list[Cell]:
-    """All cells, a whole table of one seed after the other. Raises ValueError for a method that cannot be carried out."""
-    config, base = experiment.config, experiment.unet.digest()
-    rows = [("base model", "teacher", {}), *config.reproduce.methods]
+    """All cells, cheap budgets first. Raises UserError for a method that cannot be carried out."""
+    config, base, warned = experiment.config, experiment.unet.digest(), set()
+    opened = {}
+    for seed in config.reproduce.seeds:
+        for _, name, fields in config.reproduce.methods:
+            opened[name, seed] = reopen(experiment, changed(config, {**fields, "seed": seed}))
+            line = check_config.few_starts(opened[name, seed].config)
+            if line and name not in warned:
+                log.warning("%s: %s", name, line)
+                warned.add(name)
     cells = []
     for seed in config.reproduce.seeds:
-        for group, name, fields in rows:
-            opened = reopen(experiment, changed(config, {**fields, "seed": seed}))
-            for stage in opened.stages if fields else ():
-                budget(opened, stage)
-            cells.append(Cell(group, paths.check_name(name), seed, opened, _key(opened.config, bool(fields), base)))
+        alone = reopen(experiment, changed(config, {"seed": seed}))
+        cells.append(Cell("base model", BASE, seed, 0, alone, _key(alone.config, 0, base)))
+    for forwards in sorted({b for one in opened.values() for b in one.config.reproduce.budgets}):
+        for seed in config.reproduce.seeds:
+            for group, name, _ in config.reproduce.methods:
+                own = opened[name, seed]
+                if forwards in own.config.reproduce.budgets:
+                    for stage in own.stages:
+                        budget(own, stage, forwards)
+                    key = _key(own.config, forwards, base)
+                    cells.append(Cell(group, paths.check_name(name), seed, forwards, own, key))
     return cells
 
 
-def _key(config: ConfigDict, trains: bool, base: str) -> str:
-    fields = (*TRAINING, *MEASURING) if trains else MEASURING
-    facts = {field: check_config.field_value(config, field) for field in fields}
-    text = json.dumps([facts, config.seed, base], sort_keys=True, default=lambda block: block.to_dict())
+def _key(config: ConfigDict, forwards: int, base: str) -> str:
+    fields = [field for field in (*TRAINING, *MEASURING) if check_config.has_field(config, field)]
+    facts = {field: check_config.field_value(config, field) for field in fields if forwards or field not in TRAINING}
+    text = json.dumps([facts, config.seed, forwards, base], sort_keys=True, default=lambda block: block.to_dict())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -107,50 +127,70 @@ def _folder(experiment: Experiment) -> Path:
     return experiment.run / "cells"
 
 
-def _work(experiment: Experiment, cells: list[Cell]) -> None:
+def work(experiment: Experiment, testbed: Testbed, cells: list[Cell]) -> None:
     """Makes cells that no other process holds."""
     if not jax.config.jax_compilation_cache_dir:  # programs are compiled once for all workers, and for the next start
         jax.config.update("jax_compilation_cache_dir", str(experiment.run / "compiled"))
-    programs = make_programs(experiment)
-    judge = score_digits.make_digits_judge(experiment.config.data.resolution)
-    measured_by: dict[int, CellInputs] = {}
+    programs, instruments = make_programs(experiment), testbed.instruments(experiment)
+    measured_by: dict[int, Any] = {}
     store: dict[Any, Any] = {}
+    last = None
     for number, cell in enumerate(cells, 1):
         try:
-            with lock.lock_folder(_folder(experiment) / ".locks" / f"{cell.method}-{cell.seed}"):
+            with lock.lock_folder(_folder(experiment) / ".locks" / cell.name):
                 if cell.path(".json").is_file():
                     continue
                 if cell.seed not in measured_by:
+                    measured_by[cell.seed] = testbed.inputs(cell.experiment, cell.seed, instruments)
+                if last != (last := (cell.seed, cell.forwards)):
                     store.clear()
-                    measured_by = {cell.seed: cell_inputs(cell.experiment, cell.seed, programs, judge)}
-                _make(cell, programs, measured_by[cell.seed], store)
-                log.info("%s, seed %d: done (%d of %d)", cell.method, cell.seed, number, len(cells))
+                trained = _train(cell, testbed, programs, store)
+                _measure(cell, testbed, trained, instruments, measured_by[cell.seed])
+                log.info("%s: done (%d of %d)", cell.name, number, len(cells))
         except lock.Locked:
             continue
 
 
-def _make(cell: Cell, programs: Programs, inputs: CellInputs, store: dict[Any, Any]) -> None:
-    """Trains and measures one cell, and writes its JSON last."""
-    began, experiment = time.monotonic(), cell.experiment
-    params, flow, spent = experiment.unet.params(), experiment.flow, []
-    if cell.group != "base model":
-        params, spent = train_student(experiment, programs, store)
-        flow = experiment.stages[-1].student
-    trained = time.monotonic() - began
-    numbers, images = measure_student(experiment, params, flow, programs, inputs)
-    # images of each number of steps below one another
-    strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
-    with cell.path(".png").open("wb") as file:
-        Image.fromarray(strip).save(file, "PNG")
+class Trained(NamedTuple):
+    """A student of a cell, or the base model."""
+
+    params: Params
+    flow: Parameterization
+    spent: list[Spent]
+    seconds: float
+    cpu_seconds: float  # of all threads
+
+
+def _train(cell: Cell, testbed: Testbed, programs: Programs, store: dict[Any, Any]) -> Trained:
+    experiment = cell.experiment
+    if not cell.forwards:
+        return Trained(experiment.unet.params(), experiment.flow, [], 0.0, 0.0)
+    began, cpu = time.monotonic(), time.process_time()
+    params, spent = jax.block_until_ready(train_student(experiment, programs, testbed.rows, cell.forwards, store))
+    flow = experiment.stages[-1].student
+    return Trained(params, flow, spent, time.monotonic() - began, time.process_time() - cpu)
+
+
+def _measure(cell: Cell, testbed: Testbed, trained: Trained, instruments: Any, inputs: Any) -> None:
+    """Measures one cell, and writes its JSON last."""
+    numbers, images = testbed.measure(cell.experiment, trained.params, trained.flow, instruments, inputs)
+    config, spent = cell.experiment.config, trained.spent
     about = {
-        "group": cell.group, "method": cell.method, "seed": cell.seed, "stages": [cost._asdict() for cost in spent],
-        "forwards": sum(cost.forwards for cost in spent), "seconds": {"training": trained, "all": time.monotonic() - began},
-        "strip": cell.path(".png").name, "alpha": experiment.config.loss.alpha, "balance": experiment.config.loss.balance,
+        "group": cell.group, "method": cell.method, "seed": cell.seed, "budget": cell.forwards,
+        "stages": [cost._asdict() for cost in spent],
+        **{total: sum(getattr(cost, total) for cost in spent) for total in ("forwards", "updates", "examples")},
+        "seconds": {"training": trained.seconds, "cpu": trained.cpu_seconds},
+        "alpha": config.loss.alpha, "balance": config.loss.balance,
     }  # fmt: skip
+    if images:  # of each number of steps below one another
+        strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
+        with cell.path(".png").open("wb") as file:
+            Image.fromarray(strip).save(file, "PNG")
+        about["strip"] = cell.path(".png").name
     atomic.write_json(cell.path(".json"), about | numbers)
 
 
-def _spawn(workers: int) -> None:
+def spawn(workers: int) -> None:
     """This command in several processes, each on its share of the cores, until all have ended."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     command = [sys.executable, "-m", "proreflow_jax.reproduce", *sys.argv[1:], "--workers=1"]  # the last flag counts

@@ -47,10 +47,11 @@ RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole 
     (r"pairs\.(steps|substeps)|(evaluate|reproduce)\.(\w+_)?steps|evaluate\.study\.(perturbed_)?steps", (1, 1000)),
     (r"(.*\.)?(steps|shard_size|log_every|checkpoint_every|checkpoint\.\w+)|pairs\.examples", (1, COUNT)),
     (r"evaluate\.examples", (0, COUNT)),
-    (r"evaluate\.study\.(examples|seeds)|evaluate\.columns", (1, ROWS)),
+    (r"evaluate\.study\.(examples|seeds)|evaluate\.columns|evaluate\.gate\.guidance_examples", (1, ROWS)),
+    (r"evaluate\.gate\.guidance_steps", (1, 1000)),
     (r"evaluate\.study\.sizes", (0, 100)),
     (r"(.*\.)?(prompt_dropout|max_bad|window_start_prob|pair_share|ema)", (0, 1)),
-    (r"(.*\.)?guidance", (0, 1000)),
+    (r"(.*[._])?guidance", (0, 1000)),
     (r"data\.(resolution|threads)", (1, 2**14)),
     (r"watchdog", (0, COUNT)),
     (r"data\.shift", (0, 64)),
@@ -64,11 +65,14 @@ RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole 
     (r"(.*\.)?optimizer\.warmup_steps", (0, COUNT)),
     (r"(.*\.)?optimizer\.weight_decay", (0, 10)),
     (r"(.*\.)?optimizer\.clip_norm", (0, 1e6)),
-    (r"reproduce\.forwards", (1, 2**63 - 1)),
-    (r"schedule\.beta_\w+", (0, 1)),
+    (r"reproduce\.(forwards|budgets)", (1, 2**63 - 1)),
+    (r"reproduce\.chunk", (1, COUNT)),
+    (r"lab\.\w*seed", (0, LARGEST)),
+    (r"(.*\.)?schedule\.beta_\w+", (0, 1)),
     (r"text\.merges", (0, 2**20)),
-    (r"(vae|unet|text)\.(?!\w+_types)\w+", (1, ROWS)),
+    (r"(vae|unet|text|lab)\.(?!\w+_types)\w+", (1, ROWS)),
 )
+MANY_STARTS = 0.5  # loss.window_start_prob from which single steps of a student make good pairs (docs/reproduce.md)
 Change = dict[str, Any]  # {field: value}, as --config.field=value
 
 
@@ -113,6 +117,20 @@ def check_range(value: Any, bounds: Range, flag: str) -> None:
             raise UserError(f"{flag}={value!r} must be a number, in [{low:g}, {high:g}]")
         if not low <= number <= high:
             raise UserError(f"{flag}={value} must be in [{low:g}, {high:g}]")
+
+
+def few_starts(config: ConfigDict) -> str:
+    """One line of warning, or "": a student that makes pairs in single steps was not taught where these steps begin.
+
+    An Euler step across a window reads the velocity at the window's start and nowhere else.
+    """
+    p, prob = config.pairs, config.loss.window_start_prob
+    if p.teacher == "base" or p.substeps > 1 or len(config.stages) < 2 or prob >= MANY_STARTS:
+        return ""
+    return (
+        f"--config.pairs.substeps=1 reads students at window starts alone, and --config.loss.window_start_prob={prob} seldom "
+        "teaches them there, so pairs of later stages are bad: set it to 1, or --config.pairs.substeps=4"
+    )
 
 
 def check_export(config: ConfigDict) -> None:

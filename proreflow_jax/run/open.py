@@ -60,6 +60,12 @@ def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
     return _opened(config, experiment.mesh, experiment.base, experiment.unet, experiment.identity)
 
 
+def open_in_memory(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet) -> Experiment:
+    """The same of a base model that no --config.model.path names."""
+    paths.check_reachable(_checked(config, machine))
+    return _opened(config, machine, base, unet, dict)
+
+
 def _checked(config: ConfigDict, machine: Mesh) -> paths.Location:
     """The run's folder, after all checks that need no base model."""
     run = paths.parse_path(config.root) / paths.check_name(config.name)
