@@ -7,8 +7,6 @@ It is private unless --public is said. The token is huggingface_hub's own: HF_TO
 
 import logging
 
-from ml_collections import ConfigDict
-
 from proreflow_jax import UserError
 from proreflow_jax.pretrained import hub
 from proreflow_jax.run import cli
@@ -17,7 +15,7 @@ from proreflow_jax.storage import paths, sealed
 log = logging.getLogger(__name__)
 
 
-def upload(config: ConfigDict, folder: str, repo: str, public: bool) -> None:
+def upload(folder: str, repo: str, public: bool) -> None:
     """The verb: what will go and how large it is, then one commit. Raises ValueError or FileNotFoundError, one line."""
     if not folder or not repo:
         raise UserError("--folder (that export wrote) and --repo (owner/name on the hub) must both be given")
@@ -37,4 +35,4 @@ if __name__ == "__main__":
         "repo": ("", "owner/name on the hub; made if it is not there"),
         "public": (False, "everybody may see it"),
     }
-    cli.start(upload, __doc__, "configs/digits.py", options)
+    cli.start(upload, __doc__, "", options)

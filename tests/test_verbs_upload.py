@@ -117,3 +117,10 @@ def test_a_broken_connection_fails_with_one_line(server, export):
     server.stop()
     ended = run("upload", f"--folder={export}", "--repo=me/student")
     assert ended.code == 1 and "no connection" in ended.err.splitlines()[-1] and "Traceback" not in ended.err
+
+
+def test_it_goes_by_its_own_flags_alone(tmp_path, monkeypatch):
+    """No config is read: what an installed package has beside it does not matter."""
+    monkeypatch.chdir(tmp_path)
+    assert "--config" not in run("upload", "--help").out
+    refused("Unknown command line flag 'config.name'", **{"config.name": "x"})

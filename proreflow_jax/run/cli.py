@@ -47,12 +47,12 @@ ENVIRONMENT = frozenset(getattr(errno, name) for name in NAMES if hasattr(errno,
 def start(
     verb: Callable[..., None], about: str, config: str, options: Mapping[str, tuple] | None = None, pod: bool = False
 ) -> None:
-    """Parses the command line and calls `verb(config, **options)`; never returns.
+    """Parses the command line and calls `verb(config, **options)`, or `verb(**options)` without a config; never returns.
 
     Args:
       verb: the job.
       about: the verb's docstring, shown by --help.
-      config: default of --config.
+      config: default of --config; "" for a verb that needs none, which then has no such flag.
       options: {name: (default, help)} of the verb's own flags, beside --config.field=value; the default's type is the flag's.
         A number has its range as a third entry, (lowest, highest).
       pod: whether several processes may run it as one job.
@@ -66,8 +66,9 @@ def start(
         experiment = _read(values, name, about, config, options)
         _prepare(name, pod)
         with stopping.listening():
-            keep_programs(experiment.get("compilation_cache", ""))
-            verb(experiment, **{_parameter(option): getattr(values, option) for option in options})
+            for one in experiment:
+                keep_programs(one.get("compilation_cache", ""))
+            verb(*experiment, **{_parameter(option): getattr(values, option) for option in options})
     except KeyboardInterrupt as error:
         _leave(error, INTERRUPTED, f"{name}: interrupted; {stopping.AGAIN}")
     except Exception as error:
@@ -83,20 +84,21 @@ def start(
 def _config_files(default: str) -> list[Path]:
     """The config files named on the command line, and the default."""
     configs = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith(("--config=", "-config="))]
-    return [Path(path).resolve() for path in [*configs, default]]
+    return [Path(path).resolve() for path in [*configs, default] if path]
 
 
-def _read(values: flags.FlagValues, name: str, about: str, config: str, options: Mapping[str, tuple]) -> ConfigDict:
-    """Reads the flags and returns the config, locked. Raises UserError, one line, for any error of flags or config file."""
+def _read(values: flags.FlagValues, name: str, about: str, config: str, options: Mapping[str, tuple]) -> list[ConfigDict]:
+    """Reads the flags; the config, locked, in a list, empty for a verb without one. Raises UserError, one line."""
     sys.argv[1:] = [_expanded(word) for word in sys.argv[1:]]
     try:
         _define(values, config, options)
         _parse(values, name, about, config)
-        check_ranges(values.config)
+        if config:
+            check_ranges(values.config)
         for option, (_, _, *bounds) in options.items():
             if bounds:
                 check_range(getattr(values, option), bounds[0], f"--{option}")
-        return values.config.lock()
+        return [values.config.lock()] if config else []
     except (KeyboardInterrupt, _Help):
         raise
     except BaseException as error:  # a config file may also call sys.exit
@@ -119,6 +121,8 @@ def _define(values: flags.FlagValues, config: str, options: Mapping[str, tuple])
     define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for option, (default, text, *_) in options.items():
         define[type(default)](option, default, text, flag_values=values)
+    if not config:
+        return
     sys.path[:0] = [str(file.parent.parent) for file in _config_files(config)]  # `configs.common` is imported from there
     config_flags.DEFINE_config_file("config", config, "the experiment", flag_values=values)
 
@@ -134,7 +138,7 @@ def _parse(values: flags.FlagValues, name: str, about: str, config: str) -> None
         raise _Help(0)
     rest = values(sys.argv)[1:]
     if rest:
-        raise UserError(f"{rest[0]!r} is not a flag: fields are set by --config.field=value")
+        raise UserError(f"{rest[0]!r} is not a flag" + (": fields are set by --config.field=value" if config else ""))
 
 
 class _Help(SystemExit):
@@ -143,12 +147,12 @@ class _Help(SystemExit):
 
 def _help(values: flags.FlagValues, name: str, about: str, config: str) -> str:
     own = [values[key] for key in values if key not in ("help", "h", "config") and values[key].help]
-    rows = [("config", config, "the experiment, a Python file; any field is overridden by --config.field=value")]
+    about_config = ("config", config, "the experiment, a Python file; any field is overridden by --config.field=value")
+    rows = [about_config] if config else []
     rows += [(flag.name, flag.default, flag.help) for flag in own if flag.name in values and ":" not in flag.name]
     lines = [f"  --{flag}={default}\n      {text}" for flag, default, text in rows]
-    return "\n".join(
-        [f"python -m proreflow_jax.{name}", "", about.strip(), "", "Flags and their defaults:", *lines, "", FIELDS]
-    )
+    fields = ["", FIELDS] if config else []
+    return "\n".join([f"python -m proreflow_jax.{name}", "", about.strip(), "", "Flags and their defaults:", *lines, *fields])
 
 
 def _traced() -> bool:
