@@ -1,4 +1,4 @@
-"""8 -> 4 -> 2: the stages of a run as values, where the config becomes recipes, teachers and keys; and what a finished one hands on."""
+"""The stages 8 -> 4 -> 2 as values: where the config becomes recipes, teachers and keys; and what a finished stage hands on."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
