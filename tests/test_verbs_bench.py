@@ -149,8 +149,8 @@ def test_rows_of_the_input_are_timed_until_they_lie_on_the_devices(opened, monke
 def test_wrong_words_end_in_one_line(tmp_path, outline_only):
     words = verb.tiny_flags(tmp_path, outline_only)
     for wrong, said in {
-        "--steps=0": "--steps=0 must be in [1, 1e+06]",
-        "--warmup=-1": "--warmup=-1 must be in [0, 1e+06]",
+        "--steps=0": "--steps=0 must be in [1, 1000000]",
+        "--warmup=-1": "--warmup=-1 must be in [0, 1000000]",
         "--rows=0": "--rows=0 must be in [1, 65536]",
         "--rate=-2": "--rate=-2.0 must be in [0, 1e+09]",
         "--rate=nan": "--rate=nan must be in [0, 1e+09]",

@@ -27,6 +27,7 @@ def chain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
     ended = run("distill", *tiny_flags(folder, model, profile__steps="(3, 4)"))
     assert ended.code == 0, ended.err
+    assert ended.err.count("--config.pairs.substeps=1 reads students at window starts alone") == 1  # a warning, once a chain
     return folder
 
 

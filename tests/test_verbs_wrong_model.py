@@ -307,7 +307,7 @@ def test_a_wrong_folder_beside_a_single_file_is_refused(models, tmp_path):
 WORDS = {
     "model__prediction_type": ("score", ("--config.model.prediction_type='score'", "epsilon", "v_prediction")),
     "conditioning__original_size": ("(512,)", ("--config.conditioning.original_size=(512,)", "two numbers of pixels")),
-    "conditioning__crop": ("(0, -8)", ("--config.conditioning.crop=(0, -8)", "at least 0")),
+    "conditioning__crop": ("(0, -8)", ("--config.conditioning.crop=(0, -8)", "must be in [0, 65536]")),
     "conditioning__target_size": ("(512.5, 512)", ("--config.conditioning.target_size=(512.5, 512)", "two numbers")),
 }
 

@@ -77,8 +77,8 @@ def check_grid(experiment: Experiment, testbed: Testbed, workers: int) -> None:
         raise UserError(f"--workers={workers} must be at least 1")
     if len(set(r.seeds)) < 2:
         raise UserError(f"--config.reproduce.seeds={r.seeds} must be at least two different numbers: a spread needs them")
-    if r.chunk < 1 or (r.chunk > 1 and mesh.ways(experiment.mesh) > 1):
-        raise UserError(f"--config.reproduce.chunk={r.chunk} must be at least 1, and 1 on several devices")
+    if r.chunk > 1 and mesh.ways(experiment.mesh) > 1:
+        raise UserError(f"--config.reproduce.chunk={r.chunk} must be 1 on several devices")
     for count in r.steps:
         windows.check_windows(count)
     names = [name for _, name, _ in r.methods]

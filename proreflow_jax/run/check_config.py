@@ -112,11 +112,12 @@ def check_ranges(config: ConfigDict, block: str = "") -> None:
 def check_range(value: Any, bounds: Range, flag: str) -> None:
     """Raises UserError, one line, unless a number, or every number of a tuple, lies in its range."""
     low, high = bounds
+    between = ", ".join(str(bound) if isinstance(bound, int) else f"{bound:g}" for bound in bounds)
     for number in _leaves(value):
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise UserError(f"{flag}={value!r} must be a number, in [{low:g}, {high:g}]")
+            raise UserError(f"{flag}={value!r} must be a number, in [{between}]")
         if not low <= number <= high:
-            raise UserError(f"{flag}={value} must be in [{low:g}, {high:g}]")
+            raise UserError(f"{flag}={value} must be in [{between}]")
 
 
 def few_starts(config: ConfigDict) -> str:
