@@ -18,7 +18,7 @@ from proreflow_jax.storage.atomic import read_json
 STEPS = {"train__steps": 24, "checkpoint__every": 8, "train__log_every": 8}
 PATIENCE = 900  # seconds, for machines that do other things too
 SHARD, SAVING = "stage-4/pairs/pairs-00000-*.array_record", "stage-4/checkpoints/8*"  # appear in the run's folder
-BETWEEN, LATER, EXPORTING = "stage-4/DONE.json", "stage-2/checkpoints/16*", "export/.stage-*"
+BETWEEN, LATER, EXPORTING = "stage-4/DONE.json", "stage-2/checkpoints/16*", "export/.tmp.*"
 
 
 @pytest.fixture(scope="module")
