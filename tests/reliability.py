@@ -7,6 +7,7 @@ proof appends its line to. docs/reliability.md has the commands.
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -82,3 +83,54 @@ def usage(pid: int) -> dict[str, int]:
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     descriptors = len(os.listdir(f"/proc/{pid}/fd"))
     return {"memory": int(status["RssAnon"].split()[0]), "descriptors": descriptors, "threads": int(status["Threads"])}
+
+
+@contextmanager
+def pod(
+    folder: Path, verb: str, *words: str, processes: int, devices: int, args: list[str] | None = None, **fields: object
+) -> Iterator[list]:
+    """The processes of one job, none of which outlives the block; process k writes what it says to folder/<k>.log.
+
+    args: another program in the place of the verb.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = command(folder, verb, *words, devices=devices, **fields)
+    arguments["args"] = args or arguments["args"]
+    threads = str(max(len(os.sched_getaffinity(0)), processes * devices))  # XLA cuts sums by threads
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "NPROC": threads} if processes > 1 else {}
+    members = []
+    try:
+        for k in range(processes):
+            with (folder / f"{k}.log").open("w") as log:
+                own = arguments["env"] | job | {"NPROC": threads} | ({"JAX_PROCESS_ID": str(k)} if processes > 1 else {})
+                members.append(subprocess.Popen(**arguments | {"env": own, "stderr": log, "stdout": log}))
+        yield members
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
+
+
+def logs(folder: Path, processes: int) -> list[str]:
+    """What the processes of the last `pod` said."""
+    return [(folder / f"{k}.log").read_text() for k in range(processes)]
+
+
+def await_ends(members: list[subprocess.Popen], patience: float = PATIENCE) -> list[int]:
+    """Their exit codes."""
+    deadline = time.monotonic() + patience
+    return [member.wait(timeout=max(0.1, deadline - time.monotonic())) for member in members]
+
+
+def await_file(folder: Path, patterns: tuple[str, ...], members: list[subprocess.Popen], known: set[str]) -> bool:
+    """Waits until a file or folder of one of the patterns appears below the folder; False if the job ended before."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if any(str(path) not in known for pattern in patterns for path in folder.glob(pattern)):
+            return True
+        if members[0].poll() is not None:
+            return False
+        time.sleep(0.001)
+    raise TimeoutError(f"{patterns} never appeared in {folder}")
