@@ -62,11 +62,11 @@ SAVED = "step 3 is saved; run the same command again to go on"
 
 
 @contextmanager
-def program(stuck_at: int, waiting_at: int, total: int) -> Iterator[subprocess.Popen]:
+def program(stuck_at: int, waiting_at: int, total: int, unbuffered: str = "1") -> Iterator[subprocess.Popen]:
     """The job, once it stands where it was told to."""
     words = [sys.executable, "-c", PROGRAM.replace("CONFIG", str(CONFIG)), *map(str, (stuck_at, waiting_at, total))]
     pipe = subprocess.PIPE
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         try:
             assert process.stdout.readline() == "begun\n", process.stderr.read()
@@ -102,7 +102,7 @@ def test_a_stop_between_checkpoints_saves_the_step(number, code, word):
 @pytest.mark.parametrize("total", [9, 3], ids=["stopped", "finished"])
 def test_a_reader_of_the_log_that_is_gone_changes_neither_work_nor_exit_code(total):
     """As `2>&1 | tee log` is, once tee was killed."""
-    with program(NEVER, 2, total) as process:
+    with program(NEVER, 2, total, unbuffered="") as process:
         process.stderr.close()
         if total == 9:
             process.send_signal(signal.SIGTERM)
