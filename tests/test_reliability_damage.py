@@ -20,7 +20,7 @@ from verb import run, tiny_config, tiny_flags
 from proreflow_jax.data import cached, records
 from proreflow_jax.exports.write_merge import write_merge
 from proreflow_jax.pretrained import pipeline, sources
-from proreflow_jax.run import cli, open, stages
+from proreflow_jax.run import cli, experiment, open, stages
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.storage import sealed
 
@@ -184,13 +184,14 @@ def test_records_of_done(chain: Path, model: Path, tmp_path: Path) -> None:
 
 
 def opened(folder: Path) -> Any:
-    """All that a folder of a model says: weights, configs, schedule, tokens, and whether it is a student."""
+    """All that is used of a model's folder: weights, configs, schedule, tokens, and whether it is a student."""
     source = sources.open_folder(folder)
     read = pipeline.load_pipeline(source)
     config = tiny_config(folder.parent, folder)
     flow = open.base_flow(config, read)
-    configs = {name: network.config for name, network in read.networks.items()}
-    return plain(read.params), configs, read.scheduler, read.tokenizer.encode(list(tiny.CAPTIONS)).tobytes(), flow
+    configs = {name: experiment._described(network.config) for name, network in read.networks.items()}
+    schedule = [read.scheduler.get(name) for name in experiment.SCHEDULE]
+    return plain(read.params), configs, schedule, read.tokenizer.encode(list(tiny.CAPTIONS)).tobytes(), flow
 
 
 def test_exports(chain: Path, tmp_path: Path) -> None:
@@ -238,8 +239,8 @@ def test_base_models_of_a_run(chain: Path, model: Path, tmp_path: Path) -> None:
         config = tiny_config(tmp_path, folder)
         with config.unlocked():
             config.update_from_flattened_dict(plain_fields)
-        experiment = open.open_experiment(config)
-        open.check_ready(experiment, experiment.stages)
+        begun = open.open_experiment(config)
+        open.check_ready(begun, begun.stages)
         return opened(folder)
 
     attack("R4 base models of a run", model, read, COUNT * 4 // 100, tmp_path)
