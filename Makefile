@@ -5,7 +5,7 @@ RUN := JAX_PLATFORMS=cpu $(BIN)/python
 CONFIG ?= configs/digits.py
 FORM ?= quick
 
-.PHONY: demo test test-slow test-aot same-everywhere reproduce check-export base lint clean
+.PHONY: demo test test-slow reliability test-aot same-everywhere reproduce check-export base lint clean
 demo: .venv/demo.ok
 	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
 	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
@@ -16,6 +16,10 @@ test: .venv/test.ok
 
 test-slow: .venv/test.ok .venv/plan.ok
 	$(RUN) -m pytest -m slow
+
+# Kills, damages, bad inputs, an hour of saves: docs/reliability.md has the counts. Hours; RELIABILITY_SEED=... repeats a run.
+reliability: .venv/test.ok
+	$(RUN) -m pytest -m reliability
 
 # SD 1.5 and SDXL at full size through the TPU compiler; 16 GB, three hours on two cores.
 test-aot: .venv/test.ok .venv/plan.ok

@@ -19,7 +19,7 @@ from proreflow_jax.run.experiment import load_weights
 from proreflow_jax.run.open import open_experiment
 from proreflow_jax.run.stages import LARGEST, find_stage, seed_key
 from proreflow_jax.runtime.metrics import check_finite_rows
-from proreflow_jax.storage import paths
+from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
 BASE_STEPS = 50
@@ -74,8 +74,8 @@ def sample(
     decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
     images = np.asarray(decode(experiment.base.params["vae"], latents))
     rows = images.reshape(len(texts), count, *images.shape[1:])
-    with path.open("wb") as file:
-        Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(file, "PNG")
+    with atomic.drafted(path) as draft:
+        Image.fromarray(np.concatenate(np.concatenate(rows, axis=1), axis=1)).save(draft, "PNG")
     log.info(
         "wrote %s: %d prompts x %d seeds, %d steps, guidance %g, %s",
         path, len(texts), count, steps, guidance, config.model.sampling_dtype,

@@ -58,14 +58,15 @@ def job(config):
 cli.start(job, "A job.", "CONFIG")
 """
 NEVER = 10**6
+SAVED = "step 3 is saved; run the same command again to go on"
 
 
 @contextmanager
-def program(stuck_at: int, waiting_at: int, total: int) -> Iterator[subprocess.Popen]:
+def program(stuck_at: int, waiting_at: int, total: int, unbuffered: str = "1") -> Iterator[subprocess.Popen]:
     """The job, once it stands where it was told to."""
     words = [sys.executable, "-c", PROGRAM.replace("CONFIG", str(CONFIG)), *map(str, (stuck_at, waiting_at, total))]
     pipe = subprocess.PIPE
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         try:
             assert process.stdout.readline() == "begun\n", process.stderr.read()
@@ -75,6 +76,7 @@ def program(stuck_at: int, waiting_at: int, total: int) -> Iterator[subprocess.P
 
 
 SIGNALS = [(signal.SIGTERM, STOPPED, "asked to stop"), (signal.SIGINT, 130, "interrupted")]
+HANGUP = (signal.SIGHUP, STOPPED, "asked to stop")  # the terminal is gone
 
 
 @pytest.mark.parametrize(("number", "code", "word"), SIGNALS, ids=["SIGTERM", "SIGINT"])
@@ -87,14 +89,33 @@ def test_a_stop_in_a_compile_ends_the_job_in_seconds(number, code, word, stuck_a
         assert process.stderr.read() == f"{word}; run the same command again to go on\n"
 
 
-@pytest.mark.parametrize(("number", "code", "word"), SIGNALS, ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(("number", "code", "word"), [*SIGNALS, HANGUP], ids=["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_stop_between_checkpoints_saves_the_step(number, code, word):
     with program(NEVER, 2, 9) as process:
         process.send_signal(number)
         assert process.stderr.readline().startswith(f"{word}: the step under way is saved first")
         out, errors = process.communicate("\n", timeout=PATIENCE)
         assert (process.returncode, out) == (code, "saved 3\n")
-        assert "step 3 is saved; run the same command again to go on" in errors and "Traceback" not in errors
+        assert SAVED in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("total", [9, 3], ids=["stopped", "finished"])
+def test_a_reader_of_the_log_that_is_gone_changes_neither_work_nor_exit_code(total):
+    """As `2>&1 | tee log` is, once tee was killed."""
+    with program(NEVER, 2, total, unbuffered="") as process:
+        process.stderr.close()
+        if total == 9:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+        out, _ = process.communicate("\n", timeout=PATIENCE)
+    assert (process.returncode, out) == ((STOPPED, "saved 3\n") if total == 9 else (0, "saved 3\nfinished\nwent on\n"))
+
+
+def test_a_reader_of_the_log_that_is_gone_does_not_keep_a_compile_from_ending():
+    with program(0, NEVER, 3) as process:
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=PATIENCE) == STOPPED
 
 
 def test_a_second_press_ends_at_once():

@@ -9,6 +9,7 @@ from fake_hub import TOKEN, FakeHub, connect
 from verb import run
 
 from proreflow_jax.pretrained import hub
+from proreflow_jax.storage.sealed import with_seal
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def export(tmp_path: Path) -> Path:
     """A folder as export writes it, and a hidden file of somebody's editor."""
     folder = tmp_path / "stage-4"
     contents = {
-        "reflow.json": json.dumps({"windows": 4}).encode(),
+        "reflow.json": json.dumps(with_seal({"windows": 4})).encode(),
         "README.md": b"# A student of 4 time windows\n",
         "model_index.json": b"{}",
         "unet/config.json": b"{}",

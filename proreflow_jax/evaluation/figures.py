@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from proreflow_jax import UserError
+from proreflow_jax.storage import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,6 +156,6 @@ def _figure(height: float, width: float = WIDTH) -> "Figure":
 def _save(figure: "Figure", path: Path, title: str) -> "Figure":
     if title:
         figure.suptitle(title)
-    with path.open("wb") as file:
-        figure.savefig(file, format="png")
+    with atomic.drafted(path) as draft:
+        figure.savefig(draft, format="png")
     return figure

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from proreflow_jax.storage import atomic
+
 LABEL, CELL, GAP = 190, 64, 4  # pixels: label column, one image, between images
 LINE, LETTER = 22, 8  # pixels: a line of heads, and about the width of one letter
 INK, PAPER = (20, 20, 20), (255, 255, 255)
@@ -53,8 +55,8 @@ def picture(
         draw.text((8, y + cell // 2), label, INK, font, anchor="lm")
         for j, image in enumerate(images[:columns]):
             canvas.paste(Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC), (LABEL + j * step, y))
-    with path.open("wb") as file:
-        canvas.save(file, "PNG")
+    with atomic.drafted(path) as draft:
+        canvas.save(draft, "PNG")
 
 
 def report_page(
@@ -65,9 +67,9 @@ def report_page(
     head = "".join(f"<th>{html.escape(text)}</th>" for text in columns.values())
     body = "".join("<tr>" + "".join(f"<td>{cell(row.get(key, ''))}</td>" for key in columns) + "</tr>" for row in rows)
     text = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    path.write_text(
+    atomic.write_text(
+        path,
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>{text}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         f'<p><img src="{html.escape(image)}" alt="samples: one row a method, one seed a column"></p></html>\n',
-        encoding="utf-8",
     )

@@ -56,7 +56,7 @@ def add_to_card(folder: Path, **facts: Any) -> None:
     with atomic.drafted(folder / PAGE) as draft:  # a local copy's files are shared with other copies: replaced, not changed
         draft.write_text(card_page(card), encoding="utf-8")
     listed = card[sealed.FILES] | {PAGE: [(folder / PAGE).stat().st_size, atomic.sha256(folder / PAGE)]}
-    atomic.write_json(folder / CARD, card | {sealed.FILES: listed})
+    sealed.write_record(folder, card | {sealed.FILES: listed})
 
 
 def card_page(card: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
+from proreflow_jax.pretrained.sources import STUDENT
 
 
 class Format(NamedTuple):
@@ -38,6 +39,6 @@ def student_scheduler_config(base: Mapping[str, Any], flow: Parameterization, ki
     """scheduler_config.json on the base model's betas, for a student of this prediction type: stock, or ours for any steps."""
     betas = {name: base[name] for name in BETAS if name in base}
     if kind == "stock":
-        return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction]}
+        return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction], STUDENT: flow.windows}
     betas.pop("trained_betas", None)
     return {**betas, "_class_name": "WindowedFlowScheduler", **flow._asdict()}

@@ -16,7 +16,7 @@ from proreflow_jax.exports.place import check_replaceable
 from proreflow_jax.flow.parameterization import JUMPS
 from proreflow_jax.pretrained import copying, lora_file, lora_readers, weights
 from proreflow_jax.pretrained.single_file import to_original
-from proreflow_jax.pretrained.sources import INDEX, ModelSource
+from proreflow_jax.pretrained.sources import INDEX, STUDENT, ModelSource
 from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import Stage
@@ -60,7 +60,7 @@ def _write(experiment: Experiment, student: Weights, card: dict[str, Any], targe
         else:
             write_scheduler(draft, scheduler)
             single, report = _single_tensors(experiment, student, tensors, export_format)
-            weights.save_tensors(draft / FILES[export_format.form], single)
+            weights.save_tensors(draft / FILES[export_format.form], single, {STUDENT: str(student.flow.windows)})
             card |= report
         write_card(draft, card)
 

@@ -51,7 +51,7 @@ def write_table(experiment: Experiment, plan: Plan, results: Sequence[Result], t
     atomic.write_json(folder / "table.json", header | {"rows": plain})
     lines = [table, "", "\n".join(f"- {line}" for line in sentences), "", *notes, ""]
     statements = [f"- {row['method']}: {row['statement']}" for row in plain if "statement" in row]
-    (folder / "table.md").write_text("\n".join([*lines, *statements]) + "\n", encoding="utf-8")
+    atomic.write_text(folder / "table.md", "\n".join([*lines, *statements]) + "\n")
     _grid(experiment, results, texts)
     title = f"{config.name}: {tuple(config.stages)} windows"
     report.report_page(folder / "report.html", title, [*sentences, *notes], rows, columns, "samples.png")

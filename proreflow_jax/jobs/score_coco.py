@@ -227,7 +227,7 @@ def _write(experiment: Experiment, plan: Plan, judge: Judge, reference: Moments,
     atomic.write_json(experiment.run / "scores.json", header | {"networks": judge.digests, "rows": results})
     lines = [f"- {row['method']}: {row['statement']}" for row in results]
     text = report.text_table([_cells(row) for row in results], COLUMNS)
-    (experiment.run / "scores.md").write_text("\n".join([text, "", *lines]) + "\n", encoding="utf-8")
+    atomic.write_text(experiment.run / "scores.md", "\n".join([text, "", *lines]) + "\n")
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:

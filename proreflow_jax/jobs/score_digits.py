@@ -96,7 +96,7 @@ def _keep(
     """The table as JSON, Markdown, picture and page."""
     config, folder = experiment.config, experiment.run
     atomic.write_json(folder / "table.json", {"notes": notes, "rows": results})
-    (folder / "table.md").write_text(text + "\n\n" + "\n".join(notes) + "\n", encoding="utf-8")
+    atomic.write_text(folder / "table.md", text + "\n\n" + "\n".join(notes) + "\n")
     heads = [str(i % 10) for i in range(config.evaluate.columns)]
     labels = [f"{row.method}, {row.steps} steps" for row in rows]
     report.picture(folder / "samples.png", list(zip(labels, images, strict=True)), heads)

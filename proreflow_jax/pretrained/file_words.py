@@ -14,6 +14,7 @@ import numpy as np
 
 from proreflow_jax import UserError
 from proreflow_jax.pretrained.single_file import LAYER, PREFIXES, UNET
+from proreflow_jax.pretrained.sources import STUDENT
 from proreflow_jax.pretrained.weights import Tensors
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def stated(stored: Tensors, path: Path) -> dict[str, Any]:
         if fields.setdefault(field, value) != value:
             both = " and ".join(f"{name}: {word}" for name, where, word in statements if where == field)
             raise UserError(f"{path} contradicts itself on {field} ({both}): {ANOTHER}")
+    if windows := stored.metadata.get(STUDENT, ""):
+        fields[STUDENT] = int(windows) if windows.isdecimal() else windows
     return fields
 
 

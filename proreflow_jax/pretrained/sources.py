@@ -20,6 +20,7 @@ from proreflow_jax.storage import sealed
 from proreflow_jax.storage.paths import check_name
 
 INDEX = "model_index.json"
+STUDENT = "_student_windows"  # of a schedule's config, and of a single file's metadata: of how many windows, by export
 PATH, LIKE = "--config.model.path", "--config.model.like"
 TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -54,6 +55,7 @@ class ModelSource(NamedTuple):
         """
         config = config_fields.read_config(self.folder / component, component)
         if component == "scheduler" and self.stored is not None:
+            config.pop(STUDENT, None)  # of the folder beside the file
             config |= import_form("file_words").stated(self.stored, self.file)
         return config
 

@@ -280,8 +280,8 @@ def to_torch(params: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np
     return {name: back(name, np.asarray(value, dtype)) for name, value in sorted(params.items())}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one .safetensors file as diffusers and transformers expect it.
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes one .safetensors file as diffusers and transformers expect it; `metadata` goes into its header.
 
     Raises FloatingPointError for numbers that are not finite, before the file is there; RunFailed for a full disk.
     """
@@ -291,7 +291,7 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     path.touch()
     mode = path.stat().st_mode  # by the user's umask; safetensors (0.8) writes files for their owner alone
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # a full disk is one, no OSError
         raise RunFailed(f"{path} could not be written: {error}") from error
     path.chmod(mode)

@@ -184,8 +184,8 @@ def _measure(cell: Cell, testbed: Testbed, trained: Trained, instruments: Any, i
     }  # fmt: skip
     if images:  # of each number of steps below one another
         strip = np.concatenate([np.concatenate(list(row), axis=1) for row in images.values()])
-        with cell.path(".png").open("wb") as file:
-            Image.fromarray(strip).save(file, "PNG")
+        with atomic.drafted(cell.path(".png")) as draft:
+            Image.fromarray(strip).save(draft, "PNG")
         about["strip"] = cell.path(".png").name
     atomic.write_json(cell.path(".json"), about | numbers)
 

@@ -44,7 +44,7 @@ def write_report(experiment: Experiment, testbed: Testbed, results: Sequence[Map
             rows = claims.make_claims(budgets, against, list(testbed.measures), gate)
             parts += [_changes(f"Against {name}, {budget:,} forwards", rows, budget, testbed) for budget in budgets]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    (run / "table.md").write_text(text, encoding="utf-8")
+    atomic.write_text(run / "table.md", text)
     facts = {"notes": notes, "cells": list(results), "rows": rows_of(budgets, testbed), "claims": effects}
     atomic.write_json(run / "table.json", facts | {"gate": gate and gate._asdict()})
     for file, methods in r.figures if len(budgets) > 1 else ():

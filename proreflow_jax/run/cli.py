@@ -39,7 +39,7 @@ QUOTES = "'\""
 NAMES = (  # of the errors by which an operating system speaks of disk, network, limits and rights, not of our code
     "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "EACCES", "EPERM", "ENOLCK", "EBUSY",
     "ENXIO", "ENODEV", "EREMOTEIO", "ETIMEDOUT", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH",
-    "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENOTCONN", "ESHUTDOWN", "EADDRINUSE", "EADDRNOTAVAIL",
+    "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENOTCONN", "ESHUTDOWN", "EADDRINUSE", "EADDRNOTAVAIL", "EPIPE",
 )  # fmt: skip
 ENVIRONMENT = frozenset(getattr(errno, name) for name in NAMES if hasattr(errno, name))
 
@@ -78,6 +78,8 @@ def start(
         elif not processes.several():
             raise
         _leave(error, code or FAILED, traceback.format_exc().rstrip())
+    finally:
+        stopping.leave_readers()
     sys.exit(0)
 
 
@@ -181,7 +183,7 @@ def _prepare(name: str, pod: bool) -> None:
 def _leave(error: BaseException, code: int, text: str) -> None:
     """Shows the text and ends the process, and all others of its job."""
     code, text = processes.end_of_another() or (code, text)  # then this error is but what follows from that end
-    sys.stderr.write(f"{text}\n")
+    stopping.say(text)
     if processes.several():
         processes.announce(code=code, line=message(error) or type(error).__name__)
         processes.leave(code)

@@ -24,7 +24,7 @@ from proreflow_jax.run.experiment import BaseUNet, Experiment, base_identity, ch
 from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages, read_done
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
-from proreflow_jax.storage import paths
+from proreflow_jax.storage import paths, sealed
 
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
     "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -116,6 +116,11 @@ def base_flow(config: ConfigDict, base: Pipeline) -> Parameterization:
     card, scheduler = base.source.student, base.scheduler
     stated = card.get("flow") or (scheduler if "windows" in scheduler else None)  # our own scheduler's config says so too
     if stated is None:
+        if windows := scheduler.get(sources.STUDENT):
+            raise UserError(
+                f"{sources.PATH}={config.model.path} is a student of {windows} windows by its own words, and its "
+                f"{sealed.RECORD} is missing, which says how it is read: put that back, or export it again"
+            )
         flow = Parameterization(scheduler.get("prediction_type", "epsilon"))
         check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
         return flow

@@ -14,10 +14,10 @@ from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow.loss import LossRecipe
 from proreflow_jax.reflow.pairs import PairRecipe, check_pair_steps
 from proreflow_jax.runtime.damage import Damaged
-from proreflow_jax.runtime.digest import is_sealed, sealed
 from proreflow_jax.runtime.processes import first, first_reads
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
+from proreflow_jax.storage.sealed import is_sealed, with_seal
 
 DONE = "DONE.json"
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
@@ -146,7 +146,7 @@ class Done(NamedTuple):
 
 def write_done(stage: Stage, done: Done) -> None:
     """Writes the record; process 0 for all."""
-    record = sealed(atomic.plain_json(done._asdict() | {"flow": done.flow._asdict()}))
+    record = with_seal(atomic.plain_json(done._asdict() | {"flow": done.flow._asdict()}))
     first(lambda: atomic.write_json(stage.done, record))
 
 

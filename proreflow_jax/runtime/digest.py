@@ -7,7 +7,6 @@ domain). It runs on the device that holds the values: nothing but two integers p
 """
 
 import hashlib
-import json
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
 from proreflow_jax import UserError
+from proreflow_jax.storage.sealed import is_sealed, with_seal
 
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 GOLDEN = np.uint32(0x9E3779B9)
@@ -105,7 +105,7 @@ def _as_array(path: str, leaf: object) -> jax.Array:
 def inventory(step: int, leaves: Mapping[str, jax.Array], digests: Mapping[str, str], meta: Any) -> dict[str, Any]:
     """{step, meta, leaves: {path: [dtype, shape, digest]}, seal}. Raises TypeError if `meta` is no JSON."""
     table = {path: [str(leaf.dtype), list(leaf.shape), digests[path]] for path, leaf in leaves.items()}
-    return sealed({"step": step, "meta": meta, "leaves": table})
+    return with_seal({"step": step, "meta": meta, "leaves": table})
 
 
 def check_seal(record: Mapping[str, Any], step: int) -> None:
@@ -139,18 +139,3 @@ def check_target(record: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeS
 def wrong_values(record: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
     """Paths of the leaves that were read and whose digest is not the one that was saved."""
     return [path for path, digest in digests.items() if record["leaves"][path][2] != digest]
-
-
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its seal, a hash of all its fields. Raises TypeError if the record is no JSON."""
-    return {**record, "seal": _seal(record)}
-
-
-def is_sealed(record: Mapping[str, Any]) -> bool:
-    """Whether the record is as it was sealed."""
-    return record.get("seal") == _seal(record)
-
-
-def _seal(record: Mapping[str, Any]) -> str:
-    text = json.dumps({key: value for key, value in record.items() if key != "seal"}, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -26,7 +26,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from proreflow_jax import UserError
-from proreflow_jax.storage.atomic import drafted
+from proreflow_jax.storage.atomic import drafted, path_named
 from proreflow_jax.storage.gcs import ObjectPath
 from proreflow_jax.storage.paths import parse_path as located
 
@@ -83,7 +83,8 @@ class Metrics:
         """Close all files; their lines stay."""
         for resource in (self._bar, self._writer, self._file):
             if resource is not None:
-                resource.close()
+                with path_named(self.path):
+                    resource.close()
         if self._scratch is None:
             return
         try:
@@ -115,8 +116,9 @@ class Metrics:
             return
         numbers = {name: float(value) for name, value in values.items()}
         line = {"step": step, **{name: v if math.isfinite(v) else str(v) for name, v in numbers.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with path_named(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)

@@ -1,4 +1,4 @@
-"""How a job is asked to stop: Ctrl-C and SIGTERM, heard at once, also while XLA compiles and Python cannot run a handler.
+"""How a job is asked to stop: Ctrl-C, SIGTERM, a terminal that closes; heard at once, also while XLA compiles.
 
 The interpreter's own handler writes the signal's number to a socket, wherever the main thread is; a thread reads it and says
 what will happen. A training loop asks at every step (`requested`), saves, and ends. Everywhere else nothing is unsaved, since
@@ -32,6 +32,7 @@ from proreflow_jax.runtime import processes
 log = logging.getLogger(__name__)
 INTERRUPTED = 130  # exit code of Ctrl-C
 GRACE_S = 4.0  # seconds for a main thread with nothing unsaved
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_PRESS_S = 0.5  # a terminal and a script may pass on one Ctrl-C each
 AGAIN = "run the same command again to go on"
 
@@ -123,8 +124,8 @@ def alive() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """For the whole of a verb, in the main thread: Ctrl-C and SIGTERM are ours, unless they are ignored."""
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    """For the whole of a verb, in the main thread: the signals of STOPS are ours, unless they are ignored (nohup)."""
+    numbers = [n for n in STOPS if signal.getsignal(n) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread() or _state.listening:
         yield
         return
@@ -172,7 +173,7 @@ def _listen(reader: socket.socket, notify: Callable[[], Any]) -> None:
     last, ending = 0.0, None
     while data := reader.recv(1):
         number, now = data[0], time.monotonic()
-        if number not in (signal.SIGINT, signal.SIGTERM):
+        if number not in STOPS:
             continue
         if ending is None:
             _note(number)
@@ -189,8 +190,7 @@ def _listen(reader: socket.socket, notify: Callable[[], Any]) -> None:
 def _say(number: int) -> None:
     word = "interrupted" if number == signal.SIGINT else "asked to stop"
     what = "the step under way is saved first" if _state.unsaved else "nothing is unsaved"
-    sys.stderr.write(f"{word}: {what}; Ctrl-C {'again ' if number == signal.SIGINT else ''}ends at once\n")
-    sys.stderr.flush()
+    say(f"{word}: {what}; Ctrl-C {'again ' if number == signal.SIGINT else ''}ends at once")
 
 
 def _end_in_time() -> None:
@@ -206,9 +206,28 @@ def _end_in_time() -> None:
     _end(code, f"{word}; {AGAIN}")
 
 
+def say(line: str) -> None:
+    """Writes a line to stderr. Whoever read it may be gone (a terminal, a pipe): that changes nothing."""
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        leave_readers()
+
+
+def leave_readers() -> None:
+    """Lets go of stdout and stderr where nobody reads them any more: else Python ends with 120, whatever the job's code is."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:
+            pass  # closed by ourselves
+
+
 def _end(code: int, line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    say(line)
     if processes.several():
         processes.announce(code=code, line=line)
         processes.leave(code)

@@ -64,6 +64,12 @@ def write_json(path: str | Location, value: Any, replace: bool = True) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def write_text(path: str | Location, text: str) -> None:
+    """Writes a text file; readers see the old file or the new one, and an error of the disk names it."""
+    with drafted(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
     """A local file to write, which becomes `path` when the block ends well. Nothing is left if the block fails.
@@ -79,7 +85,7 @@ def drafted(path: str | Location, replace: bool = True) -> Iterator[Path]:
     clear_drafts(path.parent, path.name)
     draft = temporary(path)
     try:
-        with _path_named(path):
+        with path_named(path):
             yield draft
             sync(draft)
         os.replace(draft, path) if replace else _place_first(draft, path)
@@ -131,7 +137,7 @@ def _renamed_folder(path: Path) -> Iterator[Path]:
     above = next(folder for folder in path.absolute().parents if folder.exists())  # the new folders' names are its entries
     draft.mkdir(parents=True)
     try:
-        with _path_named(path):
+        with path_named(path):
             yield draft
             for file in (*draft.rglob("*"), draft):
                 sync(file)
@@ -145,7 +151,7 @@ def _renamed_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _path_named(path: Path) -> Iterator[None]:
+def path_named(path: Path) -> Iterator[None]:
     """Puts a path into errors of the disk that name none: Python names it where a file is opened, not where it is written."""
     try:
         yield

@@ -1,9 +1,12 @@
 """Folders with a record of their files: reflow.json holds bytes and SHA-256 of every file that was written beside it.
 
 The record says that a folder is this package's own, so that it may be replaced; and that its files are as they were written, so
-that a flipped bit or a file cut to 0 bytes is not read. README.md may be edited by its owner: only an empty one is damaged.
+that a flipped bit or a file cut to 0 bytes is not read. README.md may be edited by its owner: only an empty one is damaged. The
+record has a hash of itself (`seal`), as every record has that says how numbers are read.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,34 @@ from proreflow_jax.storage.gcs import LOCK, WRITING
 from proreflow_jax.storage.paths import Location
 
 RECORD, PAGE = "reflow.json", "README.md"
-FILES, FORMAT = "files", "format"  # fields of a record: {path: [bytes, SHA-256]}; the format, of an export alone
+FILES, FORMAT, SEAL = "files", "format", "seal"  # fields of a record: {path: [bytes, SHA-256]}; of an export alone; its hash
 LATER = (RECORD, "replay.json")  # of an export: written after the files were counted
+
+
+def with_seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its seal, a hash of all its fields. Raises TypeError if the record is no JSON."""
+    return {**record, SEAL: _hash(record)}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether the record is as it was sealed."""
+    return record.get(SEAL) == _hash(record)
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    text = json.dumps({name: value for name, value in record.items() if name != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def seal(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes the record: `record`, and the files that lie in the folder now. Everything else is written before."""
     listed = {name: [(folder / name).stat().st_size, atomic.sha256(folder / name)] for name in file_names(folder)}
-    atomic.write_json(folder / RECORD, {**record, FILES: {name: value for name, value in listed.items() if name not in LATER}})
+    write_record(folder, {**record, FILES: {name: value for name, value in listed.items() if name not in LATER}})
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record that lists its files already."""
+    atomic.write_json(folder / RECORD, with_seal(record))
 
 
 def file_names(folder: Location) -> list[str]:
@@ -37,9 +60,7 @@ def read_record(folder: Location) -> dict[str, Any]:
     if not (folder / RECORD).is_file():
         return {}
     record = atomic.read_json(folder / RECORD)
-    listed = record.get(FILES, {})
-    whole = isinstance(listed, dict) and all(isinstance(row, list) and len(row) == 2 for row in listed.values())
-    if not whole or not isinstance(record.get(FORMAT, {}), dict):
+    if not is_sealed(record):
         raise UserError(f"{folder / RECORD} is not as it was written: write the folder again, or copy it again")
     return record
 
