@@ -52,7 +52,8 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     shape = (COUNT, *experiment.base.latent_shape)
     noise = np.asarray(jax.random.normal(run_key(experiment.config, EVALUATION_KEY, 0), shape))
     pipe = OPENERS[format_["form"]](folder, experiment.base.source)
-    theirs = their_latents(pipe, prompts, noise, steps, **_told(experiment))
+    skip = {} if format_["form"] == "diffusers" else {"clip_skip": experiment.config.model.clip_skip or None}
+    theirs = their_latents(pipe, prompts, noise, steps, **_told(experiment), **skip)
 
     whole = our_latents(experiment, student, prompts, noise, steps)
     gap = to_student = float(np.abs(whole - theirs).max())
