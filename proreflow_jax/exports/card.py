@@ -133,8 +133,8 @@ def _skip_lines(card: Mapping[str, Any]) -> list[str]:
         return [f"Text: read {n} layers before the last; the text encoder of this folder ends there: pass no clip_skip"]
     return [
         f"Text: read {n} layers before the last (clip_skip={n}), of prompt and negative prompt alike. Nothing in this file "
-        f"says so, your tool must be told. {others}; diffusers: a text encoder opened with num_hidden_layers less {n} (its "
-        f"clip_skip leaves the negative prompt as it is: clip_skip={n} is right at guidance_scale=1 alone)"
+        f"says so, your tool must be told. {others}; diffusers: open the text encoder with num_hidden_layers less {n}; "
+        f"its clip_skip={n} leaves the negative prompt as it is, so it is right at guidance_scale=1 alone"
     ]
 
 
