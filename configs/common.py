@@ -61,6 +61,8 @@ def _inputs(c: ConfigDict) -> None:
     c.model = ConfigDict()
     c.model.revision = "main"  # of a hub id: branch, tag or commit
     c.model.like = ""  # of a single file: folder or hub id that gives configs and tokenizer; "": its family's own, on the hub
+    c.model.vae = ""  # another VAE: its folder, a model with a vae/, a .safetensors file or a hub id; "": the model's own
+    c.model.clip_skip = 0  # last layers of the text encoder left out; as diffusers counts: 1 is A1111's "Clip skip 2"; SDXL: 0
     c.model.prediction_type = ""  # "epsilon" or "v_prediction" where scheduler_config.json says it wrong; "": as it says
     c.model.dtype = "bfloat16"  # of the student's computation, what a TPU multiplies in; master weights are float32
     c.model.teacher_dtype = "bfloat16"  # of the teacher's computation

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from made_images import LAYOUTS, encode, originals
+from safetensors.numpy import load_file, save_file
 from test_perf_plan import described
 from test_verbs_pod import run_pod
 from verb import run, tiny_config, tiny_flags
@@ -21,6 +22,7 @@ from proreflow_jax.storage.atomic import read_json
 pytestmark = pytest.mark.usefixtures("quick")
 SHORT = {"stages": "(2,)", "export__stages": "()", "train__steps": 2, "optimizer__warmup_steps": 0, "pairs__examples": 16}
 DRAWN = {"pairs__start": "data", "pairs__prompt_dropout": 0.5, "pairs__guidance": 2.0}
+VAE = "diffusion_pytorch_model.safetensors"
 KEPT = {"cache__shard_size": 4, "cache__batch": 8, "cache__text": True}
 
 
@@ -105,6 +107,21 @@ def test_a_cache_of_another_model_or_data_is_refused(place, tmp_path):
     begun = run("cache", *place.flags("x", **place.images, model=other), f"--out={place.folder / 'cache'}")
     assert begun.code == 2 and "take another folder by --out" in begun.err and len(begun.err.splitlines()) == 1
     assert not (place.folder / "runs" / "other").exists()
+
+
+def test_a_cache_is_made_by_the_vae_that_is_named(place, tmp_path):
+    """Of latents and record alike; with the model's own VAE its latents are refused."""
+    own = load_file(place.model / "vae" / VAE)
+    save_file({name: value + np.float32(0.01) for name, value in own.items()}, tmp_path / "tuned.safetensors")
+    tuned = {"model__vae": tmp_path / "tuned.safetensors"}
+    place.cache(tmp_path / "cache", **tuned)
+    folders = (tmp_path / "cache", place.folder / "cache")
+    means = [records.PairRecords(folder)[0]["mean"].astype(np.float32) for folder in folders]
+    assert np.abs(means[0] - means[1]).max() > 1e-2
+    assert len({read_json(folder / "plan.json")["model"]["vae"] for folder in folders}) == 2
+    refused = run("make_pairs", *place.flags("own", **in_cache(tmp_path / "cache")), "--stage=2")
+    assert refused.code == 2 and "the autoencoder differs" in refused.err and "vae" in refused.err.splitlines()[-1]
+    place.pairs("tuned", **tuned, **in_cache(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(

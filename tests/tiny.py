@@ -54,15 +54,16 @@ def random_params(shapes: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]
     return {name: draw(name, shapes[name].shape) for name in sorted(shapes)}
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
+def write_model(folder: Path, seed: int = 0, text_layers: int = 1) -> Path:
     """Writes a whole diffusers folder, tokenizer included, and returns it; `folder` may exist."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.write_tokenizer(folder / "tokenizer", *tokenizer.learn(CAPTIONS, 20), LENGTH)
+    text = TEXT | {"num_hidden_layers": text_layers}
     made = {
         "unet": make_unet(write_pipeline.unet_config(UNET, TEXT, LATENT)),
         "vae": make_vae({**write_pipeline.vae_config(VAE, RESOLUTION), "scaling_factor": 0.5}),
-        "text_encoder": make_text_encoder(write_pipeline.text_config(TEXT, tokenizer.vocabulary_size(folder / "tokenizer"))),
+        "text_encoder": make_text_encoder(write_pipeline.text_config(text, tokenizer.vocabulary_size(folder / "tokenizer"))),
     }
     params = {name: random_params(network.shapes, seed + i) for i, (name, network) in enumerate(made.items())}
     configs = {name: network.config for name, network in made.items()}

@@ -38,7 +38,7 @@ def check_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name"
     """Raises as `fix_plan` if the folder's plan is another; writes nothing. `unknown` are fields that are not compared."""
     folder, plan = paths.parse_path(folder), atomic.plain_json(plan)
     fixed = read_plan(folder)
-    for name in [*plan, *(name for name in fixed if name not in plan)]:
+    for name in [*(name for name in fixed if name not in plan), *plan]:
         if name in unknown:
             continue
         if name not in fixed or name not in plan or fixed[name] != plan[name]:

@@ -22,7 +22,7 @@ def check_out(config: ConfigDict, target: Location, **inputs: Location) -> None:
     """
     run = paths.parse_path(config.root) / config.name
     places = {"the working directory": Path.cwd(), "the home folder": Path.home(), "the run of this config": run}
-    for flag, name in ((sources.PATH, config.model.path), (sources.LIKE, config.model.like)):
+    for flag, name in ((sources.PATH, config.model.path), (sources.LIKE, config.model.like), (sources.VAE, config.model.vae)):
         if name and not sources.is_id(name):
             places[f"what {flag} names"] = paths.parse_path(name, flag)
     sealed.check_apart(target, places | {f"what --{flag} names": place for flag, place in inputs.items()}, OUT)

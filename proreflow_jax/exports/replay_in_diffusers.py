@@ -52,6 +52,8 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     shape = (COUNT, *experiment.base.latent_shape)
     noise = np.asarray(jax.random.normal(run_key(experiment.config, EVALUATION_KEY, 0), shape))
     pipe = OPENERS[format_["form"]](folder, experiment.base.source)
+    if format_["form"] != "diffusers" and experiment.config.model.clip_skip:
+        _leave_out_layers(pipe.text_encoder, experiment.config.model.clip_skip)
     theirs = their_latents(pipe, prompts, noise, steps, **_told(experiment))
 
     whole = our_latents(experiment, student, prompts, noise, steps)
@@ -80,6 +82,12 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     if format_["dtype"] == "float32" and not gap <= LIMIT:
         raise RunFailed(f"{folder}: diffusers' latents differ by {gap:.1e} from ours, must be at most {LIMIT:.0e}")
     return gap
+
+
+def _leave_out_layers(text_encoder: Any, count: int) -> None:
+    """What `num_hidden_layers` less `count` does; diffusers' own clip_skip (0.42) fails with transformers 5."""
+    encoder = getattr(text_encoder, "text_model", text_encoder).encoder
+    encoder.layers = encoder.layers[:-count]
 
 
 def _with_lora(experiment: Experiment, folder: Path, names: str) -> Params:
@@ -131,17 +139,17 @@ def _open_single_file(folder: Path, base: ModelSource) -> Any:
     return _with_scheduler(_from_file(folder / FILES["single-file"], base), folder)
 
 
-def _from_file(path: Path, base: ModelSource) -> Any:
+def _from_file(path: Path, base: ModelSource, **parts: Any) -> Any:
     """The file alone knows no sizes and no tokenizer: those come from the base model's folder."""
     kind = diffusers.StableDiffusionXLPipeline if base.family == "xl" else diffusers.StableDiffusionPipeline
-    return kind.from_single_file(str(path), config=str(base.folder), local_files_only=True, dtype=torch.float32)
+    return kind.from_single_file(str(path), config=str(base.folder), local_files_only=True, dtype=torch.float32, **parts)
 
 
 def _open_lora(folder: Path, base: ModelSource) -> Any:
     if base.file is None:
         pipe = diffusers.DiffusionPipeline.from_pretrained(base.folder, dtype=torch.float32)
     else:
-        pipe = _from_file(base.file, base)
+        pipe = _from_file(base.file, base, **({"vae": None} if base.vae else {}))  # a file may lack it, latents need none
     pipe.load_lora_weights(folder, weight_name=FILES["lora"])
     return _with_scheduler(pipe, folder)
 

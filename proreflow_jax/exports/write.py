@@ -25,6 +25,7 @@ from proreflow_jax.storage import atomic, paths, sealed
 from proreflow_jax.storage.gcs import WRITING
 
 log = logging.getLogger(__name__)
+OPTIONAL = ("clip_skip",)  # fields that a card has or has not
 RANKS = (1, 4, 16, 32, 64, 128, 256)  # of the energies that a LoRA's export prints
 
 
@@ -79,7 +80,8 @@ def _holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
         return False
     if not present:  # an empty folder
         return False
-    if differs := [name for name, value in card.items() if name != "base" and present.get(name) != value]:
+    compared = [name for name in (*card, *OPTIONAL) if name != "base"]
+    if differs := [name for name in compared if present.get(name) != card.get(name)]:
         raise UserError(f"{target} holds another export (of another {differs[0]}): choose another --out, or pass --overwrite")
     if wrong := sealed.damage(target, present):
         log.warning("%s: %s: written anew", target, wrong)
@@ -93,6 +95,9 @@ def write_folder(draft: Path, base: ModelSource, unet: Mapping[str, np.ndarray],
     """
     index = dict(base.index)
     for name in _handed_on(base):
+        if name == "vae" and base.vae or name in base.cut:
+            _write_component(draft, name, base)
+            continue
         if base.file is None and copying.only_pickles(base.folder / name):
             log.warning("%s: left out, its weights are a pickle, which may run code", name)
             index[name] = [None, None]
@@ -113,6 +118,14 @@ def write_folder(draft: Path, base: ModelSource, unet: Mapping[str, np.ndarray],
     atomic.write_json(draft / INDEX, {**index, "scheduler": entry})
 
 
+def _write_component(draft: Path, name: str, base: ModelSource) -> None:
+    """A network that is not as it lies in the base model's folder: another VAE, a text encoder without its last layers."""
+    (draft / name).mkdir()
+    config = base.vae.stated if name == "vae" else base.config(name)
+    atomic.write_json(draft / name / "config.json", config)
+    weights.save_tensors(draft / name / weights.file_name(name), dict(base.tensors(name)))
+
+
 def _handed_on(base: ModelSource) -> list[str]:
     """The components that an export takes over from the base model."""
     listed = [name for name, kind in base.index.items() if isinstance(kind, list) and kind[0] is not None]
@@ -122,7 +135,10 @@ def _handed_on(base: ModelSource) -> list[str]:
 def check_copies(base: ModelSource) -> None:
     """Raises UserError, one line, if a file that an export takes over lies outside of the base model's folder."""
     for name in _handed_on(base):
-        copying.component_files(base.folder, name)
+        if not (name == "vae" and base.vae):
+            copying.component_files(base.folder, name)
+        elif base.vae.folder:
+            copying.component_files(base.vae.root, str(base.vae.folder.relative_to(base.vae.root)))
     copying.licences(base.folder)
     copying.check_inside(base.folder, base.folder / "unet" / "config.json")
 
@@ -184,12 +200,18 @@ def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[
             f"--form=single-file: {base.source.folder / shorter[0]} uses fewer layers than it has, no single file can say so: "
             "take --form=diffusers or --form=lora"
         )
+    if base.source.file is None and base.source.student.get("clip_skip"):
+        raise UserError(
+            f"--form=single-file: {base.source.folder} is a student whose text encoder was cut by clip_skip, tools that read a "
+            "single file expect it whole: take --form=diffusers or --form=lora"
+        )
     kind = experiment.flow.prediction
     by_mark = base.source.family == "xl" and JUMPS.get(kind, kind) == "v_prediction"
     marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}
     parts = {"unet": unet} | {name: weights.to_torch(params) for name, params in base.params.items()}
+    parts |= {name: dict(base.source.whole.tensors(name)) for name in base.source.cut}  # whoever reads the file leaves them out
     return marks | {
         name: tensor
         for part, tensors in parts.items()
-        for name, tensor in to_original(part, tensors, base.networks[part].config, base.source.family).items()
+        for name, tensor in to_original(part, tensors, base.source.whole.config(part), base.source.family).items()
     }

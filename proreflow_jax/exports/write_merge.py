@@ -12,7 +12,7 @@ from proreflow_jax.exports.card import write_card
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.exports.write import check_copies, write_folder
 from proreflow_jax.flow.schedule import from_config
-from proreflow_jax.models.network import make_unet
+from proreflow_jax.models.network import make_unet, make_vae
 from proreflow_jax.pretrained import lora_file, sources, weights
 from proreflow_jax.pretrained.pipeline import scheduler_config
 from proreflow_jax.run import open
@@ -27,17 +27,24 @@ def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float)
     sealed.check_undamaged(delta, card, "export the delta again, or copy it again")
     scheduler = atomic.read_json(delta / "scheduler" / "scheduler_config.json")
     base = open.find_base_model(config)
+    taught = card.get("clip_skip", {}).get("diffusers", 0)
+    if config.model.clip_skip != taught:
+        raise UserError(f"{delta} is of a student taught with clip_skip={taught}: take {sources.CLIP_SKIP}={taught}")
     _check_same_diffusion(base, scheduler_config(base, config.model.prediction_type), scheduler, delta)
     check_copies(base)
     tensors = base.tensors("unet")
     merged = lora_file.merge_delta(tensors, weights.Tensors([delta / FILES["delta"]]), scale)
     onto, summed = (_digest(base, values) for values in (tensors, merged))
     name, dtype = open.title(config, base), str(next(iter(merged.values())).dtype)
+    lineage = {name: value for name, value in card["lineage"].items() if name != "vae"}  # the delta's, which stays behind
+    if base.vae:
+        shapes = make_vae(base.config("vae")).shapes
+        lineage["vae"] = fold(digest(weights.from_torch(base.tensors("vae"), shapes, str(base.vae.origin))))
     card |= {
         "base": name,
         "digest": summed,
         "format": {**card["format"], "form": "diffusers", "dtype": dtype},
-        "lineage": card["lineage"] | {"onto": onto, "merged": summed},
+        "lineage": lineage | {"onto": onto, "merged": summed},
         "merged": {"delta": card["digest"], "base": card["base"], "scale": scale},
     }
     with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: `check_out`

@@ -37,7 +37,8 @@ TABLE = "alphas_cumprod"
 KINDS = {9: "a model for inpainting", 8: "a model for editing (as InstructPix2Pix)", 5: "a model for depth maps"}
 LCM = f"{UNET}time_embed.cond_proj.weight"
 INPUT = f"{UNET}input_blocks.0.0.weight"
-WHOLE = "UIs draw with a part of their own in its place, here the file must hold all: take the one with its VAE baked in"
+WHOLE = "UIs draw with a part of their own in its place, here the file must hold all"
+BAKED = "take the one with its VAE baked in, or name a VAE by --config.model.vae"
 ANOTHER = "name another --config.model.path"
 
 
@@ -80,8 +81,11 @@ def count_layers(stored: Tensors, family: str, component: str) -> int:
     return max((int(match[1]) + 1 for match in names if match), default=0)
 
 
-def check_layout(stored: Tensors, family: str, path: Path) -> None:
-    """Raises UserError, one line that says what the file is, if it is no whole text-to-image model. Nothing is read."""
+def check_layout(stored: Tensors, family: str, path: Path, with_vae: bool = True) -> None:
+    """Raises UserError, one line that says what the file is, if it is no whole text-to-image model. Nothing is read.
+
+    With with_vae=False its VAE is not asked for.
+    """
     if LCM in stored:
         raise UserError(f"{path} is an LCM, a model that is distilled already (it has {LCM}): distil its base model, {ANOTHER}")
     channels = stored.shape(INPUT)[1] if INPUT in stored and len(stored.shape(INPUT)) == 4 else 4
@@ -89,8 +93,9 @@ def check_layout(stored: Tensors, family: str, path: Path) -> None:
         what = KINDS.get(channels, "no text-to-image model")
         raise UserError(f"{path} is {what}: its UNet takes {channels} channels, the VAE gives 4: {ANOTHER}")
     for component, prefix in PREFIXES[family].items():
-        if not any(name.startswith(prefix) for name in stored):
-            raise UserError(f"{path} holds no {component}, no name that begins with {prefix}: {WHOLE}: {ANOTHER}")
+        if (component != "vae" or with_vae) and not any(name.startswith(prefix) for name in stored):
+            mend = f"{BAKED}, or {ANOTHER}" if component == "vae" else ANOTHER
+            raise UserError(f"{path} holds no {component}, no name that begins with {prefix}: {WHOLE}: {mend}")
 
 
 def log_left_out(stored: Tensors, family: str, path: Path) -> None:

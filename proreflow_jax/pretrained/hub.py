@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from proreflow_jax.pretrained.sources import ID
 
 log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it writes every address, signed ones too
-INDEX, CARD = "model_index.json", "reflow.json"
+INDEX, CARD, CONFIG = "model_index.json", "reflow.json", "config.json"
 TEXTS = (".json", ".txt")
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first; one of them is fetched, the one that models/ reads
@@ -40,7 +41,9 @@ class Repository(NamedTuple):
     read: Callable[[str], Path]  # a small file's path -> where it lies on this machine
 
 
-def download(repo: str, revision: str, configs_only: bool = False, flag: str = "--config.model.path") -> Path:
+def download(
+    repo: str, revision: str, configs_only: bool = False, flag: str = "--config.model.path", component: str = ""
+) -> Path:
     """A diffusers repository as a local folder (huggingface_hub's cache): components, licence, nothing beside them.
 
     Args:
@@ -48,6 +51,7 @@ def download(repo: str, revision: str, configs_only: bool = False, flag: str = "
       revision: branch, tag or commit.
       configs_only: without weights: configs and tokenizer, for a model that is a single file.
       flag: that named `repo`, for errors.
+      component: this one alone, of a whole model, or of a repository that holds nothing else.
 
     Raises:
       ValueError: the hub has no such repository or revision, or wants a login; no diffusers folder; only pickled weights.
@@ -60,9 +64,9 @@ def download(repo: str, revision: str, configs_only: bool = False, flag: str = "
         with _explained(repo, revision, flag):
             repository = _on_hub(repo, revision)
     except ConnectionError as error:
-        return _from_cache(repo, revision, configs_only, flag, str(error))
+        return _from_cache(repo, revision, flag, str(error), partial(_groups, configs_only=configs_only, component=component))
     with _explained(repo, revision, flag), disable_progress_bars():
-        groups = _groups(repository, configs_only, flag)
+        groups = _groups(repository, flag, configs_only, component)
         names = [name for group in groups.values() for name in group]
         state = hf.snapshot_download(repo, revision=repository.commit, allow_patterns=_exactly(names), dry_run=True)
     _log_plan(repository, revision, groups, {info.filename for info in state if info.is_cached})
@@ -81,14 +85,14 @@ def _on_hub(repo: str, revision: str) -> Repository:
     return Repository(repo, commit.resolved, sizes, lambda name: Path(hf.hf_hub_download(repo, name, revision=commit.resolved)))
 
 
-def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason: str) -> Path:
-    """The folder of an earlier download, if it is complete."""
+def _from_cache(repo: str, revision: str, flag: str, reason: str, groups: Callable[..., dict[str, list[str]]]) -> Path:
+    """The folder of an earlier download, if it is complete. groups: (repository, flag) -> its files, as `_groups`."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     what = f"{reason}, and the cache {constants.HF_HUB_CACHE} does not hold {repo} at {revision}"
     mend = f"run once with a network, or let {flag} name a folder (another revision: --config.model.revision)"
     try:
-        folder = Path(hf.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
+        folder = Path(hf.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[INDEX, CONFIG]))
     except LocalEntryNotFoundError:
         raise MissingFile(f"{what}: {mend}") from None
     try:
@@ -101,29 +105,37 @@ def _from_cache(repo: str, revision: str, configs_only: bool, flag: str, reason:
             raise MissingFile(f"{what} completely (no {name}): {mend}")
         return folder / name
 
-    for group in _groups(Repository(repo, folder.name, sizes, here), configs_only, flag).values():
+    for group in groups(Repository(repo, folder.name, sizes, here), flag).values():
         for name in group:
             here(name)
     log.info("%s; %s at %s is taken from the cache: %s", reason, repo, revision, folder)
     return folder
 
 
-def _groups(repository: Repository, configs_only: bool, flag: str) -> dict[str, list[str]]:
+def _groups(repository: Repository, flag: str, configs_only: bool = False, component: str = "") -> dict[str, list[str]]:
     """The files to fetch: {component: paths}, "" for files beside the components. Raises ValueError, one line."""
-    where = f"{flag}={repository.repo}"
+    where, alone = f"{flag}={repository.repo}", component
+    if alone and INDEX not in repository.sizes and CONFIG in repository.sizes:
+        return {"": _files(repository, "", configs_only, where)}
     if INDEX not in repository.sizes:
         raise UserError(
             f"{where} is no diffusers repository: it holds no {INDEX}; a single file of it must be downloaded first"
         )
     index = _read_object(repository.read(INDEX), f"{where}: {INDEX}")
     groups = {"": [path for path in repository.sizes if path in (INDEX, CARD) or re.match(r"LICENSE[^/]*$", path)]}
-    for component in [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]]:
-        own = [path.rpartition("/")[2] for path in repository.sizes if path.rpartition("/")[0] == component]
-        names = sorted(name for name in own if name.endswith(TEXTS) and ".index." not in name)
-        if not configs_only:
-            names += _weights(repository, component, set(own), where)
-        groups[component] = [f"{component}/{name}" for name in names]
-    return {component: paths for component, paths in groups.items() if paths}
+    for name in [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]]:
+        if name == alone or not alone:
+            groups[name] = _files(repository, name, configs_only, where)
+    return {name: paths for name, paths in groups.items() if paths}
+
+
+def _files(repository: Repository, component: str, configs_only: bool, where: str) -> list[str]:
+    """The paths of a component's files; "" is the repository itself."""
+    own = [path.rpartition("/")[2] for path in repository.sizes if path.rpartition("/")[0] == component]
+    names = sorted(name for name in own if name.endswith(TEXTS) and ".index." not in name)
+    if not configs_only:
+        names += _weights(repository, component, set(own), where)
+    return [f"{component}/{name}" if component else name for name in names]
 
 
 def _weights(repository: Repository, component: str, own: set[str], where: str) -> list[str]:
@@ -133,7 +145,8 @@ def _weights(repository: Repository, component: str, own: set[str], where: str) 
             if (whole := f"{stem}{variant}.safetensors") in own:
                 return [whole]
             if (index := f"{stem}.safetensors.index{variant}.json") in own:
-                listing = _read_object(repository.read(f"{component}/{index}"), f"{where}: {component}/{index}")
+                path = f"{component}/{index}".lstrip("/")
+                listing = _read_object(repository.read(path), f"{where}: {path}")
                 table = listing.get("weight_map")
                 shards = {str(name) for name in table.values()} if isinstance(table, dict) else set()
                 if not shards or shards - own:

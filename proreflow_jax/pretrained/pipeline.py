@@ -103,11 +103,18 @@ def load_pipeline(
     folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
     tokenizer = load_tokenizer(*folders, encoders=[network.config for network in _encoders(networks).values()])
     scheduler = scheduler_config(source, prediction_type)
-    read = lambda name: weights.from_torch(source.tensors(name), networks[name].shapes, str(source.origin / name))
-    params = {name: read(name) for name in networks if name != "unet" or with_unet}
+    params = {name: _read(source, name, network) for name, network in networks.items() if name != "unet" or with_unet}
     _log_layers_left_out(source, networks)
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def _read(source: sources.ModelSource, component: str, network: Network) -> dict[str, np.ndarray]:
+    try:
+        return weights.from_torch(source.tensors(component), network.shapes, str(source.place(component)))
+    except UserError as error:
+        flag = sources.VAE if component == "vae" and source.vae else sources.PATH
+        raise type(error)(str(error).replace(sources.PATH, flag)) from None
 
 
 def read_unet(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:

@@ -2,10 +2,12 @@
 
 A single file holds weights only. Sizes, tokenizer and noise schedule come from a diffusers folder of the same family, as in
 diffusers' own `from_single_file`. Most runs read a folder: the modules for other forms are imported when one is opened.
+
+A VAE may come from elsewhere (`OwnVae`), and the last layers of the text encoder may be left out (`clip_skip`).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +23,47 @@ from proreflow_jax.storage.paths import check_name
 
 INDEX = "model_index.json"
 STUDENT = "_student_windows"  # of a schedule's config, and of a single file's metadata: of how many windows, by export
-PATH, LIKE = "--config.model.path", "--config.model.like"
+PATH, LIKE, VAE = "--config.model.path", "--config.model.like", "--config.model.vae"
+CLIP_SKIP = "--config.model.clip_skip"
 TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
+
+
+class Chosen(Mapping[str, np.ndarray]):
+    """Some tensors of a mapping, under other names where `names` says so; read on access."""
+
+    def __init__(self, stored: Mapping[str, np.ndarray], names: Mapping[str, str]) -> None:
+        """names: {name here: name in `stored`}."""
+        self._stored, self._names = stored, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._stored[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class OwnVae(NamedTuple):
+    """An autoencoder that takes the place of the model's own."""
+
+    origin: Path  # the path that the user named
+    config: dict  # its config.json, in the words of the model's own where both mean the same
+    stated: dict  # its config.json as it is; of a file the model's own
+    folder: Path | None = None  # with its files; None of a file
+    root: Path | None = None  # the model that the folder is of, or the folder; no link leads out of it
+    stored: Mapping[str, np.ndarray] | None = None  # of a file, in diffusers' names
+
+    def tensors(self) -> Mapping[str, np.ndarray]:
+        """Its weights in diffusers' names and torch's layout, read on access."""
+        return weights.read_tensors(self.folder) if self.stored is None else self.stored
 
 
 class ModelSource(NamedTuple):
@@ -37,6 +75,8 @@ class ModelSource(NamedTuple):
     file: Path | None = None
     stored: weights.Tensors | None = None  # of the file
     student: dict = {}  # reflow.json, of an export of ours: how its UNet is read; {} of a diffusion model
+    vae: OwnVae | None = None  # in the place of the model's own
+    clip_skip: int = 0  # layers at the text encoder's end that are left out, of those that its config.json counts
 
     @property
     def components(self) -> list[str]:
@@ -48,15 +88,33 @@ class ModelSource(NamedTuple):
         """The path that the user named."""
         return self.file or self.folder
 
+    @property
+    def whole(self) -> "ModelSource":
+        """The same with all layers of its text encoder."""
+        return self._replace(clip_skip=0)
+
+    @property
+    def cut(self) -> list[str]:
+        """The text encoders whose last layers are left out by `clip_skip`."""
+        return text_encoders(self.index) if self.clip_skip else []
+
+    def place(self, component: str) -> Path:
+        """Where a component comes from, for errors."""
+        return self.vae.origin if component == "vae" and self.vae else self.origin / component
+
     def config(self, component: str) -> dict:
         """config.json of a component; the scheduler's includes what a single file says of itself.
 
         Raises FileNotFoundError or ValueError, one line, if it is not there or not that of such a component.
         """
+        if component == "vae" and self.vae:
+            return self.vae.config
         config = config_fields.read_config(self.folder / component, component)
         if component == "scheduler" and self.stored is not None:
             config.pop(STUDENT, None)  # of the folder beside the file
             config |= import_form("file_words").stated(self.stored, self.file)
+        if component in TEXT_ENCODERS and self.clip_skip:
+            config["num_hidden_layers"] -= self.clip_skip
         return config
 
     def tensors(self, component: str) -> Mapping[str, np.ndarray]:
@@ -64,6 +122,10 @@ class ModelSource(NamedTuple):
 
         Raises FileNotFoundError or ValueError, one line.
         """
+        if component == "vae" and self.vae:
+            return self.vae.tensors()
+        if component in TEXT_ENCODERS and self.clip_skip:
+            return self._without_last_layers(component)
         if self.stored is None:
             return weights.read_tensors(self.folder / component)
         try:
@@ -71,13 +133,19 @@ class ModelSource(NamedTuple):
         except UserError as error:
             raise UserError(f"{self.file}: {error}: name another {PATH}") from None
 
+    def _without_last_layers(self, component: str) -> Mapping[str, np.ndarray]:
+        """A text encoder up to the layer whose states are read; with one more than its config.json counts, that goes too."""
+        stored, last = self.whole.tensors(component), self.config(component)["num_hidden_layers"]
+        behind = range(last + 1, last + self.clip_skip + 2)
+        return Chosen(stored, {name: name for name in stored if config_fields.text_layers([name]) not in behind})
+
     def layers_left_out(self, component: str) -> int:
-        """How many layers of a text encoder lie behind those that its config counts, without SD 2.x's unused last one."""
+        """How many layers of a text encoder lie behind those that its config.json counts, without SD 2.x's unused last one."""
         if self.stored is None:
-            stored = config_fields.text_layers(self.tensors(component))
+            stored = config_fields.text_layers(self.whole.tensors(component))
         else:
             stored = import_form("file_words").count_layers(self.stored, self.family, component) - (self.family == "v2")
-        return max(stored - self.config(component)["num_hidden_layers"], 0)
+        return max(stored - self.whole.config(component)["num_hidden_layers"], 0)
 
     def noise_levels(self) -> np.ndarray | None:
         """The table of a single file, (1000,) alphas_cumprod, where it has one."""
@@ -111,7 +179,7 @@ def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True)
         form = record.get(sealed.FORMAT, {}).get("form")
         kind = f", it is a student's {form} that export wrote" if form else ""
         raise MissingFile(f"{folder} holds no {INDEX}{kind}: {rule}")
-    sealed.check_undamaged(folder, record, config_fields.DAMAGED, lambda name: not _is_read(folder, name, with_weights))
+    sealed.check_undamaged(folder, record, config_fields.DAMAGED, lambda name: not is_read(folder, name, with_weights))
     index = config_fields.check_fields("model_index", config_fields.read_object(folder / INDEX, rule), folder / INDEX)
     _check_components(folder, index)
     for component, known in CLASSES.items():
@@ -127,7 +195,7 @@ def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True)
     return ModelSource(folder, index, family, student=record if "flow" in record else {})
 
 
-def _is_read(folder: Path, name: str, with_weights: bool) -> bool:
+def is_read(folder: Path, name: str, with_weights: bool) -> bool:
     """Whether a file of this path is read from a folder of ours. A snapshot of the hub holds one form of the weights alone."""
     if "/" not in name:
         return name == INDEX
@@ -157,8 +225,10 @@ def file_family(path: Path) -> str:
         raise UserError(f"{PATH}={path}: {error}: name a file with UNet, VAE and text encoders in it") from None
 
 
-def open_file(path: Path, like: Path) -> ModelSource:
+def open_file(path: Path, like: Path, with_vae: bool = True) -> ModelSource:
     """A single file of the original layout, with the configs, tokenizer and schedule of the diffusers folder `like`.
+
+    With with_vae=False it may lack its VAE, in whose place another stands.
 
     Raises FileNotFoundError or ValueError, one line; so if the two are not of one family.
     """
@@ -166,7 +236,7 @@ def open_file(path: Path, like: Path) -> ModelSource:
     if beside.family != family:
         raise UserError(f"{path} is a file of family {family}, {like} a folder of {beside.family}: change {LIKE}")
     stored, words = weights.Tensors([path]), import_form("file_words")
-    words.check_layout(stored, family, path)
+    words.check_layout(stored, family, path, with_vae)
     words.log_left_out(stored, family, path)
     index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
     record = sealed.read_record(path.parent)
@@ -175,11 +245,23 @@ def open_file(path: Path, like: Path) -> ModelSource:
     return ModelSource(like, index, family, path, stored, record if own and "flow" in record else {})
 
 
+def skip_layers(source: ModelSource, count: int) -> ModelSource:
+    """A model that reads its text encoder's states `count` layers before the last. Raises UserError, one line."""
+    flag = f"{CLIP_SKIP}={count}"
+    if count and source.family == "xl":
+        what = "SDXL reads the states before the last layer already, which UIs call clip skip 2"
+        raise UserError(f"{flag}: {what}: leave {CLIP_SKIP} out")
+    layers = source.whole.config(TEXT_ENCODERS[0])["num_hidden_layers"]
+    if count >= layers:
+        raise UserError(f"{flag} must be below {layers}, the layers of {source.folder / TEXT_ENCODERS[0]}")
+    return source._replace(clip_skip=count)
+
+
 def is_id(path: str) -> bool:
     """Whether `path` reads owner/name in plain characters and nothing of that name lies here."""
     return bool(ID.fullmatch(path)) and not path.lower().endswith(FILES) and not Path(path).exists()
 
 
 def import_form(name: str) -> ModuleType:
-    """The module for a form beside the folder: "single_file", "file_words" or "hub"."""
+    """The module for a form beside the folder: "single_file", "file_words", "own_vae" or "hub"."""
     return import_module(f"proreflow_jax.pretrained.{name}")

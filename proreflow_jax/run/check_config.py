@@ -58,6 +58,7 @@ RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole 
     (r"conditioning\.\w+", (0, ROWS)),
     (r"student\.lora\.rank", (0, 2**15)),
     (r"loss\.start_steps", (0, 1000)),
+    (r"model\.clip_skip", (0, 1000)),
     (r"loss\.\w+|student\.lora\.alpha|vae\.kl_weight|diffusion\.most_snr", (0, 1e6)),
     (r"(.*\.)?optimizer\.learning_rate", (0, 10)),
     (r"(.*\.)?optimizer\.(beta1|beta2)", (0, 1)),

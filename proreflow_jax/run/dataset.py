@@ -97,6 +97,6 @@ def check_cache(plan: dict[str, Any], base: Pipeline, path: str) -> None:
     for name, value in made_by(base, "text" in recorded).items():
         if recorded.get(name) != value:
             raise UserError(
-                f"{path} was cached with another base model, {words[name]} differs: make the cache anew with this "
-                f"--config.model.path, or name another {DATA}"
+                f"{path} was cached with another base model, {words[name]} differs: make the cache anew with this block "
+                f"--config.model (path, vae, clip_skip), or name another {DATA}"
             )

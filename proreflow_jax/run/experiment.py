@@ -32,8 +32,10 @@ from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
 FREE = (  # fields that a resumed stage may change, beside those of `dataset.FREE`
-    "model.path", "model.revision", "model.like", "model.attention", "train.remat", "train.log_every", *dataset.FREE,
+    "model.path", "model.revision", "model.like", "model.vae", "model.attention", "train.remat", "train.log_every",
+    *dataset.FREE,
 )  # fmt: skip
+YOUNG = {"model.clip_skip": 0}  # fields that older runs' plans lack, with the value at which nothing is changed
 PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the config that pairs depend on
 TRAINED = (*PLANNED, "loss", "train", "optimizer")  # blocks that a student depends on
 SCHEDULE = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
@@ -179,7 +181,7 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     for block in blocks:
         plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
     plan |= dataset.identity(config)
-    plan = {name: value for name, value in plan.items() if name not in FREE}
+    plan = {name: value for name, value in plan.items() if name not in FREE and (name not in YOUNG or value != YOUNG[name])}
     return plan | experiment.identity() | {"seed": config.seed, "parent": parent}
 
 

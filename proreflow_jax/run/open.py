@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -179,20 +180,56 @@ def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.M
     Raises FileNotFoundError or ValueError, one line.
     """
     m = config.model
+    source = _find_model(config, configs_only)
+    if source.student:
+        _check_skip_of_student(m, source)
+    if m.clip_skip:
+        source = sources.skip_layers(source, m.clip_skip)
+    if not m.vae:
+        return source
+    if sources.is_id(m.vae):
+        place = _hub().download(m.vae, "main", configs_only, sources.VAE, component="vae")
+    else:
+        place = paths.local_copy(paths.parse_path(m.vae, sources.VAE), sources.VAE)
+    return sources.import_form("own_vae").with_own_vae(source, place, with_weights=not configs_only)
+
+
+def _check_skip_of_student(m: ConfigDict, source: sources.ModelSource) -> None:
+    """Raises UserError, one line, unless a student reads text as it was taught; a folder's text encoder is cut already."""
+    taught = source.student.get("clip_skip", {}).get("diffusers", 0)
+    needed = 0 if source.file is None else taught
+    if m.clip_skip != needed:
+        cut = ", and its text encoder ends there" if taught and not needed else ""
+        student = f"{sources.PATH}={m.path} is a student taught with clip_skip={taught}{cut}"
+        raise UserError(f"{student}: take {sources.CLIP_SKIP}={needed}")
+
+
+def _hub() -> ModuleType:
+    return sources.import_form("hub")
+
+
+def _find_model(config: ConfigDict, configs_only: bool) -> sources.ModelSource:
+    """The model of model.path, as it is."""
+    m = config.model
     path = paths.local_copy(paths.parse_path(m.path, sources.PATH), sources.PATH)
-    download = lambda *where, **how: sources.import_form("hub").download(*where, **how)
     if path.is_file():
         like = m.like or HOMES[sources.file_family(path)]
         if sources.is_id(like):
-            return sources.open_file(path, download(like, "main", configs_only=True, flag=sources.LIKE))
-        return sources.open_file(path, paths.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE))
-    folder = download(m.path, m.revision, configs_only) if sources.is_id(m.path) else path
+            beside = _hub().download(like, "main", configs_only=True, flag=sources.LIKE)
+        else:
+            beside = paths.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE)
+        return sources.open_file(path, beside, with_vae=not m.vae)
+    folder = _hub().download(m.path, m.revision, configs_only) if sources.is_id(m.path) else path
     return sources.open_folder(folder, with_weights=not configs_only)
 
 
 def title(config: ConfigDict, source: sources.ModelSource) -> str:
     """How the model is called where it is handed on: a hub id with its commit, or the name of a folder or file."""
-    return f"{config.model.path}@{source.folder.name}" if sources.is_id(config.model.path) else source.origin.name
+    m = config.model
+    name = f"{m.path}@{source.folder.name}" if sources.is_id(m.path) else source.origin.name
+    if source.vae is None:
+        return name
+    return f"{name} with the VAE of {f'{m.vae}@{source.vae.origin.name}' if sources.is_id(m.vae) else source.vae.origin.name}"
 
 
 def compute(config: ConfigDict, machine: Mesh) -> Compute:
