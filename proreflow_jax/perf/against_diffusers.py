@@ -76,8 +76,7 @@ def _seconds(forward: Callable[[], np.ndarray]) -> float:
 
 
 def _placed(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    place = mesh.replicated(experiment.mesh)
-    shapes = experiment.networks.unet.shapes
+    place, shapes = mesh.replicated(experiment.mesh), experiment.networks.unet.shapes
     return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for name, s in shapes.items()}
 
 
@@ -98,8 +97,7 @@ def _inputs(experiment: Experiment, rows: int) -> Inputs:
 
 def _ours(experiment: Experiment, params: Any, inputs: Inputs, dtype: str) -> Callable[[], np.ndarray]:
     net, place = experiment.networks.unet, mesh.replicated(experiment.mesh)
-    computed = jax.jit(lambda p: cast(p, dtype))(params)
-    exact = ("timesteps", "time_ids")
+    computed, exact = jax.jit(lambda p: cast(p, dtype))(params), ("timesteps", "time_ids")
     arrays = [jax.device_put(jnp.asarray(v, None if n in exact else dtype), place) for n, v in inputs.items()]
     apply = jax.jit(net.apply)
     return lambda: np.asarray(apply(computed, *arrays), np.float32)
