@@ -1,8 +1,7 @@
 """The UNet's forward against diffusers' on the machine at hand: the same architecture, weights and inputs, in turns.
 
 Both are timed in one process: ours, theirs, ours, theirs. A disturbance of the machine then disturbs both, and each turn has a
-ratio. Both run on one device, a CPU with all its cores. Needs torch and diffusers (the extra `export-check`); only `bench`
-imports this file, and only for --against.
+ratio. Both run on one device, a CPU with all its cores. Needs torch and diffusers (the extra `export-check`).
 """
 
 import os
@@ -114,8 +113,8 @@ def _theirs(experiment: Experiment, params: Any, inputs: Inputs, dtype: str, dev
     unet.load_state_dict({name: own(array) for name, array in tensors.items()}, assign=True)
     unet = unet.to(device, memory_format=_format(device)).eval()
     fed = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
-    latents = fed["latents"].permute(0, 3, 1, 2).to(kind).contiguous(memory_format=_format(device))
-    states = fed["states"].to(kind)
+    latents, states = fed["latents"].permute(0, 3, 1, 2).to(kind), fed["states"].to(kind)
+    latents = latents.contiguous(memory_format=_format(device))
     added = {"text_embeds": fed["pooled"].to(kind), "time_ids": fed["time_ids"]} if "pooled" in fed else None
 
     def forward() -> np.ndarray:

@@ -91,8 +91,7 @@ def run_loop(
       meta: steps done -> what is stored beside the state of that step.
       trace, let_go: records chosen steps; the state -> as it is saved.
 
-    Returns the last state. Raises FloatingPointError naming step and window; before the last step as `stopping.stop`, once
-    the step is committed.
+    Returns the last state. Raises FloatingPointError naming step and window, and as `stopping.stop` once a save is committed.
     """
     waits = Waits()
 
