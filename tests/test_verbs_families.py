@@ -178,7 +178,8 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
 def test_only_an_sdxl_that_predicts_v_carries_the_mark_that_uis_know_it_by(family, kind, marks, monkeypatch):
     monkeypatch.setattr(write, "to_original", lambda *_: {})
     networks = {"unet": SimpleNamespace(config={})}
-    source = SimpleNamespace(family=family, file=None, student={}, cut=())
+    whole = SimpleNamespace(config=lambda component: {})
+    source = SimpleNamespace(family=family, file=None, student={}, cut=(), whole=whole)
     base = SimpleNamespace(source=source, params={}, networks=networks, text={})
     assert set(write.single_file(SimpleNamespace(base=base, flow=Parameterization(kind)), {})) == marks
 
