@@ -55,6 +55,16 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def drawn_once() -> Iterator[None]:
+    """Each network that a file of tests draws is drawn once."""
+    from verb import keep_networks
+
+    with pytest.MonkeyPatch.context() as patch:
+        keep_networks(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny whole model, the file's own, as a diffusers folder."""
     import tiny

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny import quick_jit
-from verb import keep_networks, run, tiny_config, tiny_flags
+from verb import run, tiny_config, tiny_flags
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -21,15 +21,10 @@ from proreflow_jax.pretrained import pipeline, single_file, sources  # noqa: E40
 from proreflow_jax.run.experiment import base_identity  # noqa: E402
 from proreflow_jax.run.open import find_base_model  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 FLAG = "--config.model.clip_skip"
 PROMPTS = ("a three", "five", "")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

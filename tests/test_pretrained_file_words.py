@@ -8,21 +8,16 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
-from verb import keep_networks, run, tiny_config, tiny_flags
+from verb import run, tiny_config, tiny_flags
 
 from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.pretrained import single_file, sources
 from proreflow_jax.run import open as opening
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 EMPTY = np.zeros(0, np.float32)
 LEVELS = make_schedule(**tiny.BETAS).alphas_cumprod
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
 
 
 class Whole:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from fake_hub import FakeHub, connect
 from safetensors.numpy import load_file, save_file
-from verb import keep_networks, run, tiny_config, tiny_flags
+from verb import run, tiny_config, tiny_flags
 
 from proreflow_jax import UserError
 from proreflow_jax.pretrained import pipeline, single_file, sources, weights
@@ -19,16 +19,11 @@ from proreflow_jax.pretrained.own_vae import with_own_vae
 from proreflow_jax.run.experiment import base_identity
 from proreflow_jax.run.open import find_base_model, title
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMS = ("folder", "model", "model's vae", "diffusers names", "bare names", "whole file")
 FLAG = "--config.model.vae"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
 
 
 def set_json(path: Path, **fields: object) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import quick_jit
-from verb import keep_networks
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -24,6 +23,8 @@ from transformers import CLIPTextModel  # noqa: E402
 from proreflow_jax.flow.schedule import from_config, make_schedule  # noqa: E402
 from proreflow_jax.models.network import Context  # noqa: E402
 from proreflow_jax.pretrained import pipeline, single_file, sources, tokenizer, weights  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 each_family = pytest.mark.parametrize("family", families.FAMILIES)
@@ -37,13 +38,6 @@ STRANGERS = {  # beside the model in files that people have: averaged weights, b
     "denoiser.sigmas": np.zeros(1000, np.float32),
     "logvar": np.zeros(1000, np.float32),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
-from verb import CONFIG, PROMPTS, Ended, keep_networks, run, tiny_flags
+from verb import CONFIG, PROMPTS, Ended, run, tiny_flags
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VERBS = ("distill", "make_pairs", "train", "sample", "export", "evaluate", "pretrain")
@@ -17,13 +19,6 @@ VERBS = ("distill", "make_pairs", "train", "sample", "export", "evaluate", "pret
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("cli") / "model")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
 
 
 @pytest.fixture

@@ -4,16 +4,11 @@ from pathlib import Path
 
 import pytest
 import tiny
-from verb import CONFIG, keep_networks, run, tiny_flags
+from verb import CONFIG, run, tiny_flags
 
 from proreflow_jax.storage import paths
 
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 
 def test_a_path_below_the_home(monkeypatch, tmp_path):

@@ -9,19 +9,14 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
-from verb import ROOT, keep_networks, run, tiny_flags
+from verb import ROOT, run, tiny_flags
 
 from proreflow_jax.jobs import score_digits
 from proreflow_jax.pretrained import weights
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
+
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
 
 
 def loud_model(folder: Path, bias: float) -> Path:

@@ -4,17 +4,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from verb import keep_networks, run, tiny_config, tiny_flags
+from verb import run, tiny_config, tiny_flags
 
 from proreflow_jax.data import loader
 from proreflow_jax.run.stages import PAIR_KEY, run_key, seed_key
 
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 
 def test_both_words_of_a_seed_count():

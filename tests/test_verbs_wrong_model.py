@@ -11,9 +11,11 @@ import pytest
 import tiny
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
-from verb import PROMPTS, keep_networks, run, tiny_flags
+from verb import PROMPTS, run, tiny_flags
 
 from proreflow_jax.pretrained import single_file, sources
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
 WORDS_CONFIG = "tokenizer/tokenizer_config.json"
@@ -34,13 +36,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     parts = [single_file.to_original(n, source.tensors(n), source.config(n), source.family) for n in source.components]
     save_file({name: value for part in parts for name, value in part.items()}, file)
     return Models(folder, file)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
 
 
 @pytest.fixture(autouse=True)

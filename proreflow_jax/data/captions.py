@@ -6,7 +6,6 @@ and captions. TensorFlow is not needed.
 """
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -111,7 +110,7 @@ def tfds_identity(path: str | os.PathLike) -> dict[str, str]:
     check_metadata(folder)
     facts: list[Any] = [atomic.sha256(folder / name) for name in ("dataset_info.json", "features.json")]
     facts += [[shard.name, *_sample(shard)] for shard in sorted(folder.glob("*.array_record*"))]
-    return {"tfds": hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
+    return {"tfds": atomic.json_digest(facts)}
 
 
 def _sample(path: Path) -> tuple[int, str]:

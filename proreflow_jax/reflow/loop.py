@@ -103,12 +103,12 @@ def run_loop(
             metrics.write(done, values | waits.means())
 
     pending = None
-    with stopping.saving() as saving:
+    with stopping.saving():
         for position, batch in waits.over(batches):
             done = position + 1
             with trace.step(done):
                 state, numbers = step(state, batch)
-            saving.stepped()
+            stopping.stepped()
             trace.sent(done, numbers)
             if pending is not None:
                 settle(*pending)

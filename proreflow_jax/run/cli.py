@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from proreflow_jax import MissingFile, RunFailed, UserError
+from proreflow_jax import FAILED, INTERRUPTED, USER_ERROR, MissingFile, RunFailed, UserError
 from proreflow_jax.run.check_config import check_range, check_ranges
 from proreflow_jax.runtime import processes, stopping
 from proreflow_jax.runtime.mesh import initialize_distributed, keep_programs
@@ -34,7 +34,6 @@ log = logging.getLogger("proreflow_jax")
 NOISY = ("orbax", "jax", "etils")  # their warnings are for programmers, their errors are shown
 SAID_BY_US = ("gcsfs", "fsspec", "google")  # their errors come back as a line of ours
 ONE_A_LEAF = ("absl", "asyncio", "concurrent.futures")  # a traceback a leaf of one failed save, which is a line of ours
-USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 QUOTES = "'\""
 NAMES = (  # of the errors by which an operating system speaks of disk, network, limits and rights, not of our code
     "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "EACCES", "EPERM", "ENOLCK", "EBUSY",

@@ -1,7 +1,5 @@
 """An opened run as one value, built in `run.open`; where weights come from, and what a stage may not change under way."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -224,12 +222,12 @@ def _plain(value: Any) -> Any:
 
 def base_identity(base: Pipeline) -> dict[str, str]:
     """{"base.<part>": hash}, by what the parts are and not by where they lie."""
-    parts = {name: _hash(_described(network.config)) for name, network in base.networks.items()}
+    parts = {name: atomic.json_digest(_described(network.config)) for name, network in base.networks.items()}
     for name in ("vae", *base.text):
-        parts[name] = _hash([parts[name], fold(digest(base.params[name]))])
-    parts["schedule"] = _hash({name: base.scheduler.get(name) for name in SCHEDULE})
-    parts["tokenizer"] = _hash([_files(base.source.folder / name) for name in _tokenizers(base)])
-    parts["index"] = _hash(base.source.index.get("force_zeros_for_empty_prompt", False))
+        parts[name] = atomic.json_digest([parts[name], fold(digest(base.params[name]))])
+    parts["schedule"] = atomic.json_digest({name: base.scheduler.get(name) for name in SCHEDULE})
+    parts["tokenizer"] = atomic.json_digest([_files(base.source.folder / name) for name in _tokenizers(base)])
+    parts["index"] = atomic.json_digest(base.source.index.get("force_zeros_for_empty_prompt", False))
     return {f"base.{name}": value for name, value in parts.items()}
 
 
@@ -245,7 +243,3 @@ def _files(folder: Path) -> dict[str, str]:
 def _described(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without what says whence it comes."""
     return {name: value for name, value in config.items() if name[:1] != "_" and name not in PROVENANCE}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

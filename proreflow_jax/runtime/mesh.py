@@ -25,6 +25,7 @@ from proreflow_jax import UserError
 from proreflow_jax.storage import gcs, paths
 
 AXES = ("data", "fsdp", "tensor")
+CACHE = "--config.compilation_cache"
 FSDP = "largest dimension over fsdp"  # a rule's value: see `fsdp_spec`
 COLUMN = "outputs over tensor"  # a rule's value: see `split_spec`
 ROW = "inputs over tensor"  # likewise
@@ -260,9 +261,6 @@ def first_match(rules: Sequence[tuple[str, Any]], names: Iterable[str], flag: st
     if lost:
         raise UserError(f"no rule of {flag} matches {', '.join(lost)}: end the table with ('.*', ...)")
     return {name: values[0] for name, values in matches.items()}
-
-
-CACHE = "--config.compilation_cache"
 
 
 def keep_programs(folder: str) -> None:

@@ -27,15 +27,14 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
-from proreflow_jax import RunFailed, UserError
+from proreflow_jax import FAILED, USER_ERROR, RunFailed, UserError
 from proreflow_jax.storage.atomic import clear_drafts
 from proreflow_jax.storage.lock import lock_folder
 from proreflow_jax.storage.paths import Location, parse_path
 
 T = TypeVar("T")
-FINE, REFUSED, FAILED = range(3)
+FINE, REFUSED, BROKEN = range(3)  # how process 0's work went
 KEY, GONE = "proreflow/end", "proreflow/gone"
-USER_ERROR, RUN_FAILED = 2, 1  # exit codes; run/cli.py has all
 LOOK_S = 1.0  # between looks at the service
 GRACE_S = 4.0  # for the others to come to an end by themselves, and for a save under way
 LEAVE_S = 9.0  # until a process that failed leaves, whatever holds it
@@ -66,12 +65,12 @@ def first(work: Callable[[], T]) -> T | None:
         outcome = REFUSED
         raise
     except BaseException:
-        outcome = FAILED
+        outcome = BROKEN
         raise
     finally:
         outcome = int(broadcast(np.array(outcome)))
         if not leads() and outcome != FINE:
-            raise {REFUSED: UserError, FAILED: RunFailed}[outcome]("process 0 could not go on and says why")
+            raise {REFUSED: UserError, BROKEN: RunFailed}[outcome]("process 0 could not go on and says why")
     return done
 
 
@@ -152,12 +151,12 @@ def watch_others() -> None:
         atexit.register(watcher.end)  # before jax's own farewell
 
 
-def announce(error: BaseException | None = None, code: int = RUN_FAILED, line: str = "") -> None:
+def announce(error: BaseException | None = None, code: int = FAILED, line: str = "") -> None:
     """Tells all processes that this one ends, by an error or by code and line; the first to speak is heard."""
     if not several():
         return
     if error is not None:
-        code = USER_ERROR if isinstance(error, UserError) else RUN_FAILED
+        code = USER_ERROR if isinstance(error, UserError) else FAILED
         line = f"{type(error).__name__}: {error}" if not str(error) else str(error)
     message = {"process": _own(), "code": code, "line": " ".join(line.split())}
     with suppress(Exception):  # another was first, or the service is gone

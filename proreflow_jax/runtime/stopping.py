@@ -26,11 +26,10 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
-from proreflow_jax import STOPPED
+from proreflow_jax import INTERRUPTED, STOPPED
 from proreflow_jax.runtime import processes
 
 log = logging.getLogger(__name__)
-INTERRUPTED = 130  # exit code of Ctrl-C
 GRACE_S = 4.0  # seconds for a main thread with nothing unsaved
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_PRESS_S = 0.5  # a terminal and a script may pass on one Ctrl-C each
@@ -53,17 +52,14 @@ _limits: list[float] = []  # seconds, of the watches under way
 _calls = itertools.count(1)  # of jax's sync points, which all processes pass in one order
 
 
-class Saving:
-    """A loop that saves when it is asked to stop."""
-
-    def stepped(self) -> None:
-        """A step was made: from here on a stop waits for the next save, and the watchdog begins anew."""
-        _state.unsaved = True
-        alive()
+def stepped() -> None:
+    """A step was made inside `saving`: from here on a stop waits for the next save, and the watchdog begins anew."""
+    _state.unsaved = True
+    alive()
 
 
 @contextmanager
-def saving() -> Iterator[Saving]:
+def saving() -> Iterator[None]:
     """Around a loop that looks at `requested` and then saves. Outside a verb SIGTERM is caught here alone, and given back."""
     main = threading.current_thread() is threading.main_thread()
     own = main and not _state.listening and not processes.several()
@@ -71,7 +67,7 @@ def saving() -> Iterator[Saving]:
     if main:
         _state.polled, _state.unsaved = True, False
     try:
-        yield Saving()
+        yield
     finally:
         if main:
             _state.polled = _state.unsaved = False

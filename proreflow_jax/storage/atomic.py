@@ -266,8 +266,8 @@ def plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"not plain JSON ({one_line(error)}): {one_line(repr(value))}") from error
 
 
-def json_digest(value: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a dict of plain JSON, in hex; the order of its fields does not matter."""
+def json_digest(value: Any) -> str:
+    """Returns the SHA-256 of plain JSON, in hex; the order of a dict's fields does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
