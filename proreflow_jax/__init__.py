@@ -1,7 +1,6 @@
 """Progressive reflow: a Stable Diffusion model that draws in 4 or 2 steps. Here is only what every room may raise."""
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes of verbs: the run failed; the input is wrong; Ctrl-C
-STOPPED = 75  # another (EX_TEMPFAIL): the verb was asked to stop and saved, the same command goes on
+STOPPED = 75  # exit code (EX_TEMPFAIL) of a verb that was asked to stop and saved: the same command goes on
 
 
 class UserError(ValueError):

@@ -285,3 +285,14 @@ def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
     assert not (folder / "runs" / "refused").exists()
     ended = run("evaluate", f"--config={ROOT / 'configs' / 'digits.py'}", "--config.evaluate.protocol=emoji")
     assert ended.code == 2 and "--config=configs/emoji.py" in ended.err
+
+
+def test_pictures_that_are_no_numbers_are_named_by_their_prompts(folder, model, monkeypatch):
+    def spoilt(experiment: Experiment, stage: Stage | None) -> Weights:
+        return Weights({name: np.nan * value for name, value in experiment.unet.params().items()}, experiment.flow, "spoilt")
+
+    monkeypatch.setattr(score_emoji, "load_weights", spoilt)
+    ended = evaluate(folder, model, "spoilt", evaluate__gate__guidance="()")
+    last = ended.err.splitlines()[-1]
+    assert ended.code == 1 and "thing" in last and "--config.model.sampling_dtype=float32" in last, ended.err
+    assert not list((folder / "runs" / "spoilt" / "scores").glob("*.safetensors"))

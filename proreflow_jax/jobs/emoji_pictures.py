@@ -25,6 +25,7 @@ from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.stages import EVALUATION_KEY
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.storage import atomic, paths
 from proreflow_jax.storage.atomic import json_digest
 from proreflow_jax.storage.paths import Location
@@ -55,6 +56,7 @@ class PromptRows(NamedTuple):
 
     name: str  # for the log
     noise: int  # number of the first one's noise
+    texts: Sequence[str]
     ids: Int[np.ndarray, "n s"]
     digest: str
 
@@ -66,9 +68,8 @@ def read_prompts(experiment: Experiment, name: str, texts: Sequence[str], noise:
     frozen = fold(digest({"text": base.text, "vae": base.params["vae"]}))
     configs = {name: network.config for name, network in base.networks.items()}
     about = {"ids": ids.tolist(), "empty": base.tokenizer.encode([""]).tolist(), "frozen": frozen}
-    return PromptRows(
-        name, noise, ids, json_digest(about | {"noise": noise} | {"configs": configs, "scheduler": base.scheduler})
-    )
+    about |= {"noise": noise, "configs": configs, "scheduler": base.scheduler}
+    return PromptRows(name, noise, texts, ids, json_digest(about))
 
 
 def make_picture_draw(experiment: Experiment) -> Callable:
@@ -117,7 +118,8 @@ def measure_pictures(
 ) -> Arrays:
     """features (n, 1280), latents (n, h, w, c), pictures (SHOWN or n, height, width, 3), seconds () an image.
 
-    Read from <run>/scores if they are there, computed from where the last run was stopped otherwise.
+    Read from <run>/scores if they are there, computed from where the last run was stopped otherwise. Raises FloatingPointError,
+    one line with the prompts, for latents that are no finite numbers; nothing of that batch is kept.
     """
     config = experiment.config
     model = {"weights": weights.digest, "flow": list(row.flow), "steps": row.steps, "guidance": row.guidance}
@@ -138,6 +140,7 @@ def measure_pictures(
         began = time.monotonic()
         latents, images = (np.asarray(part)[: count - first] for part in jax.block_until_ready(start(first)))
         seconds = (time.monotonic() - began) / batch
+        check_finite_rows(np.isfinite(latents).all(axis=(1, 2, 3)), prompts.texts[first : first + batch])
         arrays = _joined(arrays, {"features": judge.of(images), "latents": latents, "pictures": images}, seconds)
         if done % SAVE_EVERY == 0 or first + batch >= count:
             folder.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,8 @@ def score_emoji(experiment: Experiment) -> list[str]:
     real = read_real(experiment, judge)
     chosen = emoji_pairs.choose_pairs(real.dataset.pictures, plan.count)
     sides = [make_side(experiment, real, name, pairs) for name, pairs in chosen.items()]
-    measure = partial(_measure, partial(measure_pictures, experiment, draw=make_picture_draw(experiment), judge=judge))
+    measured = partial(measure_pictures, experiment, draw=make_picture_draw(experiment), judge=judge)
+    measure = lambda row, weights, side, seed: measured(row, weights, side.prompts, seed)
     results = baselines(experiment, real, sides, judge)
     with lock.lock_folder(experiment.run / "scores"):
         results += _measured(experiment, plan.seeds, rows, real, sides, measure=measure)
@@ -103,10 +104,6 @@ def _sweep(experiment: Experiment) -> list[PictureRow]:
     for row in rows:
         sampler.check_sampling(row.steps, row.flow)
     return rows
-
-
-def _measure(measure: Callable[..., Arrays], row: PictureRow, weights: Weights, side: Side, seed: int) -> Arrays:
-    return measure(row, weights, side.prompts, seed)
 
 
 def _measured(

@@ -21,11 +21,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from proreflow_jax import FAILED, INTERRUPTED, USER_ERROR, MissingFile, RunFailed, UserError
+from proreflow_jax import MissingFile, RunFailed, UserError
 from proreflow_jax.run.check_config import check_range, check_ranges
 from proreflow_jax.runtime import processes, stopping
 from proreflow_jax.runtime.mesh import initialize_distributed, keep_programs
-from proreflow_jax.runtime.processes import check_alone, leads
+from proreflow_jax.runtime.processes import FAILED, INTERRUPTED, USER_ERROR, check_alone, leads
 from proreflow_jax.storage import gcs
 
 MOST_HOST_DEVICES = 8

@@ -26,8 +26,9 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
-from proreflow_jax import INTERRUPTED, STOPPED
+from proreflow_jax import STOPPED
 from proreflow_jax.runtime import processes
+from proreflow_jax.runtime.processes import INTERRUPTED
 
 log = logging.getLogger(__name__)
 GRACE_S = 4.0  # seconds for a main thread with nothing unsaved
