@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
-from verb import run, tiny_flags
+from verb import run, tiny_config, tiny_flags
 
 from proreflow_jax.exports.card import card_page, clip_skip_numbers
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.pretrained import single_file, sources
+from proreflow_jax.run.experiment import PLANNED, stage_plan
+from proreflow_jax.run.open import open_experiment
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+
+import wrong_schedulers  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick", "one_device")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -91,7 +95,7 @@ def test_the_folder_carries_the_vae_that_was_used_and_the_layers_that_were_read(
 def test_a_single_file_is_whole_and_its_card_says_what_to_set(place, tmp_path):
     out = place.export("single-file", tmp_path / "file", "--check")
     tensors = load_file(out / FILES["single-file"])
-    assert any("layers.1." in name for name in tensors)
+    assert any(name.startswith("cond_stage_model.") and "encoder.layers.1." in name for name in tensors)
     vae = {name: value for name, value in tensors.items() if name.startswith(single_file.VAE)}
     expected = single_file.to_original("vae", place.tuned, sources.open_folder(place.model).config("vae"), "v1")
     assert vae.keys() == expected.keys() and all(np.array_equal(vae[name], expected[name]) for name in vae)
@@ -114,7 +118,7 @@ def test_a_student_s_folder_reads_its_text_by_itself(place, student, tmp_path):
 
 
 def test_a_lora_s_card_and_a_delta_s_merge_know_it(place, tmp_path):
-    lora = place.export("lora", tmp_path / "lora", "--check")
+    lora = place.export("lora", tmp_path / "lora")
     assert "Clip skip 2" in (lora / "README.md").read_text()
     delta = place.export("delta", tmp_path / "delta")
     merge = lambda **fields: run("merge", *place.words(**fields), f"--delta={delta}", f"--out={tmp_path / 'merged'}")
@@ -129,8 +133,14 @@ def test_a_lora_s_card_and_a_delta_s_merge_know_it(place, tmp_path):
     assert all(np.array_equal(own[name], written[name]) for name in own)
 
 
+def test_a_run_of_before_there_was_clip_skip_goes_on(place, tmp_path):
+    """Its plan has no such field: 0 is not written."""
+    experiment = open_experiment(tiny_config(tmp_path, place.model))
+    plan = stage_plan(experiment, experiment.stages[0], "", PLANNED)
+    assert "model.prediction_type" in plan and not plan.keys() & {"model.clip_skip", "model.vae"}
+
+
 def test_a_run_that_goes_on_with_another_is_refused_by_name(place):
-    """And one that was begun before there was such a field goes on."""
     plan = read_json(place.folder / "runs" / "tiny" / "stage-4" / "pairs" / "plan.json")
     assert plan["model.clip_skip"] == 1 and "model.vae" not in plan
     for fields, name in (({"model__clip_skip": 0}, "model.clip_skip"), ({"model__vae": ""}, "base.vae")):
@@ -154,6 +164,14 @@ def test_another_export_is_not_taken_for_it(place, student):
 def test_nothing_is_written_over_the_vae(place):
     ended = run("export", *place.words(), "--stage=4", f"--out={place.folder / 'tuned'}", "--overwrite")
     assert ended.code == 2 and "what --config.model.vae names" in ended.err
+
+
+def test_the_schedulers_of_the_docs_are_measured(student):
+    """tests/wrong_schedulers.py; what steps as DDIM does is near, what draws noise is not."""
+    noise = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
+    off = {row.name: row.share for row in wrong_schedulers.measure(student, 4.0, ["a three", "five"], noise)}
+    assert off.keys() == wrong_schedulers.SCHEDULERS.keys() and np.isfinite(list(off.values())).all()
+    assert off["Euler, trailing"] < 0.1 < min(off["LCM"], off["Euler a, trailing"], off["DDIM, `leading` (its default)"])
 
 
 @pytest.mark.parametrize(("family", "a1111", "comfyui"), [("v1", 2, -2), ("v2", None, -3)])

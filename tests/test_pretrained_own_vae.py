@@ -89,6 +89,15 @@ def test_a_file_without_a_vae_is_whole_with_one(model, places, tuned, tmp_path):
     assert title(config, source) == "model.safetensors with the VAE of alone"
 
 
+def test_a_damaged_vae_is_replaced(model, places, tuned, tmp_path):
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    (broken / "vae" / WEIGHTS).write_bytes(b"cut")
+    config = tiny_config(tmp_path, broken, model__vae=str(places["model's vae"]))
+    source = find_base_model(config)
+    same(weights.to_torch(pipeline.load_pipeline(source, with_unet=False).params["vae"]), tuned)
+    assert title(config, source) == "broken with the VAE of model"
+
+
 # Refused
 
 

@@ -44,8 +44,8 @@ def with_own_vae(source: ModelSource, path: Path, with_weights: bool = True) -> 
     own = _own_config(source)
     if vae.stored is None:
         _check_fits(vae, source, own, vae.stated)
-    if with_weights and own and _has_weights(source):
-        _warn_of_strangers(vae.origin, vae.tensors(), source.tensors("vae"))
+    if with_weights:
+        _warn_of_strangers(vae, source)
     return source._replace(vae=vae)
 
 
@@ -127,24 +127,24 @@ def _check_fits(vae: OwnVae, source: ModelSource, own: Mapping[str, Any], facts:
         )
 
 
-def _has_weights(source: ModelSource) -> bool:
-    """Whether the model has a VAE of its own to compare with."""
-    if source.stored is not None:
-        return any(name.startswith(single_file.VAE) for name in source.stored)
-    return any((source.folder / "vae").glob("*.safetensors"))
+def _warn_of_strangers(vae: OwnVae, source: ModelSource) -> None:
+    """Logs a warning if two encoders do not descend from each other: their latents would hardly mean the same.
 
-
-def _warn_of_strangers(origin: Path, tensors: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> None:
-    """Logs a warning if two encoders do not descend from each other: their latents would hardly mean the same."""
-    if LATENTS not in tensors or LATENTS not in own:
+    The model's own VAE may be missing or damaged, which is a reason to name another: then nothing is compared.
+    """
+    if LATENTS not in (tensors := vae.tensors()):
         return
-    one, other = (side[LATENTS].astype(np.float64).ravel() for side in (tensors, own))
+    try:
+        own = source.tensors("vae")[LATENTS]
+    except (UserError, KeyError):
+        return
+    one, other = (side.astype(np.float64).ravel() for side in (tensors[LATENTS], own))
     cosine = one @ other / max(np.linalg.norm(one) * np.linalg.norm(other), 1e-30) if one.shape == other.shape else 0.0
     if cosine < RELATED:
         log.warning(
             "%s is no fine-tune of the model's own VAE (its encoder's last weights: cosine %.2f): unless its latents mean the "
             "same, every picture is wrong: look at sample --stage=0",
-            origin,
+            vae.origin,
             cosine,
         )
 

@@ -229,7 +229,9 @@ def title(config: ConfigDict, source: sources.ModelSource) -> str:
     name = f"{m.path}@{source.folder.name}" if sources.is_id(m.path) else source.origin.name
     if source.vae is None:
         return name
-    return f"{name} with the VAE of {f'{m.vae}@{source.vae.origin.name}' if sources.is_id(m.vae) else source.vae.origin.name}"
+    place = source.vae.origin
+    own = place.parent.name if place.name == "vae" else place.name
+    return f"{name} with the VAE of {f'{m.vae}@{own}' if sources.is_id(m.vae) else own}"
 
 
 def compute(config: ConfigDict, machine: Mesh) -> Compute:
