@@ -44,12 +44,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for compiled programs, of this process that runs tests."""
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The verbs that a file runs compile each program and draw each network once: `usefixtures("quick")`."""
+def quick(programs: Path) -> Iterator[None]:
+    """The verbs that a file runs draw each network once, and compile no program anew: `usefixtures("quick")`."""
     from verb import keep_networks, kept_programs  # imports jax and the package, which most files of tests do not want here
 
-    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
         keep_networks(patch)
         yield
 
@@ -70,6 +76,40 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="session")
+def finished(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of the tiny model, made once for all processes that run tests: take `chain`.
+
+    What the job said is in said.txt.
+    """
+    import tiny
+    from filelock import FileLock
+    from verb import keep_networks, kept_programs, run, tiny_flags
+
+    home = tmp_path_factory.getbasetemp()
+    folder = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / "finished"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "said.txt").exists():
+            model = tiny.write_model(folder / "model")
+            with pytest.MonkeyPatch.context() as patch, kept_programs(folder / "programs"):
+                keep_networks(patch)
+                ended = run("distill", *tiny_flags(folder, model, profile__steps="(3, 4)"))
+            assert ended.code == 0, ended.err
+            (folder / "said.txt").write_text(ended.err)
+    shutil.copytree(folder / "programs", programs, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(finished: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of `model`, runs/tiny, of 4 then 2 windows, and its exports; tests only read it."""
+    folder = tmp_path_factory.mktemp("chain")
+    shutil.copytree(finished / "runs", folder / "runs")
+    (folder / "prompts.at").write_text(str(finished / "prompts.txt"))  # a run remembers where its prompts lie
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def check_whole(checkpoints: Checkpoints, folder: Path) -> None:
     assert sorted(os.listdir(folder)) == ["2", "3"]
 
 
-FILES = ("meta/metadata", "state/_METADATA", "state/array_metadatas/process_0", "state/manifest.ocdbt", "state/d/*")
+FILES = ("meta/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/d/*")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -21,16 +21,6 @@ from proreflow_jax.storage.atomic import read_json
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.fixture(scope="module")
-def chain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run; its run folder is folder/runs/tiny. Tests only read it."""
-    folder = tmp_path_factory.mktemp("chain")
-    ended = run("distill", *tiny_flags(folder, model, profile__steps="(3, 4)"))
-    assert ended.code == 0, ended.err
-    assert ended.err.count("--config.pairs.substeps=1 reads students at window starts alone") == 1  # a warning, once a chain
-    return folder
-
-
 @pytest.fixture
 def copied(chain: Path, tmp_path: Path) -> Path:
     """A copy of the finished run that a test may spoil; times of change are kept."""
@@ -43,9 +33,8 @@ def files(folder: Path) -> dict[str, tuple[int, str]]:
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in found}
 
 
-def same_command(folder: Path, chain: Path, model: Path, **fields: object) -> list[str]:
-    """The command of the finished run, on a copy of it: prompts stay where they were."""
-    return tiny_flags(folder, model, data__path=chain / "prompts.txt", **fields)
+def test_a_warning_about_the_chain_is_said_once(finished):
+    assert (finished / "said.txt").read_text().count("--config.pairs.substeps=1 reads students at window starts alone") == 1
 
 
 def test_every_stage_names_the_weights_it_started_from(chain):
@@ -69,7 +58,7 @@ def test_every_stage_names_the_weights_it_started_from(chain):
 
 def test_the_same_command_again_does_nothing(chain, model, copied):
     before = files(copied)
-    ended = run("distill", *same_command(copied, chain, model))
+    ended = run("distill", *tiny_flags(copied, model))
     assert ended.code == 0, ended.err
     assert files(copied) == before
 
@@ -87,7 +76,7 @@ def test_the_same_command_again_does_nothing(chain, model, copied):
 )
 def test_another_config_in_the_same_folder_is_refused_by_field(chain, model, copied, fields, named):
     before = files(copied)
-    ended = run("distill", *same_command(copied, chain, model, **fields))
+    ended = run("distill", *tiny_flags(copied, model, **fields))
     assert ended.code == 2 and len(ended.err.splitlines()[-1:]) == 1
     assert f"fixed with {named} = " in ended.err and "Traceback" not in ended.err
     assert files(copied) == before
@@ -95,7 +84,7 @@ def test_another_config_in_the_same_folder_is_refused_by_field(chain, model, cop
 
 def test_another_base_model_in_the_same_folder_is_refused(chain, copied, tmp_path):
     other = tiny.write_model(tmp_path / "other", seed=5)
-    ended = run("distill", *same_command(copied, chain, other))
+    ended = run("distill", *tiny_flags(copied, other))
     assert ended.code == 2 and "fixed with" in ended.err
 
 
@@ -107,7 +96,7 @@ def test_a_damaged_pair_shard_is_refused_by_name(chain, model, copied):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    ended = run("train", *same_command(copied, chain, model), "--stage=2")
+    ended = run("train", *tiny_flags(copied, model), "--stage=2")
     assert ended.code == 2 and shard.name in ended.err.splitlines()[-1]
     assert not (stage / "DONE.json").exists()
 
@@ -115,12 +104,12 @@ def test_a_damaged_pair_shard_is_refused_by_name(chain, model, copied):
 def test_weights_that_are_not_those_of_done_are_refused(chain, model, copied):
     done = copied / "runs" / "tiny" / "stage-4" / "DONE.json"
     done.write_text(json.dumps({**read_json(done), "digest": "0" * 16}))
-    ended = run("export", *same_command(copied, chain, model), "--stage=4", f"--out={copied / 'out'}")
+    ended = run("export", *tiny_flags(copied, model), "--stage=4", f"--out={copied / 'out'}")
     assert ended.code == 2 and "DONE.json" in ended.err and not (copied / "out").exists()
 
 
 def test_make_pairs_and_train_alone_are_the_same_as_distill(chain, model, tmp_path):
-    command = same_command(tmp_path, chain, model)
+    command = tiny_flags(tmp_path, model, data__path=(chain / "prompts.at").read_text())
     for verb in ("make_pairs", "train"):
         ended = run(verb, *command, "--stage=4")
         assert ended.code == 0, ended.err
@@ -193,7 +182,7 @@ def test_a_v_prediction_model_keeps_its_words_from_distillation_to_diffusers(tmp
 
 def test_an_export_is_the_student_in_stock_diffusers(chain, model, tmp_path):
     target = tmp_path / "exported"
-    words = [*same_command(chain, chain, model), "--stage=2", f"--out={target}"]
+    words = [*tiny_flags(chain, model), "--stage=2", f"--out={target}"]
     ended = run("export", *words, "--check")
     assert ended.code == 0, ended.err
     proof = read_json(target / "replay.json")
@@ -208,7 +197,7 @@ def test_an_export_is_the_student_in_stock_diffusers(chain, model, tmp_path):
 
 def test_a_wrong_export_is_found_out(chain, model, tmp_path, monkeypatch):
     target = tmp_path / "exported"
-    words = [*same_command(chain, chain, model), "--stage=2", f"--out={target}"]
+    words = [*tiny_flags(chain, model), "--stage=2", f"--out={target}"]
     monkeypatch.setitem(formats.SCHEDULER, "set_alpha_to_one", True)
     ended = run("export", *words, "--check")
     assert ended.code == 1 and "differ by" in ended.err.splitlines()[-1]
@@ -220,7 +209,7 @@ FORMS = [("single-file",), ("lora", "--rank=1000"), ("diffusers", "--scheduler=w
 @pytest.mark.parametrize("form, more", [(form, more) for form, *more in FORMS], ids=lambda x: str(x))
 def test_every_form_is_the_same_student_in_diffusers(chain, model, tmp_path, form, more):
     target = tmp_path / "exported"
-    words = [*same_command(chain, chain, model), "--stage=2", f"--out={target}", f"--form={form}", *more]
+    words = [*tiny_flags(chain, model), "--stage=2", f"--out={target}", f"--form={form}", *more]
     ended = run("export", *words, "--check")
     assert ended.code == 0, ended.err
     proof, card = read_json(target / "replay.json"), read_json(target / "reflow.json")
@@ -236,7 +225,7 @@ def test_every_form_is_the_same_student_in_diffusers(chain, model, tmp_path, for
 
 def test_a_delta_merges_back_into_the_student_and_onto_another_model_only_of_the_same_network(chain, model, tmp_path):
     (model / "v1-5-pruned.ckpt").write_bytes(b"a whole model beside its components, as the hub has them")
-    words = [*same_command(chain, chain, model), "--stage=2"]
+    words = [*tiny_flags(chain, model), "--stage=2"]
     for form in ("diffusers", "delta"):
         assert run("export", *words, f"--form={form}", f"--out={tmp_path / form}").code == 0
     merged = ["--config=" + str(CONFIG), f"--delta={tmp_path / 'delta'}", f"--out={tmp_path / 'merged'}"]
@@ -259,21 +248,21 @@ WRONG += [("--form=lora --scheduler=windowed", "--scheduler=windowed")]
 
 @pytest.mark.parametrize("flags, named", WRONG)
 def test_an_export_that_cannot_be_is_refused(chain, model, tmp_path, flags, named):
-    ended = run("export", *same_command(chain, chain, model), "--stage=2", f"--out={tmp_path / 'out'}", *flags.split())
+    ended = run("export", *tiny_flags(chain, model), "--stage=2", f"--out={tmp_path / 'out'}", *flags.split())
     assert ended.code == 2 and named in ended.err and not (tmp_path / "out").exists()
 
 
 def test_pictures_of_base_and_student(chain, model, tmp_path):
     def draw(name: str, *words: str) -> np.ndarray:
         out = tmp_path / name
-        ended = run("sample", *same_command(chain, chain, model), "--count=3", f"--out={out}", *words)
+        ended = run("sample", *tiny_flags(chain, model), "--count=3", f"--out={out}", *words)
         assert ended.code == 0, ended.err
         return np.asarray(Image.open(out))
 
     student = draw("student.png", "--stage=2", "--prompt=a three")
     assert student.shape == (8, 24, 3) and student.std() > 0
     np.testing.assert_array_equal(draw("again.png", "--stage=2", "--prompt=a three"), student)
-    words = ("--stage=0", "--steps=3", f"--prompts={chain / 'prompts.txt'}", "--guidance=3")
+    words = ("--stage=0", "--steps=3", f"--prompts={(chain / 'prompts.at').read_text()}", "--guidance=3")
     base = draw("base.png", *words, "--negative=the number two")
     assert base.shape == (48, 24, 3)
     other = draw("other.png", *words, "--negative=five")

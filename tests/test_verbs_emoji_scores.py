@@ -53,8 +53,8 @@ def load_weights(real: Callable, experiment: Experiment, stage: Stage | None) ->
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+def quick(programs):
+    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
         keep_networks(patch)
         patch.setattr(jax, "jit", tiny.quick_jit)
         patch.setattr(score_emoji, "make_picture_features", small_network)

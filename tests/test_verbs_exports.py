@@ -25,20 +25,6 @@ SECRET = "hf_never_to_be_copied"
 
 
 @pytest.fixture(scope="module")
-def chain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run, runs/tiny, and its exports; tests only read it."""
-    folder = tmp_path_factory.mktemp("chain")
-    ended = run("distill", *tiny_flags(folder, model, stages="(4,)", export__stages="(4,)", train__steps=3))
-    assert ended.code == 0, ended.err
-    return folder
-
-
-def flags(folder: Path, model: Path, **fields: object) -> list[str]:
-    """The command of the finished run."""
-    return tiny_flags(folder, model, **{"stages": "(4,)", "export__stages": "(4,)", "train__steps": 3} | fields)
-
-
-@pytest.fixture(scope="module")
 def student(chain: Path) -> Path:
     """The export of the 4-window student."""
     return chain / "runs" / "tiny" / "export" / "stage-4"
@@ -48,7 +34,7 @@ def student(chain: Path) -> Path:
 def delta(chain: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its delta."""
     folder = tmp_path_factory.mktemp("delta") / "delta"
-    ended = run("export", *flags(chain, model), "--stage=4", "--form=delta", f"--out={folder}")
+    ended = run("export", *tiny_flags(chain, model), "--stage=4", "--form=delta", f"--out={folder}")
     assert ended.code == 0, ended.err
     return folder
 
@@ -98,7 +84,7 @@ def test_overwrite_replaces_an_export_and_nothing_else(chain, model, student, tm
     target = places.get(form, tmp_path / "one.txt")
     before, whole = contents(tmp_path), contents(runs)
     for flag in ((), ("--overwrite",)):
-        ended = run("export", *flags(chain, own), "--stage=4", f"--out={target}", *flag)
+        ended = run("export", *tiny_flags(chain, own), "--stage=4", f"--out={target}", *flag)
         line = refused(ended, str(target))
         assert "pass --overwrite" not in line and "remove it" not in line
         assert contents(tmp_path) == before and contents(runs) == whole
@@ -108,7 +94,7 @@ def test_the_working_directory_is_never_replaced(chain, model, student, tmp_path
     here = Path(shutil.copytree(student, tmp_path / "here"))
     monkeypatch.chdir(here)
     for out in (".", here, tmp_path):
-        refused(run("export", *flags(chain, model), "--stage=4", f"--out={out}", "--overwrite"), "working directory")
+        refused(run("export", *tiny_flags(chain, model), "--stage=4", f"--out={out}", "--overwrite"), "working directory")
     assert (here / UNET_FILE).is_file()
 
 
@@ -121,7 +107,7 @@ def test_merge_replaces_an_export_and_nothing_else(model, delta, tmp_path):
 
 def test_an_empty_folder_and_an_export_are_replaced_also_through_a_link(chain, model, student, tmp_path):
     (tmp_path / "empty").mkdir()
-    words = [*flags(chain, model), "--stage=4", "--form=delta"]
+    words = [*tiny_flags(chain, model), "--stage=4", "--form=delta"]
     assert run("export", *words, f"--out={tmp_path / 'empty'}", "--overwrite").code == 0
     shutil.copytree(student, tmp_path / "other")
     (tmp_path / "link").symlink_to(tmp_path / "other")
@@ -173,7 +159,7 @@ def test_a_link_out_of_the_models_folder_is_not_followed(chain, model, delta, tm
     verbs = {
         "distill": tiny_flags(tmp_path, strange),
         "merge": merge_words(strange, delta, tmp_path / "out"),
-        "export": [*flags(chain, strange), "--stage=4", f"--out={tmp_path / 'out'}"],
+        "export": [*tiny_flags(chain, strange), "--stage=4", f"--out={tmp_path / 'out'}"],
     }
     for verb in verbs if plant is link_json else ("merge",):
         line = refused(run(verb, *verbs[verb]), "leads out of the model's folder")
@@ -191,7 +177,7 @@ def test_only_named_kinds_of_files_are_taken_along(chain, model, delta, tmp_path
     (strange / "vae" / "deep" / "config.json").write_text("{}")
     (strange / "LICENSE.md").symlink_to("vae/../model_index.json")  # a link that stays inside is a file
     for verb, words in {
-        "export": [*flags(chain, strange), "--stage=4", f"--out={tmp_path / 'export'}"],
+        "export": [*tiny_flags(chain, strange), "--stage=4", f"--out={tmp_path / 'export'}"],
         "merge": merge_words(strange, delta, tmp_path / "merge"),
     }.items():
         ended = run(verb, *words)
@@ -209,7 +195,7 @@ def test_a_snapshot_of_the_hub_is_taken_along_with_its_blobs(chain, model, tmp_p
     for i, path in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
         path.rename(blobs / str(i))
         path.symlink_to(os.path.relpath(blobs / str(i), path.parent))
-    words = [*flags(chain, snapshot), "--stage=4"]
+    words = [*tiny_flags(chain, snapshot), "--stage=4"]
     assert run("export", *words, f"--out={tmp_path / 'out'}").code == 0
     assert contents(model).keys() < contents(tmp_path / "out").keys()
     blobs.rename(tmp_path / "elsewhere")  # blobs that are a link lead anywhere
@@ -225,7 +211,7 @@ def test_a_component_has_a_plain_name(chain, model, delta, tmp_path, name):
     index = read_json(strange / "model_index.json") | {name: ["diffusers", "Planted"]}
     (strange / "model_index.json").write_text(json.dumps(index))
     for verb, words in {
-        "export": [*flags(chain, strange), "--stage=4", f"--out={tmp_path / 'exports' / 'out'}"],
+        "export": [*tiny_flags(chain, strange), "--stage=4", f"--out={tmp_path / 'exports' / 'out'}"],
         "merge": merge_words(strange, delta, tmp_path / "exports" / "out"),
     }.items():
         refused(run(verb, *words), "model_index.json", "component", repr(name))
@@ -239,7 +225,7 @@ def test_a_component_whose_weights_are_a_pickle_is_left_out_and_named(chain, mod
     (strange / "safety_checker" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     index = read_json(strange / "model_index.json") | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     (strange / "model_index.json").write_text(json.dumps(index))
-    ended = run("export", *flags(chain, strange), "--stage=4", f"--out={tmp_path / 'out'}")
+    ended = run("export", *tiny_flags(chain, strange), "--stage=4", f"--out={tmp_path / 'out'}")
     assert ended.code == 0 and "safety_checker: left out" in ended.err
     assert read_json(tmp_path / "out" / "model_index.json")["safety_checker"] == [None, None]
     assert not (tmp_path / "out" / "safety_checker").exists()
@@ -293,7 +279,7 @@ def test_a_damaged_export_is_not_sent_away(student, tmp_path):
 
 def test_the_same_command_mends_a_damaged_export(chain, model, student, tmp_path):
     copy = Path(shutil.copytree(chain, tmp_path / "copy"))
-    words = flags(copy, model, data__path=chain / "prompts.txt")
+    words = tiny_flags(copy, model)
     exported = copy / "runs" / "tiny" / "export" / "stage-4"
     whole = contents(student)
     for name in ("reflow.json", str(UNET_FILE)):
@@ -359,9 +345,9 @@ def picture(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize("scheduler", ["stock", pytest.param("windowed", marks=pytest.mark.slow)])
 def test_an_export_is_sampled_as_the_student_that_it_is(chain, model, tmp_path, scheduler):
     out = tmp_path / "out"
-    words = [*flags(chain, model), "--stage=4", f"--out={out}", f"--scheduler={scheduler}"]
+    words = [*tiny_flags(chain, model), "--stage=4", f"--out={out}", f"--scheduler={scheduler}"]
     assert run("export", *words).code == 0
-    ended = run("sample", *flags(chain, model), "--stage=4", "--steps=8", "--count=2", f"--out={tmp_path}/x.png")
+    ended = run("sample", *tiny_flags(chain, model), "--stage=4", "--steps=8", "--count=2", f"--out={tmp_path}/x.png")
     assert ended.code == 0, ended.err
     right = picture(tmp_path)
     assert draw(out, tmp_path, "--steps=8").code == 0
@@ -390,11 +376,10 @@ def test_a_student_is_distilled_as_what_it_is_or_not_at_all(student, tmp_path, f
 @pytest.mark.slow
 def test_a_student_goes_on_where_its_run_has_stopped(chain, model, student, tmp_path):
     """Its second stage is that of the run that was not cut in two."""
-    copy, short = (
-        Path(shutil.copytree(chain, tmp_path / "copy")),
-        {"export__stages": "(2,)", "data__path": chain / "prompts.txt"},
-    )
-    for words in (flags(tmp_path, student, stages="(2,)", **short), flags(copy, model, stages="(4, 2)", **short)):
+    copy, short = Path(shutil.copytree(chain, tmp_path / "copy")), {"export__stages": "(2,)"}
+    for name in ("stage-2", "export/stage-2"):
+        shutil.rmtree(copy / "runs" / "tiny" / name)
+    for words in (tiny_flags(tmp_path, student, stages="(2,)", **short), tiny_flags(copy, model, **short)):
         ended = run("distill", *words)
         assert ended.code == 0, ended.err
     mine, theirs = (folder / "runs" / "tiny" for folder in (tmp_path, copy))
@@ -438,7 +423,7 @@ def test_a_delta_is_not_merged_onto_another_kind_of_diffusion(model, student, de
 def test_a_card_speaks_of_a_replay_only_if_there_was_one(chain, model, student, tmp_path):
     page = (student / "README.md").read_text()
     assert "replayed at" not in page and "none was made" in page and "replay" not in read_json(student / "reflow.json")
-    words = [*flags(chain, model), "--stage=4", f"--out={tmp_path / 'out'}", "--check"]
+    words = [*tiny_flags(chain, model), "--stage=4", f"--out={tmp_path / 'out'}", "--check"]
     assert run("export", *words).code == 0
     replay, card = read_json(tmp_path / "out" / "replay.json"), read_json(tmp_path / "out" / "reflow.json")
     page = (tmp_path / "out" / "README.md").read_text()
@@ -464,7 +449,7 @@ def test_a_merge_says_that_it_is_one(model, delta, tmp_path):
 
 
 def test_a_lora_says_what_it_loses_and_who_drops_what(chain, model, tmp_path):
-    words = [*flags(chain, model), "--stage=4", "--form=lora", "--rank=4"]
+    words = [*tiny_flags(chain, model), "--stage=4", "--form=lora", "--rank=4"]
     ended = run("export", *words, f"--out={tmp_path / 'kohya'}", "--check")
     assert ended.code == 0, ended.err
     card, page = read_json(tmp_path / "kohya" / "reflow.json"), (tmp_path / "kohya" / "README.md").read_text()

@@ -85,8 +85,8 @@ def _config(words: list[str]) -> ConfigDict:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+def quick(programs, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
         keep_networks(patch)
         patch.setattr(jax, "jit", tiny.quick_jit)  # verbs as they are, but for XLA's optimizations
         patch.setattr(mesh, "make_mesh", partial(mesh.make_mesh, devices=jax.devices()[:1]))  # meshes have their own tests

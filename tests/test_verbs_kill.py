@@ -19,6 +19,8 @@ STEPS = {"train__steps": 24, "checkpoint__every": 8, "train__log_every": 8}
 PATIENCE = 900  # seconds, for machines that do other things too
 SHARD, SAVING = "stage-4/pairs/pairs-00000-*.array_record", "stage-4/checkpoints/8*"  # appear in the run's folder
 BETWEEN, LATER, EXPORTING = "stage-4/DONE.json", "stage-2/checkpoints/16*", "export/.tmp.*"
+KILL, INTERRUPT, ASK = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+SAID = {INTERRUPT: (130, "interrupted"), ASK: (STOPPED, "asked to stop")}  # exit code, and a word of the last line
 
 
 @pytest.fixture(scope="module")
@@ -81,29 +83,21 @@ def finish(folder: Path, name: str) -> dict:
     return results(run)
 
 
-@pytest.mark.parametrize(
-    "points", [(SHARD, SAVING), pytest.param((SHARD, SAVING, BETWEEN, LATER, EXPORTING), marks=pytest.mark.slow)], ids=len
-)
-def test_killed_in_its_phases_a_run_ends_bit_equal(place, points):
-    name = f"killed-{len(points)}"
-    for point in points:
-        code, _ = struck(place, name, point, signal.SIGKILL)
-        assert code == -signal.SIGKILL, f"not killed at {point}"
+FEW = ((SHARD, KILL), (SAVING, KILL), (LATER, INTERRUPT))
+MANY = ((SHARD, KILL), (SAVING, ASK), (SAVING, KILL), (BETWEEN, KILL), (LATER, KILL), (EXPORTING, KILL))
+
+
+@pytest.mark.parametrize("strikes", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=len)
+def test_killed_and_interrupted_in_its_phases_a_run_ends_bit_equal(place, strikes):
+    name = f"struck-{len(strikes)}"
+    for point, what in strikes:
+        code, errors = struck(place, name, point, what)
+        if what is KILL:
+            assert code == -KILL, f"not killed at {point}"
+        else:
+            assert code == SAID[what][0], errors
+            last = errors.splitlines()[-1]
+            assert SAID[what][1] in last and "run the same command again" in last and "Traceback" not in errors
     whole = results(place / "runs" / "whole")
     assert len(whole["pairs"]) == 4 and len(whole["exports"]) == 2 and len(whole["losses"]) == 6
     assert finish(place, name) == whole
-
-
-@pytest.mark.parametrize(
-    ("what", "code", "said"),
-    [
-        pytest.param(signal.SIGINT, 130, "interrupted", id="ctrl-c"),
-        pytest.param(signal.SIGTERM, STOPPED, "asked to stop", id="sigterm", marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_that_is_asked_to_stop_says_how_to_go_on(place, what, code, said):
-    ended, errors = struck(place, said.replace(" ", "-"), SAVING, what)
-    assert ended == code, errors
-    last = errors.splitlines()[-1]
-    assert said in last and "run the same command again" in last and "Traceback" not in errors
-    assert finish(place, said.replace(" ", "-")) == results(place / "runs" / "whole")

@@ -11,19 +11,7 @@ from verb import Ended, run, tiny_flags
 from proreflow_jax.storage.atomic import read_json
 
 pytestmark = pytest.mark.usefixtures("quick")
-SHORT = {"export__stages": "()", "train__steps": 4, "pairs__examples": 16, "optimizer__warmup_steps": 1}
 STAGES = ("stage-4", "stage-2")
-PROMPTS: list[Path] = []  # of the finished run
-
-
-@pytest.fixture(scope="module")
-def chain(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run of two stages, folder/runs/tiny; tests only read it."""
-    folder = tmp_path_factory.mktemp("recovery")
-    ended = run("distill", *tiny_flags(folder, model, **SHORT))
-    assert ended.code == 0, ended.err
-    PROMPTS[:] = [folder / "prompts.txt"]
-    return folder
 
 
 @pytest.fixture
@@ -33,8 +21,8 @@ def copied(chain: Path, tmp_path: Path) -> Path:
 
 
 def again(verb: str, folder: Path, model: Path, *words: str, **fields: object) -> Ended:
-    """A verb with the run's own config, but for what is named; its prompts lie where the first run had them."""
-    return run(verb, *tiny_flags(folder, model, **SHORT | {"data__path": PROMPTS[0]} | fields), *words)
+    """A verb with the run's own config, but for what is named."""
+    return run(verb, *tiny_flags(folder, model, **fields), *words)
 
 
 def names(folder: Path) -> set[str]:
@@ -57,14 +45,14 @@ def rewrite(done: Path, **flow: object) -> None:
 
 def test_damaged_last_steps_and_records_are_mended_by_the_same_command(chain, model, copied):
     mine, theirs = (folder / "runs" / "tiny" for folder in (copied, chain))
-    damage(mine / "stage-4" / "checkpoints" / "4")
+    damage(mine / "stage-4" / "checkpoints" / "6")
     rewrite(mine / "stage-2" / "DONE.json", windows=4)
     read = again("sample", copied, model, "--stage=4", f"--out={copied / 'x.png'}")
     assert read.code == 2 and "train --stage=4" in read.err and "remove" not in read.err, read.err
 
     ended = again("distill", copied, model)
     assert ended.code == 0, ended.err
-    assert "stage 4: checkpoint of step 4" in ended.err and "going on from the newest good step" in ended.err
+    assert "stage 4: checkpoint of step 6" in ended.err and "going on from the newest good step" in ended.err
     assert "stage-2/DONE.json is damaged" in ended.err
     for stage in STAGES:
         assert read_json(mine / stage / "DONE.json") == read_json(theirs / stage / "DONE.json")
@@ -94,7 +82,7 @@ def test_another_stage_s_checkpoints_are_refused(copied, model):
     shutil.rmtree(stages[0] / "checkpoints")
     shutil.copytree(stages[1] / "checkpoints", stages[0] / "checkpoints")
     ended = again("train", copied, model, "--stage=4")
-    assert ended.code == 2 and "step 4 was saved by another stage" in ended.err and "2 windows" in ended.err, ended.err
+    assert ended.code == 2 and "step 6 was saved by another stage" in ended.err and "2 windows" in ended.err, ended.err
 
 
 @pytest.mark.parametrize("fields", [{"seed": 1}, {"pairs__solver": "euler"}, {"pairs__guidance": 2.0}], ids=str)

@@ -48,8 +48,8 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
+def quick(programs):
+    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
         keep_networks(patch)
         patch.setattr(jax, "jit", tiny.quick_jit)  # verbs as they are, but for XLA's optimizations
         patch.setattr(judges, "feature_network", made_coco.small_network)

@@ -62,9 +62,11 @@ class Ended(NamedTuple):
 def tiny_flags(folder: Path, model: Path, **fields: object) -> list[str]:
     """--config and its overrides for the tiny chain in folder/runs; a field's dots are written as two underscores.
 
-    Prompts lie in folder/prompts.txt, which is written if it is not there.
+    Prompts lie where folder/prompts.at says, of a run that was copied, else in folder/prompts.txt, which is written if it is
+    not there.
     """
-    prompts = folder / "prompts.txt"
+    elsewhere = folder / "prompts.at"
+    prompts = Path(elsewhere.read_text()) if elsewhere.exists() else folder / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     values = TINY | {"root": folder / "runs", "model.path": model, "data.path": prompts}
@@ -107,6 +109,7 @@ def kept_programs(folder: Path) -> Iterator[None]:
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_disable_most_optimizations": True,
+        "jax_persistent_cache_enable_xla_caches": "none",  # else the folder's name is in the name of every program
     }
     before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
