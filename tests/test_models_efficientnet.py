@@ -1,6 +1,7 @@
 """EfficientNet-lite0 equals a torch forward with shared weights, random ones and those of the package; its conversion."""
 
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch_reference import quick_jit, same, tensors  # noqa: E402
 
+from proreflow_jax import UserError  # noqa: E402
 from proreflow_jax.evaluation import picture_features  # noqa: E402
 from proreflow_jax.models import efficientnet  # noqa: E402
 from proreflow_jax.pretrained import weights  # noqa: E402
@@ -163,3 +165,12 @@ def test_another_file_is_refused_in_a_line(tmp_path):
     with pytest.raises(ValueError, match="missing") as error:
         picture_features.read_efficientnet(path)
     assert "\n" not in str(error.value)
+
+
+def test_damaged_weights_of_the_package_are_refused(tmp_path):
+    folder = shutil.copytree(picture_features.WEIGHTS.parent, tmp_path / "network")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="model.safetensors holds other bytes than were written"):
+        picture_features.read_efficientnet(folder / "model.safetensors")

@@ -12,6 +12,7 @@ from proreflow_jax.evaluation import fid
 from proreflow_jax.models.efficientnet import FEATURES, NAME, make_efficientnet
 from proreflow_jax.pretrained import weights
 from proreflow_jax.runtime.digest import digest, fold
+from proreflow_jax.storage import sealed
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "efficientnet_lite0" / "model.safetensors"
 
@@ -31,7 +32,8 @@ class PictureFeatures(NamedTuple):
 
 
 def read_efficientnet(path: Path = WEIGHTS) -> dict[str, np.ndarray]:
-    """The network's parameters, float32. Raises ValueError, one line, for a file that is not it."""
+    """The network's parameters, float32. Raises UserError, one line, for a file that is not it, or not as it was written."""
+    sealed.check_undamaged(path.parent, sealed.read_record(path.parent), "install the package again")
     return weights.from_torch(weights.Tensors([path]), make_efficientnet(1).shapes, str(path))
 
 
