@@ -49,7 +49,7 @@ def stable_diffusion(name: str) -> ConfigDict:
     c.root = "runs"  # where run folders lie: a disk that outlives the machine
     c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number from 0 to 2**64 - 1
     c.watchdog = 7200  # seconds without a step or a batch of pairs after which stacks are printed and the job ends; 0: off
-    c.compilation_cache = ""  # folder or gs:// where compiled programs are kept for the next start; "": as the environment says
+    c.compilation_cache = ""  # folder or gs:// for compiled programs; "": the environment's, else the user's cache; "off"
     _inputs(c)
     _method(c)
     _run(c)
@@ -133,6 +133,17 @@ def _run(c: ConfigDict) -> None:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps between checkpoints
     c.checkpoint.keep = 2  # newest checkpoints kept, of each stage
+
+    c.samples = ConfigDict()  # pictures at every checkpoint, student beside base model: <stage>/samples; they change no number
+    c.samples.prompts = ()  # what is drawn, a row each, for example ("a red fox", "a house by the sea"); (): no pictures
+    c.samples.count = 2  # pictures of each prompt, from fixed noises that all prompts and stages share
+    c.samples.steps = 0  # network evaluations of the student; fewer than its windows: as many as windows
+    c.samples.teacher_steps = 32  # network evaluations of the base model beside it [paper: teacher at 32 steps]
+    c.samples.guidance = 1.0  # classifier-free guidance scale of both; base model: pairs.guidance where that is not 1
+
+    c.wandb = ConfigDict()  # the run on wandb too (pip install 'proreflow_jax[wandb]'); where it cannot be, one line says so
+    c.wandb.project = ""  # its project there; "": none
+    c.wandb.entity = ""  # user or team there; "": the user's own
 
     c.profile = ConfigDict()
     c.profile.steps = ()  # (first, last) training step of each stage that is traced into <stage>/profile; (): none

@@ -53,6 +53,8 @@ def get_config() -> ConfigDict:
 
     c.checkpoint.every = 100  # steps between checkpoints
 
+    c.samples.prompts = ("a handwritten zero", "the digit 3", "a handwritten seven", "a photo of the number nine")  # rows
+
     c.mesh.data = -1  # devices of a slice over which only the batch is split; -1: all that are left
     c.mesh.fsdp = 1  # devices over which the state is split too: it fits one
 

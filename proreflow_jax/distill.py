@@ -14,6 +14,7 @@ from proreflow_jax.jobs import pairs, train
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.open import check_ready, open_experiment
+from proreflow_jax.run.outlook import Outlook
 from proreflow_jax.run.stages import Stage, find_stage
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.runtime.stopping import watching
@@ -25,7 +26,9 @@ log = logging.getLogger(__name__)
 
 def distill(config: ConfigDict) -> None:
     """Runs the whole chain of a config; what is done already is not done again."""
-    experiment = open_experiment(config)
+    outlook = Outlook(config)
+    experiment = open_experiment(config, checked=outlook.begin)
+    outlook.weigh(experiment.stages)
     exported = [find_stage(experiment.stages, count) for count in config.export.stages]
     if exported:
         check_export(config)
@@ -39,10 +42,11 @@ def distill(config: ConfigDict) -> None:
         for stage in experiment.stages:
             with job_lock(stage.folder), watching(config.watchdog):
                 if not stage.online:
-                    pairs.make_stage_pairs(experiment, stage)
-                train.train_stage(experiment, stage)
+                    pairs.make_stage_pairs(experiment, stage, outlook)
+                train.train_stage(experiment, stage, outlook)
         for stage in exported:
-            write.export_stage(experiment, stage, _export_folder(experiment.run, stage))
+            with outlook.export(stage.windows):
+                write.export_stage(experiment, stage, _export_folder(experiment.run, stage))
     log.info("%s: all %d stages are done (%.0f s)", experiment.run, len(experiment.stages), time.monotonic() - began)
 
 

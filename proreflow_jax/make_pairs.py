@@ -9,6 +9,7 @@ from proreflow_jax import UserError
 from proreflow_jax.jobs.pairs import make_stage_pairs
 from proreflow_jax.run import cli
 from proreflow_jax.run.open import check_ready, open_experiment
+from proreflow_jax.run.outlook import PAIRS, Outlook
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.processes import job_lock
 from proreflow_jax.runtime.stopping import watching
@@ -16,13 +17,15 @@ from proreflow_jax.runtime.stopping import watching
 
 def make_pairs(config: ConfigDict, stage: int) -> None:
     """The verb: all records of one stage, published when the last one is there."""
-    experiment = open_experiment(config)
+    outlook = Outlook(config, [PAIRS], [stage])
+    experiment = open_experiment(config, checked=outlook.begin)
+    outlook.weigh(experiment.stages)
     chosen = find_stage(experiment.stages, stage)
     if chosen.online:
         raise UserError("--config.pairs.mode=online makes pairs inside the train step: there is nothing to store")
     check_ready(experiment, [chosen])
     with job_lock(chosen.folder), watching(config.watchdog):
-        make_stage_pairs(experiment, chosen)
+        make_stage_pairs(experiment, chosen, outlook)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from proreflow_jax.data.prompts import Prompts
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import text_context
 from proreflow_jax.run import cli
-from proreflow_jax.run.experiment import load_weights
+from proreflow_jax.run.experiment import load_weights, newest_weights
 from proreflow_jax.run.open import open_experiment
+from proreflow_jax.run.outlook import compiling
 from proreflow_jax.run.stages import LARGEST, find_stage, seed_key
 from proreflow_jax.runtime.metrics import check_finite_rows
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,9 @@ def sample(
         raise UserError(f"--out={out} must be a .png file in a folder that exists")
     steps = steps or stage or experiment.flow.windows or BASE_STEPS
     sampler.check_sampling(steps, chosen.student if chosen else experiment.flow)
-    weights = load_weights(experiment, chosen)
+    weights, trained = newest_weights(experiment, chosen) if chosen else (load_weights(experiment, None), 0)
+    if chosen and trained < config.train.steps:
+        log.info("stage %d is not finished: its student after %d of %d steps draws", stage, trained, config.train.steps)
 
     n, encode = experiment.networks, experiment.base.tokenizer.encode
     read = jax.jit(partial(text_context, n.condition))
@@ -60,16 +64,19 @@ def sample(
     against = read(experiment.base.text, encode([negative]))
     noise = jax.random.normal(seed_key(seed), (count, *experiment.base.latent_shape))
     noise = jnp.tile(noise, (len(texts), 1, 1, 1))
-    draw = partial(
-        sampler.sample_latents,
+    draw = sampler.make_step_by_step(
+        weights.params,
+        context,
+        against,
         unet=n.unet,
         schedule=n.schedule,
         flow=weights.flow,
-        steps=steps,
         guidance=float(guidance),
         dtype=config.model.sampling_dtype,
     )
-    latents = jax.jit(draw)(weights.params, noise, context, against)
+    compiling("the sampler", n.unet)
+    with Progress("drawing", steps, "step") as progress:
+        latents = draw(noise, steps, lambda done: progress.advance())
     check_finite_rows(np.isfinite(np.asarray(latents)).all(axis=(1, 2, 3)), np.repeat(texts, count).tolist())
     decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
     images = np.asarray(decode(experiment.base.params["vae"], latents))

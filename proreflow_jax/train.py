@@ -10,6 +10,7 @@ from proreflow_jax.data import records
 from proreflow_jax.jobs.train import train_stage
 from proreflow_jax.run import cli
 from proreflow_jax.run.open import check_ready, open_experiment
+from proreflow_jax.run.outlook import TRAIN, Outlook
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.processes import job_lock
 from proreflow_jax.runtime.stopping import watching
@@ -17,13 +18,15 @@ from proreflow_jax.runtime.stopping import watching
 
 def train(config: ConfigDict, stage: int) -> None:
     """The verb: one stage to its end, DONE.json included."""
-    experiment = open_experiment(config)
+    outlook = Outlook(config, [TRAIN], [stage])
+    experiment = open_experiment(config, checked=outlook.begin)
+    outlook.weigh(experiment.stages)
     chosen = find_stage(experiment.stages, stage)
     check_ready(experiment, [chosen])
     if not chosen.online and not (chosen.folder / "pairs" / records.MANIFEST).is_file():
         raise MissingFile(f"{chosen.folder / 'pairs'} holds no finished pairs: run make_pairs --stage={stage} first")
     with job_lock(chosen.folder), watching(config.watchdog):
-        train_stage(experiment, chosen)
+        train_stage(experiment, chosen, outlook)
 
 
 if __name__ == "__main__":

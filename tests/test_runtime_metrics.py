@@ -1,20 +1,17 @@
 """Metrics: a resumed run's file equals that of a run never killed, and a number that is none stops the run by name."""
 
-import io
 import json
-import logging
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
-from proreflow_jax.runtime import metrics
+from proreflow_jax.runtime import curves, metrics
 from proreflow_jax.runtime.metrics import Metrics, check_finite
 
 
 def run(folder: Path, first: int, last: int, **options: object) -> None:
-    with Metrics(folder, start_step=first, total_steps=10, tensorboard=False, **options) as log:
+    with Metrics(folder, start_step=first, tensorboard=False, **options) as log:
         for step in range(first + 1, last + 1):
             log.write(step, {"loss": 1 / step, "window/3/loss": float(step)})
 
@@ -47,14 +44,14 @@ def test_a_torn_line_is_dropped_even_at_the_last_step(tmp_path: Path) -> None:
 
 
 def test_lines_survive_a_failing_run(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), Metrics(tmp_path, 0, 10, tensorboard=False) as log:
+    with pytest.raises(RuntimeError), Metrics(tmp_path, 0, tensorboard=False) as log:
         log.write(1, {"loss": 2.0})
         raise RuntimeError("stop")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
 def test_every_line_is_json_even_if_a_number_is_none(tmp_path: Path) -> None:
-    with Metrics(tmp_path, 0, 10, tensorboard=False) as log:
+    with Metrics(tmp_path, 0, tensorboard=False) as log:
         log.write(1, {"loss": math.nan, "norm": math.inf})
 
     def refuse(constant: str) -> None:
@@ -65,7 +62,7 @@ def test_every_line_is_json_even_if_a_number_is_none(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    with Metrics(tmp_path, 0, 10, tensorboard=True) as log:
+    with Metrics(tmp_path, 0, tensorboard=True) as log:
         log.write(1, {"loss": 2.0})
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes()
@@ -73,35 +70,11 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 def test_tensorboard_forgets_what_a_resumed_run_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purged = []
-    real = metrics.SummaryWriter
-    monkeypatch.setattr(metrics, "SummaryWriter", lambda folder, purge_step: purged.append(purge_step) or real(folder))
-    with Metrics(tmp_path, 4, 10):
+    real = curves.SummaryWriter
+    monkeypatch.setattr(curves, "SummaryWriter", lambda folder, purge_step: purged.append(purge_step) or real(folder))
+    with Metrics(tmp_path, 4):
         pass
     assert purged == [5]
-
-
-def test_the_bar_shows_rate_and_remaining_time_and_starts_at_the_resumed_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    run(tmp_path, 4, 6, bar=True)
-    text = sys.stderr.getvalue()
-    assert "4/10" in text and "6/10" in text and "step/s" in text or "s/step" in text
-
-
-def test_without_a_terminal_a_plain_line_tells_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    caplog.set_level(logging.INFO)
-    run(tmp_path, 0, 10)
-    assert sys.stderr.getvalue() == ""
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["step 10 of 10"]  # 30 s never passed
-    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.0)
-    run(tmp_path, 0, 5)
-    assert len(caplog.records) == 6
-    run(tmp_path, 0, 10, progress=False)
-    assert len(caplog.records) == 6
 
 
 def test_finite_numbers_pass() -> None:

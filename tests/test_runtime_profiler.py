@@ -13,8 +13,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from verb import ROOT, tiny_flags
 
-from proreflow_jax.runtime.mesh import keep_programs
 from proreflow_jax.runtime.metrics import STEP, Trace, check_traced_steps
+from proreflow_jax.runtime.programs import keep_programs
 from proreflow_jax.storage import gcs, paths
 
 HIT = "/jax/compilation_cache/cache_hits"

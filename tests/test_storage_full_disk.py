@@ -47,7 +47,7 @@ def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(tmp_path: Path,
 
 
 def test_metrics_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    with Metrics(tmp_path, 0, 100, tensorboard=False, progress=False) as metrics:
+    with Metrics(tmp_path, 0, tensorboard=False) as metrics:
         metrics.write(1, {"loss": 1.0})
         with full_disk(), pytest.raises(OSError) as failed:
             for step in range(2, 20):

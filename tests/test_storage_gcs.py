@@ -300,7 +300,7 @@ def test_a_lock_has_one_holder_and_leaves_nothing(store, fast):
 
 def test_a_url_in_a_str_is_never_a_local_path(store, fast, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with job_lock("gs://bucket/run"), Metrics("gs://bucket/run", 0, 1, progress=False) as log:
+    with job_lock("gs://bucket/run"), Metrics("gs://bucket/run", 0) as log:
         assert store.names("gs://bucket/") == ["run/.lock"]
         atomic.write_json("gs://bucket/run/x.json", {"is": 1})
         log.write(1, {"loss": 1.0})
@@ -374,7 +374,7 @@ with lock_folder(paths.parse_path("gs://bucket/run")):
 
 def log_steps(folder: object, first: int, last: int, killed: bool = False) -> None:
     """Steps first + 1 .. last with a checkpoint every fourth; a kill leaves no time for anything."""
-    log = Metrics(folder, first, 12, progress=False)
+    log = Metrics(folder, first)
     for step in range(first + 1, last + 1):
         log.write(step, {"loss": 1 / step})
         if step % 4 == 0:

@@ -43,6 +43,7 @@ TINY = {  # two stages of a few steps, for the model of tiny.write_model on eigh
     "train.log_every": 2,
     "optimizer.warmup_steps": 2,
     "checkpoint.every": 2,
+    "samples.prompts": "()",
     "evaluate.examples": 16,
     "evaluate.batch": 16,
     "evaluate.teacher_steps": "(8, 4)",

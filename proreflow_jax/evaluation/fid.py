@@ -7,7 +7,6 @@ is downloaded here.
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,9 @@ from proreflow_jax.evaluation.frechet import frechet_distance
 from proreflow_jax.evaluation.moments import Moments
 from proreflow_jax.evaluation.protocols import Protocol
 from proreflow_jax.runtime import mesh as mesh_lib
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import atomic
 
-log = logging.getLogger(__name__)
 DIGEST = 16  # hex digits of a hash in a file's name
 BATCH = "--config.evaluate.batch"
 REAL = "real"  # mask of the rows that are not padding
@@ -161,14 +160,15 @@ def measure_features(
     if writes := jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / f"{stem}.json", dict(about))
-    for done, batch in enumerate(features(rows_from(position)), 1):
-        sums = {name: moments.merge_moments(sums[name], _measured(name, batch[name], position, count)) for name in sums}
-        position = _position(sums)
-        if writes and (done % every == 0 or position == count):
-            moments.save_moments(path, sums)
-            log.info("%d of %d images, kept in %s", position, count, path)
-        if position == count:
-            return sums
+    with Progress("measuring", count, "image", position) as progress:
+        for done, batch in enumerate(features(rows_from(position)), 1):
+            sums = {name: moments.merge_moments(sums[name], _measured(name, batch[name], position, count)) for name in sums}
+            before, position = position, _position(sums)
+            progress.advance(position - before)
+            if writes and (done % every == 0 or position == count):
+                moments.save_moments(path, sums)
+            if position == count:
+                return sums
     raise UserError(f"only {position} images of {count}: give the protocol's images, or another --config.evaluate.protocol")
 
 

@@ -21,6 +21,7 @@ from proreflow_jax.run.check_config import check_export
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime.processes import first, first_says, host_arrays
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import atomic, paths, sealed
 from proreflow_jax.storage.gcs import WRITING
 
@@ -46,6 +47,10 @@ def export_stage(
     if first_says(lambda: not overwrite and _holds(target, card)):
         log.info("%s: is there", target)
         return
+    size = sum(value.nbytes for value in student.params.values()) / 2**30
+    log.info(
+        "%s: writing the %d-window student, %.2g GiB of UNet in float32, as %s", target, stage.windows, size, export_format.form
+    )
     student = student._replace(params=host_arrays(student.params), factors=host_arrays(student.factors))
     first(lambda: _write(experiment, student, card, target, export_format))
     log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, export_format.form, stage.windows)
@@ -168,7 +173,9 @@ def _single_tensors(
     change = lora_file.delta(student, base.source.tensors("unet"))
     if export_format.form == "delta":
         return _as(change, export_format.dtype), {}
-    factors, report = lora_file.decompose(change, export_format.rank, sorted({*RANKS, export_format.rank}))
+    with Progress("low-rank factors", len(lora_file.changed_layers(change)), "layer") as progress:
+        ranks = sorted({*RANKS, export_format.rank})
+        factors, report = lora_file.decompose(change, export_format.rank, ranks, told=progress.advance)
     for rank, energy, error in report["energies"]:
         mark = " <- written" if rank == export_format.rank else ""
         log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)

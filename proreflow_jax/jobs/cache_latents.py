@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.data import cached, kinds, loader, records
-from proreflow_jax.jobs.write_records import batched, begin_records, publish_records, write_records
+from proreflow_jax.jobs.write_records import batched, begin_records, publish_records, records_there, write_records
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.pairs import text_context
@@ -21,8 +21,10 @@ from proreflow_jax.run.check_config import check_data_resolution
 from proreflow_jax.run.dataset import made_by, open_source
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_experiment
+from proreflow_jax.run.outlook import compiling
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import paths
 from proreflow_jax.storage.gcs import LOCK
 
@@ -42,7 +44,10 @@ def cache(config: ConfigDict, out: str) -> None:
         missing = begin_records(folder, plan, OUT)
         if missing:
             log.info("%d of %d shards are to be made", len(missing), records.shard_count(plan))
-            write_records(folder, plan, missing, partial(_rows, experiment, source, make_encode(experiment)), unit="image")
+            compiling("the encoder", experiment.networks.vae)
+            with Progress("cache", plan["examples"], "image", records_there(plan, missing)) as progress:
+                rows = partial(_rows, experiment, source, make_encode(experiment), progress=progress)
+                write_records(folder, plan, missing, rows)
         else:
             first(lambda: publish_records(folder, plan))
     log.info("%d examples: --config.data.kind=%s --config.data.path=%s", len(source), kinds.CACHED, folder)
@@ -103,7 +108,11 @@ def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict
 
 
 def _rows(
-    experiment: Experiment, source: loader.Source, encode: Callable[..., dict[str, jax.Array]], numbers: range
+    experiment: Experiment,
+    source: loader.Source,
+    encode: Callable[..., dict[str, jax.Array]],
+    numbers: range,
+    progress: Progress,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The records of some examples of the source, in order. Raises FloatingPointError for one that its dtype does not hold."""
     c, base = experiment.config, experiment.base
@@ -115,7 +124,7 @@ def _rows(
         return {"image": images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}
 
     index = iter(numbers)
-    for batch, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers):
+    for batch, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers, progress):
         for i in range(count):
             row = {name: values[i] for name, values in batch.items()}
             number = next(index)

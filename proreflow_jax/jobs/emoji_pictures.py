@@ -26,6 +26,7 @@ from proreflow_jax.run.stages import EVALUATION_KEY
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.metrics import check_finite_rows
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import atomic, paths
 from proreflow_jax.storage.atomic import json_digest
 from proreflow_jax.storage.paths import Location
@@ -136,6 +137,7 @@ def measure_pictures(
     start = lambda first: draw(weights, row, _batch(experiment, prompts, first, batch), seed)
     few = row._replace(steps=max(row.flow.windows, 1))
     jax.block_until_ready(draw(weights, few, _batch(experiment, prompts, position, batch), seed))  # compiles
+    progress = Progress(said, count, "picture", position)
     for done, first in enumerate(range(position, count, batch), 1):
         began = time.monotonic()
         latents, images = (np.asarray(part)[: count - first] for part in jax.block_until_ready(start(first)))
@@ -147,6 +149,8 @@ def measure_pictures(
             atomic.write_json(folder / f"{stem}.json", about)
             with atomic.drafted(path) as draft:
                 weight_files.save_tensors(draft, arrays | {"pictures": arrays["pictures"].astype(np.float16)})  # exact to 2,048
+        progress.advance(len(images))
+    progress.close()
     return arrays
 
 

@@ -11,27 +11,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proreflow_jax.data import loader, records
-from proreflow_jax.jobs.write_records import batched, begin_records, write_records
+from proreflow_jax.jobs.write_records import batched, begin_records, records_there, write_records
 from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow import pairs
 from proreflow_jax.run.dataset import encodes, open_source, read_captions, read_rows
 from proreflow_jax.run.experiment import PLANNED, Experiment, frozen_arrays, handed_on, load_weights, stage_plan
+from proreflow_jax.run.outlook import PAIRS, Outlook, compiling
 from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import first
+from proreflow_jax.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
-def make_stage_pairs(experiment: Experiment, stage: Stage) -> None:
-    """Makes what is missing of a stage's pairs. The caller holds the stage's lock."""
+def make_stage_pairs(experiment: Experiment, stage: Stage, outlook: Outlook) -> None:
+    """Makes what is missing of a stage's pairs. The caller holds the stage's lock; `outlook` counts the pairs."""
     config, folder = experiment.config, stage.folder / "pairs"
     plan = stage_plan(experiment, stage, handed_on(experiment, stage.maker), PLANNED)
     missing = begin_records(folder, plan)
     if not missing:
         first(lambda: records.publish(folder, plan))
         log.info("stage %d: %d pair records are there", stage.windows, config.pairs.examples)
+        outlook.finished(PAIRS, stage.windows)
         return
 
     teacher = load_weights(experiment, stage.maker)
@@ -43,8 +46,10 @@ def make_stage_pairs(experiment: Experiment, stage: Stage) -> None:
     if stage.maker:
         experiment.unet.free()  # `frozen` holds what is needed
     jitted = jit_pairs(stage._replace(teacher=teacher.flow), experiment.networks, experiment.mesh)
-    rows = partial(_rows, experiment, source, partial(jitted, frozen))
-    write_records(folder, plan, missing, rows, unit="pair")
+    with outlook.part(PAIRS, stage.windows, records_there(plan, missing)) as progress:
+        compiling("the teacher's steps", experiment.networks.unet)
+        rows = partial(_rows, experiment, source, partial(jitted, frozen), progress=progress)
+        write_records(folder, plan, missing, rows, outlook.keep)
 
 
 def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh) -> Any:
@@ -58,11 +63,13 @@ def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh) -> Any:
     return jax.jit(make, in_shardings=(None, batches), out_shardings=whole)
 
 
-def _rows(experiment: Experiment, source: loader.Source, compute: Any, numbers: range) -> Iterator[dict[str, np.ndarray]]:
+def _rows(
+    experiment: Experiment, source: loader.Source, compute: Any, numbers: range, progress: Progress
+) -> Iterator[dict[str, np.ndarray]]:
     """The records of some examples, in order. Raises FloatingPointError for one whose states are no finite numbers."""
     config, index = experiment.config, iter(numbers)
     read = partial(read_rows, config, experiment.base.tokenizer, source)
-    for batch, count in batched(experiment.mesh, config.pairs.batch, read, compute, numbers):
+    for batch, count in batched(experiment.mesh, config.pairs.batch, read, compute, numbers, progress):
         with np.errstate(over="ignore"):
             stored = batch["states"].astype(jnp.dtype(config.pairs.storage))
         for i in range(count):

@@ -24,6 +24,7 @@ from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import job_lock
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import atomic, paths, sealed
 
 log = logging.getLogger(__name__)
@@ -234,17 +235,20 @@ def _fit(
     jitted = jax.jit(step, in_shardings=(places, None, batches, None), out_shardings=(places, None), donate_argnums=0)
     with Checkpoints(folder, every=config.checkpoint_every) as checkpoints:
         if checkpoints.latest() is None:
-            start, state = 0, jax.jit(fresh, out_shardings=places)(*([] if begin is None else [begin]))
+            meta, start, state = {}, 0, jax.jit(fresh, out_shardings=places)(*([] if begin is None else [begin]))
         else:
-            start, state, _ = checkpoints.restore(None, _target(shapes, places))
+            start, state, meta = checkpoints.restore(None, _target(shapes, places))
         if start >= c.steps:
             return state
         log.info("%s: %d of %d steps", folder, start, c.steps)
         with (
             loader.Loader(rows, c.batch, config.seed, start_step=start) as source,
-            Metrics(folder, start, c.steps, tensorboard=False) as metrics,
+            Metrics(folder, start, tensorboard=False) as metrics,
+            Progress(folder.name, c.steps, "step", start) as progress,
         ):
             placed = ((at, mesh.put_batch(machine, batch, c.batch)) for at, batch in source)
             advance = lambda state, batch: jitted(state, None, batch, key)
+            onlookers = loop.Onlookers(stepped=lambda done, values: progress.advance(1, f"loss {values['loss']:.4g}"))
             kw = dict(total=c.steps, metrics=metrics, checkpoints=checkpoints, log_every=config.log_every)
+            kw |= dict(sums=meta.get(loop.SUMS), onlookers=onlookers)
             return loop.run_loop(advance, state, placed, meta=lambda done: {"position": done * c.batch}, **kw)

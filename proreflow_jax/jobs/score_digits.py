@@ -22,10 +22,12 @@ from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.outlook import compiling
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import first, host_arrays
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
@@ -133,8 +135,11 @@ def measure_rows(experiment: Experiment, rows: list[TableRow]) -> tuple[list[dic
     noise = jax.random.normal(run_key(experiment.config, EVALUATION_KEY, 0), (e.examples, *experiment.base.latent_shape))
     judge, draw = make_digits_judge(experiment.config.data.resolution), make_draw(experiment)
     results, pictures, reference, teacher = [], [], None, {}
+    compiling("a sampler for each student", experiment.networks.unet)
+    progress = Progress("evaluate", e.examples * sum(row.steps for row in rows), "forward")
     for row in rows:
-        latents, images, seconds = _timed(draw, row, noise, ids, e.batch)
+        told = lambda pictures, steps=row.steps: progress.advance(steps * pictures)
+        latents, images, seconds = _timed(draw, row, noise, ids, e.batch, told)
         reference = latents if reference is None else reference
         numbers = scores(judge, latents, images, reference, labels)
         if row.weights.flow.windows == 0:
@@ -150,6 +155,7 @@ def measure_rows(experiment: Experiment, rows: list[TableRow]) -> tuple[list[dic
         log.info(
             "%s, %d steps: distance %.4f, Frechet distance %.2f", row.method, row.steps, numbers["distance"], numbers["frechet"]
         )
+    progress.close()
     return results, pictures
 
 
@@ -227,18 +233,31 @@ def make_draw(experiment: Experiment) -> Draw:
 
 
 def sample_rows(
-    draw: Draw, params: Any, flow: Parameterization, noise: jax.Array, ids: np.ndarray, *, steps: int, batch: int
+    draw: Draw,
+    params: Any,
+    flow: Parameterization,
+    noise: jax.Array,
+    ids: np.ndarray,
+    *,
+    steps: int,
+    batch: int,
+    told: Callable[[int], None] = lambda pictures: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, images) of every row of `noise` and `ids`, `batch` at once, on the host."""
-    rows = [slice(i, i + batch) for i in range(0, len(noise), batch)]
-    parts = [host_arrays(draw(params, flow, noise[part], ids[part], steps)) for part in rows]
+    """(latents, images) of every row of `noise` and `ids`, `batch` at once, on the host. told: called with a batch's count."""
+    parts = []
+    for i in range(0, len(noise), batch):
+        part = slice(i, i + batch)
+        parts.append(host_arrays(draw(params, flow, noise[part], ids[part], steps)))
+        told(len(parts[-1][0]))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def _timed(draw: Draw, row: TableRow, noise: jax.Array, ids: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _timed(
+    draw: Draw, row: TableRow, noise: jax.Array, ids: np.ndarray, batch: int, told: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Latents, images, and seconds an image after a first call that compiles."""
     params, flow = row.weights.params, row.weights.flow
     jax.block_until_ready(draw(params, flow, noise[:batch], ids[:batch], max(flow.windows, 1)))
     began = time.monotonic()
-    latents, images = sample_rows(draw, params, flow, noise, ids, steps=row.steps, batch=batch)
+    latents, images = sample_rows(draw, params, flow, noise, ids, steps=row.steps, batch=batch, told=told)
     return latents, images, (time.monotonic() - began) / len(noise)

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import loader, record_plan, records
+from proreflow_jax.jobs.onlookers import axis, make_onlookers, tracked
+from proreflow_jax.jobs.stage_pictures import StagePictures
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import loop, pairs
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
@@ -33,6 +35,7 @@ from proreflow_jax.run.experiment import (
     load_weights,
     stage_plan,
 )
+from proreflow_jax.run.outlook import TRAIN, Outlook, compiling
 from proreflow_jax.run.stages import TRAIN_KEY, Done, Stage, read_done, run_key, write_done
 from proreflow_jax.runtime import mesh, stopping
 from proreflow_jax.runtime.checkpoint import Checkpoints, Restored, digest, fold
@@ -45,26 +48,28 @@ log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
 
 
-def train_stage(experiment: Experiment, stage: Stage) -> None:
-    """Trains what is missing of a stage. The caller holds the stage's lock."""
+def train_stage(experiment: Experiment, stage: Stage, outlook: Outlook) -> None:
+    """Trains what is missing of a stage. The caller holds the stage's lock; `outlook` counts the steps."""
     config, target = experiment.config, experiment.layout.target
     plan = stage_plan(experiment, stage, handed_on(experiment, stage.parent), TRAINED)
     first(lambda: record_plan.fix_plan(stage.folder, plan))
     if _is_finished(experiment, stage, plan["parent"]):
         log.info("stage %d: done", stage.windows)
+        outlook.finished(TRAIN, stage.windows)
         return
     parent, source = load_weights(experiment, stage.parent), _source(experiment, stage)
     if stage.parent is None:
         _identity(experiment, stage, parent)
     with Checkpoints(stage.folder / "checkpoints", config.checkpoint.keep, config.checkpoint.every) as checkpoints:
-        start, state = 0, None
+        start, state, meta = 0, None, {}
         if checkpoints.latest() is not None:
-            start, state, _ = _of_this_stage(checkpoints.restore(None, target), experiment, stage, parent.digest)
+            start, state, meta = _of_this_stage(checkpoints.restore(None, target), experiment, stage, parent.digest)
         elif first_says(stage.done.is_file):
             raise UserError(
                 f"{checkpoints.folder} holds no step, though {stage.done} says that the stage is done: bring the last step "
                 "back from a copy; with the record moved aside the same command trains the stage from step 0"
             )
+        pictures = StagePictures(experiment, stage)
         if start < config.train.steps:
             if stage.parent is None and start == 0 and (line := few_starts(config)):
                 log.warning("%s", line)
@@ -75,9 +80,14 @@ def train_stage(experiment: Experiment, stage: Stage) -> None:
             del parent
             experiment.unet.free()  # state and step have copies of what they need
             state = train_state.stacked(experiment.layout, state)
-            trained = _advance(experiment, stage, step, state, checkpoints, source=source, start=start, parent=lineage)
+            begun = Begun(start, meta.get(loop.SUMS, {}), lineage)
+            trained = _advance(
+                experiment, stage, step, state, checkpoints, source=source, begun=begun, views=(outlook, pictures)
+            )
         else:
             lineage, trained = parent.digest, averaged(state)
+            if pictures.missing(start):
+                pictures.draw(start, trained)
         weights = fold(digest(trained))
         del state, trained
         checkpoints.finish(config.train.steps, target)
@@ -152,6 +162,14 @@ def make_train_step(experiment: Experiment, stage: Stage, parent: Weights) -> Ca
     return lambda state, batch: jitted(state, stacked, batch, stage.train_key)
 
 
+class Begun(NamedTuple):
+    """Where a stage goes on."""
+
+    start: int  # steps done
+    sums: dict[str, Any]  # of the line of metrics that is under way there
+    parent: str  # digest of the weights that the stage started from
+
+
 def _advance(
     experiment: Experiment,
     stage: Stage,
@@ -160,25 +178,31 @@ def _advance(
     checkpoints: Checkpoints,
     *,
     source: loader.Source,
-    start: int,
-    parent: str,
+    begun: Begun,
+    views: tuple[Outlook, StagePictures],
 ) -> Params:
-    """Runs the loop from `start` to the end of the stage: a stacked state -> the weights to hand on, by torch names."""
-    config = experiment.config
+    """Runs the loop from where the stage stands to its end: a stacked state -> the weights to hand on, by torch names."""
+    config, start, (outlook, pictures) = experiment.config, begun.start, views
 
     def meta(done: int) -> dict[str, Any]:
-        position, lineage = done * config.train.batch, {"parent": parent, "windows": stage.windows}
+        position, lineage = done * config.train.batch, {"parent": begun.parent, "windows": stage.windows}
         return {"seed": config.seed, "position": position, "lineage": lineage, "guidance": guidance_contract(config)}
 
     unstacked = partial(train_state.unstacked, experiment.layout)
     with (
-        Metrics(stage.folder, start, config.train.steps) as metrics,
+        tracked(experiment) as tracker,
+        Metrics(stage.folder, start, tracker=tracker, **axis(experiment, stage)) as metrics,
         batches_from(experiment, stage, source, start) as batches,
         Trace(stage.folder / "profile", config.profile.steps) as trace,
+        outlook.part(TRAIN, stage.windows, start) as progress,
     ):
+        onlookers = make_onlookers(experiment, metrics, progress, outlook, pictures)
+        onlookers.pictured(start, state)
+        compiling("the train step", experiment.networks.unet)
+        progress.restart()
         state = loop.run_loop(
             step, state, batches, total=config.train.steps, metrics=metrics, checkpoints=checkpoints,
-            log_every=config.train.log_every, meta=meta, trace=trace, let_go=unstacked,
+            log_every=config.train.log_every, meta=meta, trace=trace, let_go=unstacked, sums=begun.sums, onlookers=onlookers,
         )  # fmt: skip
     return unstacked(averaged(state))
 

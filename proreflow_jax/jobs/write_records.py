@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from proreflow_jax import RunFailed
 from proreflow_jax.data import loader, records
 from proreflow_jax.runtime import mesh, stopping
 from proreflow_jax.runtime.processes import broadcast, first, host_arrays, leads
+from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage.paths import Location
 
 Rows = Mapping[str, np.ndarray]  # of a batch, by field
@@ -38,23 +38,29 @@ def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.
 
 
 def write_records(
-    folder: Location, plan: dict[str, Any], missing: list[int], rows: Callable[[range], Iterator[Rows]], unit: str
+    folder: Location,
+    plan: dict[str, Any],
+    missing: list[int],
+    rows: Callable[[range], Iterator[Rows]],
+    kept: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes the missing shards and publishes the whole; the records of some numbers are `rows(numbers)`, one by one."""
-    with tqdm(total=sum(len(records.shard_range(plan, shard)) for shard in missing), unit=unit, disable=None) as bar:
+    """Writes the missing shards and publishes the whole; the records of some numbers are `rows(numbers)`, one by one.
 
-        def counted(numbers: range) -> Iterator[Rows]:
-            for row in rows(numbers):
-                yield row
-                bar.update()
-
-        for shard in missing:
-            shard_rows = counted(records.shard_range(plan, shard))
-            if leads():
-                records.write_shard(folder, plan, shard, shard_rows)
-            else:  # all processes compute the rows, one writes them
-                deque(shard_rows, maxlen=0)
+    kept: called after each shard.
+    """
+    for shard in missing:
+        shard_rows = rows(records.shard_range(plan, shard))
+        if leads():
+            records.write_shard(folder, plan, shard, shard_rows)
+        else:  # all processes compute the rows, one writes them
+            deque(shard_rows, maxlen=0)
+        kept()
     first(lambda: publish_records(folder, plan))
+
+
+def records_there(plan: dict[str, Any], missing: list[int]) -> int:
+    """Records in the shards that are not missing."""
+    return plan["examples"] - sum(len(records.shard_range(plan, shard)) for shard in missing)
 
 
 def publish_records(folder: Location, plan: dict[str, Any]) -> None:
@@ -69,10 +75,12 @@ def batched(
     read: Callable[[np.ndarray], Rows],
     compute: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
     numbers: range,
+    progress: Progress,
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """(what is computed of a batch, how many of its rows count), in order. Every batch has one shape; the last is filled up.
 
     read: numbers, which may lie behind the last -> this process's rows of a batch; in a thread. compute: on the devices.
+    progress: counts the rows.
     """
     own = mesh.own_rows(machine, size)
     begins = range(numbers.start, numbers.stop, size)
@@ -80,4 +88,6 @@ def batched(
         for begin, rows in zip(begins, batches, strict=True):
             stopping.stop_if_asked()
             stopping.alive()
-            yield host_arrays(compute(mesh.put_batch(machine, rows, size))), min(size, numbers.stop - begin)
+            arrays, count = host_arrays(compute(mesh.put_batch(machine, rows, size))), min(size, numbers.stop - begin)
+            progress.advance(count)
+            yield arrays, count

@@ -8,7 +8,7 @@ into one of the same kernel with r outputs (down) and a 1x1 one (up). Everything
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,10 +82,15 @@ def _matrix(tensor: np.ndarray) -> np.ndarray:
     return np.asarray(tensor, np.float64).reshape(tensor.shape[0], -1)
 
 
+def changed_layers(delta: Tensors) -> list[str]:
+    """The names of the linear and convolution weights that changed, which a LoRA carries."""
+    return sorted(n for n, v in delta.items() if n.endswith(".weight") and v.ndim in (2, 4) and np.any(v))
+
+
 def _layers(delta: Tensors) -> Iterator[tuple[str, np.ndarray]]:
     """Linear and convolution weights that changed, by name. Raises ValueError if none did or one is not finite."""
     _refuse("a delta of these has no LoRA", {"not finite": [n for n, v in delta.items() if not np.isfinite(v).all()]})
-    changed = sorted(n for n, v in delta.items() if n.endswith(".weight") and v.ndim in (2, 4) and np.any(v))
+    changed = changed_layers(delta)
     if not changed:
         raise UserError("student and base have the same linear and convolution weights: there is no LoRA between them")
     yield from ((name, delta[name]) for name in changed)
@@ -112,13 +117,16 @@ def _kept(spectra: Collection[np.ndarray], rank: int) -> float:
     return min(float(sum(s[:rank].sum() for s in spectra) / sum(s.sum() for s in spectra)), 1.0)
 
 
-def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dict[str, Factors], dict[str, Any]]:
+def decompose(
+    delta: Tensors, rank: int, ranks: Sequence[int] = (), told: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Factors], dict[str, Any]]:
     """The best LoRA of a delta, and a report of the share that it keeps.
 
     Args:
       delta: {torch name: (out, in) or (out, in, kh, kw) array}; other tensors (biases, norms) cannot be carried.
       rank: of every layer, capped at the layer's full rank min(out, in*kh*kw).
       ranks: other ranks to report energy and error for.
+      told: called after each layer.
 
     Returns:
       factors: by the name of the weight, float32, with alpha = the layer's rank; none for weights that did not change.
@@ -142,6 +150,7 @@ def decompose(delta: Tensors, rank: int, ranks: Sequence[int] = ()) -> tuple[dic
             np.ascontiguousarray(part.reshape(shape), np.float32) for part, shape in zip((up, down), shapes, strict=True)
         )
         factors[name] = Factors(up, down, float(r))
+        told()
     return factors, _report(delta, factors, spectra, (rank, *ranks))
 
 

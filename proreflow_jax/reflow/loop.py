@@ -1,9 +1,9 @@
 """batch -> step -> metrics -> checkpoint. The device never waits for the host: step n is read after n + 1 is sent."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import OFF, Metrics, Trace, check_finite
 
 COUNT = "count"
+SUMS = "sums"  # beside the state of a step between two lines: what the next line's means are made of
 WHOLE, INPUT, DEVICE = "seconds", "wait_input", "wait_device"  # of a step, on this host; no two runs agree in them
 
 
@@ -30,6 +31,40 @@ def host_metrics(numbers: PyTree) -> dict[str, float]:
         if name != COUNT:
             flat |= {f"window/{k}/{name}": float(sums[k] / counts[k]) for k in np.flatnonzero(counts)}
     return flat
+
+
+class Means:
+    """Means of the numbers of the steps since the last line; of a window over its examples.
+
+    Between two lines `stored` goes with the checkpoint, so a run that goes on from there writes the line of one never stopped.
+    """
+
+    def __init__(self, stored: Mapping[str, Any] | None = None) -> None:
+        stored = stored or {}
+        self._steps: int = stored.get("steps", 0)
+        self._sums: dict[str, float] = dict(stored.get("numbers", {}))
+        self._windows: dict[str, list[float]] = {name: list(values) for name, values in stored.get("windows", {}).items()}
+
+    def add(self, numbers: PyTree) -> None:
+        """The numbers of one step, on the host, as `host_metrics` takes them."""
+        self._steps += 1
+        for name, value in numbers.items():
+            if name != "window":
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        for name, sums in numbers.get("window", {}).items():
+            before = self._windows.get(name, [0.0] * len(sums))
+            self._windows[name] = [old + float(new) for old, new in zip(before, sums, strict=True)]
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON; {} right after a line."""
+        return {"steps": self._steps, "numbers": self._sums, "windows": self._windows} if self._steps else {}
+
+    def take(self) -> dict[str, float]:
+        """The means, and begins anew."""
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        windows = {name: np.array(sums) for name, sums in self._windows.items()}
+        self.__init__()
+        return means | host_metrics({"window": windows} if windows else {})
 
 
 class Waits:
@@ -68,6 +103,46 @@ class Waits:
         return means
 
 
+class Onlookers(NamedTuple):
+    """Who looks on while a loop runs, and changes none of its numbers."""
+
+    beside: Callable[[int], Mapping[str, float]] = lambda done: {}  # steps done -> other numbers of a line
+    stepped: Callable[[int, Mapping[str, float]], None] = lambda done, values: None  # a step that the device has done
+    pictured: Callable[[int, Any], None] = lambda done, state: None  # the state of a planned save, before the save
+    saved: Callable[[int], None] = lambda done: None  # a save is on its way
+
+
+ALONE = Onlookers()
+
+
+class _Books:
+    """What is written of the steps that are done: lines of metrics, checkpoints."""
+
+    def __init__(
+        self, metrics: Metrics, checkpoints: Checkpoints, onlookers: Onlookers, sums: Mapping[str, Any] | None
+    ) -> None:
+        self._metrics, self._checkpoints, self._onlookers = metrics, checkpoints, onlookers
+        self.waits, self._means = Waits(), Means(sums)
+
+    def settle(self, done: int, numbers: PyTree, line: bool) -> None:
+        """Reads a step's numbers, which waits for the device; raises FloatingPointError for one that is none."""
+        with self.waits.on(DEVICE):
+            numbers = dict(jax.device_get(numbers))
+            values = host_metrics(numbers)
+        check_finite(done, values)
+        self._means.add(numbers)
+        self._onlookers.stepped(done, values)
+        if line:
+            self._metrics.write(done, self._means.take() | self._onlookers.beside(done) | self.waits.means())
+
+    def save(self, done: int, state: Any, meta: dict[str, Any]) -> None:
+        """Saves the state of a settled step."""
+        self._metrics.publish()  # first: a run that goes on from this step has the lines up to it
+        rest = self._means.stored()
+        self._checkpoints.save(done, state, meta | ({SUMS: rest} if rest else {}))
+        self._onlookers.saved(done)
+
+
 def run_loop(
     step: Callable[[Any, Any], tuple[Any, PyTree]],
     state: Any,
@@ -80,6 +155,8 @@ def run_loop(
     meta: Callable[[int], dict[str, Any]],
     trace: Trace = OFF,
     let_go: Callable[[Any], Any] = lambda state: state,
+    sums: Mapping[str, Any] | None = None,
+    onlookers: Onlookers = ALONE,
 ) -> Any:
     """Trains until `total` steps are done and saved.
 
@@ -90,35 +167,32 @@ def run_loop(
       total, log_every: steps of the whole run, between lines of metrics.jsonl; every step is checked for non-finite numbers.
       meta: steps done -> what is stored beside the state of that step.
       trace, let_go: records chosen steps; the state -> as it is saved.
+      sums: what a checkpoint's meta has under SUMS, of the step that the first batch follows.
+      onlookers: whoever looks on.
 
     Returns the last state. Raises FloatingPointError naming step and window, and as `stopping.stop` once a save is committed.
     """
-    waits = Waits()
-
-    def settle(done: int, numbers: PyTree) -> None:
-        with waits.on(DEVICE):
-            values = host_metrics(numbers)
-        check_finite(done, values)
-        if done % log_every == 0 or done == total:
-            metrics.write(done, values | waits.means())
-
+    books = _Books(metrics, checkpoints, onlookers, sums)
+    line = lambda done: done % log_every == 0 or done == total
     pending = None
     with stopping.saving():
-        for position, batch in waits.over(batches):
+        for position, batch in books.waits.over(batches):
             done = position + 1
             with trace.step(done):
                 state, numbers = step(state, batch)
             stopping.stepped()
             trace.sent(done, numbers)
             if pending is not None:
-                settle(*pending)
-            pending = (done, numbers)
+                books.settle(*pending)
+            pending = (done, numbers, line(done))
             requested = stopping.requested()
-            if requested or checkpoints.due(done) or done == total:
-                settle(*pending)
+            planned = checkpoints.due(done) or done == total
+            if planned or requested:
+                books.settle(*pending)
                 pending = None
-                metrics.publish()  # first: a run that goes on from this step has the lines up to it
-                checkpoints.save(done, let_go(state), meta(done))
+                if planned and not requested:  # whoever asked to stop waits for the save alone
+                    onlookers.pictured(done, state)
+                books.save(done, let_go(state), meta(done))
             checkpoints.check()
             if requested and done < total:
                 checkpoints.wait()

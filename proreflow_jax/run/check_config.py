@@ -42,6 +42,8 @@ ROWS = 2**16  # of a batch; more would only fill the memory
 ELSEWHERE = None  # checked by a rule of its own, whose line says more
 RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole dotted name, range); of tuples: of each number
     (r"stages|export\.stages|profile\.steps|mesh\..*", ELSEWHERE),
+    (r"samples\.(steps|teacher_steps)", (0, 1000)),
+    (r"samples\.count", (1, 256)),
     (r"seed|(evaluate|reproduce)\.seeds", (0, LARGEST)),
     (r"(.*\.)?batch|train\.accumulation", (1, ROWS)),
     (r"pairs\.(steps|substeps)|(evaluate|reproduce)\.(\w+_)?steps|evaluate\.study\.(perturbed_)?steps", (1, 1000)),
@@ -88,6 +90,7 @@ def check_config(config: ConfigDict, machine: Mesh) -> None:
         raise UserError(f"--config.train.ema={config.train.ema} must be in [0, 1), 0 turns it off")
     check_prediction(config.student.prediction, config.student.path)
     metrics.check_traced_steps(config.profile.steps)
+    _check_texts("samples.prompts", config.samples.prompts)
     _check_table("mesh.rules", config.mesh.rules, tuple(RULES))
     _check_table("optimizer.decay_rules", config.optimizer.decay_rules, (True, False))
     train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
@@ -181,6 +184,11 @@ def _check_counts(field: str, values: Any) -> None:
         raise UserError(f"--config.{field}={values!r} must be whole numbers, for example --config.{field}='(4, 2)'")
 
 
+def _check_texts(field: str, values: Any) -> None:
+    if not isinstance(values, tuple) or any(not isinstance(value, str) for value in values):
+        raise UserError(f"""--config.{field}={values!r} must be texts, for example --config.{field}="('a cat', 'a dog')\"""")
+
+
 def _check_table(field: str, rows: Any, known: Sequence[Any]) -> None:
     """An ordered (regex, value) table whose values are among the known."""
     for row in rows:
@@ -226,6 +234,15 @@ def has_field(config: ConfigDict, field: str) -> bool:
             return False
         config = config[name]
     return True
+
+
+def flat(config: ConfigDict, block: str = "") -> dict[str, Any]:
+    """{dotted name: value} of every field."""
+    fields = {}
+    for name, value in config.items():
+        dotted = f"{block}.{name}" if block else name
+        fields |= flat(value, dotted) if isinstance(value, ConfigDict) else {dotted: value}
+    return fields
 
 
 def field_value(config: ConfigDict, field: str) -> Any:

@@ -24,8 +24,9 @@ from ml_collections import ConfigDict, config_flags
 from proreflow_jax import MissingFile, RunFailed, UserError
 from proreflow_jax.run.check_config import check_range, check_ranges
 from proreflow_jax.runtime import processes, stopping
-from proreflow_jax.runtime.mesh import initialize_distributed, keep_programs
+from proreflow_jax.runtime.mesh import initialize_distributed
 from proreflow_jax.runtime.processes import FAILED, INTERRUPTED, USER_ERROR, check_alone, leads
+from proreflow_jax.runtime.programs import keep_programs
 from proreflow_jax.storage import gcs
 
 MOST_HOST_DEVICES = 8

@@ -17,7 +17,7 @@ from proreflow_jax.pretrained import lora_factors
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.pairs import Frozen, Networks
-from proreflow_jax.reflow.train_step import averaged
+from proreflow_jax.reflow.train_step import TrainState, averaged
 from proreflow_jax.run import dataset
 from proreflow_jax.run.stages import DONE, Done, Stage, read_done, seed_key
 from proreflow_jax.run.train_state import StateLayout, whole_weights
@@ -126,13 +126,38 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     return Weights(params, done.flow, done.digest, trained)
 
 
+def newest_weights(experiment: Experiment, stage: Stage) -> tuple[Weights, int]:
+    """The student of a stage as far as it is trained, and its steps: as `load_weights` if it is finished, else the newest step.
+
+    Raises MissingFile if there is no step, UserError if none is good or another stage or run has saved it.
+    """
+    if first_reads(stage.done.is_file):
+        return load_weights(experiment, stage), read_done(stage).step
+    layout = experiment.layout
+    try:
+        with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
+            restored = checkpoints.restore(None, _weights_alone(layout), part=True)
+    except MissingFile:
+        job = f"distill, or train --stage={stage.windows}"
+        raise MissingFile(f"{stage.folder} holds no student yet, neither {DONE} nor a checkpoint: run {job}") from None
+    if restored.meta["lineage"]["windows"] != stage.windows:
+        raise UserError(f"{stage.folder / 'checkpoints'} holds another stage's steps: put this stage's own back")
+    trained = averaged(restored.state)
+    whole = jax.jit(partial(whole_weights, layout))(trained, experiment.unet.params()) if layout.scale else trained
+    return Weights(whole, stage.student, fold(digest(trained)), trained if layout.scale else {}), restored.step
+
+
+def _weights_alone(layout: StateLayout) -> TrainState:
+    """The target of a restore that reads no more than what is handed on."""
+    return layout.target._replace(opt_state=(), **({"params": {}} if layout.average else {}))
+
+
 def finished_weights(experiment: Experiment, stage: Stage, done: Done) -> Params:
     """What a finished stage trained (the average where there is one), compared with its record.
 
     Raises Damaged or MissingFile if the step is damaged or gone, UserError if its weights are another run's.
     """
-    layout = experiment.layout
-    weights = layout.target._replace(opt_state=(), **({"params": {}} if layout.average else {}))
+    weights = _weights_alone(experiment.layout)
     with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
         trained = averaged(checkpoints.restore(done.step, weights, part=True).state)
     if fold(digest(trained)) != done.digest:

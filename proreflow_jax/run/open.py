@@ -34,17 +34,18 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
 }
 
 
-def open_experiment(config: ConfigDict, base_alone: bool = False) -> Experiment:
+def open_experiment(config: ConfigDict, base_alone: bool = False, checked: Callable[[], None] = lambda: None) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises UserError, one line.
 
-    With base_alone no stage is opened, so a student may be the base model whatever the config's stages are.
+    With base_alone no stage is opened, so a student may be the base model whatever the config's stages are. `checked` is called
+    once the base model is read and fits the config: before anything is compiled.
     """
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
     paths.check_reachable(_checked(config, machine))
     base = load_base_model(config, machine)
     unet = BaseUNet(lambda: read_unet(base, parameter_shardings(config, machine, base.unet.shapes)))
     unet.params()  # a model that does not fit is refused here
-    return _opened(config, machine, base, unet, cache(partial(base_identity, base)), base_alone)
+    return _opened(config, machine, base, unet, cache(partial(base_identity, base)), base_alone=base_alone, checked=checked)
 
 
 def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
@@ -82,7 +83,9 @@ def _opened(
     base: Pipeline,
     unet: BaseUNet,
     identity: Callable[[], dict[str, str]],
+    *,
     base_alone: bool = False,
+    checked: Callable[[], None] = lambda: None,
 ) -> Experiment:
     """All parts as one value. Raises UserError, one line, where config and base model do not fit each other."""
     run = paths.parse_path(config.root) / config.name
@@ -95,6 +98,8 @@ def _opened(
         check_data_resolution(config, base.resolution)
     schedule = from_config(base.scheduler)
     _check_noise_levels(base.source, schedule)
+    layout = state_layout(config, machine, base.networks)
+    checked()
     return Experiment(
         config=config,
         run=run,
@@ -103,7 +108,7 @@ def _opened(
         networks=Networks(base.unet, base.condition, base.vae, schedule, base.scaling),
         flow=flow,
         stages=[] if base_alone else plan_stages(config, run, flow, base.latent_shape),
-        layout=state_layout(config, machine, base.networks),
+        layout=layout,
         mesh=machine,
         identity=identity,
     )

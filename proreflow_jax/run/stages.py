@@ -20,7 +20,7 @@ from proreflow_jax.storage.paths import Location
 from proreflow_jax.storage.sealed import is_sealed, with_seal
 
 DONE = "DONE.json"
-PAIR_KEY, TRAIN_KEY, EVALUATION_KEY = 1, 2, 3  # folded into the run's key, then the stage's windows
+PAIR_KEY, TRAIN_KEY, EVALUATION_KEY, PICTURE_KEY = 1, 2, 3, 4  # folded into the run's key, then the stage's windows
 LARGEST = 2**64 - 1  # that UIs give
 READ_AS = {"prediction": "--config.student.prediction", "windows": "--config.stages", "path": "--config.student.path"}
 

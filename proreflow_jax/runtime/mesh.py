@@ -17,15 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from proreflow_jax import UserError
-from proreflow_jax.storage import gcs, paths
 
 AXES = ("data", "fsdp", "tensor")
-CACHE = "--config.compilation_cache"
 FSDP = "largest dimension over fsdp"  # a rule's value: see `fsdp_spec`
 COLUMN = "outputs over tensor"  # a rule's value: see `split_spec`
 ROW = "inputs over tensor"  # likewise
@@ -261,29 +258,3 @@ def first_match(rules: Sequence[tuple[str, Any]], names: Iterable[str], flag: st
     if lost:
         raise UserError(f"no rule of {flag} matches {', '.join(lost)}: end the table with ('.*', ...)")
     return {name: values[0] for name, values in matches.items()}
-
-
-def keep_programs(folder: str) -> None:
-    """Programs compiled from here on are kept in `folder`, and taken from there; "" leaves all as the environment says.
-
-    Raises ValueError or FileNotFoundError, one line, for a folder that cannot be used.
-    """
-    if not folder:
-        return
-    location = paths.parse_path(folder, CACHE)
-    if isinstance(location, Path):
-        location = _made(location.expanduser().absolute())
-    else:
-        paths.check_reachable(location)
-        gcs.prepare_gcs()
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own part of it writes to disks alone
-    jax.config.update("jax_compilation_cache_dir", str(location))
-    compilation_cache.reset_cache()  # jax opens the folder once
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{CACHE}={folder} must be a folder that can be written to ({error.strerror})") from None
-    return folder

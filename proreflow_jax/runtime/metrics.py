@@ -1,8 +1,8 @@
-"""Metrics of a run: a JSON object per logged step, TensorBoard, a progress bar, the stop at a number that is none, traces.
+"""Metrics of a run: a JSON object per logged step, TensorBoard, the stop at a number that is none, traces.
 
 metrics.jsonl is the record; everything else is a view. After a resume the lines past the restored step are dropped,
-so the file of a killed run equals that of a run never killed. The loop dispatches step n and then hands in the
-numbers of step n - 1: nothing here touches the device.
+so the file of a killed run equals that of a run never killed. A line's numbers are means over the steps since the line before.
+The loop dispatches step n and then hands in the numbers of step n - 1: nothing here touches the device.
 
 An object store cannot append. There the files are written on this machine, and `publish` puts them whole before every
 checkpoint and at the end. A kill loses the lines past the last checkpoint, which the resumed run writes again.
@@ -12,9 +12,7 @@ import json
 import logging
 import math
 import re
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,16 +20,17 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+import numpy as np
+from jaxtyping import UInt8
 
 from proreflow_jax import UserError
+from proreflow_jax.runtime.curves import Curves
+from proreflow_jax.runtime.tracker import NOWHERE, Tracker
 from proreflow_jax.storage.atomic import drafted, path_named
 from proreflow_jax.storage.gcs import ObjectPath
 from proreflow_jax.storage.paths import parse_path as located
 
 log = logging.getLogger(__name__)
-LINE_SECONDS = 30.0  # between plain log lines where there is no terminal
 NAMED = 3  # prompts in an error
 IN_FLOAT32 = "take --config.model.sampling_dtype=float32, or another --config.model.path"
 WINDOW = re.compile(r"(?:^|/)window/(\d+)(?:/|$)")
@@ -42,18 +41,24 @@ STEP = "train"  # name of a step in the trace
 class Metrics:
     """Writes metrics.jsonl (and TensorBoard's files) to `folder`, on process 0 only. Use it as a context manager.
 
-    `start_step`: steps done before this process; `total_steps`: the run's length. `progress`: a bar on stderr if
-    that is a terminal or `bar` asks for it, else a log line every LINE_SECONDS.
+    Args:
+      folder: the stage's.
+      start_step: steps done before this process.
+      tensorboard: whether its files are written.
+      offset: steps of the stages before this one, for the axis that all stages share.
+      about: the config as text, for TensorBoard.
+      tracker: where the numbers and pictures go too.
     """
 
     def __init__(
         self,
         folder: str | Path | ObjectPath,
         start_step: int,
-        total_steps: int,
+        *,
         tensorboard: bool = True,
-        progress: bool = True,
-        bar: bool | None = None,
+        offset: int = 0,
+        about: str = "",
+        tracker: Tracker = NOWHERE,
     ) -> None:
         folder = located(folder)
         self._home = folder if isinstance(folder, ObjectPath) else None
@@ -61,9 +66,8 @@ class Metrics:
         self.path = Path(self._scratch.name if self._scratch else folder) / "metrics.jsonl"
         self._put: dict[Path, int] = {}
         self._active = jax.process_index() == 0
-        self._start, self._total, self._began = start_step, total_steps, time.monotonic()
-        self._lines, self._last_line = progress, self._began
-        self._file = self._writer = self._bar = None
+        self._tracker, self._offset = tracker, offset
+        self._file = self._curves = None
         if not self._active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,16 +76,14 @@ class Metrics:
         keep_until(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
         if tensorboard:
-            self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start_step + 1)
-        if progress and (sys.stderr.isatty() if bar is None else bar):
-            self._bar = tqdm(total=total_steps, initial=start_step, file=sys.stderr, unit="step", dynamic_ncols=True)
+            self._curves = Curves(self.path.parent / "tensorboard", start_step, offset, about)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close all files; their lines stay."""
-        for resource in (self._bar, self._writer, self._file):
+        for resource in (self._curves, self._file):
             if resource is not None:
                 with path_named(self.path):
                     resource.close()
@@ -99,8 +101,8 @@ class Metrics:
     def publish(self) -> None:
         """In an object store, put the files as they are now. Elsewhere do nothing."""
         if self._home and self._active:
-            if self._writer is not None:
-                self._writer.flush()
+            if self._curves is not None:
+                self._curves.flush()
             self._upload()
 
     def _upload(self) -> None:
@@ -119,25 +121,16 @@ class Metrics:
         with path_named(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        if self._writer is not None:
-            for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
-        self._show(step, numbers)
+        if self._curves is not None:
+            self._curves.write(step, numbers)
+        self._tracker.numbers(self._offset + step, numbers)
 
-    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
-        loss = {"loss": f"{numbers['loss']:.4g}"} if "loss" in numbers else {}
-        if self._bar is not None:
-            self._bar.set_postfix(loss, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        if not self._lines or (now - self._last_line < LINE_SECONDS and step < self._total):
-            return
-        self._last_line = now
-        rate = (step - self._start) / max(now - self._began, 1e-9)
-        remaining = (self._total - step) / rate if rate > 0 else math.inf
-        text = "".join(f", {name} {value}" for name, value in loss.items())
-        log.info("step %d of %d%s, %.3g steps/s, %s left", step, self._total, text, rate, _duration(remaining))
+    def picture(self, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Show a picture that was drawn at `step`."""
+        if self._curves is not None:
+            self._curves.picture(step, image)
+        if self._active:
+            self._tracker.picture(self._offset + step, image)
 
 
 def check_finite(step: int, metrics: Mapping[str, float]) -> None:
@@ -181,13 +174,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "unknown time"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def check_traced_steps(steps: Sequence[int]) -> None:

@@ -68,7 +68,7 @@ def check_name(name: str) -> str:
 
 
 log = logging.getLogger(__name__)
-CACHE = "PROREFLOW_CACHE"  # environment variable: the folder for copies
+CACHE = "PROREFLOW_CACHE"  # environment variable: the folder for copies and compiled programs
 STREAMS = 8  # objects read at once
 
 
@@ -84,7 +84,7 @@ def local_copy(location: Location, flag: str = "") -> Path:
     listed = _listed(location, flag)
     facts = [[item.name, item.size, item.generation] for item in listed]
     digest = hashlib.sha256(json.dumps([str(location), facts]).encode()).hexdigest()[:32]
-    place = _cache() / "copies" / digest / location.name
+    place = cache_folder() / "copies" / digest / location.name
     if not _is_whole(place, listed):
         _make(location, listed, place)
     return place
@@ -107,7 +107,8 @@ def _listed(location: ObjectPath, flag: str) -> list[Listed]:
     return objects
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where this user's copies and compiled programs lie: $PROREFLOW_CACHE, or below $XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get(CACHE) or f"{home}/proreflow_jax").expanduser().absolute()
 
@@ -124,7 +125,7 @@ def _make(location: ObjectPath, listed: list[Listed], place: Path) -> None:
     blobs = {_blob(location, item): item for item in listed}
     missing = [blob for blob, item in blobs.items() if not _is_whole(blob, [Listed(name="", size=item.size)])]
     _check_room(location, sum(blobs[blob].size for blob in missing))
-    log.info("copying %d files of %s to %s", len(missing), location, _cache())
+    log.info("copying %d files of %s to %s", len(missing), location, cache_folder())
     with ThreadPoolExecutor(STREAMS) as pool:
         list(pool.map(lambda blob: _fetch(location, blobs[blob], blob), missing))
 
@@ -145,13 +146,13 @@ def _make(location: ObjectPath, listed: list[Listed], place: Path) -> None:
 def _blob(location: ObjectPath, item: Listed) -> Path:
     """The local file of one generation of one object, shared by all copies."""
     name = location / item.name if item.name else location
-    return _cache() / "objects" / hashlib.sha256(f"{name}#{item.generation}".encode()).hexdigest()[:32]
+    return cache_folder() / "objects" / hashlib.sha256(f"{name}#{item.generation}".encode()).hexdigest()[:32]
 
 
 def _check_room(location: ObjectPath, needed: int) -> None:
-    _cache().mkdir(parents=True, exist_ok=True)
-    if needed > (free := shutil.disk_usage(_cache()).free):
-        say = f"{needed / 2**30:.1f} GiB of {location} do not fit in {_cache()}, {free / 2**30:.1f} GiB free"
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(cache_folder()).free):
+        say = f"{needed / 2**30:.1f} GiB of {location} do not fit in {cache_folder()}, {free / 2**30:.1f} GiB free"
         raise UserError(f"{say}: name another folder by the environment variable {CACHE}, or delete old copies")
 
 
