@@ -1,5 +1,6 @@
 """The loop: numbers in order, checkpoints when due, a clean stop at a signal, and nothing bad ever saved."""
 
+import json
 import os
 import signal
 import threading
@@ -205,3 +206,54 @@ def test_host_metrics_are_means_of_the_windows_that_had_examples():
         "window/2/cosine": 0.25,
     }
     assert loop.host_metrics({"loss": jnp.float32(1)}) == {"loss": 1.0}
+
+
+def windowed(state, batch):
+    """A step whose numbers tell steps apart, and whose examples fall into other windows each time."""
+    done = int(state) + 1
+    counts = jnp.array([done % 2, 2.0 * (done % 3)])
+    return state + 1, {"loss": jnp.float32(1 / done), "window": {"loss": counts * done, "count": counts}}
+
+
+class Lines(Recorder):
+    """Writes down whole lines, but for their times, and what goes with a save."""
+
+    def write(self, step, values):
+        times = (loop.WHOLE, loop.INPUT, loop.DEVICE)
+        self.events.append(("line", step, {name: value for name, value in values.items() if name not in times}))
+
+
+def test_a_line_holds_means_over_its_steps_and_of_windows_over_their_examples():
+    lines = Lines(every=100)
+    run(lines, windowed, total=6, log_every=3)
+    (_, first), (_, second) = lines.of("line")
+    assert first["loss"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3) and second["loss"] == pytest.approx(
+        (1 / 4 + 1 / 5 + 1 / 6) / 3
+    )
+    assert first["window/0/loss"] == 2.0 and first["window/1/loss"] == pytest.approx((2 * 1 + 4 * 2) / 6)
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_run_that_goes_on_between_two_lines_writes_the_lines_of_one_that_never_stopped(stop):
+    whole = Lines(every=1)
+    run(whole, windowed, total=9, log_every=4)
+    meta = json.loads(json.dumps(next(meta for step, _, meta in whole.of("save") if step == stop)))  # as a checkpoint keeps it
+    assert (loop.SUMS in meta) == (stop % 4 != 0)
+    again = Lines(every=1)
+    batches = ((i, np.float32(i)) for i in range(stop, 100))
+    options = {"metrics": again, "checkpoints": again, "log_every": 4, "sums": meta.get(loop.SUMS)}
+    loop.run_loop(windowed, jnp.asarray(stop), batches, total=9, meta=lambda done: {}, **options)
+    assert again.of("line") == [line for line in whole.of("line") if line[0] > stop]
+
+
+def test_onlookers_are_told_of_every_step_and_see_the_state_before_its_planned_save():
+    recorder = Recorder(every=3)
+    note = lambda kind: lambda done, *rest: recorder.events.append((kind, done, *map(int, rest)))
+    onlookers = loop.Onlookers(lambda done: {}, lambda done, values: note("stepped")(done), note("pictured"), note("saved"))
+    batches = ((i, np.float32(i)) for i in range(100))
+    options = {"metrics": recorder, "checkpoints": recorder, "log_every": 1, "onlookers": onlookers}
+    loop.run_loop(count, jnp.asarray(0), batches, total=7, meta=lambda done: {}, **options)
+    assert recorder.of("stepped") == [(n,) for n in range(1, 8)]
+    told = [event[:2] for event in recorder.events if event[0] in ("pictured", "save", "saved")]
+    assert told == [(kind, n) for n in (3, 6, 7) for kind in ("pictured", "save", "saved")]
+    assert recorder.of("pictured") == [(n, n) for n in (3, 6, 7)]

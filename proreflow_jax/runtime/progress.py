@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+import jax
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class Progress:
       title: of the job, in front of every line.
       total, done: items of the whole job, and those that earlier starts have done.
       unit: the name of one item, "step".
-      bar: a bar on stderr, or plain lines; None: a bar if that is a terminal.
+      bar: a bar on stderr, or plain lines; None: a bar if that is a terminal, on process 0.
       more: text behind a line, asked for when a line is shown.
       moved: called with this object after every count.
     """
@@ -46,7 +47,7 @@ class Progress:
         self._began = self._last_line = time.monotonic()
         self._first = (done, self._began)  # items and time at which the clock starts
         self._bar = None
-        if sys.stderr.isatty() if bar is None else bar:
+        if sys.stderr.isatty() and jax.process_index() == 0 if bar is None else bar:
             names = {"desc": title, "total": total, "initial": done, "unit": unit}
             self._bar = tqdm(**names, file=sys.stderr, dynamic_ncols=True)
 
