@@ -30,10 +30,10 @@ def test_all_that_a_stage_shows(tmp_path):
     curves.close()
     rows = values(tmp_path)
     steps = {tag: [step for name, step, _ in rows if name == tag] for tag, *_ in rows}
-    assert steps["loss"] == steps["learning_rate"] == steps["loss by window/0"] == steps["cosine by window/3"] == [550, 600]
+    assert steps["loss"] == steps["learning_rate"] == steps["loss_by_window/0"] == steps["cosine_by_window/3"] == [550, 600]
     assert steps[SAMPLES] == [600] and len(steps["custom_scalars__config__"]) == 1
     (layout,) = [value.tensor.string_val[0] for tag, _, value in rows if tag.startswith("custom_scalars")]
-    assert b"loss by window/.*" in layout and b"cosine by window/.*" in layout
+    assert b"loss_by_window/.*" in layout and b"cosine_by_window/.*" in layout
     (text,) = [value.tensor.string_val[0].decode() for tag, _, value in rows if tag.startswith("config")]
     assert "| train.steps | `500` |" in text and "| name | `'x'` |" in text
 
@@ -46,6 +46,6 @@ def test_a_stage_that_goes_on_drops_what_it_repeats_on_the_axis_of_the_run(tmp_p
 def test_windows_of_a_number_stand_together():
     assert [tag_of(name) for name in ("loss", "window/3/loss", "window/12/cosine")] == [
         "loss",
-        "loss by window/3",
-        "cosine by window/12",
+        "loss_by_window/3",
+        "cosine_by_window/12",
     ]

@@ -1,6 +1,6 @@
 """A run's numbers for TensorBoard: all stages on one axis, windows grouped in one chart, the config as text, pictures.
 
-Tags: "loss", "learning_rate", ...; of window k "loss by window/k", so that TensorBoard shows the windows of a number together;
+Tags: "loss", "learning_rate", ...; of window k "loss_by_window/k", so that TensorBoard shows the windows of a number together;
 its page Custom Scalars draws them as one chart each. The axis counts the steps of the whole run: a stage begins where the
 one before ends. A stage is one of TensorBoard's runs, `stage-8/tensorboard`.
 """
@@ -56,9 +56,9 @@ class Curves:
 
 
 def tag_of(name: str) -> str:
-    """The tag of a number of metrics.jsonl: `window/3/loss` is `loss by window/3`."""
+    """The tag of a number of metrics.jsonl: `window/3/loss` is `loss_by_window/3`."""
     match = WINDOW.fullmatch(name)
-    return f"{match[2]} by window/{match[1]}" if match else name
+    return f"{match[2]}_by_window/{match[1]}" if match else name
 
 
 def as_text(fields: Mapping[str, object]) -> str:
