@@ -97,7 +97,7 @@ def _machine() -> dict[str, Any]:
 def _check(rate: float, input: bool, json: str) -> None:
     if rate and not input:
         raise UserError(f"--rate={rate} is what the input is held against: add --input")
-    cli.check_place(json, "--json")
+    cli.make_place(json, "--json")
 
 
 if __name__ == "__main__":

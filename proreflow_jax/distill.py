@@ -5,7 +5,9 @@ Run the same command again to resume, wherever it was stopped.
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,6 +15,7 @@ from proreflow_jax.exports import place, write
 from proreflow_jax.jobs import pairs, train
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import check_export
+from proreflow_jax.run.config_file import CONFIG, read_config
 from proreflow_jax.run.open import check_ready, open_experiment
 from proreflow_jax.run.stages import Stage, find_stage
 from proreflow_jax.runtime.processes import first, job_lock
@@ -23,8 +26,12 @@ from proreflow_jax.storage.paths import Location
 log = logging.getLogger(__name__)
 
 
-def distill(config: ConfigDict) -> None:
-    """Runs the whole chain of a config; what is done already is not done again."""
+def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None = None) -> list[Stage]:
+    """Runs the whole chain of a config; what is done already is not done again. Returns the stages, which `load` takes.
+
+    config, overrides: as `read_config` takes them.
+    """
+    config = read_config(config, overrides)
     experiment = open_experiment(config)
     exported = [find_stage(experiment.stages, count) for count in config.export.stages]
     if exported:
@@ -35,7 +42,7 @@ def distill(config: ConfigDict) -> None:
     check_ready(experiment, experiment.stages)
     began = time.monotonic()
     with job_lock(experiment.run):
-        first(lambda: _keep_config(experiment.run / "config.json", config))
+        first(lambda: _keep_config(experiment.run / CONFIG, config))
         for stage in experiment.stages:
             with job_lock(stage.folder), watching(config.watchdog):
                 if not stage.online:
@@ -44,6 +51,7 @@ def distill(config: ConfigDict) -> None:
         for stage in exported:
             write.export_stage(experiment, stage, _export_folder(experiment.run, stage))
     log.info("%s: all %d stages are done (%.0f s)", experiment.run, len(experiment.stages), time.monotonic() - began)
+    return experiment.stages
 
 
 def _export_folder(run: Location, stage: Stage) -> Location:

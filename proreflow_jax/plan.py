@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def plan(config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
     """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
     place = target(slice, cache, config.mesh.slices)
-    cli.check_place(json, "--json")
+    cli.make_place(json, "--json")
     tpu_compile.prepare_compiler()
     chosen = choose_jobs(config, stage, jobs)
     opened, results = opener(config, place), []

@@ -21,12 +21,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from proreflow_jax import MissingFile, RunFailed, UserError
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.run.check_config import check_range, check_ranges
 from proreflow_jax.runtime import processes, stopping
 from proreflow_jax.runtime.mesh import initialize_distributed, keep_programs
 from proreflow_jax.runtime.processes import FAILED, INTERRUPTED, USER_ERROR, check_alone, leads
-from proreflow_jax.storage import gcs
+from proreflow_jax.storage import gcs, paths
 
 MOST_HOST_DEVICES = 8
 FIELDS = "Every field is explained in the config file, for example --config.train.batch=32 --config.stages='(4, 2)'."
@@ -196,11 +196,10 @@ def choose(value: str, known: Sequence[str], flag: str) -> str:
     return value
 
 
-def check_place(file: str, flag: str) -> None:
-    """Raises MissingFile, one line, if the folder of a file that is to be written is not there; "" is no file."""
-    folder = Path(file).expanduser().parent
-    if file and not folder.is_dir():
-        raise MissingFile(f"{flag}={file}: there is no folder {folder}")
+def make_place(file: str, flag: str) -> None:
+    """Makes the folder of a file that is to be written; "" is no file. Raises UserError, one line, if it can't be made."""
+    if file:
+        paths.make_folder(Path(file).expanduser().parent, f"{flag}={file}")
 
 
 def quiet_libraries() -> None:
