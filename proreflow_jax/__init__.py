@@ -1,6 +1,6 @@
 """Progressive reflow: a Stable Diffusion model that draws in 4 or 2 steps.
 
-For Python: `load`, `distill`, `read_config`, `save_pictures` (docs/python.md). Each brings jax along and is imported on first use.
+For Python: `load`, `distill`, `read_config`, `save_pictures` (docs/python.md). Each brings jax and is imported on first use.
 The rest of this file is what every room may raise.
 """
 

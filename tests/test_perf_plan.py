@@ -412,7 +412,7 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypat
     for wrong, said in {
         "--slice=v5e:5x5": "--slice=v5e:5x5 is not a slice",
         "--stage=3": "--stage=3 is not a stage",
-        "--json=no/such/plan.json": "--json=no/such/plan.json: there is no folder no/such",
+        "--json=/dev/null/plan.json": "--json=/dev/null/plan.json: the folder /dev/null can't be made",
         "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",
     }.items():
         ended = verb.run("plan", *words, wrong)

@@ -158,7 +158,7 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only):
         "--stage=3": "--stage=3 is not a stage",
         "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",
         "--against=torch": "--against='torch' must be one of diffusers",
-        "--json=no/such/bench.json": "--json=no/such/bench.json: there is no folder no/such",
+        "--json=/dev/null/bench.json": "--json=/dev/null/bench.json: the folder /dev/null can't be made",
         "--config.model.path=no/such": "no/such",
     }.items():
         ended = verb.run("bench", *words, wrong)
