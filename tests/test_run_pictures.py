@@ -1,4 +1,4 @@
-"""Pictures that carry their story: what readers of A1111's and ComfyUI's kind find, whatever the prompt is; grids and folders."""
+"""Pictures that carry their story: what readers of A1111's and ComfyUI's kind find in any of them; grids and folders."""
 
 import json
 import re

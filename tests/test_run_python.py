@@ -1,4 +1,4 @@
-"""The package from Python: `load` and the models that it opens, `distill`, `read_config`; the verb `sample` is built on the same."""
+"""The package from Python: `load` and the models that it opens, `distill`, `read_config`; `sample` is built on the same."""
 
 import shutil
 import subprocess
@@ -36,7 +36,8 @@ def test_the_package_brings_jax_when_it_is_used_and_no_sooner():
     code = (
         "import sys, proreflow_jax as p; heavy = {'jax', 'numpy', 'flax', 'PIL', 'ml_collections'}; "
         "assert not heavy & set(sys.modules); assert {'load', 'distill', 'read_config', 'save_pictures'} <= set(dir(p)); "
-        "assert not heavy & set(sys.modules); assert not hasattr(p, 'nothing'); p.save_pictures; assert 'jax' not in sys.modules"
+        "assert not heavy & set(sys.modules); assert not hasattr(p, 'nothing'); p.save_pictures; "
+        "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
@@ -238,9 +239,13 @@ def test_a_config_is_read_by_name_path_word_or_record(tmp_path):
     by_name, by_path = read_config("digits", {"train.batch": 32, "stages": (4, 2)}), read_config(ROOT / "configs" / "digits.py")
     assert (by_name.train.batch, by_name.stages, by_path.train.batch) == (32, (4, 2), 64) and by_name.is_locked
     own = tmp_path / "mine.py"
-    own.write_text(
-        "from configs.digits import get_config as digits\n\ndef get_config(name):\n    c = digits()\n    c.name = name\n    return c\n"
+    lines = (
+        "from configs.digits import get_config as digits",
+        "def get_config(name):",
+        "    c = digits()",
+        "    c.name = name",
     )
+    own.write_text("\n".join([*lines, "    return c", ""]))
     assert read_config(f"{own}:me").name == "me"
     assert read_config(by_path, {"name": "other"}).name == "other" and by_path.name == "digits"
 

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from proreflow_jax import UserError
 from proreflow_jax.data.images import LINE_LIMIT, square
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.flow.solvers import SOLVERS
+from proreflow_jax.models.network import Context, Params
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks, posterior, text_context
@@ -23,6 +24,7 @@ from proreflow_jax.run import pictures
 from proreflow_jax.run.check_config import DTYPES, check_choice, check_range
 from proreflow_jax.run.experiment import Experiment, Weights
 from proreflow_jax.run.stages import LARGEST, seed_key
+from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.metrics import check_finite_rows
 
 BASE_STEPS = 50
@@ -86,6 +88,19 @@ class ImageModel:
         """The model of an opened run."""
         return cls(experiment.base, experiment.networks, weights, name, experiment.config.model.sampling_dtype)
 
+    def with_weights(self, params: Params, flow: Parameterization | None = None, name: str = "own weights") -> "ImageModel":
+        """The same with another UNet's weights, by the same names; flow: how its output is read, None: as this one's."""
+        weights = Weights(params, self.flow if flow is None else flow, fold(digest(params)))
+        return ImageModel(self.base, self.networks, weights, name, self.dtype)
+
+    def context(self, texts: Texts) -> Context:
+        """The UNet's conditioning by prompts, one row a text."""
+        return self._read(self._text, self.base.tokenizer.encode(check_texts(texts, "texts")))
+
+    def decode(self, latents: Latents) -> UInt8[np.ndarray, "b height width 3"]:
+        """Scaled latents -> images."""
+        return np.asarray(self._decode(self._vae, latents))
+
     def __repr__(self) -> str:
         kind = f"student of {self.flow.windows} windows" if self.flow.windows else "diffusion model"
         return f"<{kind} {self.name}, {self.base.resolution} x {self.base.resolution} pixels>"
@@ -135,7 +150,7 @@ class ImageModel:
         latents = self._latents(request, callback)
         if output == "latent":
             return latents
-        arrays = np.asarray(self._decode(self._vae, latents))
+        arrays = self.decode(latents)
         return arrays if output == "array" else self._pictures(request, arrays)
 
     def _latents(self, request: Request, callback: Callable[[Step], Any] | None) -> Latents:
