@@ -63,7 +63,7 @@ def test_every_block_of_the_page_runs(smaller, model):
 
 
 def test_every_cell_of_the_notebook_runs(smaller, model):
-    names = execute([cell.replace('"pairs.examples": 128, "pairs.shard_size": 128, ', "") for cell in cells()], model)
+    names = execute(cells(), model)
     assert names["student"].flow.windows == 4 and (smaller / "runs" / "notebook" / "stage-4" / "DONE.json").is_file()
 
 
