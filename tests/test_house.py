@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "proreflow_jax"
 GROUND = ("flow", "models", "storage")  # these import nothing of ours
 ERRORS = {"UserError", "MissingFile", "RunFailed", "STOPPED"}  # of the package itself: how a job ends; every room may use them
+OWN = {*ERRORS, "__version__"}
 LIBRARY = {*GROUND, "data", "runtime", "pretrained", "reflow", "evaluation"}
 RUN = {*LIBRARY, "run"}
 MAY = {  # room -> rooms of ours that it may import beside itself
@@ -86,7 +87,7 @@ def floors(root: Path, room: str) -> list[str]:
     lines = []
     for _, path, names in (entry for entry in library(root) if entry[0] == room):
         where = str(path.relative_to(root))
-        ours = {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")} - ERRORS
+        ours = {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE}.")} - OWN
         lines += [f"{where} imports {other}" for other in sorted(ours - MAY[room] - {room})]
         lines += [f"{where} imports {PACKAGE} itself" for name in names if name == PACKAGE]
     return lines
