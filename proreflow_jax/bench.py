@@ -17,7 +17,8 @@ def bench(config: ConfigDict, **flags: Any) -> None:
     """The verb: prints each result as soon as it is measured."""
     from proreflow_jax.perf.bench_jobs import bench_jobs
 
-    bench_jobs(config, **flags)
+    for text in bench_jobs(config, **flags):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

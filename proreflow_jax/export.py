@@ -65,7 +65,7 @@ if __name__ == "__main__":
         "dtype": ("float32", "of the tensors written: float32, float16 or bfloat16"),
         "rank": (64, "of the LoRA, capped at each layer's full rank; a student trained as a LoRA keeps its own", (1, 65536)),
         "scheduler": ("stock", "stock: diffusers' DDIM, steps = windows; windowed: ours, copied along, any steps from there"),
-        "check": (False, "also sample it in diffusers from the same noise (pip install 'proreflow_jax[export-check]')"),
+        "check": (False, "also sample it in diffusers from the same noise (the extra `export-check`)"),
         "overwrite": (False, "replace an export that stands there; anything else is never replaced"),
     }
     cli.start(export, __doc__, "digits", options)

@@ -2,8 +2,8 @@
 
     python -m proreflow_jax.plan --config=configs/sd15.py --slice=v5e:4x4 --json=plan.json
 
-Needs the TPU compiler (pip install libtpu==0.0.51, the extra `plan`) and the base model's config.json files. Compiling a real
-model takes minutes a job; results are cached. Exit code 1: a job does not fit.
+Needs the base model's config.json files, and the TPU compiler: pip install libtpu (the extra `plan`). Compiling a real model
+takes minutes a job; results are cached. Exit code 1: a job does not fit.
 """
 
 import logging

@@ -130,7 +130,7 @@ def test_importing_changes_no_logger_no_hook_and_no_filter():
 
 QUIET = """
 import logging, sys
-from proreflow_jax.run.cli import quiet_libraries
+from proreflow_jax.run.process import quiet_libraries
 seen = []
 sys.unraisablehook = lambda unraisable: seen.append(str(unraisable.exc_value))
 quiet_libraries()

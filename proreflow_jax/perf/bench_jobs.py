@@ -1,6 +1,7 @@
 """The jobs of a config, timed on the machine at hand with random weights and data."""
 
 import os
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ def bench_jobs(
     rate: float,
     against: str,
     rows: int,
-) -> None:
-    """Prints each result as soon as it is measured. Raises ValueError for flags that do not fit together.
+) -> Iterator[str]:
+    """Gives each result in words as soon as it is measured. Raises ValueError for flags that do not fit together.
 
     The parameters are the flags of `bench`, which explains them.
     """
@@ -40,18 +41,18 @@ def bench_jobs(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
     chosen = choose_jobs(config, stage, jobs)
     report: dict[str, Any] = {"config": config.name, "machine": _machine()}
-    print(bench_report.bench_header(config.name, report["machine"]), flush=True)
+    yield bench_report.bench_header(config.name, report["machine"])
     if against:
-        report["against"] = _compare(config, rows, steps)
+        report["against"] = yield from _compare(config, rows, steps)
     else:
-        report["jobs"] = _jobs(config, chosen, steps, warmup, input, rate)
+        report["jobs"] = yield from _jobs(config, chosen, steps, warmup, input, rate)
     if json:
         atomic.write_json(json, report)
 
 
 def _jobs(
     config: ConfigDict, chosen: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
-) -> list[dict[str, Any]]:
+) -> Generator[str, None, list[dict[str, Any]]]:
     """The numbers of every job; with --rate only those of its input."""
     experiment, plain = outlines(config, jax.devices())
     results = []
@@ -61,22 +62,22 @@ def _jobs(
             job = jobs(experiment, stage, plain)[name]
             with ticking(f"stage {windows}, {name}: compiling and running"):
                 result = measure.time_job(experiment, job, steps, warmup)
-            print(bench_report.bench_job(result), flush=True)
+            yield bench_report.bench_job(result)
         if input and name in input_rate.JOBS:
             reads = input_rate.rate(experiment, stage, name, steps)
             result["input"] = input_rate.against(reads, rate or result["images_per_second_in_a_row"])
-            print(bench_report.fed(result["input"]), flush=True)
+            yield bench_report.fed(result["input"])
         results.append(result)
     return results
 
 
-def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
+def _compare(config: ConfigDict, rows: int, turns: int) -> Generator[str, None, dict[str, Any]]:
     """The UNet's forward, ours and that of torch."""
     from proreflow_jax.perf import against_diffusers
 
     with ticking("UNet forward, ours and diffusers' in turns"):
         result = against_diffusers.compare(config, rows, turns)
-    print(bench_report.compared(result), flush=True)
+    yield bench_report.compared(result)
     return result
 
 
