@@ -44,7 +44,9 @@ def main() -> None:
             seconds(root, words)  # files are in memory and compiled from here on
         times = [[seconds(root, words) for root in roots] for _ in range(flags.turns)]
         for root, column in zip(roots, zip(*times, strict=True), strict=True):
-            print(f"{name:<18} {statistics.median(column):6.2f}  {min(column):6.2f} .. {max(column):6.2f}  {root}", flush=True)
+            row = f"{name:<18} {statistics.median(column):6.2f}  {min(column):6.2f} .. {max(column):6.2f}  {root}"
+            sys.stdout.write(f"{row}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
