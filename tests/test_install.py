@@ -12,6 +12,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import yaml
 from verb import ROOT
 
 from proreflow_jax import __version__
@@ -66,6 +67,13 @@ def test_the_wheel_says_what_it_is(wheel):
     assert all(
         "==" not in word.partition(";")[0] for word in about.get_all("Requires-Dist") if word.startswith(("torch", "libtpu"))
     )
+
+
+def test_the_pages_about_the_package_name_its_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    assert citation["title"].startswith("ProReflow") and len(citation["authors"]) == 10
 
 
 READ = """
