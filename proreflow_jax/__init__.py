@@ -1,5 +1,7 @@
 """Progressive reflow: a Stable Diffusion model that draws in 4 or 2 steps. Here is only what every room may raise."""
 
+__version__ = "0.1.0"
+
 STOPPED = 75  # exit code (EX_TEMPFAIL) of a verb that was asked to stop and saved: the same command goes on
 
 
