@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from proreflow_jax.distill import distill as distill
-    from proreflow_jax.run.config_file import read_config as read_config
     from proreflow_jax.run.load import load as load
     from proreflow_jax.run.pictures import save_pictures as save_pictures
+    from proreflow_jax.run.read_config import read_config as read_config
+
+__version__ = "0.1.0"
 
 STOPPED = 75  # exit code (EX_TEMPFAIL) of a verb that was asked to stop and saved: the same command goes on
 PUBLIC = {  # name -> its module
     "distill": "distill",
     "load": "run.load",
-    "read_config": "run.config_file",
+    "read_config": "run.read_config",
     "save_pictures": "run.pictures",
 }
 

@@ -1,63 +1,18 @@
 """Draw pictures: prompts -> one PNG, or one file a picture, from a stage's student or from the base model (--stage=0)."""
 
-import logging
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import UserError
-from proreflow_jax.data.prompts import Prompts
-from proreflow_jax.run import cli, pictures
-from proreflow_jax.run.experiment import load_weights
-from proreflow_jax.run.image_model import ImageModel, check_texts, count_steps
-from proreflow_jax.run.open import open_experiment, title
-from proreflow_jax.run.stages import LARGEST, find_stage
-from proreflow_jax.storage import paths
-
-log = logging.getLogger(__name__)
+from proreflow_jax.run import cli
+from proreflow_jax.run.ranges import LARGEST
 
 
-def sample(
-    config: ConfigDict,
-    *,
-    prompt: str,
-    prompts: str,
-    negative: str,
-    stage: int,
-    steps: int,
-    guidance: float,
-    count: int,
-    seed: int,
-    out: str,
-    labels: bool,
-) -> None:
-    """Writes a grid: one row a prompt, `count` seeds in columns. Column j starts from the same noise in every row and call."""
-    experiment = open_experiment(config, base_alone=not stage)
-    chosen = find_stage(experiment.stages, stage) if stage else None
-    texts = _read_texts(prompt, prompts)
-    check_texts(negative, "--negative")
-    _, single = pictures.parse_out(out, "--out")
-    if labels and single:
-        raise UserError(f"--labels is for a grid, --out={out} is a folder of single pictures: name a .png file")
-    count_steps(steps, chosen.student if chosen else experiment.flow)
-    name = f"{config.name}-{chosen.folder.name}" if chosen else title(config, experiment.base.source)
-    draw = ImageModel.of(experiment, load_weights(experiment, chosen), name)
-    images = draw(texts, negative=negative, steps=steps, guidance=guidance, count=count, seed=seed)
-    files = pictures.save_pictures(images, out, columns=count, labels=labels, flag="--out")
-    log.info(
-        "wrote %s: %d prompts x %d seeds, %d steps, guidance %g, %s",
-        files[0] if len(files) == 1 else f"{files[0]} to {files[-1].name}",
-        len(texts), count, count_steps(steps, draw.flow), guidance, config.model.sampling_dtype,
-    )  # fmt: skip
+def sample(config: ConfigDict, **flags: Any) -> None:
+    """The verb: one grid of pictures, or one file a picture."""
+    from proreflow_jax.jobs.draw_pictures import draw_pictures
 
-
-def _read_texts(prompt: str, prompts: str) -> list[str]:
-    """The prompts of the text file, or else the one. Raises UserError, one line."""
-    if prompts:
-        listed = Prompts(paths.local_copy(paths.parse_path(prompts, "--prompts"), "--prompts"), "--prompts")
-        return [listed[i]["caption"] for i in range(len(listed))]
-    if not prompt:
-        raise UserError("--prompt is empty: say what to draw, or name a text file by --prompts")
-    return check_texts(prompt, "--prompt")
+    draw_pictures(config, **flags)
 
 
 if __name__ == "__main__":
@@ -77,4 +32,4 @@ if __name__ == "__main__":
         "out": ("samples.png", "PNG file to write; a folder (its name without an ending): one numbered file a picture"),
         "labels": (False, "prompts beside the grid's rows, seeds above its columns"),
     }
-    cli.start(sample, __doc__, "configs/digits.py", options)
+    cli.start(sample, __doc__, "digits", options)

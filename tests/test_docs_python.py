@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from verb import ROOT, TINY
 
-from proreflow_jax.run import config_file
+from proreflow_jax.run import config_files
 
 pytestmark = pytest.mark.usefixtures("quick")
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 DIGITS = 'Path(proreflow_jax.__file__).parent / "assets" / "digits"'
 OWN = """
 from pathlib import Path
-from configs.digits import get_config as digits
+from configs.whole import get_config as digits
 from proreflow_jax.run.check_config import changed
 
 def get_config():
@@ -40,9 +40,10 @@ def smaller(chain: Path, model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     prompts = Path((chain / "prompts.at").read_text())
     values = {name: read(value) for name, value in TINY.items()} | {"model.path": str(model), "data.path": str(prompts)}
     values |= {"name": "digits", "optimizer.warmup_steps": 1, "train.steps": 2}
-    (tmp_path / "own").mkdir()
+    shutil.copytree(ROOT / "configs", tmp_path / "own")
+    (tmp_path / "own" / "digits.py").rename(tmp_path / "own" / "whole.py")
     (tmp_path / "own" / "digits.py").write_text(OWN.format(values=values))
-    monkeypatch.setattr(config_file, "CONFIGS", tmp_path / "own")
+    monkeypatch.setattr(config_files, "own_folder", lambda: tmp_path / "own")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

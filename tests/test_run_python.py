@@ -19,8 +19,8 @@ from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import posterior, text_context
 from proreflow_jax.run import open as opening
 from proreflow_jax.run import pictures
-from proreflow_jax.run.config_file import read_config
 from proreflow_jax.run.image_model import ImageModel
+from proreflow_jax.run.read_config import read_config
 from proreflow_jax.run.stages import seed_key
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -127,10 +127,10 @@ def test_image_to_image_starts_from_the_image_with_noise(student):
     n, steps = student.networks, []
     latents = student("a three", image=image, strength=0.5, count=2, output="latent", callback=steps.append)
     assert [one.t for one in steps] == [0.25, 0.0]  # two of four steps
-    mean = posterior(n, student.base.params["vae"], np.asarray(image)[None, :, 2:10])[0] * n.scaling
+    mean = posterior(n, student.base.params["vae"], jnp.asarray(image)[None, :, 2:10])[0] * n.scaling
     noise = jax.random.normal(seed_key(0), (2, *student.base.latent_shape))
     state = n.schedule.alpha(0.5) * mean + n.schedule.sigma(0.5) * noise
-    context = text_context(n.condition, student.base.text, np.repeat(student.base.tokenizer.encode(["a three"]), 2, axis=0))
+    context = text_context(n.condition, student.base.text, jnp.repeat(student.base.tokenizer.encode(["a three"]), 2, axis=0))
     words = {"unet": n.unet, "schedule": n.schedule, "flow": student.flow, "steps": 4, "guidance": 1, "skip": 2}
     expected = jax.jit(partial(sampler.sample_latents, **words))(student.params, state, context, context)
     np.testing.assert_allclose(latents, expected, atol=1e-4)
@@ -187,7 +187,7 @@ MISSING = [
     ("runs/tiny/stage-8", {}, UserError, "stage=8 is not a stage"),
     ("runs/tiny/export/stage-4", {"stage": 4}, UserError, "is no run"),
     ("runs/tiny", {"overrides": {"model.way": 1}}, UserError, "model.way"),
-    ("runs/tiny", {"overrides": {"model.path": "no/such"}}, MissingFile, "no/such does not exist"),
+    ("runs/tiny", {"overrides": {"model.path": "./no/such"}}, MissingFile, "no/such does not exist"),
 ]
 
 
@@ -251,7 +251,7 @@ def test_a_config_is_read_by_name_path_word_or_record(tmp_path):
 
 
 NO_CONFIG = [
-    ("digit", {}, MissingFile, "digits"),
+    ("digit", {}, UserError, "digits"),
     ("no/such.py", {}, MissingFile, "no/such.py"),
     ("digits", {"train.bach": 3}, UserError, "train.bach"),
     ("digits", {"train.batch": "many"}, UserError, "train.batch"),

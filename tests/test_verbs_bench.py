@@ -184,4 +184,8 @@ def test_without_torch_the_comparison_names_the_extra(tmp_path, outline_only, mo
     monkeypatch.delitem(sys.modules, "proreflow_jax.perf.against_diffusers", raising=False)
     monkeypatch.delattr("proreflow_jax.perf.against_diffusers", raising=False)
     ended = verb.run("bench", *verb.tiny_flags(tmp_path, outline_only), "--against=diffusers")
-    assert ended.code == 2 and "pip install 'proreflow_jax[export-check]'" in ended.err and ended.err.count("\n") == 1
+    assert (
+        ended.code == 2
+        and "pip install torch diffusers transformers accelerate peft (the extra `export-check`)" in ended.err
+        and ended.err.count("\n") == 1
+    )

@@ -21,9 +21,10 @@ from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks, posterior, text_context
 from proreflow_jax.run import pictures
-from proreflow_jax.run.check_config import DTYPES, check_choice, check_range
+from proreflow_jax.run.check_config import DTYPES, check_choice
 from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.stages import LARGEST, seed_key
+from proreflow_jax.run.ranges import LARGEST, check_range
+from proreflow_jax.run.stages import seed_key
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.metrics import check_finite_rows
 
@@ -178,7 +179,7 @@ class ImageModel:
         several = isinstance(request.image, list | tuple)
         images = list(request.image) if several else [request.image]
         each = _repeats(images, request.texts, request.count, "image")
-        pixels = np.stack([square(_as_image(image), self.base.resolution) for image in images])
+        pixels = jnp.stack([square(_as_image(image), self.base.resolution) for image in images])
         latents = jnp.repeat(self._encode(self._vae, pixels), each, axis=0)
         return jnp.broadcast_to(latents, (len(request.texts) * request.count, *latents.shape[1:]))
 

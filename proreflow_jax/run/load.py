@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.pretrained.sources import INDEX
 from proreflow_jax.run import open
-from proreflow_jax.run.config_file import CONFIG, changed, read_record
 from proreflow_jax.run.experiment import load_weights
 from proreflow_jax.run.image_model import ImageModel
+from proreflow_jax.run.read_config import CONFIG, changed, read_record
 from proreflow_jax.run.stages import Stage, find_stage
 from proreflow_jax.storage import paths
 from proreflow_jax.storage.paths import Location

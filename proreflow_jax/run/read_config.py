@@ -1,21 +1,21 @@
 """Configs for Python: a config file by path or name, or a run's config.json, with overrides; checked as --config is."""
 
 import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import MissingFile, UserError
+from proreflow_jax import UserError
 from proreflow_jax.run.check_config import changed as with_fields
-from proreflow_jax.run.check_config import check_ranges
+from proreflow_jax.run.check_config import has_field
+from proreflow_jax.run.config_files import importable, locate
+from proreflow_jax.run.ranges import check_ranges
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
 CONFIG = "config.json"  # of a run: the config of its first start
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"  # where a config is found by its name
 
 
 def read_config(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -37,6 +37,8 @@ def read_config(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | 
 
 def changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """A copy with other values, locked. Raises UserError, one line, for a field that is not there, or another type."""
+    if unknown := [field for field in overrides if not has_field(config, field)]:
+        raise UserError(f"overrides={dict(overrides)}: the config has no field {unknown[0]}")
     try:
         return with_fields(config, overrides)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -57,18 +59,9 @@ def _tuples(value: Any) -> Any:
 
 def _run_file(name: str) -> ConfigDict:
     """What get_config of a config file returns; the file's own errors are its author's."""
-    path, colon, word = name.rpartition(":")
-    path, word = (path, [word]) if colon and path.endswith(".py") else (name, [])
-    place = Path(path).expanduser() if path.endswith(".py") else CONFIGS / f"{path}.py"
-    if not place.is_file():
-        known = sorted(file.stem for file in CONFIGS.glob("[!_]*.py") if file.stem != "common")
-        raise MissingFile(f"config={name}: there is no {place}: name a config file, or one of {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"proreflow_config_{place.stem}", place)
+    path, _, word = locate(name, "config").partition(":")
+    spec = importlib.util.spec_from_file_location(f"proreflow_config_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    above = str(place.resolve().parent.parent)  # `configs.common` is imported from there
-    sys.path.insert(0, above)
-    try:
+    with importable(Path(path)):
         spec.loader.exec_module(module)
-        return module.get_config(*word)
-    finally:
-        sys.path.remove(above)
+        return module.get_config(*([word] if word else []))
