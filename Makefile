@@ -53,7 +53,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # Two reference implementations of the FID network are read by tests; they ask for torchvision, which they do not need there.
-.venv/%.ok: setup.py | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -e '.[$*]'
+.venv/%.ok: setup.py tests/constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -c tests/constraints.txt -e '.[$*]'
 	$(if $(filter test,$*),$(BIN)/python -m pip install --quiet --no-deps torch-fidelity==0.4.0 pytorch-fid==0.3.0)
 	touch $@

@@ -1,5 +1,7 @@
 """Blocks that several configs share. Configs import nothing of the package."""
 
+from importlib.resources import files
+
 from ml_collections import ConfigDict
 
 # Weight decay by parameter name: the first regex found in a name decides. Norms, biases and embeddings do not decay.
@@ -19,6 +21,11 @@ SHARDING_RULES = (
     (r"ff\.net\.2\.", "row"),
     (r".*", "fsdp"),
 )
+
+
+def asset(name: str) -> str:
+    """The path of what comes with the package, wherever that is installed: assets/<name>."""
+    return str(files("proreflow_jax") / "assets" / name)
 
 
 def optimizer(learning_rate: float, warmup_steps: int, schedule: str = "cosine", beta2: float = 0.99) -> ConfigDict:

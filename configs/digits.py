@@ -7,19 +7,15 @@ Machine: a laptop (2 CPU cores). Time and the expected table: README.md. Every f
 --config.field=value. [paper] marks what the paper states; everything else is this project's choice.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
-
-HERE = Path(__file__).resolve().parent.parent
+from configs.common import asset, optimizer, stable_diffusion
 
 
 def get_config() -> ConfigDict:
     """What was decided for the digits; the rest is common.stable_diffusion's."""
     c = stable_diffusion("digits")
-    c.model.path = str(HERE / "proreflow_jax" / "assets" / "digits")  # diffusers folder, single .safetensors file or hub id
+    c.model.path = asset("digits")  # diffusers folder, single .safetensors file or hub id
     c.model.dtype = "float32"  # of the student's computation; a CPU gains nothing by "bfloat16"
     c.model.teacher_dtype = "float32"  # of the teacher's computation
 

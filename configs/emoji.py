@@ -9,24 +9,19 @@ students too. Stop it and run it again as you like. Machine: 2 CPU cores; the te
 (14 ms each: 3 hours), the guidance rows 164,000.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
-
-HERE = Path(__file__).resolve().parent.parent
-MODEL = HERE / "proreflow_jax" / "assets" / "emoji"
+from configs.common import asset, optimizer, stable_diffusion
 
 
 def get_config() -> ConfigDict:
     """What was decided for the emoji; the rest is common.stable_diffusion's."""
     c = stable_diffusion("emoji")
-    c.model.path = str(MODEL)  # diffusers folder, single .safetensors file or hub id
+    c.model.path = asset("emoji")  # diffusers folder, single .safetensors file or hub id
     c.model.dtype = "float32"  # of the student's computation; a CPU gains nothing by "bfloat16"
     c.model.teacher_dtype = "float32"  # of the teacher's computation
 
-    c.data.path = str(MODEL / "prompts.txt")  # captions of the pictures that the base model's training saw, one a line
+    c.data.path = asset("emoji/prompts.txt")  # captions of the pictures that the base model's training saw, one a line
     c.data.resolution = 64  # pixels a side
     c.data.threads = 2  # that read and decode images, of each process: one a core
 

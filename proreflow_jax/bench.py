@@ -6,104 +6,25 @@ Of the base model only the config.json files are needed: weights and data are ra
 --input also times reading; --against=diffusers times the UNet's forward against torch's instead of the jobs.
 """
 
-import os
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from proreflow_jax import UserError
-from proreflow_jax.perf import bench_report, input_rate, measure
-from proreflow_jax.perf.estimate import outlines, ticking
-from proreflow_jax.perf.jobs import JOBS, choose_jobs, jobs
 from proreflow_jax.run import cli
-from proreflow_jax.run.stages import find_stage
-from proreflow_jax.storage import atomic
-
-RIVALS = ("diffusers",)
 
 
-def bench(
-    config: ConfigDict,
-    *,
-    stage: int,
-    jobs: str,
-    steps: int,
-    warmup: int,
-    json: str,
-    input: bool,
-    rate: float,
-    against: str,
-    rows: int,
-) -> None:
-    """The verb: prints each result as soon as it is measured. Raises ValueError for flags that do not fit together."""
-    _check(rate, input, json)
-    if against:
-        cli.choose(against, RIVALS, "--against")
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
-    chosen = choose_jobs(config, stage, jobs)
-    report: dict[str, Any] = {"config": config.name, "machine": _machine()}
-    print(bench_report.bench_header(config.name, report["machine"]), flush=True)
-    if against:
-        report["against"] = _compare(config, rows, steps)
-    else:
-        report["jobs"] = _jobs(config, chosen, steps, warmup, input, rate)
-    if json:
-        atomic.write_json(json, report)
+def bench(config: ConfigDict, **flags: Any) -> None:
+    """The verb: prints each result as soon as it is measured."""
+    from proreflow_jax.perf.bench_jobs import bench_jobs
 
-
-def _jobs(
-    config: ConfigDict, chosen: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
-) -> list[dict[str, Any]]:
-    """The numbers of every job; with --rate only those of its input."""
-    experiment, plain = outlines(config, jax.devices())
-    results = []
-    for windows, name in chosen:
-        stage, result = find_stage(experiment.stages, windows), {"stage": windows, "job": name}
-        if not rate:
-            job = jobs(experiment, stage, plain)[name]
-            with ticking(f"stage {windows}, {name}: compiling and running"):
-                result = measure.time_job(experiment, job, steps, warmup)
-            print(bench_report.bench_job(result), flush=True)
-        if input and name in input_rate.JOBS:
-            reads = input_rate.rate(experiment, stage, name, steps)
-            result["input"] = input_rate.against(reads, rate or result["images_per_second_in_a_row"])
-            print(bench_report.fed(result["input"]), flush=True)
-        results.append(result)
-    return results
-
-
-def _compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
-    """The UNet's forward, ours and that of torch."""
-    from proreflow_jax.perf import against_diffusers
-
-    with ticking("UNet forward, ours and diffusers' in turns"):
-        result = against_diffusers.compare(config, rows, turns)
-    print(bench_report.compared(result), flush=True)
-    return result
-
-
-def _machine() -> dict[str, Any]:
-    devices = jax.devices()
-    return {
-        "platform": devices[0].platform,
-        "kind": devices[0].device_kind,
-        "devices": len(devices),
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-    }
-
-
-def _check(rate: float, input: bool, json: str) -> None:
-    if rate and not input:
-        raise UserError(f"--rate={rate} is what the input is held against: add --input")
-    cli.check_place(json, "--json")
+    for text in bench_jobs(config, **flags):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
     options = {
         "stage": (0, "windows of the one stage to run; 0: all stages", (0, 1000)),
-        "jobs": (",".join(JOBS), "which jobs to run, by commas"),
+        "jobs": ("pairs,train,sample", "which jobs to run, by commas"),
         "steps": (10, "calls that are timed alone, and again in a row; turns of --against", (1, 1_000_000)),
         "warmup": (1, "calls before them, after a first one that is never counted", (0, 1_000_000)),
         "json": ("", "file to write every number to"),
@@ -112,4 +33,4 @@ if __name__ == "__main__":
         "against": ("", "diffusers: the UNet's forward beside torch's, instead of the jobs"),
         "rows": (1, "images at once of --against", (1, 65536)),
     }
-    cli.start(bench, __doc__, "configs/digits.py", options)
+    cli.start(bench, __doc__, "digits", options)

@@ -2,19 +2,20 @@
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.evaluation.protocols import DIGITS, EMOJI
-from proreflow_jax.jobs.score_coco import score_coco
-from proreflow_jax.jobs.score_digits import check_digits, score_digits
-from proreflow_jax.jobs.score_emoji import check_emoji, score_emoji
-from proreflow_jax.jobs.score_plan import check_scores
-from proreflow_jax.jobs.study_flow import NUMBERS, check_study, study_flow
 from proreflow_jax.run import cli
-from proreflow_jax.run.open import open_experiment
-from proreflow_jax.runtime.processes import leads
 
 
 def evaluate(config: ConfigDict, study: bool) -> None:
     """The verb: the table of the digits or the emoji, or FID and CLIP score; with `study` also study.json and its pictures."""
+    from proreflow_jax.evaluation.protocols import DIGITS, EMOJI
+    from proreflow_jax.jobs.score_coco import score_coco
+    from proreflow_jax.jobs.score_digits import check_digits, score_digits
+    from proreflow_jax.jobs.score_emoji import check_emoji, score_emoji
+    from proreflow_jax.jobs.score_plan import check_scores
+    from proreflow_jax.jobs.study_flow import NUMBERS, check_study, study_flow
+    from proreflow_jax.run.open import open_experiment
+    from proreflow_jax.runtime.processes import leads
+
     protocol = config.evaluate.protocol
     if protocol in EMOJI:
         check_emoji(config)
@@ -41,4 +42,4 @@ def evaluate(config: ConfigDict, study: bool) -> None:
 
 if __name__ == "__main__":
     options = {"study": (False, "also measure how the flows bend and what perturbed steps cost (about 5 minutes on 2 cores)")}
-    cli.start(evaluate, __doc__, "configs/digits.py", options, pod=True)
+    cli.start(evaluate, __doc__, "digits", options, pod=True)

@@ -10,15 +10,7 @@ Each is a folder with reflow.json and README.md (base, stages, digest, settings)
 
 from ml_collections import ConfigDict
 
-from proreflow_jax import UserError
-from proreflow_jax.exports.card import CARD, PAGE
-from proreflow_jax.exports.formats import FILES, SCHEDULERS, Format
-from proreflow_jax.exports.place import OUT, check_out
-from proreflow_jax.exports.write import check_copies, export_stage
 from proreflow_jax.run import cli
-from proreflow_jax.run.check_config import STORAGE
-from proreflow_jax.run.open import open_experiment
-from proreflow_jax.run.stages import find_stage
 from proreflow_jax.storage import paths
 
 
@@ -36,7 +28,14 @@ def export(
     overwrite: bool,
 ) -> None:
     """The verb: one stage to a folder."""
-    export_format = _format(form, for_, dtype, rank, scheduler)
+    from proreflow_jax.exports.card import CARD, PAGE
+    from proreflow_jax.exports.formats import choose_format
+    from proreflow_jax.exports.place import OUT, check_out
+    from proreflow_jax.exports.write import check_copies, export_stage
+    from proreflow_jax.run.open import open_experiment
+    from proreflow_jax.run.stages import find_stage
+
+    export_format = choose_format(form, for_, dtype, rank, scheduler)
     if out:
         check_out(config, paths.parse_path(out, OUT))
     experiment = open_experiment(config)
@@ -57,21 +56,6 @@ def export(
                 (target / name).upload(copy / name)
 
 
-def _format(form: str, reader: str, dtype: str, rank: int, scheduler: str) -> Format:
-    """The flags, checked. Raises ValueError, one line."""
-    cli.choose(form, ("diffusers", *FILES), "--form")
-    cli.choose(dtype, STORAGE, "--dtype")
-    cli.choose(scheduler, SCHEDULERS, "--scheduler")
-    cli.choose(reader, ("", "diffusers"), "--for")
-    if reader and form != "lora":
-        raise UserError(f"--for={reader} chooses the names in a LoRA file: say --form=lora, or leave it out")
-    if rank < 1:
-        raise UserError(f"--rank={rank} must be at least 1")
-    if scheduler == "windowed" and form != "diffusers":
-        raise UserError(f"--scheduler=windowed travels in a diffusers folder, not in --form={form}: leave one of them out")
-    return Format(form, dtype, rank, scheduler, reader or Format().names)
-
-
 if __name__ == "__main__":
     options = {
         "stage": (2, "windows of the stage to export", (1, 1000)),
@@ -81,7 +65,7 @@ if __name__ == "__main__":
         "dtype": ("float32", "of the tensors written: float32, float16 or bfloat16"),
         "rank": (64, "of the LoRA, capped at each layer's full rank; a student trained as a LoRA keeps its own", (1, 65536)),
         "scheduler": ("stock", "stock: diffusers' DDIM, steps = windows; windowed: ours, copied along, any steps from there"),
-        "check": (False, "also sample it in diffusers from the same noise (pip install 'proreflow_jax[export-check]')"),
+        "check": (False, "also sample it in diffusers from the same noise (the extra `export-check`)"),
         "overwrite": (False, "replace an export that stands there; anything else is never replaced"),
     }
-    cli.start(export, __doc__, "configs/digits.py", options)
+    cli.start(export, __doc__, "digits", options)

@@ -8,7 +8,6 @@ import logging
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.data import emoji, emoji_packages
 from proreflow_jax.run import cli
 from proreflow_jax.storage import paths
 
@@ -17,6 +16,8 @@ log = logging.getLogger(__name__)
 
 def make_emoji(config: ConfigDict, cache: str) -> None:
     """Writes the dataset to config.data.path. Raises UserError if it is there already."""
+    from proreflow_jax.data import emoji, emoji_packages
+
     folder = paths.parse_local(config.data.path, "--config.data.path")
     for path in emoji.paths(folder, config.data.resolution):
         if path.exists():
@@ -26,4 +27,4 @@ def make_emoji(config: ConfigDict, cache: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(make_emoji, __doc__, "configs/emoji_base.py", {"cache": ("runs/data/npm", "folder for the fetched packages")})
+    cli.start(make_emoji, __doc__, "emoji_base", {"cache": ("runs/data/npm", "folder for the fetched packages")})

@@ -6,17 +6,18 @@ Run the same command again to resume; at most one shard is made twice.
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.jobs.pairs import make_stage_pairs
 from proreflow_jax.run import cli
-from proreflow_jax.run.open import check_ready, open_experiment
-from proreflow_jax.run.outlook import PAIRS, Outlook
-from proreflow_jax.run.stages import find_stage
-from proreflow_jax.runtime.processes import job_lock
-from proreflow_jax.runtime.stopping import watching
 
 
 def make_pairs(config: ConfigDict, stage: int) -> None:
     """The verb: all records of one stage, published when the last one is there."""
+    from proreflow_jax.jobs.pairs import make_stage_pairs
+    from proreflow_jax.run.open import check_ready, open_experiment
+    from proreflow_jax.run.outlook import PAIRS, Outlook
+    from proreflow_jax.run.stages import find_stage
+    from proreflow_jax.runtime.processes import job_lock
+    from proreflow_jax.runtime.stopping import watching
+
     outlook = Outlook(config, [PAIRS], [stage])
     experiment = open_experiment(config, checked=outlook.begin)
     outlook.weigh(experiment.stages)
@@ -30,4 +31,4 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
 
 if __name__ == "__main__":
     options = {"stage": (8, "windows of the stage whose pairs are made", (1, 1000))}
-    cli.start(make_pairs, __doc__, "configs/digits.py", options, pod=True)
+    cli.start(make_pairs, __doc__, "digits", options, pod=True)

@@ -10,9 +10,6 @@ import math
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.exports.formats import FILES
-from proreflow_jax.exports.place import OUT, check_out
-from proreflow_jax.exports.write_merge import write_merge
 from proreflow_jax.run import cli
 from proreflow_jax.storage import paths, sealed
 
@@ -21,6 +18,10 @@ log = logging.getLogger(__name__)
 
 def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: bool) -> None:
     """The verb. Raises ValueError or FileNotFoundError, one line, if the two are not of the same network or schedule."""
+    from proreflow_jax.exports.formats import FILES
+    from proreflow_jax.exports.place import OUT, check_out
+    from proreflow_jax.exports.write_merge import write_merge
+
     if not delta or not out:
         raise UserError("--delta (a folder that export --form=delta wrote) and --out (the folder to write) must both be given")
     if not math.isfinite(scale):
@@ -42,4 +43,4 @@ if __name__ == "__main__":
         "scale": (1.0, "factor of the delta", (-100, 100)),
         "overwrite": (False, "replace an export that stands there; anything else is never replaced"),
     }
-    cli.start(merge, __doc__, "configs/digits.py", options)
+    cli.start(merge, __doc__, "finetune", options)

@@ -2,8 +2,8 @@
 
     python -m proreflow_jax.plan --config=configs/sd15.py --slice=v5e:4x4 --json=plan.json
 
-Needs the TPU compiler (pip install libtpu==0.0.51, the extra `plan`) and the base model's config.json files. Compiling a real
-model takes minutes a job; results are cached. Exit code 1: a job does not fit.
+Needs the base model's config.json files, and the TPU compiler: pip install libtpu (the extra `plan`). Compiling a real model
+takes minutes a job; results are cached. Exit code 1: a job does not fit.
 """
 
 import logging
@@ -11,10 +11,6 @@ import logging
 from ml_collections import ConfigDict
 
 from proreflow_jax import RunFailed
-from proreflow_jax.perf import plan_report, tpu_compile
-from proreflow_jax.perf.estimate import estimate, opener, target
-from proreflow_jax.perf.jobs import JOBS, choose_jobs
-from proreflow_jax.perf.search import SEARCHED, TRIES, find_change, find_largest
 from proreflow_jax.run import cli
 from proreflow_jax.storage import atomic
 
@@ -23,8 +19,13 @@ log = logging.getLogger(__name__)
 
 def plan(config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
     """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
+    from proreflow_jax.perf import plan_report, tpu_compile
+    from proreflow_jax.perf.estimate import estimate, opener, target
+    from proreflow_jax.perf.jobs import choose_jobs
+    from proreflow_jax.perf.search import SEARCHED, TRIES, find_change, find_largest
+
     place = target(slice, cache, config.mesh.slices)
-    cli.check_place(json, "--json")
+    cli.make_place(json, "--json")
     tpu_compile.prepare_compiler()
     chosen = choose_jobs(config, stage, jobs)
     opened, results = opener(config, place), []
@@ -53,9 +54,9 @@ if __name__ == "__main__":
     options = {
         "slice": ("v5e:4x4", "TPU slice, chip and topology"),
         "stage": (0, "windows of the one stage to plan; 0: all stages", (0, 1000)),
-        "jobs": (",".join(JOBS), "which jobs to compile, by commas"),
+        "jobs": ("pairs,train,sample", "which jobs to compile, by commas"),
         "search": (False, "look for the largest batch on a chip that fits, and try more changes where something does not"),
         "json": ("", "file to write every number to"),
         "cache": ("~/.cache/proreflow_jax/plan", "folder where results are kept; empty: nowhere"),
     }
-    cli.start(plan, __doc__, "configs/digits.py", options)
+    cli.start(plan, __doc__, "digits", options)

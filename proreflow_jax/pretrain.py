@@ -4,12 +4,21 @@ The result is a diffusers folder. Run the same command again to resume. With --s
 are written, also while the training is under way.
 """
 
-from proreflow_jax.jobs.pretrain import pretrain
+from ml_collections import ConfigDict
+
 from proreflow_jax.run import cli
+
+
+def pretrain(config: ConfigDict, out: str, snapshot: bool) -> None:
+    """The verb: a diffusers folder."""
+    from proreflow_jax.jobs import pretrain as job
+
+    job.pretrain(config, out, snapshot)
+
 
 if __name__ == "__main__":
     options = {
         "out": ("", "diffusers folder to write; must not exist"),
         "snapshot": (False, "write what is trained by now and end; also beside a training that is under way"),
     }
-    cli.start(pretrain, __doc__, "configs/digits_base.py", options)
+    cli.start(pretrain, __doc__, "digits_base", options)

@@ -9,22 +9,22 @@ import logging
 from ml_collections import ConfigDict
 
 from proreflow_jax import RunFailed, UserError
-from proreflow_jax.reproduction import report
-from proreflow_jax.reproduction.cells import check_grid, make_cells, spawn, work
-from proreflow_jax.reproduction.digits import DIGITS
-from proreflow_jax.reproduction.lab import LAB
 from proreflow_jax.run import cli
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
-TESTBEDS = {"digits": DIGITS, "mixture": LAB}  # by --config.data.kind
 
 
 def reproduce(config: ConfigDict, workers: int) -> None:
     """The verb: makes the cells that are missing and writes table.md, table.json and the figures into the run's folder."""
+    from proreflow_jax.reproduction import report
+    from proreflow_jax.reproduction.cells import check_grid, make_cells, spawn, work
+    from proreflow_jax.reproduction.digits import DIGITS
+    from proreflow_jax.reproduction.lab import LAB
+
     if "reproduce" not in config:
-        raise UserError("the config has no block `reproduce`: take --config=configs/reproduce.py, or :quick or :lab behind it")
-    testbed = TESTBEDS.get(config.data.kind, DIGITS)  # which refuses other kinds
+        raise UserError("the config has no block `reproduce`: take --config=reproduce, or reproduce:quick or reproduce:lab")
+    testbed = {"digits": DIGITS, "mixture": LAB}.get(config.data.kind, DIGITS)  # which refuses other kinds
     experiment = testbed.open(config)
     check_grid(experiment, testbed, workers)
     cells = make_cells(experiment)
@@ -46,4 +46,4 @@ def reproduce(config: ConfigDict, workers: int) -> None:
 
 if __name__ == "__main__":
     options = {"workers": (1, "processes that share the cells, each on its share of the cores", (1, 1024))}
-    cli.start(reproduce, __doc__, "configs/reproduce.py", options)
+    cli.start(reproduce, __doc__, "reproduce", options)

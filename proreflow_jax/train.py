@@ -6,18 +6,19 @@ Needs the stage's pairs (make_pairs) unless --config.pairs.mode=online. Run the 
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile
-from proreflow_jax.data import records
-from proreflow_jax.jobs.train import train_stage
 from proreflow_jax.run import cli
-from proreflow_jax.run.open import check_ready, open_experiment
-from proreflow_jax.run.outlook import TRAIN, Outlook
-from proreflow_jax.run.stages import find_stage
-from proreflow_jax.runtime.processes import job_lock
-from proreflow_jax.runtime.stopping import watching
 
 
 def train(config: ConfigDict, stage: int) -> None:
     """The verb: one stage to its end, DONE.json included."""
+    from proreflow_jax.data import records
+    from proreflow_jax.jobs.train import train_stage
+    from proreflow_jax.run.open import check_ready, open_experiment
+    from proreflow_jax.run.outlook import TRAIN, Outlook
+    from proreflow_jax.run.stages import find_stage
+    from proreflow_jax.runtime.processes import job_lock
+    from proreflow_jax.runtime.stopping import watching
+
     outlook = Outlook(config, [TRAIN], [stage])
     experiment = open_experiment(config, checked=outlook.begin)
     outlook.weigh(experiment.stages)
@@ -30,4 +31,4 @@ def train(config: ConfigDict, stage: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(train, __doc__, "configs/digits.py", {"stage": (8, "windows of the stage to train", (1, 1000))}, pod=True)
+    cli.start(train, __doc__, "digits", {"stage": (8, "windows of the stage to train", (1, 1000))}, pod=True)

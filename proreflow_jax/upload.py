@@ -8,7 +8,6 @@ It is private unless --public is said. The token is huggingface_hub's own: HF_TO
 import logging
 
 from proreflow_jax import UserError
-from proreflow_jax.pretrained import hub
 from proreflow_jax.run import cli
 from proreflow_jax.storage import paths, sealed
 
@@ -17,6 +16,8 @@ log = logging.getLogger(__name__)
 
 def upload(folder: str, repo: str, public: bool) -> None:
     """The verb: what will go and how large it is, then one commit. Raises ValueError or FileNotFoundError, one line."""
+    from proreflow_jax.pretrained import hub
+
     if not folder or not repo:
         raise UserError("--folder (that export wrote) and --repo (owner/name on the hub) must both be given")
     source = paths.local_copy(paths.parse_path(folder, "--folder"), "--folder")

@@ -78,7 +78,7 @@ def running(**arguments: object) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-def usage(pid: int) -> dict[str, int]:
+def usage(pid: int | str) -> dict[str, int]:
     """Of a process: resident memory of its own in KiB, open descriptors, threads."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     descriptors = len(os.listdir(f"/proc/{pid}/fd"))

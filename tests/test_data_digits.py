@@ -154,4 +154,4 @@ def test_without_sklearn_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError) as error:
         digits.load_digits(8)
-    assert "pip install 'proreflow_jax[demo]'" in str(error.value) and "\n" not in str(error.value)
+    assert "pip install scikit-learn (the extra `demo`)" in str(error.value) and "\n" not in str(error.value)

@@ -242,5 +242,5 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path, monkeypatch):
     fields = LAYOUTS["parquet"](tmp_path, originals())
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match=r"pip install 'proreflow_jax\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"pip install pyarrow \(the extra `parquet`\)"):
         kinds.open_data(block(tmp_path, **fields))

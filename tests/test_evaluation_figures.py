@@ -105,7 +105,7 @@ def test_colour_and_marker_together_tell_series_apart():
 
 def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'proreflow_jax\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install matplotlib \(the extra `demo`\)"):
         figures.lines(tmp_path / "l.png", LINES, "x", "y")
     assert not (tmp_path / "l.png").exists()
 

@@ -412,14 +412,14 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypat
     for wrong, said in {
         "--slice=v5e:5x5": "--slice=v5e:5x5 is not a slice",
         "--stage=3": "--stage=3 is not a stage",
-        "--json=no/such/plan.json": "--json=no/such/plan.json: there is no folder no/such",
+        "--json=/dev/null/plan.json": "--json=/dev/null/plan.json: the folder /dev/null can't be made",
         "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",
     }.items():
         ended = verb.run("plan", *words, wrong)
         assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install libtpu==0.0.51"):
+    with pytest.raises(ValueError, match=r"pip install libtpu"):
         tpu_compile.prepare_compiler()
 
 

@@ -14,7 +14,7 @@ from verb import CONFIG, ROOT
 
 from proreflow_jax import STOPPED, MissingFile, RunFailed, UserError
 from proreflow_jax.pretrained import hub
-from proreflow_jax.run import cli
+from proreflow_jax.run import cli, process
 
 
 def end(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: str) -> tuple:
@@ -25,7 +25,7 @@ def end(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setattr(sys, "argv", ["job.py", *words])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(cli, "_prepare", lambda *_: None)
+    monkeypatch.setattr(process, "_prepare", lambda *_: None)
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
     with pytest.raises(SystemExit) as ended:
         cli.start(job, "A job.", str(CONFIG))
@@ -94,7 +94,7 @@ def test_a_stopped_verb_and_an_interrupted_one_have_codes_of_their_own(monkeypat
 
 PROGRAM = """
 import sys
-from proreflow_jax.run import cli
+from proreflow_jax.run import cli, process
 def job(config):
     import jax.numpy as jnp
     jnp.broadcast_to(jnp.ones(3), (2,))
@@ -130,7 +130,7 @@ def test_importing_changes_no_logger_no_hook_and_no_filter():
 
 QUIET = """
 import logging, sys
-from proreflow_jax.run.cli import quiet_libraries
+from proreflow_jax.run.process import quiet_libraries
 seen = []
 sys.unraisablehook = lambda unraisable: seen.append(str(unraisable.exc_value))
 quiet_libraries()

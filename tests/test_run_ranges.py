@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from test_configs import flat
 
 from proreflow_jax import UserError
-from proreflow_jax.run.check_config import ELSEWHERE, RANGES, check_range, check_ranges, field_range
+from proreflow_jax.run.ranges import ELSEWHERE, RANGES, check_range, check_ranges, field_range
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))

@@ -167,7 +167,7 @@ def test_without_a_network_one_line_says_so_soon(store, monkeypatch):
 def test_a_missing_package_is_named(store, monkeypatch):
     gcs.client.cache_clear()
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ValueError, match=r"gcsfs, which is not installed: pip install 'proreflow_jax\[gcs\]'"):
+    with pytest.raises(ValueError, match=r"gcsfs, which is not installed: pip install gcsfs .*\(the extra `gcs`\)"):
         paths.check_reachable(paths.parse_path("gs://bucket/runs"))
 
 

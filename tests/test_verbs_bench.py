@@ -158,7 +158,7 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only):
         "--stage=3": "--stage=3 is not a stage",
         "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",
         "--against=torch": "--against='torch' must be one of diffusers",
-        "--json=no/such/bench.json": "--json=no/such/bench.json: there is no folder no/such",
+        "--json=/dev/null/bench.json": "--json=/dev/null/bench.json: the folder /dev/null can't be made",
         "--config.model.path=no/such": "no/such",
     }.items():
         ended = verb.run("bench", *words, wrong)
@@ -184,4 +184,8 @@ def test_without_torch_the_comparison_names_the_extra(tmp_path, outline_only, mo
     monkeypatch.delitem(sys.modules, "proreflow_jax.perf.against_diffusers", raising=False)
     monkeypatch.delattr("proreflow_jax.perf.against_diffusers", raising=False)
     ended = verb.run("bench", *verb.tiny_flags(tmp_path, outline_only), "--against=diffusers")
-    assert ended.code == 2 and "pip install 'proreflow_jax[export-check]'" in ended.err and ended.err.count("\n") == 1
+    assert (
+        ended.code == 2
+        and "pip install torch diffusers transformers accelerate peft (the extra `export-check`)" in ended.err
+        and ended.err.count("\n") == 1
+    )

@@ -18,7 +18,8 @@ from proreflow_jax.storage.atomic import read_json
 STEPS = {"train__steps": 24, "checkpoint__every": 8, "train__log_every": 8}
 PATIENCE = 900  # seconds, for machines that do other things too
 SHARD, SAVING = "stage-4/pairs/pairs-00000-*.array_record", "stage-4/checkpoints/8*"  # appear in the run's folder
-BETWEEN, LATER, EXPORTING = "stage-4/DONE.json", "stage-2/checkpoints/16*", "export/.tmp.*"
+MIDDLE, BETWEEN = "stage-4/checkpoints/16*", "stage-4/DONE.json"  # each new: what is there already strikes at once
+LATER, EXPORTING = "stage-2/checkpoints/16*", "export/.tmp.*"
 KILL, INTERRUPT, ASK = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
 SAID = {INTERRUPT: (130, "interrupted"), ASK: (STOPPED, "asked to stop")}  # exit code, and a word of the last line
 
@@ -84,7 +85,7 @@ def finish(folder: Path, name: str) -> dict:
 
 
 FEW = ((SHARD, KILL), (SAVING, KILL), (LATER, INTERRUPT))
-MANY = ((SHARD, KILL), (SAVING, ASK), (SAVING, KILL), (BETWEEN, KILL), (LATER, KILL), (EXPORTING, KILL))
+MANY = ((SHARD, KILL), (SAVING, KILL), (MIDDLE, ASK), (BETWEEN, KILL), (LATER, KILL), (EXPORTING, KILL))
 
 
 @pytest.mark.parametrize("strikes", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=len)

@@ -135,7 +135,7 @@ def test_a_cell_is_the_verbs_algorithm(small, stages):
     assert [one[1:] for one in spent] == [cost[1:]] * len(stages)  # one config says the same of both stages
     counts = {"pairs.examples": cost.records, "pairs.shard_size": cost.records, "train.steps": cost.updates}
     experiment = reopen(experiment, changed(experiment.config, counts))
-    distill.distill(experiment.config)
+    distill(experiment.config)
     theirs = load_weights(experiment, find_stage(experiment.stages, 2))
     for name, value in theirs.params.items():
         np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-5, err_msg=name)

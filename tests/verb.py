@@ -22,7 +22,7 @@ from configs.digits import get_config
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.models.network import Network
 from proreflow_jax.pretrained import pipeline
-from proreflow_jax.run import check_config, cli
+from proreflow_jax.run import check_config, process
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "digits.py"
@@ -139,7 +139,7 @@ def run(verb: str, *words: str) -> Ended:
     """The verb's exit code and output. Whatever else it raises is a traceback for the user, and so it is here."""
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, list(sys.path))
     root = logging.getLogger()
-    names = ("", *cli.NOISY, *cli.SAID_BY_US, *cli.ONE_A_LEAF)
+    names = ("", *process.NOISY, *process.SAID_BY_US, *process.ONE_A_LEAF)
     loggers, hook = {name: logging.getLogger(name).level for name in names}, sys.unraisablehook
     handlers = list(root.handlers)
     sys.argv = [f"proreflow_jax/{verb}.py", *words]

@@ -119,7 +119,7 @@ def _sklearn_digits() -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray, " n"]
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("the digits come with scikit-learn: `pip install 'proreflow_jax[demo]'`") from error
+        raise UserError("the digits come with scikit-learn: pip install scikit-learn (the extra `demo`)") from error
     digits = load_digits()
     return digits.images, digits.target.astype(np.int64)
 

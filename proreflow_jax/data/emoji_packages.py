@@ -205,7 +205,7 @@ def draw_icon(icons: Mapping[str, Any], name: str, size: int) -> UInt8[np.ndarra
     try:
         from resvg_py import svg_to_bytes
     except ImportError as error:
-        raise UserError("pictures in SVG need resvg-py: `pip install 'proreflow_jax[emoji]'`") from error
+        raise UserError("pictures in SVG need resvg-py: pip install resvg-py (the extra `emoji`)") from error
     icon = icons["icons"][name if name in icons["icons"] else icons["aliases"][name]["parent"]]
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
     box = f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{width}" height="{height}"'

@@ -113,6 +113,11 @@ def decode_image(encoded: bytes, resolution: int) -> UInt8[np.ndarray, "{resolut
     width, height = image.size
     if width * height > PIXEL_LIMIT:
         raise Unusable(f"an image of {width} x {height} is over the limit of {PIXEL_LIMIT} pixels")
+    return square(image, resolution)
+
+
+def square(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "{resolution} {resolution} 3"]:
+    """An opened image as `decode_image` has it. Raises Unusable if it is damaged, or has a mode that is not in MODES."""
     if image.mode not in MODES:
         raise Unusable(f"an image of mode {image.mode}: only 8 bits a channel are read ({', '.join(MODES)})")
     try:

@@ -105,7 +105,7 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(
-            f"--config.data.kind=parquet needs pyarrow ({atomic.one_line(error)}): pip install 'proreflow_jax[parquet]'"
+            f"--config.data.kind=parquet needs pyarrow ({atomic.one_line(error)}): pip install pyarrow (the extra `parquet`)"
         ) from error
     return pyarrow
 

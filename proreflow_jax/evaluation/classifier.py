@@ -40,7 +40,7 @@ def fit(
         from sklearn.neural_network import MLPClassifier
         from sklearn.svm import SVC
     except ImportError:
-        raise UserError("the digits' judges need scikit-learn: pip install 'proreflow_jax[demo]'") from None
+        raise UserError("the digits' judges need scikit-learn: pip install scikit-learn (the extra `demo`)") from None
     network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=400, random_state=0).fit(pixels / INK, labels)
     examples, answers = (
         (pixels, labels) if moved is None else (np.concatenate([pixels, moved]), np.concatenate([labels, moved_labels]))

@@ -56,7 +56,7 @@ class Chart(NamedTuple):
 def check_matplotlib() -> None:
     """Raises UserError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("figures need matplotlib: pip install 'proreflow_jax[demo]'")
+        raise UserError("figures need matplotlib: pip install matplotlib (the extra `demo`)")
 
 
 def heat_maps(path: Path, panels: Sequence[Panel], axis: Sequence[float], label: str, title: str = "") -> "Figure":

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from proreflow_jax import UserError
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.pretrained.sources import STUDENT
+from proreflow_jax.run import cli
+from proreflow_jax.run.check_config import STORAGE
 
 
 class Format(NamedTuple):
@@ -42,3 +45,18 @@ def student_scheduler_config(base: Mapping[str, Any], flow: Parameterization, ki
         return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction], STUDENT: flow.windows}
     betas.pop("trained_betas", None)
     return {**betas, "_class_name": "WindowedFlowScheduler", **flow._asdict()}
+
+
+def choose_format(form: str, reader: str, dtype: str, rank: int, scheduler: str) -> Format:
+    """The flags of `export`, checked. Raises ValueError, one line."""
+    cli.choose(form, ("diffusers", *FILES), "--form")
+    cli.choose(dtype, STORAGE, "--dtype")
+    cli.choose(scheduler, SCHEDULERS, "--scheduler")
+    cli.choose(reader, ("", "diffusers"), "--for")
+    if reader and form != "lora":
+        raise UserError(f"--for={reader} chooses the names in a LoRA file: say --form=lora, or leave it out")
+    if rank < 1:
+        raise UserError(f"--rank={rank} must be at least 1")
+    if scheduler == "windowed" and form != "diffusers":
+        raise UserError(f"--scheduler=windowed travels in a diffusers folder, not in --form={form}: leave one of them out")
+    return Format(form, dtype, rank, scheduler, reader or Format().names)

@@ -28,7 +28,9 @@ try:
     import diffusers
     import torch
 except ImportError:
-    raise UserError("--check needs torch and diffusers: pip install 'proreflow_jax[export-check]'") from None
+    raise UserError(
+        "--check needs torch and diffusers: pip install torch diffusers transformers accelerate peft (the extra `export-check`)"
+    ) from None
 
 log = logging.getLogger(__name__)
 LIMIT = 1e-3  # of the latents, for what carries the whole student in float32

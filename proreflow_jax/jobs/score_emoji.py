@@ -45,7 +45,7 @@ def check_emoji(config: ConfigDict) -> None:
     """Raises ValueError or FileNotFoundError, one line, for a table that cannot be made; reads no model."""
     e, plan = config.evaluate, make_plan(config)
     if "gate" not in e:
-        raise UserError(f"--config.evaluate.protocol={e.protocol} needs fields that only --config=configs/emoji.py has")
+        raise UserError(f"--config.evaluate.protocol={e.protocol} needs fields that only --config=emoji has")
     check_plan(config, plan, kernel.LEAST)
     check_alone(f"evaluate with --config.evaluate.protocol={e.protocol}")
     if not 1 <= e.columns <= SHOWN:

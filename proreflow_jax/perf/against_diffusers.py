@@ -28,7 +28,9 @@ try:
     import diffusers
     import torch
 except ImportError:
-    raise UserError("--against=diffusers needs torch and diffusers: pip install 'proreflow_jax[export-check]'") from None
+    raise UserError(
+        "--against=diffusers needs both: pip install torch diffusers transformers accelerate peft (the extra `export-check`)"
+    ) from None
 
 ALONE = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
 Inputs = dict[str, np.ndarray]  # latents (b,h,w,c), timesteps (b,), states (b,s,d), and SDXL's pooled and time_ids

@@ -15,7 +15,6 @@ from jax.experimental import topologies
 from proreflow_jax import UserError
 from proreflow_jax.perf import chips, hlo_cost, program_text
 
-LIBTPU = program_text.LIBTPU
 ENVIRONMENT = {  # libtpu does not query the machine, logs nothing, and allows several processes
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -59,7 +58,7 @@ class Compiled(NamedTuple):
 def prepare_compiler() -> None:
     """Keeps jax from looking for a TPU; to be called before any use of devices. Raises ValueError if libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"the TPU compiler is not installed: pip install {LIBTPU} (the extra `plan`)")
+        raise UserError("the TPU compiler is not installed: pip install libtpu (the extra `plan`)")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")

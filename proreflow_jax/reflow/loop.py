@@ -56,8 +56,8 @@ class Means:
             self._windows[name] = [old + float(new) for old, new in zip(before, sums, strict=True)]
 
     def stored(self) -> dict[str, Any]:
-        """As JSON; {} right after a line."""
-        return {"steps": self._steps, "numbers": self._sums, "windows": self._windows} if self._steps else {}
+        """As JSON, a copy, for the save goes on in the background; {} right after a line."""
+        return {"steps": self._steps, "numbers": dict(self._sums), "windows": dict(self._windows)} if self._steps else {}
 
     def take(self) -> dict[str, float]:
         """The means, and begins anew."""

@@ -1,11 +1,10 @@
 """K-step sampling: noise and prompts -> latents -> images, of a diffusion model or a student of any number of windows."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
 from proreflow_jax.flow import solvers, windows
@@ -33,49 +32,58 @@ def sample_latents(
     guidance: Any,
     solver: str = "ddim",
     dtype: str = "float32",
+    skip: int = 0,
 ) -> Float[Array, "b h w c"]:
     """Latents at t = 0 from noise at t = 1, still scaled.
 
     Args:
       params: of the UNet.
-      noise: unit normal.
+      noise: unit normal; with skip the state at the time where the first step that is taken begins (`noised`).
       context, negative: conditioning by the prompts and by the negative prompts (one for all, or one each).
       steps: network evaluations per image (twice that with guidance, one batched call a step).
       guidance: scale; the Python number 1 turns it off.
       solver: of a diffusion model; a student moves along its own path.
       dtype: of the UNet's computation; the states stay float32.
+      skip: of the steps, how many at the noisy end are left out: image-to-image.
     """
-    nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
     predict = solvers.guided(make_predict(unet, params, dtype), context, negative, guidance)
-    return solvers.solve(solvers.make_step(flow, schedule, predict, solver), noise, nodes)
+    return solvers.solve(solvers.make_step(flow, schedule, predict, solver), noise, sampling_times(steps, flow)[skip:])
 
 
-def make_step_by_step(
-    params: Params, context: Context, negative: Context, **options: Any
-) -> Callable[[Float[Array, "b h w c"], int, Callable[[int], None]], Float[Array, "b h w c"]]:
-    """sample(noise, steps, told) -> latents, as `sample_latents` makes them, by one call of a compiled step for each step.
+def sampling_times(steps: int, flow: Parameterization) -> Float[np.ndarray, "steps_plus_1"]:
+    """The times from 1 to 0 between which a network of this parameterization is carried. Raises as `check_sampling`."""
+    return windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
 
-    One program serves every number of steps. told: called with the steps done, once the device has done them. The arguments
-    and options are those of `sample_latents`, but for `steps`.
+
+def sample_step(
+    params: Params,
+    z: Float[Array, "b h w c"],
+    times: tuple[Float[Array, ""], Float[Array, ""]],
+    carry: Any,
+    context: Context,
+    negative: Context,
+    *,
+    unet: Network,
+    schedule: Schedule,
+    flow: Parameterization,
+    guidance: Any,
+    solver: str = "ddim",
+    dtype: str = "float32",
+) -> tuple[Float[Array, "b h w c"], Any]:
+    """One step of `sample_latents` between two times, for those who look at every state: (the state after it, carry).
+
+    carry: the solver's memory, of the step before; of the first step (zeros like z, the first time of each row).
     """
-    flow, guidance = options["flow"], options["guidance"]
+    predict = solvers.guided(make_predict(unet, params, dtype), context, negative, guidance)
+    t, u = (jnp.broadcast_to(time, z.shape[:1]) for time in times)
+    return solvers.make_step(flow, schedule, predict, solver)(z, t, u, carry)
 
-    @jax.jit
-    def move(weights: Params, z: Array, ends: Array, contexts: tuple[Context, Context], scale: Array) -> Array:
-        predict = make_predict(options["unet"], weights, options["dtype"])
-        predict = solvers.guided(predict, contexts[0], contexts[1], 1 if guidance == 1 else scale)
-        t, u = (jnp.full(z.shape[0], end) for end in ends)
-        return solvers.make_step(flow, options["schedule"], predict)(z, t, u, None)[0]
 
-    def sample(noise: Array, steps: int, told: Callable[[int], None]) -> Array:
-        nodes = windows.sampling_nodes(steps, max(flow.windows, 1)).astype(np.float32)
-        z = noise
-        for done, ends in enumerate(zip(nodes[:-1], nodes[1:], strict=True), 1):
-            z = jax.block_until_ready(move(params, z, np.array(ends), (context, negative), np.float32(guidance)))
-            told(done)
-        return z
-
-    return sample
+def noised(
+    schedule: Schedule, latents: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], t: Float[ArrayLike, ""]
+) -> Float[Array, "b h w c"]:
+    """Scaled latents of pictures as they look at time t, with unit normal noise."""
+    return schedule.alpha(t) * latents + schedule.sigma(t) * noise
 
 
 def decode(vae: Network, params: Params, latents: Float[Array, "b h w c"], scaling: float) -> UInt8[Array, "b height width 3"]:

@@ -21,10 +21,11 @@ from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.run import dataset
 from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
-from proreflow_jax.run.experiment import BaseUNet, Experiment, base_identity, check_begun
+from proreflow_jax.run.experiment import BaseUNet, Experiment, Weights, base_identity, check_begun
 from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages, read_done
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.storage import paths, sealed
 
 HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
@@ -34,13 +35,23 @@ HOMES = {  # family of a single file -> hub id whose configs, tokenizer and sche
 }
 
 
-def open_experiment(config: ConfigDict, base_alone: bool = False, checked: Callable[[], None] = lambda: None) -> Experiment:
+def open_experiment(
+    config: ConfigDict,
+    base_alone: bool = False,
+    device: jax.Device | None = None,
+    checked: Callable[[], None] = lambda: None,
+) -> Experiment:
     """Reads the base model and checks the config; writes nothing. Raises UserError, one line.
 
-    With base_alone no stage is opened, so a student may be the base model whatever the config's stages are. `checked` is called
-    once the base model is read and fits the config: before anything is compiled.
+    Args:
+      base_alone: no stage is opened, so a student may be the base model whatever the config's stages are.
+      device: the one device to use, whatever mesh the config has; None: all, as the config says.
+      checked: called once the base model is read and fits the config: before anything is compiled.
     """
-    machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
+    if device is None:
+        machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
+    else:
+        machine = mesh.make_mesh(1, 1, 1, [device])
     paths.check_reachable(_checked(config, machine))
     base = load_base_model(config, machine)
     unet = BaseUNet(lambda: read_unet(base, parameter_shardings(config, machine, base.unet.shapes)))
@@ -96,22 +107,39 @@ def _opened(
         _check_from_student(config, flow, base.source.student)
     if config.pairs.start == "data":  # images become latents of the shape that the noise has
         check_data_resolution(config, base.resolution)
-    schedule = from_config(base.scheduler)
-    _check_noise_levels(base.source, schedule)
-    layout = state_layout(config, machine, base.networks)
+    networks, layout = _networks(base), state_layout(config, machine, base.networks)
     checked()
     return Experiment(
         config=config,
         run=run,
         base=base,
         unet=unet,
-        networks=Networks(base.unet, base.condition, base.vae, schedule, base.scaling),
+        networks=networks,
         flow=flow,
         stages=[] if base_alone else plan_stages(config, run, flow, base.latent_shape),
         layout=layout,
         mesh=machine,
         identity=identity,
     )
+
+
+def open_model(config: ConfigDict, device: jax.Device) -> tuple[Pipeline, Networks, Weights]:
+    """A model alone on one device, without a run: a config's blocks model and conditioning, and train.remat, are read.
+
+    Raises as `find_base_model`, `load_pipeline` and `base_flow`.
+    """
+    machine = mesh.make_mesh(1, 1, 1, [device])
+    base = load_base_model(config, machine)
+    flow, networks = base_flow(config, base), _networks(base)
+    params = read_unet(base, dict.fromkeys(base.unet.shapes, mesh.replicated(machine)))
+    return base, networks, Weights(params, flow, base.source.student.get("digest") or fold(digest(params)))
+
+
+def _networks(base: Pipeline) -> Networks:
+    """The model's networks and schedule."""
+    schedule = from_config(base.scheduler)
+    _check_noise_levels(base.source, schedule)
+    return Networks(base.unet, base.condition, base.vae, schedule, base.scaling)
 
 
 def base_flow(config: ConfigDict, base: Pipeline) -> Parameterization:
@@ -186,10 +214,9 @@ def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.M
     """
     m = config.model
     source = _find_model(config, configs_only)
-    if source.student:
-        _check_skip_of_student(m, source)
-    if m.clip_skip:
-        source = sources.skip_layers(source, m.clip_skip)
+    skip = _student_skip(m, source) if source.student else m.clip_skip
+    if skip:
+        source = sources.skip_layers(source, skip)
     if not m.vae:
         return source
     if sources.is_id(m.vae):
@@ -199,14 +226,18 @@ def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.M
     return sources.import_form("own_vae").with_own_vae(source, place, with_weights=not configs_only)
 
 
-def _check_skip_of_student(m: ConfigDict, source: sources.ModelSource) -> None:
-    """Raises UserError, one line, unless a student reads text as it was taught; a folder's text encoder is cut already."""
+def _student_skip(m: ConfigDict, source: sources.ModelSource) -> int:
+    """The clip_skip by which a student reads text as it was taught, 0 of a folder, whose text encoder is cut already.
+
+    Raises UserError, one line, if the config says another; None says none.
+    """
     taught = source.student.get("clip_skip", {}).get("diffusers", 0)
     needed = 0 if source.file is None else taught
-    if m.clip_skip != needed:
+    if m.clip_skip not in (None, needed):
         cut = ", and its text encoder ends there" if taught and not needed else ""
         student = f"{sources.PATH}={m.path} is a student taught with clip_skip={taught}{cut}"
         raise UserError(f"{student}: take {sources.CLIP_SKIP}={needed}")
+    return needed
 
 
 def _hub() -> ModuleType:

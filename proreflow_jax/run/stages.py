@@ -21,7 +21,6 @@ from proreflow_jax.storage.sealed import is_sealed, with_seal
 
 DONE = "DONE.json"
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY, PICTURE_KEY = 1, 2, 3, 4  # folded into the run's key, then the stage's windows
-LARGEST = 2**64 - 1  # that UIs give
 READ_AS = {"prediction": "--config.student.prediction", "windows": "--config.stages", "path": "--config.student.path"}
 
 
@@ -129,7 +128,7 @@ def _pair_recipe(config: ConfigDict, count: int, teacher: Parameterization, late
 
 
 def seed_key(seed: int) -> Key[Array, ""]:
-    """The key that jax makes of a seed in 0 .. LARGEST where it computes in 64 bits; below 2**32 everywhere the same."""
+    """The key that jax makes of a seed in 0 .. ranges.LARGEST where it computes in 64 bits; below 2**32 everywhere the same."""
     with jax.enable_x64(True):
         return jax.random.key(np.uint64(seed))
 

@@ -28,12 +28,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 from proreflow_jax import RunFailed, UserError
+from proreflow_jax.runtime.endings import FAILED, USER_ERROR
 from proreflow_jax.storage.atomic import clear_drafts
 from proreflow_jax.storage.lock import lock_folder
 from proreflow_jax.storage.paths import Location, parse_path
 
 T = TypeVar("T")
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes beside STOPPED: the run failed; the input is wrong; Ctrl-C
 FINE, REFUSED, BROKEN = range(3)  # how process 0's work went
 KEY, GONE = "proreflow/end", "proreflow/gone"
 LOOK_S = 1.0  # between looks at the service

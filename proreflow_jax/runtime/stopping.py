@@ -28,13 +28,12 @@ from jax.experimental import multihost_utils
 
 from proreflow_jax import STOPPED
 from proreflow_jax.runtime import processes
-from proreflow_jax.runtime.processes import INTERRUPTED
+from proreflow_jax.runtime.endings import AGAIN, INTERRUPTED, say
 
 log = logging.getLogger(__name__)
 GRACE_S = 4.0  # seconds for a main thread with nothing unsaved
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_PRESS_S = 0.5  # a terminal and a script may pass on one Ctrl-C each
-AGAIN = "run the same command again to go on"
 
 
 class _State:
@@ -201,26 +200,6 @@ def _end_in_time() -> None:
             since = time.monotonic()
     code, word = (INTERRUPTED, "interrupted") if _state.number == signal.SIGINT else (STOPPED, "asked to stop")
     _end(code, f"{word}; {AGAIN}")
-
-
-def say(line: str) -> None:
-    """Writes a line to stderr. Whoever read it may be gone (a terminal, a pipe): that changes nothing."""
-    try:
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        leave_readers()
-
-
-def leave_readers() -> None:
-    """Lets go of stdout and stderr where nobody reads them any more: else Python ends with 120, whatever the job's code is."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except ValueError:
-            pass  # closed by ourselves
 
 
 def _end(code: int, line: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from proreflow_jax import UserError
 
 SCHEME = "gs://"
-EXTRA = "pip install 'proreflow_jax[gcs]'"
+EXTRA = "pip install gcsfs google-cloud-storage (the extra `gcs`)"
 RIGHTS = "roles/storage.objectUser and storage.buckets.get"
 QUICK_S = 20.0  # a first look at a bucket gives up after so long; work under way is tried again for two minutes
 STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "ABORTED")

@@ -57,6 +57,14 @@ def check_reachable(location: Location, write: bool = True) -> None:
         raise (MissingFile if isinstance(error, FileNotFoundError) else UserError)(str(error)) from None
 
 
+def make_folder(folder: Location, what: str) -> None:
+    """Makes a folder and those above it where they are missing. Raises UserError, one line that begins with `what`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{what}: the folder {folder} can't be made ({error.strerror}): name another") from None
+
+
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 

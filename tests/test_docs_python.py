@@ -1,0 +1,74 @@
+"""docs/python.md and docs/notebook.ipynb run as they are written, with the tiny model in the place of the digits."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from verb import ROOT, TINY
+
+from proreflow_jax.run import config_files
+
+pytestmark = pytest.mark.usefixtures("quick")
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+DIGITS = 'Path(proreflow_jax.__file__).parent / "assets" / "digits"'
+OWN = """
+from pathlib import Path
+from configs.whole import get_config as digits
+from proreflow_jax.run.check_config import changed
+
+def get_config():
+    return changed(digits(), {values!r}).copy_and_resolve_references()
+"""
+
+
+def cells() -> list[str]:
+    """The code of the notebook. The notebook is kept without outputs."""
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in code)
+    return ["".join(cell["source"]) for cell in code]
+
+
+@pytest.fixture
+def smaller(chain: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a finished run "digits", where the config "digits" is the tiny one, a fraction of its work."""
+    shutil.copytree(chain / "runs" / "tiny", tmp_path / "runs" / "digits")
+    read = lambda value: eval(value) if isinstance(value, str) and value[0] == "(" else value
+    prompts = Path((chain / "prompts.at").read_text())
+    values = {name: read(value) for name, value in TINY.items()} | {"model.path": str(model), "data.path": str(prompts)}
+    values |= {"name": "digits", "optimizer.warmup_steps": 1, "train.steps": 2}
+    shutil.copytree(ROOT / "configs", tmp_path / "own")
+    (tmp_path / "own" / "digits.py").rename(tmp_path / "own" / "whole.py")
+    (tmp_path / "own" / "digits.py").write_text(OWN.format(values=values))
+    monkeypatch.setattr(config_files, "own_folder", lambda: tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def execute(blocks: list[str], model: Path | None = None) -> dict:
+    names: dict = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block.replace(DIGITS, repr(str(model))) if model else block, "page", "exec"), names)
+    return names
+
+
+def test_every_block_of_the_page_runs(smaller, model):
+    assert len(BLOCKS) == PAGE.count("```python") == 5
+    names = execute(BLOCKS, model)
+    assert (smaller / "out" / "sevens.png").is_file() and (smaller / "seven.png").is_file()
+    assert names["pixels"].shape == (4, 8, 8, 3) and float(names["metrics"]["largest"]) > 0
+    assert int(names["state"].step) == 3 and names["mine"].flow.windows == 4
+
+
+def test_every_cell_of_the_notebook_runs(smaller, model):
+    names = execute(cells(), model)
+    assert names["student"].flow.windows == 4 and (smaller / "runs" / "notebook" / "stage-4" / "DONE.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_on_the_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert execute(cells())["student"].flow.windows == 4
