@@ -32,12 +32,10 @@ def _stage(run: Run, stage: Stage) -> str:
         f"<span>{_caption(one.step)}</span></button>"
         for one in stage.drawings
     )
-    base = (
-        f"<figure class='shot teacher'><img alt='base model' src='{stage.teacher}'><figcaption>base model</figcaption></figure>"
-    )
-    strip = f"<div class='strip{small}'>{base if stage.teacher else ''}{thumbs}</div>"
-    compare = _compare(run, stage, small) if stage.teacher else ""
-    return f"<div class=pictures data-windows={stage.windows}><h3>Stage {stage.windows}</h3><div class=beside>{compare}{strip}</div></div>"
+    image = f"<img alt='base model' src='{stage.teacher}'>"
+    base = f"<figure class='shot teacher'>{image}<figcaption>base model</figcaption></figure>" if stage.teacher else ""
+    both = f"{_compare(run, stage, small) if stage.teacher else ''}<div class='strip{small}'>{base}{thumbs}</div>"
+    return f"<div class=pictures><h3>Stage {stage.windows}</h3><div class=beside>{both}</div></div>"
 
 
 def _caption(step: int) -> str:
@@ -53,5 +51,5 @@ def _compare(run: Run, stage: Stage, small: str) -> str:
         "<img class=under alt='base model'><img class=over alt=student><i class=edge></i></div>"
         "<div class=controls><input type=range min=0 max=100 value=50 aria-label='where the student begins'>"
         f"<p class=ends><span>base model</span><span>student, <b class=which>{newest}</b></span></p>"
-        "<label><input type=checkbox class=difference> difference, four times as bright</label></div></div>"
+        "<label><input type=checkbox class=difference> difference, × 4</label></div></div>"
     )

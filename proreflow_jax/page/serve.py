@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 
 from proreflow_jax import MissingFile, UserError
+from proreflow_jax.page import document
 from proreflow_jax.page.document import asset
 from proreflow_jax.page.markup import text
 from proreflow_jax.storage import paths
@@ -26,11 +27,12 @@ log = logging.getLogger(__name__)
 HOST, FILE = "127.0.0.1", "report.html"
 PAGE = re.compile(r"/page/(\d{1,4})")
 TURN_S = 0.5  # between looks at whether to end
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-src 'self'; connect-src 'self'"
+POLICY = f"{document.POLICY}; frame-src 'self'; connect-src 'self'"
 WAITING = (
-    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><style>:root{{color-scheme:light dark}}"
-    "body{{font:16px/1.5 system-ui;padding:1rem}}</style><h1>{name}</h1><p>This run has no page yet. It is written when the run "
-    "begins its first pairs or steps, at every checkpoint, and by <code>proreflow evaluate</code>.</p>"
+    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    "<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui;padding:1rem}}</style>"
+    "<h1>{name}</h1><p>This run has no page yet. It is written when the run begins its first pairs or steps, at every "
+    "checkpoint, and by <code>proreflow evaluate</code>.</p>"
 )
 
 

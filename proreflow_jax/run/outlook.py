@@ -288,10 +288,5 @@ def _said(part: Part) -> str:
 
 
 def _plain(part: Part) -> dict[str, Any]:
-    return {
-        "phase": part.phase,
-        "stage": part.stage,
-        "done": part.done,
-        "total": part.total,
-        "unit": f"{UNITS[part.phase]}s",
-    } | {"cost": part.cost}
+    counts = {"done": part.done, "total": part.total, "unit": f"{UNITS[part.phase]}s"}
+    return {"phase": part.phase, "stage": part.stage, **counts, "cost": part.cost}
