@@ -25,7 +25,7 @@ from proreflow_jax.storage.paths import Location
 
 log = logging.getLogger(__name__)
 HOST, FILE = "127.0.0.1", "report.html"
-PAGE = re.compile(r"/page/(\d{1,4})")
+PAGE = re.compile(r"/page/([0-9]{1,4})")
 TURN_S = 0.5  # between looks at whether to end
 POLICY = f"{document.POLICY}; frame-src 'self'; connect-src 'self'"
 WAITING = (
