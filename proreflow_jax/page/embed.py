@@ -9,7 +9,7 @@ from PIL import Image
 from proreflow_jax.storage.paths import Location
 
 EXACT = 1 << 16  # bytes of a PNG that goes into the page as it is
-SIDES = (640, 900)  # pixels, width and height, that a reduced picture fits into
+SIDES = (768, 1100)  # pixels, width and height, that a reduced picture fits into
 WIDE = (1280, 1600)  # the same of a table's picture
 QUALITY = 85  # of a JPEG
 
