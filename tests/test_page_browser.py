@@ -87,13 +87,7 @@ def test_the_page_fits_and_its_script_works(tmp_path: Path, width: int, tile: in
     page = document(long_run()._replace(tile=tile))
     harness = tmp_path / "harness.html"
     harness.write_text(HARNESS.format(width=width, page=html.escape(page, quote=True)), encoding="utf-8")
-    command = [
-        CHROMIUM,
-        *FLAGS,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width + 200},1000",
-        harness.as_uri(),
-    ]
+    own = (f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width + 200},1000")
     done = subprocess.run([CHROMIUM, *FLAGS, *own, harness.as_uri()], capture_output=True, text=True, timeout=180)
     match = re.search(r"<pre id=\"result\">(\{.*?\})</pre>", done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]

@@ -164,9 +164,10 @@ def spending(run: Run) -> str:
 
 
 WAITS = (
-    "<p class=note><i class=c0></i>waited for the devices <i class=c1></i>waited for the input <i class=c2></i>worked, on a CPU "
-    "also at the steps themselves</p><p class=note>While it waits for the devices they are busy, as they should be; while it waits "
-    "for the input they stand still.</p>"
+    "<p class=note><i class=c0></i>waited for the devices <i class=c1></i>waited for the input "
+    "<i class=c2></i>worked, on a CPU also at the steps themselves</p>"
+    "<p class=note>While the host waits for the devices they are busy, as they should be; while it waits for the input they "
+    "stand still.</p>"
 )
 
 
