@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from proreflow_jax.jobs import run_facts, run_page
+from proreflow_jax.page import costs
 from proreflow_jax.page.document import document
-from proreflow_jax.page.facts import Change
+from proreflow_jax.page.facts import Change, Stage
 from proreflow_jax.run import nearest_config
 from proreflow_jax.run.check_config import changed, flat
 from proreflow_jax.run.read_config import read_config, read_record
@@ -109,6 +110,16 @@ def test_pictures_are_few_the_first_and_the_newest_among_them(copy):
     page = document(run)
     assert len(set(re.findall(r"data:image/png;base64,[^']+", page))) == run_facts.SHOWN + 1  # and the base model's half
     assert "<script>a prompt" not in page and "&lt;script&gt;a prompt" in page
+
+
+def test_of_a_long_run_as_many_lines_are_read_as_of_a_short_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step, "seconds": 2.0}) for step in range(10, 1_000_001, 10)]
+    path.write_text("\n".join([*rows, '{"step": 1000010, "sec']))
+    lines = run_facts.read_lines(path)
+    assert len(lines) <= run_facts.MOST_LINES + 1 and (lines[0]["step"], lines[-1]["step"]) == (10, 1_000_000)
+    stage = Stage(2, True, {}, "", 1_000_000, 1_000_000, lines)
+    assert costs.training_seconds(stage) == 2 * 1_000_000
 
 
 @pytest.mark.parametrize(("count", "most"), [(0, 6), (1, 6), (6, 6), (7, 6), (100, 6), (3, 2), (1000, 5)])

@@ -108,9 +108,14 @@ def test_there_is_nothing_to_do_but_read(port, method):
     assert ask(port, "/", method)[0] == 501
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "[::1]:80"])
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8400", "127.0.0.1.evil.example", "localhost:evil.example"])
 def test_a_page_from_elsewhere_sees_nothing(port, host):
     assert ask(port, "/page/0", host=host)[:2] == (404, "not here\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:9999"])
+def test_a_tunnel_may_have_another_port(port, host):
+    assert ask(port, "/page/0", host=host)[0] == 200
 
 
 def test_other_addresses_of_this_machine_are_not_listened_on(port):

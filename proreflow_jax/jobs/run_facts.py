@@ -24,6 +24,7 @@ from proreflow_jax.storage.paths import Location
 
 SHOWN = 6  # pictures of a stage: the first, the newest, and some between
 MOST_SHOWN = 18  # of all stages
+MOST_LINES = 1000  # of a metrics.jsonl that are read
 STAGE, STEP = re.compile(r"stage-(\d+)"), re.compile(r"step-(\d+)\.png")
 TABLES = {"table.json": "Table", "scores.json": "Scores"}  # of the protocols of `evaluate`
 PICTURE = {"table.json": "samples.png"}  # of a table
@@ -127,11 +128,15 @@ def _stage(
 
 
 def read_lines(path: Location) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; the last one may be cut, where its writer is at work or was killed."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    """The whole lines of a metrics.jsonl; the last one may be cut, where its writer is at work or was killed.
+
+    Of a long file some, evenly: reading it takes no longer as the run goes on.
+    """
+    texts, lines = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    numbers = list(range(len(texts)))
+    for i in sorted({*chosen(numbers, MOST_LINES), *numbers[-2:]}):
         try:
-            line = json.loads(text)
+            line = json.loads(texts[i])
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):

@@ -30,5 +30,14 @@ def keep_page(folder: Location, config: ConfigDict) -> None:
 
 
 def reporter(config: ConfigDict) -> Callable[[], None]:
-    """`keep_page` of the run that a config names; the config is read when it is called."""
-    return lambda: keep_page(paths.parse_path(config.root) / config.name, config)
+    """`keep_page` of the run that a config names; the first call says where the page is. The config is read at the call."""
+    pages: list[Location] = []
+
+    def show() -> None:
+        folder = paths.parse_path(config.root) / config.name
+        keep_page(folder, config)
+        if not pages:
+            log.info("page: %s; `proreflow watch --run=%s` shows it as it grows", folder / FILE, folder)
+            pages.append(folder / FILE)
+
+    return show

@@ -14,14 +14,14 @@ WIDE = (1280, 1600)  # the same of a table's picture
 QUALITY = 85  # of a JPEG
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def whole(path: Location, size: int, wide: bool = False) -> str:
     """A picture file as data:. size: its bytes, so that another picture of this name is read anew."""
     with Image.open(io.BytesIO(path.read_bytes())) as image:
         return as_data(image.convert("RGB"), WIDE if wide else SIDES)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def halves(path: Location, size: int, width: int, gap: int) -> tuple[str, str]:
     """(left, right) half of a picture as data:, each `width` pixels wide with `gap` between; ("", whole) if it is not so."""
     with Image.open(io.BytesIO(path.read_bytes())) as image:

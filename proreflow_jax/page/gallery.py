@@ -20,8 +20,8 @@ def _how(run: Run) -> str:
         return "Drawn at checkpoints from fixed noise."
     return (
         f"Fixed prompts from fixed noise at every checkpoint. Base model: {left.get('steps')} steps, guidance "
-        f"{left.get('guidance'):g}; student: as many steps as windows or --config.samples.steps, guidance "
-        f"{right.get('guidance', 1):g}. Large pictures are reduced here; whole ones lie in stage-N/samples."
+        f"{left.get('guidance')}; student: as many steps as windows or --config.samples.steps, guidance "
+        f"{right.get('guidance')}. Large pictures are reduced here; whole ones lie in stage-N/samples."
     )
 
 

@@ -26,6 +26,7 @@ from proreflow_jax.storage.paths import Location
 log = logging.getLogger(__name__)
 HOST, FILE = "127.0.0.1", "report.html"
 PAGE = re.compile(r"/page/([0-9]{1,4})")
+OURS = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]+)?")  # any port: a tunnel may have another one
 TURN_S = 0.5  # between looks at whether to end
 POLICY = f"{document.POLICY}; frame-src 'self'; connect-src 'self'"
 WAITING = (
@@ -89,9 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: N802 - http.server's name
         """A page, the list of versions, or 404."""
-        port = self.server.server_address[1]
         match = PAGE.fullmatch(self.path)
-        if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
+        if not OURS.fullmatch(self.headers.get("Host", "")):
             self._answer(404, "text/plain", "not here\n")
         elif self.path == "/":
             self._answer(200, "text/html", index([folder.name for folder in self.folders]))
