@@ -5,13 +5,15 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from proreflow_jax.page import embed
+from proreflow_jax.page import embed, serve
 from proreflow_jax.page.document import document
 from proreflow_jax.page.facts import Change, Drawing, Run, Stage, Table
 
@@ -96,3 +98,36 @@ def test_the_page_fits_and_its_script_works(tmp_path: Path, width: int, tile: in
     assert facts["last"] and facts["first"] and facts["which"] == "untrained" and facts["cut"] == "inset(0px 0px 0px 20%)"
     assert facts["blend"] == "difference" and facts["told"].endswith("days ago")
     assert facts["compared"] >= 220 and facts["small"] >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+def test_watch_loads_the_page_that_has_changed_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "report.html").write_text("<h1>before</h1>")
+    looks, loads = [], []
+
+    def version(folder: Path, look: Callable[[Path], str] = serve.version) -> str:
+        looks.append(folder)
+        if len(looks) == 3:  # the second time that the browser asks
+            (folders[0] / "report.html").write_text("<h1>after</h1>")
+        return look(folder)
+
+    def page(folder: Path, read: Callable[[Path], str] = serve.page) -> str:
+        loads.append((folder.name, read(folder)))
+        return loads[-1][1]
+
+    monkeypatch.setattr(serve, "version", version)
+    monkeypatch.setattr(serve, "page", page)
+    server = serve.make_server(folders, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    try:
+        words = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", address]
+        subprocess.run(words, capture_output=True, text=True, timeout=180)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert sorted(loads) == [("one", "<h1>after</h1>"), ("one", "<h1>before</h1>"), ("two", "<h1>before</h1>")]
