@@ -28,6 +28,7 @@ def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None
     """
     from proreflow_jax.exports import place, write
     from proreflow_jax.jobs import pairs, train
+    from proreflow_jax.jobs.run_page import reporter
     from proreflow_jax.run.check_config import check_export
     from proreflow_jax.run.open import check_ready, open_experiment
     from proreflow_jax.run.outlook import Outlook
@@ -37,7 +38,7 @@ def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None
     from proreflow_jax.runtime.stopping import watching
 
     config = read_config(config, overrides)
-    outlook = Outlook(config)
+    outlook = Outlook(config, show=reporter(config))
     experiment = open_experiment(config, checked=outlook.begin)
     outlook.weigh(experiment.stages)
     exported = [find_stage(experiment.stages, count) for count in config.export.stages]

@@ -32,7 +32,7 @@ def evaluate(config: ConfigDict, study: bool) -> None:
         lines = score_digits(experiment)
     else:
         lines = [f"{row['method']}: {row['statement']}" for row in score_coco(experiment)]
-        lines.append(f"table: {experiment.run / 'scores.md'}")
+        lines.append(f"table: {experiment.run / 'scores.md'}   page: {experiment.run / 'report.html'}")
     if leads():
         print("\n".join(lines), flush=True)
     if study:

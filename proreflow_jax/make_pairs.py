@@ -12,13 +12,14 @@ from proreflow_jax.run import cli
 def make_pairs(config: ConfigDict, stage: int) -> None:
     """The verb: all records of one stage, published when the last one is there."""
     from proreflow_jax.jobs.pairs import make_stage_pairs
+    from proreflow_jax.jobs.run_page import reporter
     from proreflow_jax.run.open import check_ready, open_experiment
     from proreflow_jax.run.outlook import PAIRS, Outlook
     from proreflow_jax.run.stages import find_stage
     from proreflow_jax.runtime.processes import job_lock
     from proreflow_jax.runtime.stopping import watching
 
-    outlook = Outlook(config, [PAIRS], [stage])
+    outlook = Outlook(config, [PAIRS], [stage], reporter(config))
     experiment = open_experiment(config, checked=outlook.begin)
     outlook.weigh(experiment.stages)
     chosen = find_stage(experiment.stages, stage)

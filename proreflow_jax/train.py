@@ -12,6 +12,7 @@ from proreflow_jax.run import cli
 def train(config: ConfigDict, stage: int) -> None:
     """The verb: one stage to its end, DONE.json included."""
     from proreflow_jax.data import records
+    from proreflow_jax.jobs.run_page import reporter
     from proreflow_jax.jobs.train import train_stage
     from proreflow_jax.run.open import check_ready, open_experiment
     from proreflow_jax.run.outlook import TRAIN, Outlook
@@ -19,7 +20,7 @@ def train(config: ConfigDict, stage: int) -> None:
     from proreflow_jax.runtime.processes import job_lock
     from proreflow_jax.runtime.stopping import watching
 
-    outlook = Outlook(config, [TRAIN], [stage])
+    outlook = Outlook(config, [TRAIN], [stage], reporter(config))
     experiment = open_experiment(config, checked=outlook.begin)
     outlook.weigh(experiment.stages)
     chosen = find_stage(experiment.stages, stage)

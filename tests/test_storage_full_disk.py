@@ -30,7 +30,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "text": lambda path: atomic.write_text(path, "x" * 1000),
     "json": lambda path: atomic.write_json(path, ["x" * 1000]),
     "picture": lambda path: report.picture(path, [("a", PICTURE)], ["b"]),
-    "page": lambda path: report.report_page(path, "title", ["note"], [{"a": 1}], {"a": "A"}, "x.png"),
 }
 
 

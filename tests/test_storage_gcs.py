@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from test_data_records import NAMES, PLAN, contents, finished, write
 
-from proreflow_jax import RunFailed
+from proreflow_jax import MissingFile, RunFailed
 from proreflow_jax.data import records
+from proreflow_jax.jobs.run_page import write_page
+from proreflow_jax.page.serve import run_folders, version
+from proreflow_jax.run.read_config import read_config
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics
 from proreflow_jax.runtime.processes import job_lock
@@ -468,3 +471,19 @@ def test_threads_of_a_lease_end_with_it(store, fast):
     with lock_folder(paths.parse_path("gs://bucket/run")):
         assert any(thread.name == "lease" for thread in threading.enumerate())
     assert not any(thread.name == "lease" for thread in threading.enumerate())
+
+
+def test_the_page_of_a_run_lies_in_the_bucket(store):
+    """Read and written there, by one listing; a page of nothing is a page."""
+    run = paths.parse_path("gs://bucket/runs/mine")
+    config = read_config("digits", {"root": "gs://bucket/runs", "name": "mine", "stages": (2,)})
+    (run / "stage-2" / "metrics.jsonl").write_text('{"step": 20, "loss": 0.5}\n{"step": 40, "loss": 0.25}\n{"step"')
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    write_page(run, config)
+    page = (run / "report.html").read_text()
+    assert "<h1>mine</h1>" in page and "40 of 500 steps" in page and "gs://bucket/runs/mine" in page and page.count("<svg") == 1
+    before = version(run)
+    write_page(run, config)
+    assert version(run) != before != "" and run_folders("gs://bucket/runs/mine") == [run]
+    with pytest.raises(MissingFile, match="--run=gs://bucket/runs/other is no folder"):
+        run_folders("gs://bucket/runs/other")

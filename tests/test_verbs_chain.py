@@ -117,6 +117,8 @@ def test_make_pairs_and_train_alone_are_the_same_as_distill(chain, model, tmp_pa
     assert read_json(mine / "DONE.json") == read_json(theirs / "DONE.json")
     hashes = [{name: hashed for name, (_, hashed) in files(folder / "pairs").items()} for folder in (mine, theirs)]
     assert hashes[0] == hashes[1] and len(hashes[0]) > 4
+    page = (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    assert "<b>finished what this command was to do</b>" in page and "Stage 4" in page and "not begun" in page
 
 
 @pytest.fixture(scope="module")

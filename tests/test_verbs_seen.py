@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def lines(stage: Path) -> list[dict]:
     """metrics.jsonl without its times."""
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in (loop.WHOLE, loop.INPUT, loop.DEVICE)} for row in rows]
+
+
+def shown(run_folder: Path) -> tuple:
+    """What a run's page shows but its times: pictures, words of the lineage, ends of the curves."""
+    page = (run_folder / "report.html").read_text()
+    pictures = re.findall(r"data:image/png;base64,[^']+", page)
+    legend = re.findall(r"</i>([^<]+ <b>[^<]+)</b></li>", page)
+    return pictures, re.findall(r"<li class='box.*?</li>", page), legend, re.findall(r"<b>([^<]*)</b> <time", page)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +121,12 @@ def test_every_checkpoint_has_its_picture_student_beside_base_model(drawn):
     assert steps <= {0, 2, 4, 6}
 
 
+def test_the_page_of_the_run_has_all_its_pictures(drawn):
+    pictures, boxes, legend, (headline,) = shown(drawn)
+    assert len(pictures) == 2 * (1 + len(NAMES)) and len(boxes) == 3 and len(legend) == (1 + 4 + 4) + (1 + 2 + 2)
+    assert headline == "finished" and "<li>a three</li><li>five</li>" in (drawn / "report.html").read_text()
+
+
 def test_pictures_change_no_number_of_the_training(chain, drawn):
     without = chain / "runs" / "tiny"
     for stage in ("stage-4", "stage-2"):
@@ -137,6 +152,7 @@ def test_a_resumed_run_draws_what_one_that_never_stopped_draws(drawn, model, tmp
     for folder in ("stage-4/samples", "stage-2/samples", "samples"):
         assert hashes(again / folder) == hashes(drawn / folder), folder
     assert lines(stage) == lines(drawn / "stage-2")
+    assert shown(again) == shown(drawn)
 
 
 def test_a_stage_under_way_is_drawn_from_its_newest_checkpoint(drawn, model, tmp_path):

@@ -1,9 +1,9 @@
-"""An evaluation's report: a table in text, a picture with seeds in columns, an HTML page."""
+"""An evaluation's report: a table in text and as the run's page shows it, a picture with seeds in columns."""
 
-import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,16 +14,11 @@ from proreflow_jax.storage import atomic
 LABEL, CELL, GAP = 190, 64, 4  # pixels: label column, one image, between images
 LINE, LETTER = 22, 8  # pixels: a line of heads, and about the width of one letter
 INK, PAPER = (20, 20, 20), (255, 255, 255)
-STYLE = (
-    "body{font:15px system-ui;margin:2em auto;max-width:62em;padding:0 1em}td,th{padding:.3em .8em;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f4f4f4}img{max-width:100%}"
-)
 
 
 def text_table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:
     """Rows as a Markdown table; columns maps a row's key to its heading. Floats are shown with three digits."""
-    cell = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
-    body = [[cell(row.get(key, "")) for key in columns] for row in rows]
+    body = _cells(rows, columns)
     heads = list(columns.values())
     widths = [max(len(line[i]) for line in [heads, *body]) for i in range(len(heads))]
     aligned = [
@@ -33,6 +28,22 @@ def text_table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str])
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
     lines = ["| " + " | ".join(line) + " |" for line in aligned]
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+
+
+def shown_table(
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], better: Mapping[str, str], compared: Sequence[int]
+) -> dict[str, Any]:
+    """The same table for the run's page, as JSON.
+
+    better: "less" or "more" of the columns that have a better end. compared: rows of which the best is marked.
+    """
+    ends = [better.get(key, "") for key in columns]
+    return {"heads": list(columns.values()), "better": ends, "cells": _cells(rows, columns), "compared": list(compared)}
+
+
+def _cells(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> list[list[str]]:
+    cell = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+    return [[cell(row.get(key, "")) for key in columns] for row in rows]
 
 
 def picture(
@@ -57,19 +68,3 @@ def picture(
             canvas.paste(Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC), (LABEL + j * step, y))
     with atomic.drafted(path) as draft:
         canvas.save(draft, "PNG")
-
-
-def report_page(
-    path: Path, title: str, notes: Sequence[str], rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], image: str
-) -> None:
-    """Writes the same table and picture as one HTML page; `image` is a file beside it."""
-    cell = lambda value: html.escape(f"{value:.3g}" if isinstance(value, float) else str(value))
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in columns.values())
-    body = "".join("<tr>" + "".join(f"<td>{cell(row.get(key, ''))}</td>" for key in columns) + "</tr>" for row in rows)
-    text = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    atomic.write_text(
-        path,
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(title)}</h1>{text}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f'<p><img src="{html.escape(image)}" alt="samples: one row a method, one seed a column"></p></html>\n',
-    )

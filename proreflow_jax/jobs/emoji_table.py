@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from proreflow_jax.data.emoji_pairs import HELD_OUT, SEEN
 from proreflow_jax.evaluation import concepts, gate, protocols, report
 from proreflow_jax.evaluation.protocols import Conditions, said
+from proreflow_jax.jobs.run_page import keep_page
 from proreflow_jax.jobs.score_plan import Plan
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.storage import atomic
@@ -30,6 +31,10 @@ COLUMNS = {
     "fidelity, held-out": "held-out",
     "seconds": "s / image",
 }
+SIDES = (SEEN, HELD_OUT)
+DISTANCES = ("kernel", "frechet", "teacher_kernel", "latents")
+BETTER = {f"{name}, {side}": "less" for name in DISTANCES for side in SIDES} | {"seconds": "less"}
+BETTER |= {f"fidelity, {side}": "more" for side in SIDES}
 WITHOUT_MODEL = ("frechet, seen",)  # columns left out where no row has them
 
 
@@ -48,13 +53,14 @@ def write_table(experiment: Experiment, plan: Plan, results: Sequence[Result], t
     plain = [_plain(result, plan, config) for result in results]
     passed = {name: {verdict.name: verdict.passed for verdict in each} for name, each in verdicts.items()}
     header = {"protocol": plan.protocol._asdict(), "gate": passed, "sentences": sentences, "notes": notes}
-    atomic.write_json(folder / "table.json", header | {"rows": plain})
+    students = [i for i, result in enumerate(results) if "row" in result and result["row"].windows]
+    shown = report.shown_table(rows, columns, BETTER, students)
+    atomic.write_json(folder / "table.json", header | {"rows": plain, "shown": shown})
     lines = [table, "", "\n".join(f"- {line}" for line in sentences), "", *notes, ""]
     statements = [f"- {row['method']}: {row['statement']}" for row in plain if "statement" in row]
     atomic.write_text(folder / "table.md", "\n".join([*lines, *statements]) + "\n")
     _grid(experiment, results, texts)
-    title = f"{config.name}: {tuple(config.stages)} windows"
-    report.report_page(folder / "report.html", title, [*sentences, *notes], rows, columns, "samples.png")
+    keep_page(folder, config)
     return [*lines[:-1], f"picture: {folder / 'samples.png'}   page: {folder / 'report.html'}"]
 
 

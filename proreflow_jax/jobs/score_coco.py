@@ -22,6 +22,7 @@ from proreflow_jax.evaluation.judges import CLIP, FID, Judge, make_judge
 from proreflow_jax.evaluation.moments import Moments
 from proreflow_jax.evaluation.protocols import Conditions
 from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.jobs.run_page import keep_page
 from proreflow_jax.jobs.score_plan import INCEPTION, Plan, _check_count, _local, make_plan
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
@@ -45,6 +46,7 @@ COLUMNS = {
     "clip_spread": "+-",
     "seeds": "seeds",
 }
+BETTER = {"fid": "less", "clip": "more"}
 
 
 class ScoreRow(NamedTuple):
@@ -222,12 +224,15 @@ def _generated(
 
 
 def _write(experiment: Experiment, plan: Plan, judge: Judge, reference: Moments, results: list[dict[str, Any]]) -> None:
-    """scores.json with every number, scores.md with the table and the statements."""
+    """scores.json with every number, scores.md with the table and the statements, and the run's page."""
     header = plan._asdict() | {"protocol": plan.protocol._asdict(), "real": reference.count, "clip": judge.clip}
-    atomic.write_json(experiment.run / "scores.json", header | {"networks": judge.digests, "rows": results})
+    cells = [_cells(row) for row in results]
+    shown = report.shown_table(cells, COLUMNS, BETTER, [i for i, row in enumerate(results) if row["windows"]])
+    header |= {"networks": judge.digests, "notes": [row["statement"] for row in results], "shown": shown}
+    atomic.write_json(experiment.run / "scores.json", header | {"rows": results})
     lines = [f"- {row['method']}: {row['statement']}" for row in results]
-    text = report.text_table([_cells(row) for row in results], COLUMNS)
-    atomic.write_text(experiment.run / "scores.md", "\n".join([text, "", *lines]) + "\n")
+    atomic.write_text(experiment.run / "scores.md", "\n".join([report.text_table(cells, COLUMNS), "", *lines]) + "\n")
+    keep_page(experiment.run, experiment.config)
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from proreflow_jax.data import digits, kinds
 from proreflow_jax.evaluation import classifier, frechet, report
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.jobs.run_page import keep_page
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
@@ -41,6 +42,7 @@ COLUMNS = {
     "recognised": "recognised",
     "seconds": "s / image",
 }
+BETTER = {"distance": "less", "frechet": "less", "recognised": "more", "seconds": "less"}
 
 
 class TableRow(NamedTuple):
@@ -97,14 +99,14 @@ def _keep(
 ) -> None:
     """The table as JSON, Markdown, picture and page."""
     config, folder = experiment.config, experiment.run
-    atomic.write_json(folder / "table.json", {"notes": notes, "rows": results})
+    students = [i for i, row in enumerate(rows) if row.weights.flow.windows]
+    shown = report.shown_table(results, COLUMNS, BETTER, students)
+    atomic.write_json(folder / "table.json", {"notes": notes, "rows": results, "shown": shown})
     atomic.write_text(folder / "table.md", text + "\n\n" + "\n".join(notes) + "\n")
     heads = [str(i % 10) for i in range(config.evaluate.columns)]
     labels = [f"{row.method}, {row.steps} steps" for row in rows]
     report.picture(folder / "samples.png", list(zip(labels, images, strict=True)), heads)
-    report.report_page(
-        folder / "report.html", f"{config.name}: {tuple(config.stages)} windows", notes, results, COLUMNS, "samples.png"
-    )
+    keep_page(folder, config)
 
 
 def _notes(config: ConfigDict) -> list[str]:

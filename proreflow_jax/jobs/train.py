@@ -92,6 +92,8 @@ def train_stage(experiment: Experiment, stage: Stage, outlook: Outlook) -> None:
         del state, trained
         checkpoints.finish(config.train.steps, target)
     write_done(stage, Done(config.train.steps, weights, lineage, stage.student, guidance_contract(config)))
+    outlook.finished(TRAIN, stage.windows)
+    outlook.keep()
     stopping.stop_if_asked()
 
 

@@ -8,17 +8,18 @@ progress.json, in the run's folder, replaced as a whole at every shard, checkpoi
   phase     "pairs", "train" or "export"; "done" at the end
   stage     windows of the stage under way
   done, total, unit   of that part: pairs, steps or exports
-  parts     every part of the verb's work: [{phase, stage, done, total, unit}]
+  parts     every part of the verb's work: [{phase, stage, done, total, unit, cost}]; cost: forwards of the network an item
   rates     seconds a forward, by phase, as far as they are known; `items` the same as items a second of the part under way
   opening   seconds to the first item, by phase, compilation included
   seconds_left        of all parts; null while a rate is missing
   devices   how many of which kind; time   of writing, in seconds since 1970
-Beside it lie what it counts: stage-N/metrics.jsonl, stage-N/samples/step-*.png, samples/samples.json.
+Beside it lie what it counts: stage-N/metrics.jsonl, stage-N/samples/step-*.png, samples/samples.json. Whoever shows all that to
+people is called whenever it has changed.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,17 @@ class Outlook:
     Args:
       config: need not be checked yet; `begin` reads it.
       phases, stages: those that the verb does; None: all stages of the config.
+      show: called on process 0 whenever the run's files have changed; it may not fail.
     """
 
-    def __init__(self, config: ConfigDict, phases: Sequence[str] = PHASES, stages: Sequence[int] | None = None) -> None:
-        self._config, self._phases, self._stages = config, phases, stages
+    def __init__(
+        self,
+        config: ConfigDict,
+        phases: Sequence[str] = PHASES,
+        stages: Sequence[int] | None = None,
+        show: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config, self._phases, self._stages, self._show = config, phases, stages, show
         self.parts: list[Part] = []
         self.run: Location | None = None
         self._rates: dict[str, float] = {}
@@ -124,6 +132,7 @@ class Outlook:
         moved = lambda progress: self._moved(part, progress)
         with Progress(title, part.total, UNITS[phase], part.done, more=self._more, moved=moved) as progress:
             self._now = (part, progress)
+            self.keep()
             yield progress
         self.keep()
 
@@ -179,11 +188,15 @@ class Outlook:
         return f"; {duration(left)} left in all" if left is not None and len(self.parts) > 1 else ""
 
     def keep(self) -> None:
-        """Writes progress.json, on process 0; nothing if this start has done nothing."""
-        if not leads() or self._now is None:
+        """Writes progress.json, unless this start has counted nothing, and shows the run; on process 0."""
+        if not leads():
             return
+        if self._now is not None:
+            self._write(*self._now)
+        self._show()
+
+    def _write(self, part: Part, progress: Progress | None) -> None:
         over = all(part.done >= part.total for part in self.parts)
-        part, progress = self._now
         each = progress and progress.seconds_each()
         atomic.write_json(
             self.run / FILE,
@@ -275,4 +288,5 @@ def _said(part: Part) -> str:
 
 
 def _plain(part: Part) -> dict[str, Any]:
-    return {"phase": part.phase, "stage": part.stage, "done": part.done, "total": part.total, "unit": f"{UNITS[part.phase]}s"}
+    counts = {"done": part.done, "total": part.total, "unit": f"{UNITS[part.phase]}s"}
+    return {"phase": part.phase, "stage": part.stage, **counts, "cost": part.cost}

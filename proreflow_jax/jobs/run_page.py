@@ -1,0 +1,43 @@
+"""Writes report.html, the page of a run, anew: at every shard, checkpoint and export, and by `evaluate`."""
+
+import logging
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from proreflow_jax.jobs.run_facts import read_run
+from proreflow_jax.page.document import document
+from proreflow_jax.run.check_config import flat
+from proreflow_jax.run.errors import message
+from proreflow_jax.storage import atomic, paths
+from proreflow_jax.storage.paths import Location
+
+log = logging.getLogger(__name__)
+FILE = "report.html"
+
+
+def write_page(folder: Location, config: ConfigDict) -> None:
+    """Reads the run's files and writes the page beside them."""
+    atomic.write_text(folder / FILE, document(read_run(folder, flat(config))))
+
+
+def keep_page(folder: Location, config: ConfigDict) -> None:
+    """The same, for a job that goes on whatever happens to its page: a failure is one line of warning."""
+    try:
+        write_page(folder, config)
+    except Exception as error:  # a page is looked at; nothing depends on it
+        log.warning("%s was not written (%s: %s); the job goes on", folder / FILE, type(error).__name__, message(error))
+
+
+def reporter(config: ConfigDict) -> Callable[[], None]:
+    """`keep_page` of the run that a config names; the first call says where the page is. The config is read at the call."""
+    pages: list[Location] = []
+
+    def show() -> None:
+        folder = paths.parse_path(config.root) / config.name
+        keep_page(folder, config)
+        if not pages:
+            log.info("page: %s; `proreflow watch --run=%s` shows it as it grows", folder / FILE, folder)
+            pages.append(folder / FILE)
+
+    return show

@@ -1,0 +1,49 @@
+"""Which of the package's own configs a run's config is nearest to, and the fields in which it differs."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from proreflow_jax.page.facts import Change
+from proreflow_jax.run import config_files
+from proreflow_jax.run.check_config import flat
+from proreflow_jax.run.read_config import read_config
+
+OWN = ("name", "root")  # fields that every run sets
+LONGEST = 200  # letters of a value
+
+
+def compare(fields: Mapping[str, Any]) -> tuple[str, list[Change]]:
+    """(name, changed fields) of the package's config that differs in fewest fields; ("", []) without fields to compare.
+
+    fields: of a run's config, by dotted names; JSON's lists count as the tuples that they were.
+    """
+    values = {name: plain(value) for name, value in fields.items() if name not in OWN}
+    if not values:
+        return "", []
+    rows = {name: _changes(values, default) for name, default in defaults().items()}
+    name = min(rows, key=lambda one: (len(rows[one]), one != fields.get("name"), one))
+    return name, rows[name]
+
+
+def _changes(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[Change]:
+    fields = [name for name in sorted(values) if name not in default or default[name] != values[name]]
+    return [Change(name, _said(default[name]) if name in default else "not there", _said(values[name])) for name in fields]
+
+
+@cache
+def defaults() -> dict[str, dict[str, Any]]:
+    """{name: fields} of the package's own configs that have stages."""
+    configs = {name: read_config(name) for name in config_files.own_names() if name != "reproduce"}  # whose cells have words
+    return {name: {f: plain(v) for f, v in flat(config).items()} for name, config in configs.items() if "stages" in config}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _said(value: Any) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
