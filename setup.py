@@ -17,6 +17,7 @@ TRAINING = [  # free of torch and of TensorFlow: a test holds this
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12,<1",
     "pillow>=11",
+    "pyyaml>=6",
     "safetensors>=0.8",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.10",
