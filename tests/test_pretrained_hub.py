@@ -194,9 +194,7 @@ def test_the_plan_is_logged_before_weights_are_asked_for(server, said):
 
 def test_the_plan_counts_what_is_in_the_cache_and_that_is_not_fetched_again(server, said):
     hub.download(REPO, "main")
-    server.add(
-        REPO, NEEDED | REST | {"preview.png": b"another picture", "vae/diffusion_pytorch_model.safetensors": b"v" * 5000}
-    )
+    server.add(REPO, NEEDED | REST | {"preview.png": b"another", "vae/diffusion_pytorch_model.safetensors": b"v" * 5000})
     server.requests.clear()
     said.clear()
     hub.download(REPO, "main")
