@@ -1,9 +1,11 @@
 """`serve`: what the page offers and draws, in which words it refuses; and the page itself, where gradio is installed."""
 
+import re
 import shutil
 import socket
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -169,10 +171,14 @@ def test_the_page_draws_refuses_and_keeps_what_it_drew(gallery, tmp_path):
         draw = lambda *words: client.predict(*words, api_name="/draw")
         answer = draw("a three", FOUR, BASE, 0, 4, 1.0, 1.0, "", "0")
         assert pictures.records(Image.open(answer[1]))[0]["prompt"] == "a three" and "4 network calls" in answer[2]
-        assert "base model: 4 steps" in answer[4] and len(answer[5]) == 2
+        assert "base model: 4 steps" in answer[4] and answer[5].count("<figure>") == 2
         refused = draw("", FOUR, "none", 0, 4, 1.0, 1.0, "", "0")
         assert "the prompt is empty" in str(refused[0])
-        assert len(draw("five", FOUR, "none", 0, 4, 1.0, 1.0, "", "1")[5]) == 3
+        html = draw("<script>alert(1)</script>", FOUR, "none", 0, 4, 1.0, 1.0, "", "1")[5]
+        assert html.count("<figure>") == 3 and "<script" not in html
+        name = re.search(r'src="gradio_api/file=([^"]+)"', html)[1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/file={name}") as picture:
+            assert picture.read() == Path(name).read_bytes()
     finally:
         page.close(verbose=False)
     time.sleep(0.1)

@@ -21,6 +21,7 @@ from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
 WHOLE = re.compile(r"[+-]?\d{1,20}")
+FLAGS = re.compile(r"--(steps|guidance|seed|negative|prompt)\b")  # of `sample`, which the page has as fields
 LIMIT = 16 * 2**30  # bytes of UNets that stay open; beyond it the one that was not used for longest goes
 BASE = "base model"
 Report = Callable[[int, int, str], None]  # (step, steps, label)
@@ -55,6 +56,7 @@ class Drawing(NamedTuple):
     image: Image.Image  # its `info` has the story that a PNG keeps
     steps: int
     calls: int  # evaluations of the network
+    guidance: float
     seconds: float
     compiled: bool  # the seconds hold a compilation
 
@@ -62,7 +64,8 @@ class Drawing(NamedTuple):
         """The cost of the picture in a line."""
         plural = lambda count, word: f"{count} {word}{'' if count == 1 else 's'}"
         note = " with compiling" if self.compiled else ""
-        return f"{self.label}: {plural(self.steps, 'step')}, {plural(self.calls, 'network call')}, {self.seconds:.2f} s{note}"
+        cost = f"{plural(self.steps, 'step')}, {plural(self.calls, 'network call')}, {self.seconds:.2f} s{note}"
+        return f"{self.label}: {cost}" + ("" if self.guidance == 1 else f", guidance {self.guidance:g}")
 
 
 class Answer(NamedTuple):
@@ -108,8 +111,9 @@ class Gallery:
         except Exception as error:
             if errors.exit_code(error) is None and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            log.info("refused: %s", errors.message(error))
-            return Answer(refusal=errors.message(error))
+            line = FLAGS.sub(r"\1", errors.message(error))
+            log.info("refused: %s", line)
+            return Answer(refusal=line)
         return Answer(drawings[0], drawings[1] if len(drawings) > 1 else None)
 
     def _checked(self, ask: Ask) -> list[dict[str, Any]]:
@@ -146,7 +150,7 @@ class Gallery:
         (image,) = model(prompt, steps=steps, guidance=guidance, callback=callback, **words)
         seconds = time.monotonic() - began
         self._compiled.add(key)
-        return Drawing(label, image, count, count * (1 if guidance == 1 else 2), seconds, compiled)
+        return Drawing(label, image, count, count * (1 if guidance == 1 else 2), guidance, seconds, compiled)
 
     def _model(self, label: str) -> ImageModel:
         """The open model; others go where all would be too large."""
@@ -238,6 +242,6 @@ def number(value: Any, name: str) -> float:
         raise UserError(f"{name}={str(value)[:40]} must be a number") from None
 
 
-def caption(drawing: Drawing, ask: Ask) -> str:
-    """Of a picture in the history."""
-    return f"{str(ask.prompt).strip()[:60]} | seed {ask.seed} | {drawing.words()}"
+def caption(ask: Ask) -> str:
+    """Of a drawing in the history."""
+    return f"{str(ask.prompt).strip()[:200]} (seed {str(ask.seed).strip()})"

@@ -3,6 +3,7 @@
 Nothing goes to the network: no analytics, no share link, no fonts from elsewhere; the server listens on 127.0.0.1 alone.
 """
 
+import html
 import logging
 import os
 import socket
@@ -19,13 +20,21 @@ from proreflow_jax.run.pictures import save_pictures
 log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 FOLDER = "GRADIO_TEMP_DIR"  # names the folder of what the page shows
-HISTORY = 60  # pictures that the page keeps
+HISTORY = 60  # drawings that the page keeps
+FILE = "gradio_api/file="  # what the page's address has before a file of FOLDER
 NETWORK = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SHARE": "False"}
 CSS = """
 footer {display: none !important}
 .gradio-container {max-width: 1100px !important; margin: auto}
 .refusal, .refusal p {color: #c0392b; font-weight: 600}
-.picture img {image-rendering: auto; width: 100%; object-fit: contain}
+.picture img {width: 100% !important; height: 100% !important; object-fit: contain}
+.past {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 12px}
+.past section {border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 8px; min-width: 0}
+.past h4 {margin: 0 0 6px; font-weight: 600; overflow-wrap: anywhere}
+.past section > div {display: grid; grid-template-columns: 1fr 1fr; gap: 8px}
+.past figure {margin: 0; min-width: 0}
+.past img {width: 100%; display: block}
+.past figcaption {font-size: 0.8em; overflow-wrap: anywhere}
 """
 ABOUT = "The same noise and prompt on both sides. Seconds are of this machine; the first picture of a kind compiles."
 
@@ -53,6 +62,7 @@ def show(gallery: Gallery, port: int) -> None:
         except KeyboardInterrupt:
             log.info("the page is closed")
         finally:
+            page.server.force_exit = True  # a browser's open connection would hold the end for seconds
             page.close(verbose=False)
 
 
@@ -95,10 +105,9 @@ def make_page(gr: Any, gallery: Gallery) -> Any:
         with gr.Row():
             right = _picture(gr, "Student")
             left = _picture(gr, "Teacher")
-        history = gr.Gallery(label="History", columns=4, height="auto", format="png", interactive=False, object_fit="contain")
-        pictures = gr.State([])
+        history, past = gr.HTML(""), gr.State([])
         inputs = [prompt, student, teacher, steps, teacher_steps, guidance, teacher_guidance, negative, seed]
-        outputs = [refusal, *right, *left, history, pictures]
+        outputs = [refusal, *right, *left, history, past]
 
         def draw(*values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008  # gradio looks for it there
             ask = Ask(*values[:-1])._replace(teacher="" if values[2] == "none" else values[2])
@@ -106,7 +115,7 @@ def make_page(gr: Any, gallery: Gallery) -> Any:
             return _updates(gr, gallery.draw(ask, report), ask, values[-1])
 
         for event in (button.click, prompt.submit):
-            event(draw, [*inputs, pictures], outputs, api_name="draw" if event == button.click else False)
+            event(draw, [*inputs, past], outputs, api_name="draw" if event == button.click else False)
         page.load(lambda: _renewed(gr, gallery), None, [student, teacher], api_name=False)
     return page
 
@@ -126,25 +135,36 @@ def _picture(gr: Any, label: str) -> list[Any]:
     """A picture and the line below it."""
     with gr.Column(min_width=280):
         image = gr.Image(
-            label=label, type="pil", format="png", interactive=False, elem_classes="picture", buttons=["download", "fullscreen"]
+            label=label,
+            type="pil",
+            format="png",
+            height=360,
+            interactive=False,
+            elem_classes="picture",
+            buttons=["download", "fullscreen"],
         )
         return [image, gr.Markdown("")]
 
 
-def _updates(gr: Any, answer: Answer, ask: Ask, before: list[tuple[str, str]]) -> list[Any]:
+def _updates(gr: Any, answer: Answer, ask: Ask, past: list[str]) -> list[Any]:
     """What the answer changes on the page; a refusal leaves the pictures as they are.
 
-    before: (file, caption) of the pictures that the page has.
+    past: the drawings that the page has, each as HTML, the newest first.
     """
     if answer.refusal:
-        return [gr.update(value=_text(answer.refusal), visible=True), *[gr.update()] * 5, before]
-    files, sides = [], []
+        return [gr.update(value=_text(answer.refusal), visible=True), *[gr.update()] * 5, past]
+    figures, sides = "", []
     for one in (answer.student, answer.teacher):
-        file = str(save_pictures(one.image, f"{os.environ[FOLDER]}/drawings/")[0]) if one else None
-        sides += [file, _text(one.words()) if one else ""]
-        files += [(file, caption(one, ask))] if one else []
-    pictures = [*files, *before][:HISTORY]
-    return [gr.update(value="", visible=False), *sides, pictures, pictures]
+        if one is None:
+            sides += [None, ""]
+            continue
+        file = str(save_pictures(one.image, f"{os.environ[FOLDER]}/drawings/")[0])
+        sides += [file, _text(one.words())]
+        words = html.escape(one.words())
+        figures += f'<figure><img src="{FILE}{html.escape(file)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+    section = f"<section><h4>{html.escape(caption(ask))}</h4><div>{figures}</div></section>"
+    past = [section, *past][:HISTORY]
+    return [gr.update(value="", visible=False), *sides, f'<h3>History</h3><div class="past">{"".join(past)}</div>', past]
 
 
 def _text(text: str) -> str:
