@@ -66,11 +66,11 @@ def test_both_sides_are_what_the_models_draw_from_the_same_noise(gallery, chain)
         ({"steps": None}, "steps=None must be a whole number"),
         ({"guidance": "much"}, "guidance=much must be a number"),
         ({"guidance": float("nan")}, "guidance=nan"),
-        ({"guidance": 1e9}, "guidance=1e+09"),
+        ({"guidance": 1e9}, "guidance=1000000000.0 must be in"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**64}, "seed=18446744073709551616"),
         ({"seed": "9" * 5000}, "must be a whole number"),
-        ({"teacher": BASE, "teacher_steps": 5000}, "steps=5000"),
+        ({"teacher": BASE, "teacher_steps": 5000}, "5000 sampling steps, must be at most"),
         ({"prompt": "x" * 1_000_000}, "shorten it"),
     ],
 )
@@ -113,9 +113,9 @@ def test_a_model_alone_and_another_beside_it(chain, model):
     ("words", "line"),
     [
         ({"model": ""}, "--model is empty"),
-        ({"model": "/nowhere/at/all"}, "--model=/nowhere"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all does not exist: --model must name"),
         ({"model": "{run}", "vae": "x"}, "--vae is for a model alone"),
-        ({"model": "{run}", "beside": "/nowhere/at/all"}, "--beside=/nowhere"),
+        ({"model": "{run}", "beside": "/nowhere/at/all"}, "/nowhere/at/all does not exist: --beside must name"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_in_their_own_words(chain, words, line):

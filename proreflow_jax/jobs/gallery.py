@@ -192,7 +192,8 @@ def _alone(flag: str, source: str, dtype: str, **words: str) -> Choice:
     try:
         model = load.load(source, dtype=dtype, **words)
     except UserError as error:
-        raise UserError(re.sub(r"^source=", f"{flag}=", str(error))) from None
+        text = re.sub(r"(?<![\w.-])(revision|like|vae|dtype)(?==| must)", r"--\1", str(error))
+        raise type(error)(re.sub(r"(?<![\w.-])source(?==| must)", flag, text)) from None
     kind = f"student of {model.flow.windows} windows" if model.flow.windows else BASE
     return Choice(f"{model.name}, {kind}", model.flow.windows, lambda: model)
 
