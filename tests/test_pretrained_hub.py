@@ -30,6 +30,7 @@ INDEX = {
 NEEDED = {
     "model_index.json": json.dumps(INDEX).encode(),
     "LICENSE.md": b"be kind",
+    "README.md": b"---\nlicense: mit\n---\n# model",
     "unet/config.json": b'{"of": "unet"}',
     "unet/diffusion_pytorch_model.safetensors": bytes(3_000_000),
     "vae/config.json": b'{"of": "vae"}',
@@ -41,7 +42,6 @@ NEEDED = {
     "scheduler/scheduler_config.json": b'{"of": "time"}',
 }
 REST = {  # lies in such repositories and is of no use here
-    "README.md": b"# model",
     "fine-tune-pruned.safetensors": b"whole model",
     "preview.png": b"picture",
     "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
@@ -194,7 +194,7 @@ def test_the_plan_is_logged_before_weights_are_asked_for(server, said):
 
 def test_the_plan_counts_what_is_in_the_cache_and_that_is_not_fetched_again(server, said):
     hub.download(REPO, "main")
-    server.add(REPO, NEEDED | REST | {"README.md": b"# new words", "vae/diffusion_pytorch_model.safetensors": b"v" * 5000})
+    server.add(REPO, NEEDED | REST | {"preview.png": b"another", "vae/diffusion_pytorch_model.safetensors": b"v" * 5000})
     server.requests.clear()
     said.clear()
     hub.download(REPO, "main")
@@ -241,6 +241,13 @@ def test_offline_mode_asks_nobody(server, monkeypatch):
     server.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.download(REPO, "main") == folder and server.requests == []
+
+
+def test_a_cache_of_before_the_page_was_fetched_does(server):
+    folder = hub.download(REPO, "main")
+    (folder / "README.md").unlink()
+    server.stop()
+    assert hub.download(REPO, "main") == folder
 
 
 def test_the_environment_of_a_process_is_obeyed(server, tmp_path):

@@ -22,6 +22,7 @@ from proreflow_jax.run import pictures
 from proreflow_jax.run.image_model import ImageModel
 from proreflow_jax.run.read_config import read_config
 from proreflow_jax.run.stages import seed_key
+from proreflow_jax.storage.atomic import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("quick")
 PROMPTS, AGAINST = ["a three", "the number two"], "five"
@@ -264,3 +265,11 @@ def test_a_config_that_cannot_be_is_one_line(config, overrides, kind, needle):
     with pytest.raises(kind) as error:
         read_config(config, overrides)
     assert needle in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_of_before_a_field_was_there_opens(chain, tmp_path):
+    copy = Path(shutil.copytree(chain / "runs", tmp_path / "runs")) / "tiny"
+    record = read_json(copy / "config.json")
+    del record["samples"], record["wandb"], record["watchdog"], record["model"]["clip_skip"]
+    write_json(copy / "config.json", record)
+    assert proreflow_jax.load(copy, stage=4).flow.windows == 4

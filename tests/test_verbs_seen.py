@@ -16,6 +16,7 @@ from verb import TINY, run, tiny_flags
 
 from proreflow_jax.reflow import loop
 from proreflow_jax.run.outlook import Outlook
+from proreflow_jax.run.pictures import HALVES
 from proreflow_jax.storage.atomic import read_json
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -116,6 +117,9 @@ def test_every_checkpoint_has_its_picture_student_beside_base_model(drawn):
         for picture in pictures:
             assert picture.shape == (2 * tile, 2 * count * tile + gap, 3)
             np.testing.assert_array_equal(picture[:, : count * tile], left)
+        about = json.loads(Image.open(drawn / stage / "samples" / NAMES[-1]).info[HALVES])  # the card of an export says it
+        assert about["prompts"] == record["prompts"] and about["step"] == 6 and f"stage-{about['windows']}" == stage
+        assert about["right"]["taken"] == about["windows"] and about["left"]["steps"] == 4
         assert (pictures[0] != pictures[-1]).any()
     steps = {int(path.name) for path in (drawn / "stage-4" / "checkpoints").iterdir() if path.name.isdecimal()}
     assert steps <= {0, 2, 4, 6}

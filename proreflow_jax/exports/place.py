@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath
 
 from ml_collections import ConfigDict
 
+from proreflow_jax.exports.card_pictures import FILE as PICTURES
 from proreflow_jax.exports.formats import FILES, WINDOWED
 from proreflow_jax.pretrained import sources
 from proreflow_jax.pretrained.copying import is_licence, is_named_kind
@@ -11,7 +12,7 @@ from proreflow_jax.storage import paths, sealed
 from proreflow_jax.storage.paths import Location
 
 OUT = "--out"
-BESIDE = ("README.md", sources.INDEX, *sealed.LATER, *FILES.values())  # files of an export beside its components
+BESIDE = ("README.md", sources.INDEX, *sealed.LATER, *FILES.values(), PICTURES)  # files of an export beside its components
 
 
 def check_out(config: ConfigDict, target: Location, **inputs: Location) -> None:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax import UserError
-from proreflow_jax.exports.card import make_card, write_card
+from proreflow_jax.exports.card import add_to_card, make_card, write_card
+from proreflow_jax.exports.card_numbers import carries_numbers, measured_numbers
+from proreflow_jax.exports.card_pictures import copy_pictures
 from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, student_scheduler_config
 from proreflow_jax.exports.place import check_replaceable
 from proreflow_jax.flow.parameterization import JUMPS
@@ -27,6 +29,7 @@ from proreflow_jax.storage.gcs import WRITING
 
 log = logging.getLogger(__name__)
 OPTIONAL = ("clip_skip",)  # fields that a card has or has not
+SAID = ("base", "about", "numbers")  # fields of the page, which make no other student
 RANKS = (1, 4, 16, 32, 64, 128, 256)  # of the energies that a LoRA's export prints
 
 
@@ -44,21 +47,33 @@ def export_stage(
     if student.factors:
         export_format = export_format._replace(rank=experiment.config.student.lora.rank)
     card = make_card(experiment, stage, student, export_format)
+    if carries_numbers(export_format, bool(student.factors)):
+        numbers = measured_numbers(experiment.run, student.digest)
+        card |= {"numbers": numbers} if numbers else {}
     if first_says(lambda: not overwrite and _holds(target, card)):
         log.info("%s: is there", target)
+        first(lambda: _renew_numbers(target, card))
         return
     size = sum(value.nbytes for value in student.params.values()) / 2**30
     log.info(
         "%s: writing the %d-window student, %.2g GiB of UNet in float32, as %s", target, stage.windows, size, export_format.form
     )
     student = student._replace(params=host_arrays(student.params), factors=host_arrays(student.factors))
-    first(lambda: _write(experiment, student, card, target, export_format))
+    first(lambda: _write(experiment, stage, student, card, target))
     log.info("%s: %d-window student as %s, num_inference_steps=%d", target, stage.windows, export_format.form, stage.windows)
 
 
-def _write(experiment: Experiment, student: Weights, card: dict[str, Any], target: Path, export_format: Format) -> None:
+def _renew_numbers(target: paths.Location, card: Mapping[str, Any]) -> None:
+    """Puts the numbers that were measured since onto the card of an export that is there."""
+    numbers = card.get("numbers")
+    if numbers and numbers != sealed.read_record(target).get("numbers"):
+        add_to_card(target, numbers=numbers)
+        log.info("%s: its card has the numbers of the run's tables now", target)
+
+
+def _write(experiment: Experiment, stage: Stage, student: Weights, card: dict[str, Any], target: Path) -> None:
     """The folder, whole or not at all. student: arrays of this host."""
-    tensors = weights.to_torch(student.params)
+    tensors, export_format = weights.to_torch(student.params), Format(**card["format"])
     with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: see `check_replaceable`
         scheduler = student_scheduler_config(experiment.base.scheduler, student.flow, export_format.scheduler)
         if export_format.form == "diffusers":
@@ -68,6 +83,8 @@ def _write(experiment: Experiment, student: Weights, card: dict[str, Any], targe
             single, report = _single_tensors(experiment, student, tensors, export_format)
             weights.save_tensors(draft / FILES[export_format.form], single, {STUDENT: str(student.flow.windows)})
             card |= report
+        if record := copy_pictures(stage, draft):
+            card["about"] = card["about"] | {"pictures": record}
         write_card(draft, card)
 
 
@@ -85,7 +102,7 @@ def _holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
         return False
     if not present:  # an empty folder
         return False
-    compared = [name for name in (*card, *OPTIONAL) if name != "base"]
+    compared = [name for name in (*card, *OPTIONAL) if name not in SAID]
     if differs := [name for name in compared if present.get(name) != card.get(name)]:
         raise UserError(f"{target} holds another export (of another {differs[0]}): choose another --out, or pass --overwrite")
     if wrong := sealed.damage(target, present):

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.exports.card import write_card
+from proreflow_jax.exports.card_base import describe_base
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.exports.write import check_copies, write_folder
 from proreflow_jax.flow.schedule import from_config
@@ -40,8 +41,11 @@ def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float)
     if base.vae:
         shapes = make_vae(base.config("vae")).shapes
         lineage["vae"] = fold(digest(weights.from_torch(base.tensors("vae"), shapes, str(base.vae.origin))))
+    before = card.pop("about", {})
+    card.pop("numbers", None)  # of the delta's own base
     card |= {
         "base": name,
+        "about": _about(describe_base(config, base), before),
         "digest": summed,
         "format": {**card["format"], "form": "diffusers", "dtype": dtype},
         "lineage": lineage | {"onto": onto, "merged": summed},
@@ -51,6 +55,14 @@ def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float)
         write_folder(draft, base, merged, scheduler)
         write_card(draft, card)
     return f"{target}: {base.origin} + {scale:g} x the {card['windows']}-window delta of {delta}"
+
+
+def _about(base: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page of a merge says of both models. The licence only where it is one; pictures were drawn by neither."""
+    licence = base["licence"] if base["licence"] == before.get("licence") else {}
+    other = before.get("base_model", "")
+    about = base | {"licence": licence, "delta_base_model": other if other != base["base_model"] else ""}
+    return about | {name: before[name] for name in ("prompt", "credits") if name in before}
 
 
 def _digest(base: sources.ModelSource, tensors: Mapping[str, np.ndarray]) -> str:

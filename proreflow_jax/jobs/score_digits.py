@@ -152,13 +152,26 @@ def measure_rows(experiment: Experiment, rows: list[TableRow]) -> tuple[list[dic
             "recognised": f"{100 * numbers['recognised']:.1f} %",
             "seconds": seconds,
         }
-        results.append({"method": row.method, "steps": row.steps} | numbers | said)
+        about = {"digest": row.weights.digest, "statement": _statement(experiment.config, row, numbers, change)}
+        results.append({"method": row.method, "steps": row.steps} | numbers | said | about)
         pictures.append(images[: e.columns])
         log.info(
             "%s, %d steps: distance %.4f, Frechet distance %.2f", row.method, row.steps, numbers["distance"], numbers["frechet"]
         )
     progress.close()
     return results, pictures
+
+
+def _statement(config: ConfigDict, row: TableRow, numbers: dict[str, float], change: float | None) -> str:
+    """A row's numbers with all that they depend on, in a sentence."""
+    e = config.evaluate
+    against = "" if change is None else f" ({100 * change:+.0f} % against the teacher in as many steps)"
+    return (
+        f"{row.method}, {row.steps} steps: RMS distance of the latents to the teacher's own {e.teacher_steps[0]}-step result "
+        f"{numbers['distance']:.4f}{against}; Frechet distance to the real digits {numbers['frechet']:.2f} (features of "
+        f"{classifier.FEATURES}); {100 * numbers['recognised']:.1f} % recognised by {classifier.READER}; "
+        f"{e.examples} pictures, guidance 1, seed {config.seed}, {config.model.sampling_dtype}"
+    )
 
 
 def prompts(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]:

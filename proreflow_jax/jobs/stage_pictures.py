@@ -9,6 +9,7 @@ A picture depends on config, seed, base model and the weights of its step alone,
 what one that never stopped draws, under the same names. The state is read and never changed. One program a stage draws.
 """
 
+import json
 import logging
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import Params
@@ -24,14 +26,15 @@ from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import text_context
 from proreflow_jax.run import outlook, train_state
 from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.stages import PICTURE_KEY, Stage, run_key
+from proreflow_jax.run.pictures import HALVES
+from proreflow_jax.run.stages import PICTURE_KEY, SAMPLES, Stage, run_key
 from proreflow_jax.runtime import mesh, stacks
 from proreflow_jax.runtime.processes import first, first_says, host_arrays, leads
 from proreflow_jax.storage import atomic, paths
 from proreflow_jax.storage.paths import Location
 
 log = logging.getLogger(__name__)
-FOLDER, RECORD = "samples", "samples.json"
+RECORD = "samples.json"
 GAP = 4  # white pixels between base model and student
 
 
@@ -61,7 +64,7 @@ class StagePictures:
 
     def path(self, step: int) -> Location:
         """Where a step's picture lies."""
-        return self._stage.folder / FOLDER / f"step-{step:08d}.png"
+        return self._stage.picture(step)
 
     def missing(self, step: int) -> bool:
         """Whether a step should have a picture and has none."""
@@ -83,7 +86,9 @@ class StagePictures:
         gap = np.full((len(student), GAP, 3), 255, np.uint8)
         picture = np.concatenate([self._teacher, gap, student], axis=1)
         if self.due(step):
-            _write(self.path(step), picture)
+            about = {**self._record, "step": step, "windows": self._stage.windows}
+            about["right"] = {**about["right"], "taken": max(self._config.steps, self._stage.student.windows)}
+            _write(self.path(step), picture, about)
         return picture
 
     def _make_inputs(self) -> tuple[jax.Array, Any, Any]:
@@ -142,22 +147,26 @@ class StagePictures:
             "seed": experiment.config.seed,
             "dtype": experiment.config.model.sampling_dtype,
         }
+        self._record = record
         about = {**record, "right": None, "digest": experiment.unet.digest(), **experiment.identity()}
-        folder = experiment.run / FOLDER
+        folder = experiment.run / SAMPLES
         path = folder / f"teacher-{atomic.json_digest(about)[:12]}.png"
         if not first_says(path.is_file):
             outlook.compiling("the base model's sampler", experiment.networks.unet)
             draw = self._program(experiment.flow, steps, guidance)
             picture = self._grid(draw(experiment.unet.params(), {}, *self._inputs, self._vae()))
-            first(lambda: _write(path, picture))
+            first(lambda: _write(path, picture, half))
         first(lambda: atomic.write_json(folder / RECORD, record | {"teacher": path.name}))
         return _read(path) if leads() else None
 
 
-def _write(path: Location, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+def _write(path: Location, picture: UInt8[np.ndarray, "h w 3"], about: dict[str, Any]) -> None:
+    """about: how it was drawn, a text in the PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    info.add_text(HALVES, json.dumps(about, sort_keys=True))
     with atomic.drafted(path) as draft:
-        Image.fromarray(picture).save(draft, "PNG")
+        Image.fromarray(picture).save(draft, "PNG", pnginfo=info)
 
 
 def _read(path: Location) -> UInt8[np.ndarray, "h w 3"]:

@@ -24,6 +24,7 @@ from proreflow_jax.pretrained.sources import ID
 log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it writes every address, signed ones too
 INDEX, CARD, CONFIG = "model_index.json", "reflow.json", "config.json"
+PAGE = "README.md"  # names the licence, which the card of an export repeats; an older cache may lack it
 TEXTS = (".json", ".txt")
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")  # the exact numbers first; one of them is fetched, the one that models/ reads
@@ -44,7 +45,7 @@ class Repository(NamedTuple):
 def download(
     repo: str, revision: str, configs_only: bool = False, flag: str = "--config.model.path", component: str = ""
 ) -> Path:
-    """A diffusers repository as a local folder (huggingface_hub's cache): components, licence, nothing beside them.
+    """A diffusers repository as a local folder (huggingface_hub's cache): components, licence, its page, nothing else.
 
     Args:
       repo: owner/name.
@@ -107,7 +108,8 @@ def _from_cache(repo: str, revision: str, flag: str, reason: str, groups: Callab
 
     for group in groups(Repository(repo, folder.name, sizes, here), flag).values():
         for name in group:
-            here(name)
+            if name != PAGE:
+                here(name)
     log.info("%s; %s at %s is taken from the cache: %s", reason, repo, revision, folder)
     return folder
 
@@ -122,7 +124,7 @@ def _groups(repository: Repository, flag: str, configs_only: bool = False, compo
             f"{where} is no diffusers repository: it holds no {INDEX}; a single file of it must be downloaded first"
         )
     index = _read_object(repository.read(INDEX), f"{where}: {INDEX}")
-    groups = {"": [path for path in repository.sizes if path in (INDEX, CARD) or re.match(r"LICENSE[^/]*$", path)]}
+    groups = {"": [path for path in repository.sizes if path in (INDEX, CARD, PAGE) or re.match(r"LICENSE[^/]*$", path)]}
     for name in [name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]]:
         if name == alone or not alone:
             groups[name] = _files(repository, name, configs_only, where)

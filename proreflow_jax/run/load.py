@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.pretrained.sources import INDEX
 from proreflow_jax.run import open
-from proreflow_jax.run.experiment import load_weights
+from proreflow_jax.run.experiment import Experiment, load_weights
 from proreflow_jax.run.image_model import ImageModel
 from proreflow_jax.run.read_config import CONFIG, changed, read_record
 from proreflow_jax.run.stages import Stage, find_stage
@@ -51,7 +51,7 @@ def load(
     Raises UserError, one line, if there is no such model, or one that is damaged or cannot be read.
     """
     place = source.folder if isinstance(source, Stage) else paths.parse_path(source, "source")
-    run, count = _run_of(place)
+    run, count = find_run(place)
     words = {"revision": revision, "like": like, "vae": vae, "clip_skip": clip_skip, "prediction_type": prediction_type}
     if run is not None:
         return _load_stage(run, stage if count is None else count, dtype, overrides or {})
@@ -63,7 +63,7 @@ def load(
         return ImageModel(base, networks, weights, open.title(config, base.source), dtype or "float32")
 
 
-def _run_of(place: Location) -> tuple[Location | None, int | None]:
+def find_run(place: Location) -> tuple[Location | None, int | None]:
     """(the run's folder, windows of the stage), of a run's folder or a stage's; None for what a path does not say."""
     if (place / CONFIG).is_file() and not (place / INDEX).is_file():
         return place, None
@@ -72,15 +72,21 @@ def _run_of(place: Location) -> tuple[Location | None, int | None]:
 
 
 def _load_stage(run: Location, stage: int | None, dtype: str, overrides: Mapping[str, Any]) -> ImageModel:
-    """A student of a run, or its base model; the run lies where it lies, whatever its config says."""
-    moved = {"root": str(run.parent), "name": run.name} | ({"model.sampling_dtype": dtype} if dtype else {})
-    config = changed(read_record(run / CONFIG), {**moved, **overrides})
-    experiment = open.open_experiment(config, base_alone=stage == 0, device=jax.local_devices()[0])
+    """A student of a run, or its base model."""
+    experiment = open_run(run, dtype, overrides, base_alone=stage == 0)
+    config = experiment.config
     if stage == 0:
         return ImageModel.of(experiment, load_weights(experiment, None), open.title(config, experiment.base.source))
     done = [one for one in experiment.stages if one.done.is_file()]
     chosen = find_stage(experiment.stages, stage) if stage else (done or experiment.stages)[-1]
     return ImageModel.of(experiment, load_weights(experiment, chosen), f"{config.name}-{chosen.folder.name}")
+
+
+def open_run(run: Location, dtype: str, overrides: Mapping[str, Any], base_alone: bool = False) -> Experiment:
+    """A run on this machine's first device; it lies where it lies, whatever its config says. dtype, overrides: as of `load`."""
+    moved = {"root": str(run.parent), "name": run.name} | ({"model.sampling_dtype": dtype} if dtype else {})
+    config = changed(read_record(run / CONFIG), {**moved, **overrides})
+    return open.open_experiment(config, base_alone=base_alone, device=jax.local_devices()[0])
 
 
 def _model_config(path: str, words: Mapping[str, Any]) -> ConfigDict:

@@ -19,6 +19,7 @@ from proreflow_jax.storage import atomic, paths
 from proreflow_jax.storage.paths import Location
 
 PARAMETERS, RECORDS = "parameters", "proreflow_jax"  # keys of a PNG's texts
+HALVES = "proreflow_jax_samples"  # key of a stage's pictures: JSON of how both halves were drawn
 NEGATIVE = "Negative prompt:"  # begins the second line of A1111's form
 HASH_DIGITS = 10  # of a model's digest in A1111's form
 DIGITS, LARGEST_NAME = 5, re.compile(r"(\d{5,9})\.png")  # of numbered names

@@ -16,6 +16,7 @@ from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
 CONFIG = "config.json"  # of a run: the config of its first start
+YOUNG = "finetune"  # the config whose values stand for fields that an older run's record lacks: nothing is changed by them
 
 
 def read_config(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -46,8 +47,16 @@ def changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 
 def read_record(path: Location) -> ConfigDict:
-    """The config in a run's config.json. Raises MissingFile or UserError, one line."""
-    return ConfigDict(_tuples(atomic.read_json(path))).lock()
+    """The config in a run's config.json; fields that there were not yet have YOUNG's values. Raises as `atomic.read_json`."""
+    record = _tuples(atomic.read_json(path))
+    return ConfigDict(_filled(record, _run_file(YOUNG).to_dict())).lock()
+
+
+def _filled(record: dict[str, Any], young: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the fields that it lacks, block by block."""
+    both = [name for name in record if isinstance(record[name], dict) and isinstance(young.get(name), dict)]
+    blocks = {name: _filled(record[name], young[name]) for name in both}
+    return {**young, **record, **blocks}
 
 
 def _tuples(value: Any) -> Any:

@@ -20,6 +20,7 @@ from proreflow_jax.storage.paths import Location
 from proreflow_jax.storage.sealed import is_sealed, with_seal
 
 DONE = "DONE.json"
+SAMPLES = "samples"  # folder of pictures, of a run and of a stage
 PAIR_KEY, TRAIN_KEY, EVALUATION_KEY, PICTURE_KEY = 1, 2, 3, 4  # folded into the run's key, then the stage's windows
 READ_AS = {"prediction": "--config.student.prediction", "windows": "--config.stages", "path": "--config.student.path"}
 
@@ -43,6 +44,10 @@ class Stage(NamedTuple):
     def done(self) -> Location:
         """The file that says the stage is finished, and names its weights."""
         return self.folder / DONE
+
+    def picture(self, step: int) -> Location:
+        """Where the picture of a step lies: base model and student side by side, where the config asks for pictures."""
+        return self.folder / SAMPLES / f"step-{step:08d}.png"
 
 
 def check_counts(counts: Sequence[int]) -> None:
