@@ -13,12 +13,12 @@ from typing import Any
 from PIL import UnidentifiedImageError
 
 from proreflow_jax import UserError
-from proreflow_jax.jobs.stage_pictures import FOLDER, RECORD
+from proreflow_jax.jobs.stage_pictures import RECORD
 from proreflow_jax.page import embed
 from proreflow_jax.page.facts import Drawing, Run, Stage, Table
 from proreflow_jax.run import nearest_config, outlook
 from proreflow_jax.run.read_config import CONFIG
-from proreflow_jax.run.stages import DONE
+from proreflow_jax.run.stages import DONE, SAMPLES
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
@@ -28,7 +28,7 @@ MOST_LINES = 1000  # of a metrics.jsonl that are read
 STAGE, STEP = re.compile(r"stage-(\d+)"), re.compile(r"step-(\d+)\.png")
 TABLES = {"table.json": "Table", "scores.json": "Scores"}  # of the protocols of `evaluate`
 PICTURE = {"table.json": "samples.png"}  # of a table
-DISK = ("pairs", "checkpoints", "export", FOLDER, "tensorboard", "profile")  # folders that are counted apart
+DISK = ("pairs", "checkpoints", "export", SAMPLES, "tensorboard", "profile")  # folders that are counted apart
 
 Sizes = Mapping[str, int]  # bytes of every file of the run, by its name relative to the run
 
@@ -40,7 +40,7 @@ def read_run(folder: Location, fields: Mapping[str, Any]) -> Run:
     """
     sizes = file_sizes(folder)
     fields = dict(fields) | flattened(_json(folder, CONFIG, sizes))
-    samples = _json(folder, f"{FOLDER}/{RECORD}", sizes)
+    samples = _json(folder, f"{SAMPLES}/{RECORD}", sizes)
     counts = _windows(fields, sizes)
     shown = max(2, min(SHOWN, MOST_SHOWN // max(len(counts), 1)))
     name, changes = nearest_config.compare(fields)
@@ -113,7 +113,7 @@ def _stage(
     place = f"stage-{count}"
     done, plan = (_json(folder, f"{place}/{name}", sizes) for name in (DONE, "plan.json"))
     lines = read_lines(folder / place / "metrics.jsonl") if f"{place}/metrics.jsonl" in sizes else []
-    drawings, teacher = _drawings(folder, f"{place}/{FOLDER}", samples, sizes, shown)
+    drawings, teacher = _drawings(folder, f"{place}/{SAMPLES}", samples, sizes, shown)
     return Stage(
         windows=count,
         begun=any(name.startswith(f"{place}/") for name in sizes),
