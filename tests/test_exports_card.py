@@ -12,6 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from verb import run, tiny_flags
 
+from proreflow_jax.data import emoji_packages
+from proreflow_jax.data.credits import credit_lines
 from proreflow_jax.exports import card_pictures
 from proreflow_jax.exports.card_base import read_licence
 from proreflow_jax.exports.card_page import card_page
@@ -140,6 +142,13 @@ def test_a_licence_file_is_named_where_no_page_names_one(tmp_path):
 
 def test_plain_words_are_one_line_of_text():
     assert plain_words("a\nb\u2028c *x* | `y`") == r"a b c \*x\* \| \`y\`" and len(plain_words("x" * 5000)) == 200
+
+
+def test_credits_are_those_of_the_data_that_is_known():
+    table = emoji_packages.credits_table()
+    assert credit_lines(["prompts"]) == [] and "UCI" in credit_lines(["digits"])[0]
+    assert table in credit_lines(["prompts"], f"# Emoji\n\n{table}\n") and "Twitter" in table
+    assert table in credit_lines(["emoji"])
 
 
 # Pictures.
