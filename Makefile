@@ -9,6 +9,10 @@ FORM ?= quick
 demo: .venv/demo.ok
 	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
 	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
+	@printf '\n%s\n' 'Next, after  . .venv/bin/activate' \
+	    '  proreflow sample --steps=2 --prompt="a handwritten seven" --out=seven.png   # your prompt, by the 2-window student' \
+	    '  proreflow export --stage=4 --form=single-file --dtype=float16               # a file for ComfyUI and A1111' \
+	    '  proreflow sample --config=finetune --config.model.path=MY.safetensors --stage=0 --steps=25 --guidance=7   # your model'
 
 test: .venv/test.ok
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -148,7 +148,7 @@ def _run(c: ConfigDict) -> None:
     c.samples.teacher_steps = 32  # network evaluations of the base model beside it [paper: teacher at 32 steps]
     c.samples.guidance = 1.0  # classifier-free guidance scale of both; base model: pairs.guidance where that is not 1
 
-    c.wandb = ConfigDict()  # the run on wandb too (pip install 'proreflow_jax[wandb]'); where it cannot be, one line says so
+    c.wandb = ConfigDict()  # the run on wandb too (pip install '.[wandb]'); where it cannot be, one line says so
     c.wandb.project = ""  # its project there; "": none
     c.wandb.entity = ""  # user or team there; "": the user's own
 

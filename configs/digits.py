@@ -1,7 +1,7 @@
 """The demo: progressive reflow of the embedded digits model in 8, 4, then 2 windows (ProReflow-II's chain).
 
     make demo
-    python -m proreflow_jax.distill --config=configs/digits.py
+    proreflow distill --config=digits
 
 Machine: a laptop (2 CPU cores). Time and the expected table: README.md. Every field can be overridden by
 --config.field=value. [paper] marks what the paper states; everything else is this project's choice.

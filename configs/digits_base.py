@@ -1,6 +1,6 @@
 """The small base model that configs/digits.py distils: Stable Diffusion's shape on scikit-learn's handwritten digits.
 
-    python -m proreflow_jax.pretrain --config=configs/digits_base.py --out=proreflow_jax/assets/digits
+    proreflow pretrain --config=digits_base --out=proreflow_jax/assets/digits
 
 Machine and time: see the README of proreflow_jax/assets. Result: a diffusers folder that StableDiffusionPipeline opens.
 """

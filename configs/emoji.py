@@ -1,9 +1,9 @@
 """Progressive reflow of the emoji model in 8, 4, then 2 windows; its gate, and its table.
 
-    python -m proreflow_jax.evaluate --config=configs/emoji.py
-    python -m proreflow_jax.distill --config=configs/emoji.py
+    proreflow evaluate --config=emoji
+    proreflow distill --config=emoji
 
-The first command alone is the gate: it needs the base model and the dataset (`python -m proreflow_jax.make_emoji`), draws the
+The first command alone is the gate: it needs the base model and the dataset (`proreflow make_emoji`), draws the
 teacher at 2 to 64 steps and at several guidance scales, and says what a testbed must show; after the second it has rows for the
 students too. Stop it and run it again as you like. Machine: 2 CPU cores; the teacher's rows are 756,000 evaluations of the UNet
 (14 ms each: 3 hours), the guidance rows 164,000.

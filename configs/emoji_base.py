@@ -1,7 +1,7 @@
 """A small text-to-image model of real pictures: Stable Diffusion's shape on 64 x 64 emoji in seven styles.
 
-    python -m proreflow_jax.make_emoji --config=configs/emoji_base.py
-    python -m proreflow_jax.pretrain --config=configs/emoji_base.py --out=runs/emoji_base_model
+    proreflow make_emoji --config=emoji_base
+    proreflow pretrain --config=emoji_base --out=runs/emoji_base_model
 
 Data: 10,188 pictures of 1,911 concepts, 993 of them held out (`data.emoji.hold_out`).
 Size: UNet 8.8 M weights, text encoder 1.0 M, autoencoder 0.7 M; 21 MB in half precision.

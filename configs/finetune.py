@@ -1,9 +1,9 @@
 r"""My fine-tune: a model of SD 1.5's kind that you bring, in 8, 4, then 2 windows, at a fifth of configs/sd15.py's work.
 
-    python -m proreflow_jax.distill --config=configs/finetune.py --config.model.path=MY.safetensors
-    python -m proreflow_jax.sample --config=configs/finetune.py --config.model.path=MY.safetensors --stage=4 \
+    proreflow distill --config=finetune --config.model.path=MY.safetensors
+    proreflow sample --config=finetune --config.model.path=MY.safetensors --stage=4 \
         --guidance=4 --prompt="a red fox in my style" --out=fox.png
-    python -m proreflow_jax.export --config=configs/finetune.py --config.model.path=MY.safetensors --stage=4 --form=single-file
+    proreflow export --config=finetune --config.model.path=MY.safetensors --stage=4 --form=single-file
 
 MY.safetensors is a checkpoint as A1111 and ComfyUI use; a diffusers folder or a hub id does as well. A single file brings no
 configs and no tokenizer: they are SD 1.5's from the hub, or those of --config.model.like=FOLDER. prompts.txt holds one prompt a

@@ -1,8 +1,8 @@
 """The paper's methods and their neighbours on the embedded digits model, at equal compute, over seeds: see docs/reproduce.md.
 
-    python -m proreflow_jax.reproduce --config=configs/reproduce.py --workers=2         # hours; stop and go on as you like
-    python -m proreflow_jax.reproduce --config=configs/reproduce.py:quick --workers=2   # under 20 minutes: five methods
-    python -m proreflow_jax.distill --config=configs/reproduce.py:ProReflow-II          # one method by the verbs
+    proreflow reproduce --config=reproduce --workers=2         # hours; stop and go on as you like
+    proreflow reproduce --config=reproduce:quick --workers=2   # under 20 minutes: five methods
+    proreflow distill --config=reproduce:ProReflow-II          # one method by the verbs
 
 A method is a set of fields in which it differs; all else is equal: data, network, optimizer, batch, seeds. Compute is counted
 in forwards of the UNet on one image: a teacher's as they are, an update as three for each of its images (forward and backward).

@@ -1,8 +1,8 @@
 """Stable Diffusion 1.5 (512 px, epsilon) in 8, 4, then 2 windows: ProReflow-II's chain.
 
-    python -m proreflow_jax.distill --config=configs/sd15.py
-    python -m proreflow_jax.sample --config=configs/sd15.py --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
-    python -m proreflow_jax.export --config=configs/sd15.py --stage=4 --form=single-file --dtype=float16
+    proreflow distill --config=sd15
+    proreflow sample --config=sd15 --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
+    proreflow export --config=sd15 --stage=4 --form=single-file --dtype=float16
 
 distill makes the pairs, trains, and leaves diffusers folders in runs/sd15/export; run it again to resume. It needs
 prompts.txt, one prompt a line, and no images. Take the prompts you care about, tens of thousands if you can, or COCO's

@@ -1,8 +1,8 @@
 """Stable Diffusion 2.1 (768 px, v_prediction) in 8, 4, then 2 windows: ProReflow-II's chain.
 
-    python -m proreflow_jax.distill --config=configs/sd21.py
-    python -m proreflow_jax.sample --config=configs/sd21.py --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
-    python -m proreflow_jax.export --config=configs/sd21.py --stage=4 --form=single-file --dtype=float16
+    proreflow distill --config=sd21
+    proreflow sample --config=sd21 --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
+    proreflow export --config=sd21 --stage=4 --form=single-file --dtype=float16
 
 Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or images come from, and why pairs are stored.
 [paper] marks what the paper states (it has no SD 2.1); everything else is this project's choice. Nothing of this has run on a

@@ -1,8 +1,8 @@
 """Stable Diffusion XL (1024 px, epsilon, two text encoders) in 8, 4, then 2 windows: ProReflow-II's chain.
 
-    python -m proreflow_jax.distill --config=configs/sdxl.py
-    python -m proreflow_jax.sample --config=configs/sdxl.py --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
-    python -m proreflow_jax.export --config=configs/sdxl.py --stage=4 --form=single-file --dtype=float16
+    proreflow distill --config=sdxl
+    proreflow sample --config=sdxl --stage=4 --guidance=4 --prompt="a red fox in snow" --out=fox.png
+    proreflow export --config=sdxl --stage=4 --form=single-file --dtype=float16
 
 Needs prompts.txt, one prompt a line; configs/sd15.py says where prompts or images come from, and why pairs are stored.
 [paper] marks what the paper states (SDXL reuses SD 1.5's settings); everything else is this project's choice. Nothing of this

@@ -1,6 +1,6 @@
 """Times a config's jobs on the machine at hand: the same functions that `plan` compiles.
 
-    python -m proreflow_jax.bench --config=configs/sd15.py --stage=8 --json=bench.json
+    proreflow bench --config=sd15 --stage=8 --json=bench.json
 
 Of the base model only the config.json files are needed: weights and data are random, with the true shapes and shardings.
 --input also times reading; --against=diffusers times the UNet's forward against torch's instead of the jobs.

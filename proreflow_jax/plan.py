@@ -1,6 +1,6 @@
 """Memory and time of a config's jobs on a TPU slice, by compiling them; no TPU is needed.
 
-    python -m proreflow_jax.plan --config=configs/sd15.py --slice=v5e:4x4 --json=plan.json
+    proreflow plan --config=sd15 --slice=v5e:4x4 --json=plan.json
 
 Needs the base model's config.json files, and the TPU compiler: pip install libtpu (the extra `plan`). Compiling a real model
 takes minutes a job; results are cached. Exit code 1: a job does not fit.

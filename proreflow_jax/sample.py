@@ -20,7 +20,11 @@ if __name__ == "__main__":
         "prompt": ("a handwritten seven", "what to draw"),
         "prompts": ("", "text file with one prompt a line, instead of --prompt"),
         "negative": ("", "negative prompt; has an effect when guidance is not 1"),
-        "stage": (2, "windows of the student's stage; 0: the base model", (0, 1000)),
+        "stage": (
+            -1,
+            "windows of the student's stage; 0: the base model; -1: the last finished, the base if none is",
+            (-1, 1000),
+        ),
         "steps": (
             0,
             "network evaluations, at least the stage's windows; 0: as many as windows, or 50 where there are none",

@@ -2,7 +2,7 @@
 
 It is private unless --public is said. The token is huggingface_hub's own: HF_TOKEN, or `hf auth login` before.
 
-    python -m proreflow_jax.upload --folder=runs/digits/export/stage-4 --repo=me/name
+    proreflow upload --folder=runs/digits/export/stage-4 --repo=me/name
 """
 
 import logging

@@ -55,6 +55,7 @@ def execute(blocks: list[str], model: Path | None = None) -> dict:
     return names
 
 
+@pytest.mark.slow  # half a dozen programs
 def test_every_block_of_the_page_runs(smaller, model):
     assert len(BLOCKS) == PAGE.count("```python") == 5
     names = execute(BLOCKS, model)

@@ -396,17 +396,10 @@ def test_the_embedded_model_is_small_and_holds_no_code():
     assert {path.suffix for path in paths} <= {".safetensors", ".json", ".txt", ".md"}
 
 
-@pytest.fixture
-def readme() -> str:
-    path = ROOT / "README.md"
-    if not path.is_file():
-        pytest.skip("there is no README yet")
-    return path.read_text(encoding="utf-8")
-
-
-def test_the_file_map_is_the_house(readme):
-    found = re.search(r"## File map\n+```\n(.*?)```", readme, re.DOTALL)
-    assert found, "the README has no file map"
+def test_the_file_map_is_the_house():
+    text = (ROOT / "docs" / "inside.md").read_text(encoding="utf-8")
+    found = re.search(r"## File map\n+```\n(.*?)```", text, re.DOTALL)
+    assert found, "docs/inside.md has no file map"
     folders = set(re.findall(r"^ *(\w+)/", found[1], re.MULTILINE))
     files = {name for line in found[1].splitlines() for name in re.match(r" *((?:\w+\.py *)*)", line)[1].split()}
     there = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_dir() and path.name != "__pycache__"}
@@ -414,5 +407,7 @@ def test_the_file_map_is_the_house(readme):
     assert files == {path.name for path in (ROOT / PACKAGE).glob("*.py")} - {"__init__.py"}
 
 
-def test_the_readme_names_paths_that_exist(readme):
-    assert sorted(name for name in set(NAMED.findall(readme)) if not (ROOT / name).exists()) == []
+@pytest.mark.parametrize("page", ["README.md", "docs/inside.md"])
+def test_a_page_names_paths_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert sorted(name for name in set(NAMED.findall(text)) if not (ROOT / name).exists()) == []

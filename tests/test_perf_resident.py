@@ -21,6 +21,7 @@ from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.perf import resident
 from proreflow_jax.perf.jobs import Job, jobs
 from proreflow_jax.run import open
+from proreflow_jax.run.outlook import Outlook
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime.checkpoint import Checkpoints
 
@@ -109,11 +110,13 @@ class Chain:
     def begin(self, name: str, windows: int, run: bool = False, **fields: Any) -> tuple[Job, Arrays]:
         """(a job of a stage as plan sees it, arrays that are alive when its program is called)."""
         fields, before = self.fields | fields, set(alive())
-        real = open.open_experiment(verb.tiny_config(self.folder, self.model, **fields))
+        config = verb.tiny_config(self.folder, self.model, **fields)
+        outlook = Outlook(config)
+        real = open.open_experiment(config, checked=outlook.begin)
         stage = find_stage(real.stages, windows)
         module, maker, job = {
-            "pairs": (pairs, "jit_pairs", lambda: pairs.make_stage_pairs(real, stage)),
-            "train": (train, "jit_step", lambda: train.train_stage(real, stage)),
+            "pairs": (pairs, "jit_pairs", lambda: pairs.make_stage_pairs(real, stage, outlook)),
+            "train": (train, "jit_step", lambda: train.train_stage(real, stage, outlook)),
             "sample": (score_coco, "jit_draw", lambda: score_coco.score_coco(real)),
         }[name]
         arrays = snapshot(module, maker, job, run, before)

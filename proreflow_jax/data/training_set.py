@@ -18,7 +18,7 @@ pipeline_tag: text-to-image
 # Emoji
 
 A small text-to-image latent diffusion model of Stable Diffusion's shape, trained from scratch on emoji of 64 x 64 pixels by
-`python -m proreflow_jax.pretrain --config=configs/emoji_base.py`. `StableDiffusionPipeline.from_pretrained` opens it. Prompts
+`proreflow pretrain --config=emoji_base`. `StableDiffusionPipeline.from_pretrained` opens it. Prompts
 it knows: "a waffle, noto style", "a waffle", keywords. Styles: the first column, with spaces for hyphens ("fluent 3d").
 
 Trained on these pictures, resized and put on white:

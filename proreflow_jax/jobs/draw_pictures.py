@@ -12,7 +12,7 @@ from proreflow_jax.run.experiment import load_weights, newest_weights
 from proreflow_jax.run.image_model import ImageModel, check_texts, count_steps
 from proreflow_jax.run.open import open_experiment, title
 from proreflow_jax.run.outlook import compiling
-from proreflow_jax.run.stages import find_stage
+from proreflow_jax.run.stages import DONE, find_stage, stage_folder
 from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import paths
 
@@ -37,6 +37,8 @@ def draw_pictures(
 
     The parameters are the flags of `sample`, which explains them.
     """
+    if stage < 0:
+        stage = _last_finished(config)
     experiment = open_experiment(config, base_alone=not stage)
     chosen = find_stage(experiment.stages, stage) if stage else None
     texts = _read_texts(prompt, prompts)
@@ -60,6 +62,14 @@ def draw_pictures(
         files[0] if len(files) == 1 else f"{files[0]} to {files[-1].name}",
         len(texts), count, taken, guidance, config.model.sampling_dtype,
     )  # fmt: skip
+
+
+def _last_finished(config: ConfigDict) -> int:
+    """The windows of the last finished stage of the config's run, 0 if there is none."""
+    run = paths.parse_path(config.root) / config.name
+    last = next((count for count in reversed(config.stages) if (stage_folder(run, count) / DONE).is_file()), 0)
+    log.info("%s: %s", run, f"the {last}-window student draws" if last else "no finished stage here, the base model draws")
+    return last
 
 
 def _read_texts(prompt: str, prompts: str) -> list[str]:

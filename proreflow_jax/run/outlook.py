@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import record_plan, records
 from proreflow_jax.models.network import Network
-from proreflow_jax.run.stages import DONE, Stage
+from proreflow_jax.run.stages import DONE, Stage, stage_folder
 from proreflow_jax.runtime.processes import leads
 from proreflow_jax.runtime.progress import Progress, duration
 from proreflow_jax.storage import atomic, paths
@@ -232,7 +232,7 @@ def plan_parts(config: ConfigDict, run: Location, phases: Sequence[str], stages:
     """The parts of a config's work, with what the run's folder says is done of each, on process 0."""
     parts, look = [], leads()
     for count in config.stages if stages is None else [count for count in config.stages if count in stages]:
-        folder = run / f"stage-{count}"
+        folder = stage_folder(run, count)
         whole = look and (folder / DONE).is_file()
         if PAIRS in phases and config.pairs.mode != "online":
             total = config.pairs.examples

@@ -14,7 +14,7 @@ COUNT = 2**31 - 1  # steps and examples are 32-bit numbers on the devices
 ROWS = 2**16  # of a batch; more would only fill the memory
 ELSEWHERE = None  # checked by a rule of its own, whose line says more
 RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole dotted name, range); of tuples: of each number
-    (r"stages|export\.stages|profile\.steps|mesh\..*", ELSEWHERE),
+    (r"stages|export\.stages|profile\.steps|mesh\..*|samples\.prompts", ELSEWHERE),
     (r"samples\.(steps|teacher_steps)", (0, 1000)),
     (r"samples\.count", (1, 256)),
     (r"seed|(evaluate|reproduce)\.seeds", (0, LARGEST)),

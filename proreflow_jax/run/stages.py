@@ -76,6 +76,11 @@ def loss_recipe(config: ConfigDict) -> LossRecipe:
     return LossRecipe(**config.loss, dtype=config.model.dtype)
 
 
+def stage_folder(run: Location, count: int) -> Location:
+    """The folder of a stage of so many windows."""
+    return run / f"stage-{count}"
+
+
 def plan_stages(config: ConfigDict, run: Location, base: Parameterization, latent: tuple[int, int, int]) -> list[Stage]:
     """The stages of a run in order; their counts are those that `check_counts` lets pass.
 
@@ -93,7 +98,7 @@ def plan_stages(config: ConfigDict, run: Location, base: Parameterization, laten
         teacher = maker.student if maker else base
         stage = Stage(
             windows=count,
-            folder=run / f"stage-{count}",
+            folder=stage_folder(run, count),
             parent=parent,
             maker=maker,
             online=config.pairs.mode == "online",

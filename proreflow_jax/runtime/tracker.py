@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 RECORD = "wandb.json"  # in the run's folder: {"id": ...}
 SECONDS = 60.0  # that wandb may take to begin, and to end
 ID = re.compile(r"[a-z0-9]{8,64}")
-INSTALL = "pip install 'proreflow_jax[wandb]'"
+INSTALL = "pip install '.[wandb]'"
 
 
 class Tracker:
