@@ -29,6 +29,7 @@ OTHERS = {"tensorboard", "git", ".", "cat", "gcloud", "unzip"}  # of other peopl
 LEFT_OUT = {  # verbs and words that a trial on the tiny model cannot carry out here, and why
     "plan": "compiles for TPUs (tests/test_perf_plan.py)",
     "upload": "sends to the hub (tests/test_verbs_upload.py)",
+    "watch --run": "serves until Ctrl-C (tests/test_page_serve.py)",
     "reproduce": "trains many models (tests/test_verbs_reproduce.py)",
     "gs://": "a bucket (tests/test_storage_gcs.py)",
     "coco2017": "published networks (tests/test_verbs_scores.py)",

@@ -9,6 +9,11 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def field(name: str) -> str:
+    """A config field's dotted name, which a narrow column breaks behind dots and underscores."""
+    return text(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
 def number(value: float) -> str:
     """Three digits, as few signs as it takes: 0.0012, 31,400."""
     if not math.isfinite(value):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from proreflow_jax.page.charts import chart, series_of
 from proreflow_jax.page.costs import costs
 from proreflow_jax.page.facts import Run, Stage, Table
-from proreflow_jax.page.markup import number, span, text
+from proreflow_jax.page.markup import field, number, span, text
 
 DIGITS = 12  # of a digest
 TITLES = {"pairs": "pairs", "train": "training", "export": "export"}
@@ -80,7 +80,7 @@ def _changes(run: Run) -> str:
     if not run.changes:
         return f"<p>The config is <code>--config={text(run.config_name)}</code> as it comes.</p>"
     rows = "".join(
-        f"<tr><td><code>{text(one.field)}</code></td><td>{text(one.value)}</td><td>{text(one.default)}</td></tr>"
+        f"<tr><td><code>{field(one.field)}</code></td><td>{text(one.value)}</td><td>{text(one.default)}</td></tr>"
         for one in run.changes
     )
     head = "<tr><th>field</th><th>this run</th><th>default</th></tr>"
