@@ -28,6 +28,7 @@ COMMAND = re.compile(  # whatever else stands in a block is output
 OTHERS = {"tensorboard", "git", ".", "cat", "gcloud", "unzip"}  # of other people, and the shell's own
 LEFT_OUT = {  # verbs and words that a trial on the tiny model cannot carry out here, and why
     "plan": "compiles for TPUs (tests/test_perf_plan.py)",
+    "serve --": "waits for a browser, and needs gradio (tests/test_jobs_gallery.py)",
     "upload": "sends to the hub (tests/test_verbs_upload.py)",
     "watch --run": "serves until Ctrl-C (tests/test_page_serve.py)",
     "reproduce": "trains many models (tests/test_verbs_reproduce.py)",
