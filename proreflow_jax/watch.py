@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 def watch(run: str, port: int) -> None:
     """The verb. Raises UserError or MissingFile, one line."""
-    from proreflow_jax.page import serve
+    from proreflow_jax.evaluation.page import serve
     from proreflow_jax.runtime.stopping import stop_if_asked
 
     server = serve.make_server(serve.run_folders(run), port)

@@ -15,13 +15,12 @@ PACKAGE = "proreflow_jax"
 GROUND = ("flow", "models", "storage")  # these import nothing of ours
 ERRORS = {"UserError", "MissingFile", "RunFailed", "STOPPED"}  # of the package itself: how a job ends; every room may use them
 OWN = {*ERRORS, "__version__"}
-LIBRARY = {*GROUND, "data", "page", "runtime", "pretrained", "reflow", "evaluation"}
+LIBRARY = {*GROUND, "data", "runtime", "pretrained", "reflow", "evaluation"}
 RUN = {*LIBRARY, "run"}
 MAY = {  # room -> rooms of ours that it may import beside itself
     **{room: set() for room in GROUND},
     "data": {"storage"},
     "runtime": {"storage"},
-    "page": {"storage"},
     "pretrained": {"models", "storage"},
     "reflow": {"flow", "models", "runtime", "storage"},
     "evaluation": {"flow", "models", "pretrained", "runtime", "storage"},

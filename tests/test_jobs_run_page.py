@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from proreflow_jax.evaluation.page import costs
+from proreflow_jax.evaluation.page.document import document
+from proreflow_jax.evaluation.page.facts import Change, Stage
 from proreflow_jax.jobs import run_facts, run_page
-from proreflow_jax.page import costs
-from proreflow_jax.page.document import document
-from proreflow_jax.page.facts import Change, Stage
 from proreflow_jax.run import nearest_config
 from proreflow_jax.run.check_config import changed, flat
 from proreflow_jax.run.read_config import read_config, read_record

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proreflow_jax.page import embed, serve
-from proreflow_jax.page.document import document
-from proreflow_jax.page.facts import Change, Drawing, Run, Stage, Table
+from proreflow_jax.evaluation.page import embed, serve
+from proreflow_jax.evaluation.page.document import document
+from proreflow_jax.evaluation.page.facts import Change, Drawing, Run, Stage, Table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 FLAGS = (

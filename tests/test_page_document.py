@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proreflow_jax.page import charts, costs, embed, markup, sections
-from proreflow_jax.page.document import asset, document
-from proreflow_jax.page.facts import Change, Drawing, Run, Stage, Table
+from proreflow_jax.evaluation.page import charts, costs, embed, markup, sections
+from proreflow_jax.evaluation.page.document import asset, document
+from proreflow_jax.evaluation.page.facts import Change, Drawing, Run, Stage, Table
 
 PIXEL = "data:image/png;base64,AAAA"
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"

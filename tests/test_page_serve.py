@@ -16,7 +16,7 @@ import pytest
 from verb import ROOT, run
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.page import serve
+from proreflow_jax.evaluation.page import serve
 
 SECRET = "what nobody may see"
 

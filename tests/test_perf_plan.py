@@ -334,7 +334,7 @@ UNPLANNED = {  # files that perf/ imports without making a program from them -> 
     "evaluation/frechet.py": "a formula on the host",
     "evaluation/moments.py": "sums on the host",
     "evaluation/report.py": "tables and pages",
-    "page/": "the page of a run, no jax",
+    "evaluation/page/": "the page of a run, no jax",
 }
 
 

@@ -20,8 +20,8 @@ from test_data_records import NAMES, PLAN, contents, finished, write
 
 from proreflow_jax import MissingFile, RunFailed
 from proreflow_jax.data import records
+from proreflow_jax.evaluation.page.serve import run_folders, version
 from proreflow_jax.jobs.run_page import write_page
-from proreflow_jax.page.serve import run_folders, version
 from proreflow_jax.run.read_config import read_config
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.metrics import Metrics

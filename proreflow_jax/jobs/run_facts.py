@@ -13,9 +13,9 @@ from typing import Any
 from PIL import UnidentifiedImageError
 
 from proreflow_jax import UserError
+from proreflow_jax.evaluation.page import embed
+from proreflow_jax.evaluation.page.facts import Drawing, Run, Stage, Table
 from proreflow_jax.jobs.stage_pictures import RECORD
-from proreflow_jax.page import embed
-from proreflow_jax.page.facts import Drawing, Run, Stage, Table
 from proreflow_jax.run import nearest_config, outlook
 from proreflow_jax.run.read_config import CONFIG
 from proreflow_jax.run.stages import DONE, SAMPLES

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from proreflow_jax.evaluation.page.document import document
 from proreflow_jax.jobs.run_facts import read_run
-from proreflow_jax.page.document import document
 from proreflow_jax.run.check_config import flat
 from proreflow_jax.run.errors import message
 from proreflow_jax.storage import atomic, paths

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from proreflow_jax.page.facts import Change
+from proreflow_jax.evaluation.page.facts import Change
 from proreflow_jax.run import config_files
 from proreflow_jax.run.check_config import flat
 from proreflow_jax.run.read_config import read_config

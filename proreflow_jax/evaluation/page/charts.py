@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from proreflow_jax.page.markup import number, text
+from proreflow_jax.evaluation.page.markup import number, text
 
 COLOURS = 8  # of the style sheet; further series are dashed
 WIDTH, HEIGHT = 360, 220  # units of a chart, pixels on a phone
@@ -13,7 +13,7 @@ MOST_POINTS = 240  # of a series; more are averaged
 SPAN = 1.12  # the axis goes so many times beyond the least and the greatest value
 FEW = 6  # labels of an axis
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[int | float, int | float]]
 
 
 class Series(NamedTuple):
@@ -53,7 +53,7 @@ def thinned(points: Points) -> Points:
     return [*((part[-1][0], sum(y for _, y in part) / len(part)) for part in parts), points[-1]]
 
 
-def chart(title: str, series: Sequence[Series], total: float, note: str = "") -> str:
+def chart(title: str, series: Sequence[Series], total: int | float, note: str = "") -> str:
     """A figure with its legend; x goes from 0 to `total` steps, or as far as there are points."""
     if not series:
         return ""
@@ -75,7 +75,7 @@ def chart(title: str, series: Sequence[Series], total: float, note: str = "") ->
     )
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: int | float, high: int | float) -> list[int | float]:
     """Round values of a logarithmic axis: powers of ten, with 2 and 5 between if these are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for steps, every in (((1, 2, 3, 5, 7), 1), ((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 3), ((1,), 5)):
@@ -86,7 +86,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: -(-len(ticks) // FEW)]
 
 
-def even_ticks(right: float) -> list[float]:
+def even_ticks(right: int | float) -> list[int | float]:
     """Round steps from 0 to `right`."""
     size = 10.0 ** math.floor(math.log10(right / 2))
     step = next(size * m for m in (1, 2, 5, 10, 20) if right / (size * m) <= 4)
@@ -94,7 +94,7 @@ def even_ticks(right: float) -> list[float]:
     return [step * i for i in range(int(right / step) + 1)]
 
 
-def _grid(rows: Sequence[float], columns: Sequence[float], place: object) -> str:
+def _grid(rows: Sequence[int | float], columns: Sequence[int | float], place: object) -> str:
     parts = []
     for value in rows:
         _, y = place(0, value)
@@ -108,7 +108,7 @@ def _grid(rows: Sequence[float], columns: Sequence[float], place: object) -> str
     return "".join(parts)
 
 
-def tick_label(value: float) -> str:
+def tick_label(value: int | float) -> str:
     """0.02, 1e-5."""
     return f"{value:.2g}" if value < 1000 else f"{value:.0e}"
 

@@ -14,14 +14,14 @@ def field(name: str) -> str:
     return text(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """Three digits, as few signs as it takes: 0.0012, 31,400."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def span(seconds: float) -> str:
+def span(seconds: int | float) -> str:
     """A duration in words: "2 d 3 h", "1 h 5 min", "40 s"."""
     if not math.isfinite(seconds):
         return "unknown time"
@@ -34,7 +34,7 @@ def span(seconds: float) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
-def amount(size: float) -> str:
+def amount(size: int | float) -> str:
     """Bytes in a readable unit: "1.2 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
@@ -43,7 +43,7 @@ def amount(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def large(value: float) -> str:
+def large(value: int | float) -> str:
     """A count in words: "12,300", "4.5 million"."""
     for limit, word in ((1e9, "billion"), (1e6, "million")):
         if value >= limit:

@@ -3,15 +3,15 @@
 import re
 from typing import NamedTuple
 
-from proreflow_jax.page.facts import Run, Stage
-from proreflow_jax.page.markup import amount, large, number, span
+from proreflow_jax.evaluation.page.facts import Run, Stage
+from proreflow_jax.evaluation.page.markup import amount, large, number, span
 
 
 class Costs(NamedTuple):
     """(title, value) pairs in words; and of each stage (title, shares of the time: devices, input, own work)."""
 
     facts: list[tuple[str, str]]
-    waits: list[tuple[str, tuple[float, float, float]]]
+    waits: list[tuple[str, tuple[int | float, int | float, int | float]]]
 
 
 def costs(run: Run) -> Costs:
@@ -34,18 +34,18 @@ def costs(run: Run) -> Costs:
     return Costs(facts, waits)
 
 
-def network_calls(run: Run) -> float:
+def network_calls(run: Run) -> int | float:
     """Forwards of the network on one picture, by progress.json's costs of an item; 0: not known."""
     parts = [part for part in run.progress.get("parts", ()) if part["phase"] in ("pairs", "train")]
     return sum(part["done"] * part.get("cost", 0) for part in parts)
 
 
-def training_seconds(stage: Stage) -> float:
+def training_seconds(stage: Stage) -> int | float:
     """Seconds of the steps that metrics.jsonl has."""
     return _total(stage, "seconds")
 
 
-def wait_shares(stage: Stage) -> tuple[float, float, float] | None:
+def wait_shares(stage: Stage) -> tuple[int | float, int | float, int | float] | None:
     """Shares of the training's time: waiting for the devices, for the input, and own work; None if nothing is known."""
     whole = training_seconds(stage)
     if not whole:
@@ -54,7 +54,7 @@ def wait_shares(stage: Stage) -> tuple[float, float, float] | None:
     return device, source, max(1 - device - source, 0.0)
 
 
-def _total(stage: Stage, name: str) -> float:
+def _total(stage: Stage, name: str) -> int | float:
     """The sum over steps of a number that lines give a step."""
     total, before = 0.0, 0
     for line in stage.lines:
@@ -64,7 +64,7 @@ def _total(stage: Stage, name: str) -> float:
     return total
 
 
-def pair_seconds(run: Run) -> float:
+def pair_seconds(run: Run) -> int | float:
     """Seconds of the stored pairs, by this run's own rate; 0: not known."""
     rate = run.progress.get("rates", {}).get("pairs") or 0.0
     return sum(part["done"] * part.get("cost", 0) * rate for part in run.progress.get("parts", ()) if part["phase"] == "pairs")

@@ -1,7 +1,7 @@
 """Pictures over time, and student against base model: the script of the page moves the slider and takes the difference."""
 
-from proreflow_jax.page.facts import Run, Stage
-from proreflow_jax.page.markup import text
+from proreflow_jax.evaluation.page.facts import Run, Stage
+from proreflow_jax.evaluation.page.markup import text
 
 SMALL = 300  # pixels a side below which a picture is enlarged without smoothing
 

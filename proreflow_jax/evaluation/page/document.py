@@ -2,9 +2,9 @@
 
 from importlib.resources import files
 
-from proreflow_jax.page import gallery, sections
-from proreflow_jax.page.facts import Run
-from proreflow_jax.page.markup import text
+from proreflow_jax.evaluation.page import gallery, sections
+from proreflow_jax.evaluation.page.facts import Run
+from proreflow_jax.evaluation.page.markup import text
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 

@@ -17,9 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.page import document
-from proreflow_jax.page.document import asset
-from proreflow_jax.page.markup import text
+from proreflow_jax.evaluation.page import document
+from proreflow_jax.evaluation.page.document import asset
+from proreflow_jax.evaluation.page.markup import text
 from proreflow_jax.storage import paths
 from proreflow_jax.storage.paths import Location
 

@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
     name: str
     folder: str
-    time: float  # of reading, in seconds since 1970
+    time: int | float  # of reading, in seconds since 1970
     fields: Mapping[str, Any]  # of the config, by dotted names
     progress: Mapping[str, Any] = {}  # progress.json
     stages: Sequence[Stage] = ()

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from proreflow_jax.page.charts import chart, series_of
-from proreflow_jax.page.costs import costs
-from proreflow_jax.page.facts import Run, Stage, Table
-from proreflow_jax.page.markup import field, number, span, text
+from proreflow_jax.evaluation.page.charts import chart, series_of
+from proreflow_jax.evaluation.page.costs import costs
+from proreflow_jax.evaluation.page.facts import Run, Stage, Table
+from proreflow_jax.evaluation.page.markup import field, number, span, text
 
 DIGITS = 12  # of a digest
 TITLES = {"pairs": "pairs", "train": "training", "export": "export"}
@@ -148,7 +148,7 @@ def best_cells(table: Table) -> set[tuple[int, int]]:
     return best
 
 
-def leading_number(cell: str) -> float | None:
+def leading_number(cell: str) -> int | float | None:
     """The number at the beginning of a cell: 12.3 of "12.3 +- 0.4"; None if there is none."""
     match = NUMBER.match(cell.strip())
     return float(match[0].replace(",", "")) if match else None
@@ -171,7 +171,7 @@ WAITS = (
 )
 
 
-def _waits(title: str, shares: Sequence[float]) -> str:
+def _waits(title: str, shares: Sequence[int | float]) -> str:
     bars = "".join(f"<i class=c{i} style='width:{100 * share:.1f}%'></i>" for i, share in enumerate(shares))
     words = " / ".join(f"{number(100 * share)} %" for share in shares)
     return f"<li><span>{text(title)}</span><i class=bar>{bars}</i><span>{words}</span></li>"
