@@ -48,6 +48,17 @@ def test_warmup_is_linear_and_the_first_step_learns() -> None:
     assert train_step.learning_rate(config())(0) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_the_host_knows_the_rate_of_any_step_of_a_training_of_any_length(schedule: str) -> None:
+    for steps in (100, 2**31 - 1):
+        cfg = config(schedule=schedule, warmup_steps=7, steps=steps)
+        at = [0, 3, 7, 50, steps // 2, steps - 1]
+        host, device = (
+            [float(rate(s)) for s in at] for rate in (train_step.learning_rate(cfg, np), train_step.learning_rate(cfg))
+        )
+        np.testing.assert_allclose(host, device, rtol=1e-5, atol=1e-8)
+
+
 def test_the_update_follows_the_schedule() -> None:
     """Adam's first step has size one in every coordinate, so the update is the learning rate itself."""
     grads = {name: jnp.ones_like(value) * 7 for name, value in PARAMS.items()}

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from proreflow_jax.jobs.stage_pictures import StagePictures
@@ -46,8 +44,7 @@ def make_onlookers(
 ) -> loop.Onlookers:
     """Those of a stage's loop: learning rate, progress, pictures, progress.json."""
     config = experiment.config
-    rate = learning_rate({**config.optimizer, "steps": config.train.steps})
-    rates = np.asarray(jax.vmap(rate)(jnp.arange(config.train.steps)))  # all at once: the loop's devices are busy
+    rate = learning_rate({**config.optimizer, "steps": config.train.steps}, np)  # the devices are busy
 
     def pictured(done: int, state: TrainState) -> None:
         picture = pictures.draw(done, averaged(state))
@@ -56,7 +53,7 @@ def make_onlookers(
             metrics.picture(done, picture)
 
     return loop.Onlookers(
-        beside=lambda done: {"learning_rate": float(rates[done - 1])},
+        beside=lambda done: {"learning_rate": float(rate(done - 1))},
         stepped=lambda done, values: progress.advance(1, f"loss {values['loss']:.4g}"),
         pictured=pictured,
         saved=lambda done: outlook.keep(),

@@ -32,10 +32,10 @@ FIELDS = (
     "learning_rate", "schedule", "warmup_steps", "steps", "beta1", "beta2", "epsilon", "weight_decay", "decay_rules",
     "clip_norm",
 )  # fmt: skip
-DECAY: dict[str, Callable[[Array], Array]] = {  # progress after warm-up in [0, 1] -> factor on the peak
-    "constant": lambda p: jnp.ones_like(p),
-    "cosine": lambda p: 0.5 * (1.0 + jnp.cos(jnp.pi * p)),
-    "linear": lambda p: 1.0 - p,
+DECAY: dict[str, Callable[[Array, Any], Array]] = {  # progress after warm-up in [0, 1] -> factor on the peak
+    "constant": lambda p, xp: xp.ones_like(p),
+    "cosine": lambda p, xp: 0.5 * (1.0 + xp.cos(xp.pi * p)),
+    "linear": lambda p, xp: 1.0 - p,
 }
 
 
@@ -170,20 +170,21 @@ def make_optimizer(cfg: Any) -> optax.GradientTransformation:
     )
 
 
-def learning_rate(cfg: Any) -> Callable[[Int[Array, ""] | int], Float[Array, ""]]:
+def learning_rate(cfg: Any, xp: Any = jnp) -> Callable[[Any], Any]:
     """step -> learning rate: (step + 1) / (warmup_steps + 1) of the peak while warming up, then the schedule's decay.
 
-    The decay reaches its end at `steps`: 0 for cosine and linear. The very first step already learns.
+    The decay reaches its end at `steps`: 0 for cosine and linear. The very first step already learns. xp: jax.numpy, or numpy
+    on the host while the devices are busy.
     """
     cfg = _checked(cfg)
     peak, warmup, steps = cfg["learning_rate"], cfg["warmup_steps"], cfg["steps"]
     decay = DECAY[cfg["schedule"]]
 
-    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
-        now = jnp.asarray(step, jnp.float32)
-        warm = jnp.minimum(1.0, (now + 1.0) / (warmup + 1.0))
-        progress = jnp.clip((now - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
-        return peak * warm * decay(progress)
+    def schedule(step: Int[Array, ""] | int) -> Any:
+        now = xp.asarray(step, xp.float32)
+        warm = xp.minimum(1.0, (now + 1.0) / (warmup + 1.0))
+        progress = xp.clip((now - warmup) / xp.maximum(steps - warmup, 1), 0.0, 1.0)
+        return peak * warm * decay(progress, xp)
 
     return schedule
 
