@@ -114,7 +114,7 @@ def _notes(config: ConfigDict) -> list[str]:
     return [
         f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from "
         f"the same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
-        f"Frechet distance to the 1,797 real digits in the features of {classifier.FEATURES}, n = {n}. "
+        f"Frechet distance to the {classifier.REAL}, in the features of {classifier.FEATURES}, n = {n}. "
         f"recognised: share of images that {classifier.READER} (trained on the real digits) takes for the prompt's digit.",
         f"guidance 1, one seed ({config.seed}), {dtype}; s / image: latents and decoding on this machine, without compiling.",
     ]
@@ -168,7 +168,7 @@ def _statement(config: ConfigDict, row: TableRow, numbers: dict[str, float], cha
     against = "" if change is None else f" ({100 * change:+.0f} % against the teacher in as many steps)"
     return (
         f"{row.method}, {row.steps} steps: RMS distance of the latents to the teacher's own {e.teacher_steps[0]}-step result "
-        f"{numbers['distance']:.4f}{against}; Frechet distance to the real digits {numbers['frechet']:.2f} (features of "
+        f"{numbers['distance']:.4f}{against}; Frechet distance to the {classifier.REAL} {numbers['frechet']:.2f} (features of "
         f"{classifier.FEATURES}); {100 * numbers['recognised']:.1f} % recognised by {classifier.READER}; "
         f"{e.examples} pictures, guidance 1, seed {config.seed}, {config.model.sampling_dtype}"
     )
@@ -204,13 +204,16 @@ def scores(
 
 
 def make_digits_judge(size: int) -> DigitsJudge:
-    """The judges of digits of so many pixels a side. Raises ValueError if scikit-learn is missing."""
+    """The judges of digits of so many pixels a side. Raises ValueError if scikit-learn is missing.
+
+    The real digits are those that the base model was trained on: each also moved by a pixel, to eight sides.
+    """
     images, labels = digits.load_digits(size)
     pixels = digits.to_pixels8(images)
     offsets = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
     moved = np.concatenate([digits.to_pixels8(_moved(images, *offset)) for offset in offsets])
     judges = classifier.fit(pixels, labels, moved, np.tile(labels, len(offsets)))
-    return DigitsJudge(judges, frechet.moments(classifier.features(judges, pixels)))
+    return DigitsJudge(judges, frechet.moments(classifier.features(judges, np.concatenate([pixels, moved]))))
 
 
 def _moved(images: np.ndarray, down: int, right: int) -> np.ndarray:

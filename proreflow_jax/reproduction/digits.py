@@ -112,7 +112,7 @@ def _notes(config: ConfigDict) -> str:
     return (
         f"n = {config.evaluate.examples} images. Distance: RMS of the latents' difference to the teacher's own "
         f"{config.evaluate.teacher_steps[0]}-step result from the same noise and prompt. Frechet distances in the features of "
-        f"{classifier.FEATURES}: to that result's images, and to the 1,797 real digits. Guidance 1."
+        f"{classifier.FEATURES}: to that result's images, and to the {classifier.REAL}. Guidance 1."
     )
 
 
