@@ -294,6 +294,23 @@ def test_the_same_command_mends_a_damaged_export(chain, model, student, tmp_path
     assert ended.code == 0 and "is there" in ended.err
 
 
+def test_the_same_command_mends_a_damaged_merge(model, delta, tmp_path):
+    out = tmp_path / "out"
+    words = merge_words(model, delta, out)
+    assert run("merge", *words).code == 0
+    whole = contents(out)
+    for name in ("reflow.json", str(UNET_FILE)):
+        (out / name).write_bytes(b"")
+        ended = run("merge", *words)
+        assert ended.code == 0 and "written anew" in ended.err, (name, ended.err)
+        assert contents(out) == whole, name
+    ended = run("merge", *words)
+    assert ended.code == 0 and f"{out}: is there" in ended.err
+    refused(run("merge", *words, "--scale=0.5"), "holds another export", "--overwrite")
+    assert contents(out) == whole
+    assert run("merge", *words, "--scale=0.5", "--overwrite").code == 0 and contents(out) != whole
+
+
 def test_the_record_of_an_export_lists_every_file_and_sees_it_damaged(student, tmp_path):
     record = sealed.read_record(student)
     whole = contents(student)

@@ -50,7 +50,7 @@ def export_stage(
     if carries_numbers(export_format, bool(student.factors)):
         numbers = measured_numbers(experiment.run, student.digest)
         card |= {"numbers": numbers} if numbers else {}
-    if first_says(lambda: not overwrite and _holds(target, card)):
+    if first_says(lambda: not overwrite and holds(target, card)):
         log.info("%s: is there", target)
         first(lambda: _renew_numbers(target, card))
         return
@@ -88,8 +88,8 @@ def _write(experiment: Experiment, stage: Stage, student: Weights, card: dict[st
         write_card(draft, card)
 
 
-def _holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very student in this form, every file as it was written. False if it is to be written.
+def holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
+    """Whether the folder holds the very export of this card, every file as it was written. False if it is to be written.
 
     Raises UserError, one line, if it holds another export.
     """
