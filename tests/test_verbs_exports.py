@@ -133,6 +133,12 @@ def link_licence(folder: Path, secret: Path) -> None:
     (folder / "LICENSE").symlink_to(secret)
 
 
+def link_page(folder: Path, secret: Path) -> None:
+    secret.write_text(f"---\nlicense: other\nlicense_name: {SECRET}\n---\n")
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to(secret)
+
+
 def link_config(folder: Path, secret: Path) -> None:
     shutil.copy(folder / "unet" / "config.json", secret)
     (folder / "unet" / "config.json").unlink()
@@ -146,7 +152,7 @@ def link_component(folder: Path, secret: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-STRANGE = {"json": link_json, "licence": link_licence, "config": link_config, "component": link_component}
+STRANGE = {"json": link_json, "licence": link_licence, "page": link_page, "config": link_config, "component": link_component}
 
 
 @pytest.mark.parametrize("plant", STRANGE.values(), ids=STRANGE)

@@ -155,13 +155,14 @@ def _handed_on(base: ModelSource) -> list[str]:
 
 
 def check_copies(base: ModelSource) -> None:
-    """Raises UserError, one line, if a file that an export takes over lies outside of the base model's folder."""
+    """Raises UserError, one line, if a file that an export or its card takes over lies outside of the base model's folder."""
     for name in _handed_on(base):
         if not (name == "vae" and base.vae):
             copying.component_files(base.folder, name)
         elif base.vae.folder:
             copying.component_files(base.vae.root, str(base.vae.folder.relative_to(base.vae.root)))
     copying.licences(base.folder)
+    copying.page(base.folder)
     copying.check_inside(base.folder, base.folder / "unet" / "config.json")
 
 
