@@ -191,7 +191,7 @@ def _record(stage: Stage) -> tuple[dict[str, Any], str, str]:
     except MissingFile:
         return {}, "missing", f"{stage.done} is missing: run {job}"
     except UserError as error:
-        record, reason = {}, str(error).partition(": delete")[0]
+        record, reason = {}, str(error).removesuffix(f": {atomic.MEND}")
     if is_sealed(record):
         return record, "", ""
     return {}, "damaged", f"{stage.done} is damaged ({reason}): {job}, writes it again from the checkpoint"
