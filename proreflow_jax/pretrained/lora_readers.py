@@ -1,6 +1,6 @@
 """Which layers of a LoRA file its readers take: tools drop layers of kohya's names that they do not know, without a word.
 
-diffusers was tried with these versions. sd-scripts and ComfyUI were tried in November 2026, in versions that were not noted, and
+diffusers was tried with these versions. sd-scripts and ComfyUI were tried in November 2026, in versions that nobody noted, and
 read in their source at these commits (networks/lora.py, comfy/lora.py); A1111 was read in its source alone.
 """
 
