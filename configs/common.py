@@ -55,7 +55,7 @@ def stable_diffusion(name: str) -> ConfigDict:
     c.name = name  # run folder below `root`
     c.root = "runs"  # where run folders lie: a disk that outlives the machine
     c.seed = 0  # of pairs, shuffling, times and evaluation noise; whole number from 0 to 2**64 - 1
-    c.watchdog = 7200  # seconds without a step or a batch of pairs after which stacks are printed and the job ends; 0: off
+    c.watchdog = 7200  # seconds without a step or a batch after which stacks are printed and the job ends; 0: off
     c.compilation_cache = ""  # folder or gs:// for compiled programs; "": the environment's, else the user's cache; "off"
     _inputs(c)
     _method(c)

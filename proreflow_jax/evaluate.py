@@ -15,6 +15,7 @@ def evaluate(config: ConfigDict, study: bool) -> None:
     from proreflow_jax.jobs.study_flow import NUMBERS, check_study, study_flow
     from proreflow_jax.run.open import open_experiment
     from proreflow_jax.runtime.processes import leads
+    from proreflow_jax.runtime.stopping import watching
 
     protocol = config.evaluate.protocol
     if protocol in EMOJI:
@@ -26,17 +27,19 @@ def evaluate(config: ConfigDict, study: bool) -> None:
         check_digits(experiment)
     if study:
         check_study(config)
-    if protocol in EMOJI:
-        lines = score_emoji(experiment)
-    elif protocol == DIGITS:
-        lines = score_digits(experiment)
-    else:
-        lines = [f"{row['method']}: {row['statement']}" for row in score_coco(experiment)]
-        lines.append(f"table: {experiment.run / 'scores.md'}   page: {experiment.run / 'report.html'}")
-    if leads():
-        print("\n".join(lines), flush=True)
+    with watching(config.watchdog):
+        if protocol in EMOJI:
+            lines = score_emoji(experiment)
+        elif protocol == DIGITS:
+            lines = score_digits(experiment)
+        else:
+            lines = [f"{row['method']}: {row['statement']}" for row in score_coco(experiment)]
+            lines.append(f"table: {experiment.run / 'scores.md'}   page: {experiment.run / 'report.html'}")
+        if leads():
+            print("\n".join(lines), flush=True)
+        if study:
+            study_flow(experiment)
     if study:
-        study_flow(experiment)
         print(f"study: {experiment.run / NUMBERS}, discrepancy.png, perturbation.png, windows-N.png")
 
 

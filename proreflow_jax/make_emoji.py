@@ -21,7 +21,7 @@ def make_emoji(config: ConfigDict, cache: str) -> None:
     folder = paths.parse_local(config.data.path, "--config.data.path")
     for path in emoji.paths(folder, config.data.resolution):
         if path.exists():
-            raise UserError(f"{path} exists already: remove it, or set another --config.data.path")
+            raise UserError(f"{path} exists already: take it as it is, or set another --config.data.path")
     count = emoji_packages.make(folder, paths.parse_local(cache, "--cache"), config.data.resolution)
     log.info("wrote %s: %d pictures of %d pixels", folder, count, config.data.resolution)
 

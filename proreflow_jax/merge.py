@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.run import cli
-from proreflow_jax.storage import paths, sealed
+from proreflow_jax.storage import paths
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,10 @@ def merge(config: ConfigDict, delta: str, out: str, scale: float, overwrite: boo
         raise UserError(f"--scale={scale} must be a number")
     target, source = paths.parse_path(out, OUT), paths.parse_path(delta, "--delta")
     check_out(config, target, delta=source)
-    if not overwrite and sealed.read_record(target):
-        raise UserError(f"{out} holds an export: choose another --out, or pass --overwrite")
     source = paths.local_copy(source, "--delta")
     if not (source / FILES["delta"]).is_file():
         raise MissingFile(f"--delta={delta} holds no {FILES['delta']}: write it by export --form=delta")
-    log.info("%s", write_merge(config, source, target, scale))
+    log.info("%s", write_merge(config, source, target, scale, overwrite))
 
 
 if __name__ == "__main__":

@@ -294,6 +294,16 @@ def test_no_flip_in_the_metadata_changes_what_is_read(tmp_path, name):
         (folder / name).write_bytes(whole)
 
 
+def test_a_damaged_plan_is_written_anew_once_it_is_moved_aside(tmp_path):
+    folder = finished(tmp_path)
+    (folder / "plan.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"plan\.json is no valid JSON .*move it aside and run the job of this folder"):
+        records.fix_plan(folder, PLAN)
+    (folder / "plan.json").rename(folder.with_suffix(".old"))
+    records.fix_plan(folder, PLAN)
+    assert records.missing_shards(folder, PLAN) == [] and records.PairRecords(folder).plan == PLAN
+
+
 def test_a_marker_of_another_plan_does_not_count(tmp_path):
     finished(tmp_path / "other", {**PLAN, "seed": 8})
     folder = tmp_path / "pairs"

@@ -33,6 +33,20 @@ def test_no_flipped_bit_of_a_record_changes_what_is_read(tmp_path: Path) -> None
             assert sealed.RECORD in str(error) and "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "[1]", "", "3", "{", "[" * 100_000], ids=["list", "longer", "empty", "number", "cut", "deep"]
+)
+def test_a_record_that_is_no_object_is_refused(tmp_path: Path, model: Path, text: str) -> None:
+    student = Path(shutil.copytree(model, tmp_path / "student"))
+    (student / sealed.RECORD).write_text(text)
+    for read in (sealed.read_record, sources.open_folder):
+        with pytest.raises(
+            UserError, match=r"reflow\.json (is no valid JSON|holds a \w+ where a JSON object belongs)"
+        ) as error:
+            read(student)
+        assert "\n" not in str(error.value) and "write the folder again" in str(error.value)
+
+
 def test_a_record_says_more_after_an_export_is_replayed(tmp_path: Path) -> None:
     sealed.seal(tmp_path, RECORD)
     sealed.seal(tmp_path, sealed.read_record(tmp_path) | {"replay": 1.0})

@@ -94,8 +94,30 @@ def test_the_rest_is_listed(whole, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         scheduler(whole, whole.write(tmp_path / "x.safetensors", metadata, alphas_cumprod=LEVELS.astype(np.float32), **more))
     first, second = [record.getMessage() for record in caplog.records]
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert first == "x.safetensors: left out, for no part of the model has a place for them: control_model, model_ema (2)"
-    assert second == "x.safetensors: its metadata is not followed in modelspec.encoder_layer='2'"
+    assert second == "x.safetensors: its metadata is not followed in modelspec.encoder_layer='2'; not read: modelspec.title"
+
+
+def test_metadata_beyond_the_known_words_is_listed_in_one_line(whole, tmp_path, caplog):
+    read = {"format": "pt", "modelspec.prediction_type": "epsilon", "ss_v_parameterization": "False", "ss_clip_skip": "None"}
+    others = {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1", "recipe": "{}"}
+    many = {f"ss_field_{i}": "x" * 1000 for i in range(60)}
+
+    def said(**metadata: str) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            scheduler(whole, whole.write(tmp_path / "x.safetensors", metadata))
+        return [record.getMessage() for record in caplog.records]
+
+    assert said(**read) == []
+    (line,) = said(**read, **others)
+    assert line == "x.safetensors: metadata that is not read: modelspec.architecture, recipe, ss_base_model_version"
+    assert said(ss_clip_skip="2") == ["x.safetensors: its metadata is not followed in ss_clip_skip='2'"]
+    (line,) = said(**read, **others, **many)
+    assert line.endswith(" and 51 more") and len(line) < 300 and "\n" not in line
+    (line,) = said(**{"a\nb": "c", "d" * 900: "e"})
+    assert "\n" not in line and len(line) < 300
 
 
 def opened(whole: Whole, tmp_path: Path, levels: np.ndarray) -> None:

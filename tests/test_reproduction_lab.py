@@ -158,6 +158,20 @@ def test_a_run_says_what_every_row_cost_and_goes_on_where_it_was_stopped(tiny, c
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(base) == 1
 
 
+SEEDS = (5, 5 + 2**32, 2**63, 2**64 - 1)
+
+
+def test_both_words_of_the_base_model_s_seed_count(tiny):
+    assert len({lab.open_lab(tiny(lab__seed=seed, lab__steps=2)).unet.digest() for seed in SEEDS}) == len(SEEDS)
+
+
+def test_both_words_of_a_cell_s_seed_count(tiny):
+    experiment = lab.open_lab(tiny(lab__steps=2))
+    noise = lab.Instruments(lambda params, noise, *rest, **options: noise, lab.make_instruments(experiment).real)
+    cells = {seed: reopen(experiment, changed(experiment.config, {"seed": seed})) for seed in SEEDS}
+    assert len({lab.make_inputs(cell, seed, noise).noise.tobytes() for seed, cell in cells.items()}) == len(SEEDS)
+
+
 def test_another_lab_is_another_base_model_and_other_cells(tiny):
     keys = lambda **fields: [cell.key for cell in make_cells(lab.open_lab(tiny(**fields)))]
     assert not set(keys()) & set(keys(lab__mixture_seed=12))

@@ -269,6 +269,14 @@ def test_a_set_of_which_some_batches_are_kept_is_gone_on_with(folder, model, who
         np.testing.assert_array_equal(again[name], part[name])
 
 
+def test_both_words_of_a_seed_count(folder, model):
+    rows = {"evaluate__teacher_steps": "(2,)", "evaluate__student_steps": "()", "evaluate__gate__guidance": "()"}
+    ended = evaluate(folder, model, "seeds", evaluate__seeds=f"(5, {5 + 2**32}, {2**64 - 1})", **rows)
+    assert ended.code == 0, ended.err
+    scores = of(read_json(folder / "runs" / "seeds" / "table.json"), "teacher", 2)["sides"]["seen"]["kernel"]
+    assert len(set(scores.values())) == 3
+
+
 def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
     cases = {
         "evaluate.examples=4 must be at least 10": {"evaluate__examples": 4},

@@ -133,6 +133,12 @@ def link_licence(folder: Path, secret: Path) -> None:
     (folder / "LICENSE").symlink_to(secret)
 
 
+def link_page(folder: Path, secret: Path) -> None:
+    secret.write_text(f"---\nlicense: other\nlicense_name: {SECRET}\n---\n")
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to(secret)
+
+
 def link_config(folder: Path, secret: Path) -> None:
     shutil.copy(folder / "unet" / "config.json", secret)
     (folder / "unet" / "config.json").unlink()
@@ -146,7 +152,7 @@ def link_component(folder: Path, secret: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-STRANGE = {"json": link_json, "licence": link_licence, "config": link_config, "component": link_component}
+STRANGE = {"json": link_json, "licence": link_licence, "page": link_page, "config": link_config, "component": link_component}
 
 
 @pytest.mark.parametrize("plant", STRANGE.values(), ids=STRANGE)
@@ -292,6 +298,23 @@ def test_the_same_command_mends_a_damaged_export(chain, model, student, tmp_path
     assert ended.code == 0 and contents(exported) == whole and str(UNET_FILE) in ended.err
     ended = run("export", *words, "--stage=4")
     assert ended.code == 0 and "is there" in ended.err
+
+
+def test_the_same_command_mends_a_damaged_merge(model, delta, tmp_path):
+    out = tmp_path / "out"
+    words = merge_words(model, delta, out)
+    assert run("merge", *words).code == 0
+    whole = contents(out)
+    for name in ("reflow.json", str(UNET_FILE)):
+        (out / name).write_bytes(b"")
+        ended = run("merge", *words)
+        assert ended.code == 0 and "written anew" in ended.err, (name, ended.err)
+        assert contents(out) == whole, name
+    ended = run("merge", *words)
+    assert ended.code == 0 and f"{out}: is there" in ended.err
+    refused(run("merge", *words, "--scale=0.5"), "holds another export", "--overwrite")
+    assert contents(out) == whole
+    assert run("merge", *words, "--scale=0.5", "--overwrite").code == 0 and contents(out) != whole
 
 
 def test_the_record_of_an_export_lists_every_file_and_sees_it_damaged(student, tmp_path):
@@ -454,10 +477,10 @@ def test_a_lora_says_what_it_loses_and_who_drops_what(chain, model, tmp_path):
     assert ended.code == 0, ended.err
     card, page = read_json(tmp_path / "kohya" / "reflow.json"), (tmp_path / "kohya" / "README.md").read_text()
     lost = card["lora"]["lost"]
-    share = lost["kohya's sd-scripts"]
-    assert lost["ComfyUI"] == 0 < share == lost["diffusers 0.36 with peft 0.18"] < 1
-    assert f"kohya's sd-scripts does not take layers that hold {share:.4f} of the LoRA's energy" in ended.err
-    assert f"relative error {card['lora']['error']:.3f}" in page and f"kohya's sd-scripts {share:.1%}" in page
+    share = lost["kohya's sd-scripts 02298e3"]
+    assert lost["ComfyUI 00728eb"] == 0 < share == lost["diffusers 0.36 with peft 0.18"] < 1
+    assert f"kohya's sd-scripts 02298e3 does not take layers that hold {share:.4f} of the LoRA's energy" in ended.err
+    assert f"relative error {card['lora']['error']:.3f}" in page and f"kohya's sd-scripts 02298e3 {share:.1%}" in page
     assert f", to the whole student {card['replay']['to_student']:.1e}" in page
 
     ended = run("export", *words, "--for=diffusers", f"--out={tmp_path / 'peft'}", "--check")

@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 from verb import Ended, run, tiny_flags
 
 from proreflow_jax.storage.atomic import read_json
@@ -97,15 +99,48 @@ def test_train_refuses_pairs_of_another_config(copied, model, fields):
     assert names(copied) == before
 
 
-def test_another_tokenizer_in_a_run_under_way_is_refused(copied, model, tmp_path):
-    other = Path(shutil.copytree(model, tmp_path / "other"))
-    merges = other / "tokenizer" / "merges.txt"
+def test_train_refuses_pairs_of_another_base_model(copied, tmp_path):
+    stage = copied / "runs" / "tiny" / "stage-4"
+    for path in stage.iterdir():
+        if path.name != "pairs":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = names(copied)
+    ended = again("train", copied, tiny.write_model(tmp_path / "new", seed=5), "--stage=4")
+    assert ended.code == 2 and "stage-4/pairs/plan.json was fixed with" in ended.err, ended.err
+    assert names(copied) == before
+
+
+def swap_merges(model: Path) -> None:
+    merges = model / "tokenizer" / "merges.txt"
     *first, one, two = merges.read_text().splitlines()
     merges.write_text("\n".join([*first, two, one]) + "\n")
+
+
+def change_encoder(model: Path) -> None:
+    path = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    tensors[name] = tensors[name] * np.asarray(1.001, tensors[name].dtype)
+    save_file(tensors, path)
+
+
+def change_betas(model: Path) -> None:
+    path = model / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    path.write_text(json.dumps(config | {"beta_end": 1.01 * config["beta_end"]}))
+
+
+PARTS = {"tokenizer": swap_merges, "text_encoder": change_encoder, "schedule": change_betas}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_another_part_of_the_base_model_in_a_run_under_way_is_refused(copied, model, tmp_path, part):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    PARTS[part](other)
     (copied / "runs" / "tiny" / "stage-2" / "DONE.json").unlink()
     before = names(copied)
     ended = again("distill", copied, other)
-    assert ended.code == 2 and "was fixed with base.tokenizer = " in ended.err, ended.err
+    assert ended.code == 2 and f"was fixed with base.{part} = " in ended.err, ended.err
     assert names(copied) == before
 
 

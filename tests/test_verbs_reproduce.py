@@ -221,6 +221,7 @@ def test_other_numbers_are_other_cells(small):
     [
         ({"reproduce__budgets": (800, 100)}, "--config.reproduce.budgets: 100 leaves"),
         ({"reproduce__seeds": (3,)}, "--config.reproduce.seeds=(3,) must be at least two"),
+        ({"reproduce__seeds": (0, 0.5)}, "--config.reproduce.seeds=(0, 0.5) must be different whole numbers from 0 to 18446"),
         ({"reproduce__references": ("three",)}, "--config.reproduce.references: 'three' is none of its methods"),
         ({"reproduce__effects": (("what", "two", "three"),)}, "--config.reproduce.effects: 'three' is none of its methods"),
         ({"reproduce__baseline": "three"}, "--config.reproduce.baseline: 'three' is none of its methods"),

@@ -218,11 +218,12 @@ def test_each_thing_they_depend_on_makes_other_numbers_and_files(made, whole):
     one = dict(teacher_steps=(4,), student_steps=(), seeds=(0,))
     first = {name for name, _ in kept(made, "whole").items()}
     found = [whole[0]["fid"][0]]
-    for i, fields in enumerate(({"guidance": 1.0}, {"teacher_steps": (2,)}, {"seeds": (2,)}, {"examples": 19})):
+    seeds = {"seeds": (2,)}, {"seeds": (2 + 2**32,)}, {"seeds": (2**64 - 1,)}
+    for i, fields in enumerate(({"guidance": 1.0}, {"teacher_steps": (2,)}, *seeds, {"examples": 19})):
         (row,) = score_coco.score_coco(toy(made, f"other-{i}", **{**one, **fields}))
         found.append(next(iter(row["fid"].values())))
         assert not first & set(kept(made, f"other-{i}"))
-    assert len(set(found)) == 5
+    assert len(set(found)) == 7
     (half,) = score_coco.score_coco(toy(made, "half", dtype="bfloat16", **one))
     assert ", bfloat16, " in half["statement"] and half["fid"] != whole[0]["fid"] and not first & set(kept(made, "half"))
     reference = made.folder / "runs" / "reference"
@@ -267,7 +268,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(made, tmp_path):
         ({"examples": 25}, ValueError, "24 prompts of 25: lower --config.evaluate.examples"),
         ({"examples": 0}, ValueError, "names 24 images, coco2017-5k rests on 5,000: give the official file"),
         ({"seeds": (0, 0)}, ValueError, "evaluate.seeds=(0, 0) must be different whole numbers"),
-        ({"seeds": (-1,)}, ValueError, "evaluate.seeds=(-1,)"),
+        ({"seeds": (-1,)}, ValueError, "evaluate.seeds=(-1,) must be different whole numbers from 0 to 1844"),
+        ({"seeds": (0, 0.5)}, ValueError, "evaluate.seeds=(0, 0.5) must be different whole numbers from 0 to 1844"),
+        ({"seeds": (2**64,)}, ValueError, f"evaluate.seeds=({2**64},) must be different whole numbers from 0 to 1844"),
         ({"guidance": -1.0}, ValueError, "evaluate.guidance=-1.0 must not be negative"),
         ({"inception": ""}, ValueError, "--config.evaluate.inception is empty"),
         (

@@ -7,7 +7,7 @@ import tiny
 from verb import run, tiny_config, tiny_flags
 
 from proreflow_jax.data import loader
-from proreflow_jax.run.stages import PAIR_KEY, run_key, seed_key
+from proreflow_jax.run.stages import PAIR_KEY, fold_seed, run_key, seed_key
 
 pytestmark = pytest.mark.usefixtures("drawn_once")
 
@@ -21,6 +21,13 @@ def test_both_words_of_a_seed_count():
 @pytest.mark.parametrize("seed", [0, 5, 2**31, 2**32 - 1])
 def test_a_seed_of_one_word_is_what_it_was(seed):
     assert jax.random.key_data(seed_key(seed)).tolist() == jax.random.key_data(jax.random.key(seed)).tolist()
+
+
+def test_both_words_of_a_seed_are_folded_into_a_key():
+    key, words = jax.random.key(7), lambda key: tuple(jax.random.key_data(key).tolist())
+    assert len({words(fold_seed(key, seed)) for seed in (5, 5 + 2**32, 5 + 2**33, 2**63, 2**64 - 1)}) == 5
+    for seed in (0, 5, 2**32 - 1):  # as before
+        assert words(fold_seed(key, seed)) == words(jax.random.fold_in(key, seed))
 
 
 def test_a_run_has_a_key_of_its_own_for_both_words(tmp_path):

@@ -207,7 +207,10 @@ def test_a_field_of_another_kind_is_refused(models, tmp_path, name, field, value
     refused(tmp_path, broken, f"broken/{name}", field, kind, PATH)
 
 
-@pytest.mark.parametrize("name", ["tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json", "vae/config.json"])
+OBJECTS = ("tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json", "vae/config.json")
+
+
+@pytest.mark.parametrize("name", [*OBJECTS, "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize("text", ["{", "[]", "", "\xff", "[" * 100_000], ids=["cut", "list", "empty", "latin", "deep"])
 def test_a_config_that_is_no_object_is_refused(models, tmp_path, name, text):
     broken = Path(shutil.copytree(models.folder, tmp_path / "broken"))

@@ -180,7 +180,7 @@ def _is_good(folder: Path, size: int, seed: int) -> bool:
             raise UserError(f"{folder} holds digits of {name} {stamp.get(name)}, not {value}: set another --config.data.path")
     shard = folder / Path(str(stamp.get("shard"))).name
     if not shard.is_file() or atomic.sha256(shard) != stamp.get("sha256"):
-        raise UserError(f"{shard} is damaged: delete {folder} and run again")
+        raise UserError(f"{shard} is damaged: set --config.data.path to a new folder, they are written in seconds")
     return True
 
 

@@ -15,6 +15,10 @@ from proreflow_jax import UserError
 from proreflow_jax.storage import atomic, paths
 
 PLAN = "plan.json"
+MEND = (  # of a plan that is damaged
+    "put a whole copy in its place, or move it aside and run the job of this folder (make_pairs, train, cache) again with the "
+    "same config: the plan is written anew, what lies beside it stays"
+)
 
 
 def fix_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name") -> None:
@@ -51,7 +55,7 @@ def check_plan(folder: Any, plan: Mapping[str, Any], flag: str = "--config.name"
 
 def read_plan(folder: Any) -> dict[str, Any]:
     """Returns the plan of a folder of records; FileNotFoundError if there is none, ValueError if it is broken."""
-    plan = atomic.read_json(paths.parse_path(folder) / PLAN)
+    plan = atomic.read_json(paths.parse_path(folder) / PLAN, MEND)
     shard_count(plan)
     return plan
 

@@ -18,6 +18,7 @@ from proreflow_jax.storage import paths
 from proreflow_jax.storage.atomic import drafted
 
 DIGEST = "sha256"  # in a file of moments, beside them
+AGAIN = "delete it and evaluate again"  # of a file whose sums are lost
 
 
 class Moments(NamedTuple):
@@ -77,15 +78,15 @@ def load_moments(path: Path, widths: Mapping[str, int]) -> dict[str, Moments]:
     try:
         tensors = dict(weights.Tensors([paths.local_copy(path)], kinds=("I64", "F64", "U8")))
     except ValueError:
-        raise UserError(f"{path} is not a readable safetensors file: delete it and evaluate again") from None
+        raise UserError(f"{path} is not a readable safetensors file: {AGAIN}") from None
     expected = {f"{name}.{field}": value for name, d in widths.items() for field, value in empty(d)._asdict().items()}
     stored = tensors.pop(DIGEST, None)
     kinds = lambda tensors: {name: (np.shape(value), np.asarray(value).dtype) for name, value in tensors.items()}
     if kinds(tensors) != kinds(expected):
         listed = ", ".join(f"{width} {name}" for name, width in widths.items())
-        raise UserError(f"{path} does not hold moments of {listed}: delete it and evaluate again")
+        raise UserError(f"{path} does not hold moments of {listed}: {AGAIN}")
     if not np.array_equal(stored, _digest(tensors)):
-        raise UserError(f"{path} holds other numbers than were written: delete it and evaluate again")
+        raise UserError(f"{path} holds other numbers than were written: {AGAIN}")
     return {
         name: Moments(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.scatter"]) for name in widths
     }

@@ -15,7 +15,6 @@ from proreflow_jax.run.config_files import PACKAGE
 from proreflow_jax.run.open import HOMES
 
 log = logging.getLogger(__name__)
-PAGE = "README.md"
 DIGITS = PACKAGE / "assets" / "digits"  # the demo's base model
 PAGE_LIMIT = 1 << 20  # bytes of a model's page that are read
 
@@ -43,12 +42,12 @@ def describe_base(config: ConfigDict, base: ModelSource) -> dict[str, Any]:
 def data_credits(config: ConfigDict, base: ModelSource) -> list[str]:
     """Whose pictures the base model or the student was trained on, in Markdown, where the package knows it."""
     known = [config.data.kind, "digits"] if base.folder == DIGITS else [config.data.kind]
-    return base.student.get("about", {}).get("credits") or credit_lines(known, _page(base.folder / PAGE))
+    return base.student.get("about", {}).get("credits") or credit_lines(known, _page(base.folder))
 
 
 def read_licence(folder: Path) -> dict[str, str]:
     """The licence that the page of a model's folder names in its header, or a LICENSE file beside the components; else {}."""
-    stated = _page_header(folder / PAGE)
+    stated = _page_header(folder)
     if isinstance(name := stated.get("license"), str) and LICENCE_ID.fullmatch(name):
         licence = {"license": name}
         if isinstance(own := stated.get("license_name"), str):
@@ -60,22 +59,22 @@ def read_licence(folder: Path) -> dict[str, str]:
     return {"license": "other", "license_name": "of-the-base-model", "license_link": files[0].name} if files else {}
 
 
-def _page_header(path: Path) -> dict[str, Any]:
-    """The YAML header of a page; {} of one that has none, or none that can be read."""
-    parts = _page(path).split("\n---", 1)
+def _page_header(folder: Path) -> dict[str, Any]:
+    """The YAML header of a model's page; {} of one that has none, or none that can be read."""
+    parts = _page(folder).split("\n---", 1)
     if len(parts) < 2 or not parts[0].startswith("---\n"):
         return {}
     try:
         value = yaml.safe_load(parts[0])
     except (yaml.YAMLError, ValueError, RecursionError):
-        log.info("%s: its header cannot be read, the card of the export names no licence", path)
+        log.info("%s: the header of its page cannot be read, the card of the export names no licence", folder)
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _page(path: Path) -> str:
-    """The text of a model's page; "" if there is none."""
-    if not path.is_file():
+def _page(folder: Path) -> str:
+    """The text of a model's page; "" if there is none. Raises UserError, one line, for a link out of the model's folder."""
+    if (path := copying.page(folder)) is None:
         return ""
     with path.open("rb") as file:
         return file.read(PAGE_LIMIT).decode("utf-8", "replace")

@@ -50,7 +50,7 @@ def export_stage(
     if carries_numbers(export_format, bool(student.factors)):
         numbers = measured_numbers(experiment.run, student.digest)
         card |= {"numbers": numbers} if numbers else {}
-    if first_says(lambda: not overwrite and _holds(target, card)):
+    if first_says(lambda: not overwrite and holds(target, card)):
         log.info("%s: is there", target)
         first(lambda: _renew_numbers(target, card))
         return
@@ -88,8 +88,8 @@ def _write(experiment: Experiment, stage: Stage, student: Weights, card: dict[st
         write_card(draft, card)
 
 
-def _holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very student in this form, every file as it was written. False if it is to be written.
+def holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
+    """Whether the folder holds the very export of this card, every file as it was written. False if it is to be written.
 
     Raises UserError, one line, if it holds another export.
     """
@@ -155,13 +155,14 @@ def _handed_on(base: ModelSource) -> list[str]:
 
 
 def check_copies(base: ModelSource) -> None:
-    """Raises UserError, one line, if a file that an export takes over lies outside of the base model's folder."""
+    """Raises UserError, one line, if a file that an export or its card takes over lies outside of the base model's folder."""
     for name in _handed_on(base):
         if not (name == "vae" and base.vae):
             copying.component_files(base.folder, name)
         elif base.vae.folder:
             copying.component_files(base.vae.root, str(base.vae.folder.relative_to(base.vae.root)))
     copying.licences(base.folder)
+    copying.page(base.folder)
     copying.check_inside(base.folder, base.folder / "unet" / "config.json")
 
 

@@ -11,7 +11,7 @@ from proreflow_jax import UserError
 from proreflow_jax.exports.card import write_card
 from proreflow_jax.exports.card_base import describe_base
 from proreflow_jax.exports.formats import FILES
-from proreflow_jax.exports.write import check_copies, write_folder
+from proreflow_jax.exports.write import check_copies, holds, write_folder
 from proreflow_jax.flow.schedule import from_config
 from proreflow_jax.models.network import make_unet, make_vae
 from proreflow_jax.pretrained import lora_file, sources, weights
@@ -22,10 +22,14 @@ from proreflow_jax.storage import atomic, sealed
 from proreflow_jax.storage.paths import Location
 
 
-def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float) -> str:
-    """Writes the folder and returns a line about it. Raises UserError, one line, if delta and model do not fit."""
-    card = sealed.read_record(delta)
-    sealed.check_undamaged(delta, card, "export the delta again, or copy it again")
+def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float, overwrite: bool = False) -> str:
+    """Writes the folder and returns a line about it; one that already holds this very merge is left as it is, or mended.
+
+    Raises UserError, one line, if delta and model do not fit, or if the folder holds another export.
+    """
+    record = sealed.read_record(delta)
+    sealed.check_undamaged(delta, record, "export the delta again, or copy it again")
+    card = {name: value for name, value in record.items() if name not in (sealed.FILES, sealed.SEAL)}
     scheduler = atomic.read_json(delta / "scheduler" / "scheduler_config.json")
     base = open.find_base_model(config)
     taught = card.get("clip_skip", {}).get("diffusers", 0)
@@ -51,6 +55,8 @@ def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float)
         "lineage": lineage | {"onto": onto, "merged": summed},
         "merged": {"delta": card["digest"], "base": card["base"], "scale": scale},
     }
+    if not overwrite and holds(target, card):
+        return f"{target}: is there"
     with atomic.atomic_folder(target, overwrite=True) as draft:  # an export, or nothing: `check_out`
         write_folder(draft, base, merged, scheduler)
         write_card(draft, card)

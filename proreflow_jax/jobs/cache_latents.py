@@ -25,6 +25,7 @@ from proreflow_jax.run.outlook import compiling
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import first, job_lock
 from proreflow_jax.runtime.progress import Progress
+from proreflow_jax.runtime.stopping import watching
 from proreflow_jax.storage import paths
 from proreflow_jax.storage.gcs import LOCK
 
@@ -40,7 +41,7 @@ def cache(config: ConfigDict, out: str) -> None:
     source = open_source(config, experiment.base)
     plan = cache_plan(experiment, len(source))
     records.shard_count(plan)
-    with job_lock(folder):
+    with job_lock(folder), watching(config.watchdog):
         missing = begin_records(folder, plan, OUT)
         if missing:
             log.info("%d of %d shards are to be made", len(missing), records.shard_count(plan))

@@ -22,7 +22,7 @@ from proreflow_jax.pretrained import weights as weight_files
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.experiment import Experiment, Weights
-from proreflow_jax.run.stages import EVALUATION_KEY
+from proreflow_jax.run.stages import EVALUATION_KEY, seed_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.metrics import check_finite_rows
@@ -86,8 +86,8 @@ def make_picture_draw(experiment: Experiment) -> Callable:
     decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling))
 
     @partial(jax.jit, out_shardings=split)
-    def noise(numbers: jax.Array, seed: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), EVALUATION_KEY)
+    def noise(numbers: jax.Array, key: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key, EVALUATION_KEY)
         return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), base.latent_shape))(numbers)
 
     @partial(jax.jit, static_argnames=("flow", "plain"))
@@ -98,7 +98,7 @@ def make_picture_draw(experiment: Experiment) -> Callable:
 
     def draw(weights: Weights, row: PictureRow, rows: dict[str, jax.Array], seed: int) -> tuple[jax.Array, jax.Array]:
         nodes = windows.sampling_nodes(row.steps, max(row.flow.windows, 1)).astype(np.float32)
-        z, states = noise(rows["number"], np.uint32(seed)), context(text, rows["ids"])
+        z, states = noise(rows["number"], seed_key(seed)), context(text, rows["ids"])
         scale = np.float32(row.guidance)
         for ends in zip(nodes[:-1], nodes[1:], strict=True):
             z = move(weights.params, z, np.array(ends), states, scale, flow=row.flow, plain=row.guidance == 1)

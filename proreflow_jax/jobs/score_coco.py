@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt8
+from jaxtyping import Array, Bool, Key, UInt8
 
 from proreflow_jax import MissingFile
 from proreflow_jax.data import coco
@@ -28,7 +28,7 @@ from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks, text_context
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
-from proreflow_jax.run.stages import EVALUATION_KEY, find_stage
+from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, seed_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.metrics import check_finite_rows
@@ -143,7 +143,7 @@ def draw_images(
     vae: Params,
     empty: Array,
     rows: Mapping[str, Array],
-    seed: Array,
+    key: Key[Array, ""],
     *,
     networks: Networks,
     latent: tuple[int, int, int],
@@ -152,16 +152,16 @@ def draw_images(
     guidance: float,
     dtype: str,
 ) -> tuple[UInt8[Array, "b height width 3"], Bool[Array, " b"]]:
-    """Images of numbered prompts, uint8, and whether their latents are finite; noise i is drawn by a key of (seed, i).
+    """Images of numbered prompts, uint8, and whether their latents are finite; noise i is drawn by (key, i).
 
     Args:
       params: of the UNet; text, vae: of the networks beside it.
       empty: ids (1, s) of the negative prompt.
       rows: "number" (b,) of each image, and "ids" (b, s) of its prompt.
-      seed: of the noise, a whole number.
+      key: of the noise's seed.
       networks, latent, flow, steps, guidance, dtype: as of `sampler.sample_latents`.
     """
-    key = jax.random.fold_in(jax.random.key(seed), EVALUATION_KEY)
+    key = jax.random.fold_in(key, EVALUATION_KEY)
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent))(rows["number"])
     context, negative = (text_context(networks.condition, text, ids) for ids in (rows["ids"], empty))
     options = dict(unet=networks.unet, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance, dtype=dtype)
@@ -214,7 +214,7 @@ def _generated(
         numbers = np.arange(first, first + batch, dtype=np.uint32)
         rows = {"number": numbers, "ids": inputs.ids[np.minimum(numbers, last)]}
         rows = mesh.put_batch(experiment.mesh, rows, batch)
-        return draw(inputs.text, inputs.vae, inputs.empty, rows, np.uint32(seed))
+        return draw(inputs.text, inputs.vae, inputs.empty, rows, seed_key(seed))
 
     firsts = range(position, plan.count, batch)
     for first, (images, finite) in zip(firsts, fid.ahead(start, firsts), strict=True):

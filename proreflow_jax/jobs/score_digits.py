@@ -99,6 +99,7 @@ def _keep(
 ) -> None:
     """The table as JSON, Markdown, picture and page."""
     config, folder = experiment.config, experiment.run
+    folder.mkdir(parents=True, exist_ok=True)  # a table of the base model alone has no run yet
     students = [i for i, row in enumerate(rows) if row.weights.flow.windows]
     shown = report.shown_table(results, COLUMNS, BETTER, students)
     atomic.write_json(folder / "table.json", {"notes": notes, "rows": results, "shown": shown})

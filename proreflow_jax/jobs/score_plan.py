@@ -9,6 +9,7 @@ from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import coco
 from proreflow_jax.evaluation import clip_score, protocols
 from proreflow_jax.evaluation.protocols import Protocol
+from proreflow_jax.run.ranges import check_seeds
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import paths
 
@@ -54,8 +55,7 @@ def check_plan(config: ConfigDict, plan: Plan, least: int) -> None:
         raise UserError(f"--config.evaluate.examples={e.examples} must be at least {least}, or 0: as the protocol says")
     if plan.guidance < 0:
         raise UserError(f"--config.evaluate.guidance={e.guidance} must not be negative; 0: as the protocol says")
-    if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in plan.seeds) or len(set(plan.seeds)) < len(plan.seeds):
-        raise UserError(f"--config.evaluate.seeds={e.seeds} must be different whole numbers, as in '(0, 1, 2)'")
+    check_seeds(plan.seeds, "--config.evaluate.seeds")
 
 
 def _local(path: str, flag: str) -> Path:

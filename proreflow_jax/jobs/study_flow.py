@@ -21,7 +21,7 @@ from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.dataset import open_source, read_captions, read_rows
 from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key
-from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime import mesh, stopping
 from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic
@@ -103,6 +103,7 @@ def _in_batches(experiment: Experiment, call: Callable[..., Any], rows: Mapping[
         index = np.arange(begin, begin + size) % count
         batch = mesh.put_batch(experiment.mesh, {name: values[index] for name, values in rows.items()}, size)
         own = np.arange(min(size, count - begin))
+        stopping.alive()
         parts.append(jax.tree.map(lambda x, own=own: np.take(jax.device_get(x), own, axis), call(batch, number)))
     return jax.tree.map(lambda *xs: np.concatenate(xs, axis), *parts)
 

@@ -87,7 +87,6 @@ def batched(
     with loader.Ahead(lambda begin: read(begin + own), begins, depth=2) as batches:
         for begin, rows in zip(begins, batches, strict=True):
             stopping.stop_if_asked()
-            stopping.alive()
             arrays, count = host_arrays(compute(mesh.put_batch(machine, rows, size))), min(size, numbers.stop - begin)
             progress.advance(count)
             yield arrays, count

@@ -142,14 +142,14 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     split = partial(_shape, mesh.batch_sharding(machine))
     rows = {"number": split((b,), np.uint32), "ids": split((b, base.tokenizer.length), np.int32)}
     whole = partial(_shape, mesh.replicated(machine))
-    empty, seed = whole((1, base.tokenizer.length), np.int32), whole((), np.uint32)
-    arguments = frozen.teacher, frozen.text, frozen.vae, empty, rows, seed
+    empty, key = whole((1, base.tokenizer.length), np.int32), _key(experiment, stage)
+    arguments = frozen.teacher, frozen.text, frozen.vae, empty, rows, key
     return Job(
         name="sample",
         windows=stage.windows,
         jitted=score_coco.jit_draw(experiment, *options),
         arguments=arguments,
-        classes={STUDENT: frozen.teacher, ENCODERS: (frozen.text, frozen.vae, empty), BATCH: (rows, seed)},
+        classes={STUDENT: frozen.teacher, ENCODERS: (frozen.text, frozen.vae, empty), BATCH: (rows, key)},
         images=b,
         at_once=b // mesh.ways(experiment.mesh),
         calls=0,

@@ -13,6 +13,7 @@ from proreflow_jax import UserError
 from proreflow_jax.pretrained import weights
 
 log = logging.getLogger(__name__)
+PAGE = "README.md"  # of a model's folder; its licence is handed on
 KIND = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.(json|safetensors)|merges\.txt|vocab\.txt")  # in a component's folder
 LICENCE = re.compile(r"LICENSE[A-Za-z0-9._-]*")  # beside the components
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of the hub's cache: a snapshot's files are links to blobs
@@ -38,6 +39,15 @@ def licences(root: Path) -> list[Path]:
     return _inside(root, root, is_licence)
 
 
+def page(root: Path) -> Path | None:
+    """The page of a model folder, None if there is none. Raises UserError as `check_inside`."""
+    path = root / PAGE
+    if not path.is_file():
+        return None
+    check_inside(root, path)
+    return path
+
+
 def _inside(root: Path, folder: Path, handed_on: Callable[[str], bool]) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if handed_on(path.name))
     for path in files:
@@ -56,7 +66,7 @@ def check_inside(root: Path, path: Path) -> None:
         raise UserError(f"{path} is a link to nothing: copy the model's folder again, with its files") from None
     cache = home.parent.parent / BLOBS if home.parent.name == SNAPSHOTS else None
     if not (real.is_relative_to(home) or cache and real.is_relative_to(cache)):
-        raise UserError(f"{path} leads out of the model's folder, to {real}: it is not copied; put the file itself there")
+        raise UserError(f"{path} leads out of the model's folder, to {real}: it is not followed; put the file itself there")
     if not real.is_file():
         raise UserError(f"{path} is not a plain file: it is not copied; name another --config.model.path")
 

@@ -31,8 +31,9 @@ FLAGS = {  # metadata: true or false
     "ss_v_parameterization": (PREDICTION, "v_prediction"),
     "ss_zero_terminal_snr": (ZERO_SNR, True),
 }
-NOTED = ("modelspec.timestep_range", "modelspec.encoder_layer")  # metadata that is listed if it is not the usual
+NOTED = ("modelspec.timestep_range", "modelspec.encoder_layer", "ss_clip_skip")  # metadata that is shown if it is not the usual
 USUAL = ("0,1000", "1", "none", "")
+HEARD = {"format", STUDENT, *WORDS, *FLAGS, *NOTED}  # all other metadata is listed by name
 TABLE = "alphas_cumprod"
 KINDS = {9: "a model for inpainting", 8: "a model for editing (as InstructPix2Pix)", 5: "a model for depth maps"}
 LCM = f"{UNET}time_embed.cond_proj.weight"
@@ -99,14 +100,18 @@ def check_layout(stored: Tensors, family: str, path: Path, with_vae: bool = True
 
 
 def log_left_out(stored: Tensors, family: str, path: Path) -> None:
-    """Lists what no component of the family claims and `stated` does not hear: averaged weights, buffers, other networks."""
+    """Lists what no component of the family claims and `stated` does not hear: weights, buffers, networks, metadata."""
     claimed = (*PREFIXES[family].values(), *MARKS, TABLE)
     left = Counter(name.split(".")[0] for name in stored if not name.startswith(claimed))
     noted = {name: stored.metadata[name] for name in NOTED if stored.metadata.get(name, "").strip().lower() not in USUAL}
     if left:
         log.info("%s: left out, for no part of the model has a place for them: %s", path.name, _counted(left))
+    rest = _counted({ascii(name)[1:-1][:60]: 1 for name in stored.metadata if name not in HEARD})
     if noted:
-        log.warning("%s: its metadata is not followed in %s", path.name, ", ".join(f"{k}={v[:40]!r}" for k, v in noted.items()))
+        shown = ", ".join(f"{name}={value[:40]!r}" for name, value in noted.items())
+        log.warning("%s: its metadata is not followed in %s%s", path.name, shown, f"; not read: {rest}" if rest else "")
+    elif rest:
+        log.info("%s: metadata that is not read: %s", path.name, rest)
 
 
 def _counted(names: Mapping[str, int], most: int = 12) -> str:

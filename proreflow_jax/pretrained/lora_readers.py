@@ -1,6 +1,7 @@
 """Which layers of a LoRA file its readers take: tools drop layers of kohya's names that they do not know, without a word.
 
-Tried with these versions (diffusers, sd-scripts, ComfyUI) or read in their source (A1111 1.10).
+diffusers was tried with these versions. sd-scripts and ComfyUI were tried in November 2026, in versions that nobody noted, and
+read in their source at these commits (networks/lora.py, comfy/lora.py); A1111 was read in its source alone.
 """
 
 import re
@@ -13,11 +14,11 @@ from proreflow_jax.pretrained.lora_file import Factors
 OUTER = r"^(conv_in|conv_out|time_embedding\.linear_[12])\.weight$"
 SDXL_OUTER = r"^(conv_in|conv_out|(time|add)_embedding\.linear_[12])\.weight$"
 READERS = {  # reader -> the weights whose factors it drops from a file in kohya's names, by name; of SDXL, of others
-    "kohya's sd-scripts": (SDXL_OUTER, OUTER),
+    "kohya's sd-scripts 02298e3": (SDXL_OUTER, OUTER),
     "diffusers 0.36 with peft 0.18": (OUTER, OUTER),
-    "A1111": (r"^up_blocks\.0\.upsamplers\.0\.conv\.weight$", ""),
+    "A1111 1.10": (r"^up_blocks\.0\.upsamplers\.0\.conv\.weight$", ""),
     "diffusers 0.42 with peft 0.21": ("", ""),
-    "ComfyUI": ("", ""),
+    "ComfyUI 00728eb": ("", ""),
 }
 
 

@@ -27,6 +27,7 @@ from proreflow_jax.run import check_config
 from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import reopen
+from proreflow_jax.run.ranges import check_seeds
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import atomic, lock, paths
 
@@ -75,7 +76,8 @@ def check_grid(experiment: Experiment, testbed: Testbed, workers: int) -> None:
         raise UserError("reproduce keeps pairs in memory and trains all weights: pairs.mode=stored, student.lora.rank=0")
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    if len(set(r.seeds)) < 2:
+    check_seeds(r.seeds, "--config.reproduce.seeds")
+    if len(r.seeds) < 2:
         raise UserError(f"--config.reproduce.seeds={r.seeds} must be at least two different numbers: a spread needs them")
     if r.chunk > 1 and mesh.ways(experiment.mesh) > 1:
         raise UserError(f"--config.reproduce.chunk={r.chunk} must be 1 on several devices")

@@ -21,7 +21,7 @@ from proreflow_jax.reproduction.testbed import Testbed, measured_steps
 from proreflow_jax.run.dataset import open_source, read_rows
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_experiment
-from proreflow_jax.run.stages import EVALUATION_KEY, Stage, run_key
+from proreflow_jax.run.stages import EVALUATION_KEY, Stage, fold_seed, run_key
 
 
 class Instruments(NamedTuple):
@@ -72,7 +72,7 @@ def make_inputs(experiment: Experiment, seed: int, instruments: Instruments) -> 
     e = experiment.config.evaluate
     labels, ids = score_digits.prompts(experiment, e.examples)
     noise = jax.random.normal(
-        jax.random.fold_in(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
+        fold_seed(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
     )
     base = experiment.unet.params()
     latents, images = score_digits.sample_rows(

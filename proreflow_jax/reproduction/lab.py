@@ -28,7 +28,7 @@ from proreflow_jax.reproduction.cell import read_as
 from proreflow_jax.reproduction.testbed import Testbed, measured_steps
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import BaseUNet, open_in_memory
-from proreflow_jax.run.stages import EVALUATION_KEY, Stage, run_key
+from proreflow_jax.run.stages import EVALUATION_KEY, Stage, fold_seed, run_key, seed_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.metrics import check_finite
 from proreflow_jax.storage import atomic, paths
@@ -110,7 +110,7 @@ def _pretrain(config: ConfigDict, base: pipeline.Pipeline) -> dict[str, np.ndarr
     """Noise prediction on fresh examples, by the loss and the update of `pretrain`."""
     c, data = config.lab, the_mixture(config)
     chain = train_step.make_optimizer({**c.optimizer, "steps": c.steps})
-    first = pretraining.joined({pretraining.UNET: jax.jit(base.unet.init)(jax.random.key(c.seed))})
+    first = pretraining.joined({pretraining.UNET: jax.jit(base.unet.init)(seed_key(c.seed))})
     now = train_step.init_state(first, chain, True)
     empty = jnp.asarray(base.tokenizer.encode([""])[0])
     schedule = from_config(base.scheduler)
@@ -123,7 +123,7 @@ def _pretrain(config: ConfigDict, base: pipeline.Pipeline) -> dict[str, np.ndarr
         accumulation=1,
         unroll=True,
     )
-    key = jax.random.fold_in(jax.random.key(c.seed), 1)
+    key = jax.random.fold_in(seed_key(c.seed), 1)
 
     @partial(jax.jit, donate_argnums=0)
     def chunk(now: train_step.TrainState, batches: Any) -> tuple[train_step.TrainState, jax.Array]:
@@ -166,7 +166,7 @@ def make_instruments(experiment: Experiment) -> Instruments:
 def make_inputs(experiment: Experiment, seed: int, instruments: Instruments) -> Inputs:
     """The noise of a seed, what the teacher draws from it in config.evaluate.teacher_steps[0] steps, and real examples."""
     e, data = experiment.config.evaluate, the_mixture(experiment.config)
-    key = jax.random.fold_in(run_key(experiment.config, EVALUATION_KEY, 0), seed)
+    key = fold_seed(run_key(experiment.config, EVALUATION_KEY, 0), seed)
     noise = jax.random.normal(key, (e.examples, *experiment.base.latent_shape))
     labels = np.arange(e.examples) % data.classes
     context = experiment.base.condition(experiment.base.text, jnp.asarray(labels)[:, None])

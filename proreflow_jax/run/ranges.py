@@ -1,7 +1,7 @@
 """The range of every number that a user may name. Reads no jax: a wrong number is refused before it is imported."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -63,6 +63,12 @@ def check_ranges(config: ConfigDict, block: str = "") -> None:
             check_ranges(value, field)
         elif not isinstance(value, str | bool) and (bounds := field_range(field)):
             check_range(value, bounds, f"--config.{field}")
+
+
+def check_seeds(seeds: Sequence[Any], flag: str) -> None:
+    """Raises UserError, one line, unless seeds are different whole numbers from 0 to LARGEST."""
+    if any(type(seed) is not int or not 0 <= seed <= LARGEST for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"{flag}={tuple(seeds)} must be different whole numbers from 0 to {LARGEST}, as in '(0, 1, 2)'")
 
 
 def check_range(value: Any, bounds: Range, flag: str) -> None:

@@ -143,6 +143,13 @@ def seed_key(seed: int) -> Key[Array, ""]:
         return jax.random.key(np.uint64(seed))
 
 
+def fold_seed(key: Key[Array, ""], seed: int) -> Key[Array, ""]:
+    """Both words of a seed folded into a key; below 2**32 as `jax.random.fold_in` does."""
+    high, low = divmod(seed, 2**32)
+    folded = jax.random.fold_in(key, np.uint32(low))
+    return jax.random.fold_in(folded, np.uint32(high)) if high else folded
+
+
 class Done(NamedTuple):
     """A finished stage."""
 
@@ -184,7 +191,7 @@ def _record(stage: Stage) -> tuple[dict[str, Any], str, str]:
     except MissingFile:
         return {}, "missing", f"{stage.done} is missing: run {job}"
     except UserError as error:
-        record, reason = {}, str(error).partition(": delete")[0]
+        record, reason = {}, str(error).removesuffix(f": {atomic.MEND}")
     if is_sealed(record):
         return record, "", ""
     return {}, "damaged", f"{stage.done} is damaged ({reason}): {job}, writes it again from the checkpoint"

@@ -13,6 +13,8 @@ from types import TracebackType
 import jax
 from tqdm import tqdm
 
+from proreflow_jax.runtime import stopping
+
 log = logging.getLogger(__name__)
 LINE_SECONDS = 30.0  # between plain lines where there is no terminal
 TOLD_SECONDS = 1.0  # a first item that took longer is told
@@ -67,7 +69,8 @@ class Progress:
         self._began = time.monotonic()
 
     def advance(self, items: int = 1, note: str = "") -> None:
-        """So many items more are done. note: what else a line says, "loss 0.12"."""
+        """So many items more are done, the job is alive. note: what else a line says, "loss 0.12"."""
+        stopping.alive()
         self.done += items
         now = time.monotonic()
         if self.opening is None:

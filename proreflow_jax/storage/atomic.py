@@ -27,12 +27,16 @@ from proreflow_jax.storage.lock import hold_lease
 from proreflow_jax.storage.paths import Location
 
 STALE_S = 3600.0  # seconds without a write after which another machine's writer counts as dead
+MEND = "put a whole copy in its place, or run the job that writes it again"  # of a damaged file
 JSON_LIMIT = 16 << 20  # bytes; no metadata file of ours or of tfds comes near the limit
 DRAFT, ASIDE = "tmp", "old"  # kinds of names beside a destination: its replacement, and the old one during the swap
 
 
-def read_json(path: str | Location) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileNotFoundError, or ValueError in one line if the file holds anything else."""
+def read_json(path: str | Location, mend: str = MEND) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises MissingFile, or UserError, one line that ends in `mend`, if the file holds anything else.
+    """
     path = paths.parse_path(path)
     try:
         with path.open("rb") as file:
@@ -44,9 +48,9 @@ def read_json(path: str | Location) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UserError(f"{path} is no valid JSON ({one_line(error)}): delete it and run the job that writes it") from None
+        raise UserError(f"{path} is no valid JSON ({one_line(error)}): {mend}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where a JSON object belongs: delete it and run its job")
+        raise UserError(f"{path} holds a {type(value).__name__} where a JSON object belongs: {mend}")
     return value
 
 

@@ -18,6 +18,7 @@ from proreflow_jax.storage.paths import Location
 
 RECORD, PAGE = "reflow.json", "README.md"
 FILES, FORMAT, SEAL = "files", "format", "seal"  # fields of a record: {path: [bytes, SHA-256]}; of an export alone; its hash
+MEND = "write the folder again by the same command, or copy it again"
 LATER = (RECORD, "replay.json")  # of an export: written after the files were counted
 
 
@@ -59,9 +60,9 @@ def read_record(folder: Location) -> dict[str, Any]:
     """The record of a folder; {} if there is none. Raises UserError, one line, for one that is damaged."""
     if not (folder / RECORD).is_file():
         return {}
-    record = atomic.read_json(folder / RECORD)
+    record = atomic.read_json(folder / RECORD, MEND)
     if not is_sealed(record):
-        raise UserError(f"{folder / RECORD} is not as it was written: write the folder again, or copy it again")
+        raise UserError(f"{folder / RECORD} is not as it was written: {MEND}")
     return record
 
 
