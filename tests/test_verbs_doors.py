@@ -119,7 +119,9 @@ def test_what_only_says_how_to_draw_or_to_measure_is_free(chain, model, tmp_path
 
 
 def test_evaluate_may_measure_other_examples(copied, model, tmp_path):
-    ended = door("evaluate", copied, model, tmp_path, evaluate__examples=8, evaluate__batch=8, seed=3)
+    few = {"evaluate__examples": 8, "evaluate__batch": 8}
+    few |= {"evaluate__teacher_steps": "(4,)", "evaluate__student_steps": "((4, 4),)"}
+    ended = door("evaluate", copied, model, tmp_path, **few, seed=3)
     assert ended.code == 0, ended.err
 
 
