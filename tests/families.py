@@ -118,8 +118,12 @@ def make(family: str, seed: int = 0, safety: bool = False) -> DiffusionPipeline:
 
 
 def write(folder: Path, family: str, seed: int = 0, safety: bool = False) -> Path:
-    """Makes one, saves it as diffusers does, and returns the folder."""
-    make(family, seed, safety).save_pretrained(folder)
+    """Makes one, saves it as diffusers does, and returns the folder; all but the UNet has the same values in half precision."""
+    pipe = make(family, seed, safety)
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if network := getattr(pipe, name, None):
+            network.half().float()
+    pipe.save_pretrained(folder)
     return Path(folder)
 
 

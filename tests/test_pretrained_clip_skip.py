@@ -18,7 +18,7 @@ import families  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
 
 from proreflow_jax.pretrained import pipeline, single_file, sources  # noqa: E402
-from proreflow_jax.run.experiment import base_identity  # noqa: E402
+from proreflow_jax.run.base_identity import base_identity  # noqa: E402
 from proreflow_jax.run.open import find_base_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("drawn_once")

@@ -16,7 +16,7 @@ from verb import run, tiny_config, tiny_flags
 from proreflow_jax import UserError
 from proreflow_jax.pretrained import pipeline, single_file, sources, weights
 from proreflow_jax.pretrained.own_vae import with_own_vae
-from proreflow_jax.run.experiment import base_identity
+from proreflow_jax.run.base_identity import base_identity
 from proreflow_jax.run.open import find_base_model, title
 
 pytestmark = pytest.mark.usefixtures("drawn_once")

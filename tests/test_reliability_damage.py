@@ -21,7 +21,7 @@ from verb import run, tiny_config, tiny_flags
 from proreflow_jax.data import cached, records
 from proreflow_jax.exports.write_merge import write_merge
 from proreflow_jax.pretrained import hub, pipeline, sources
-from proreflow_jax.run import cli, experiment, open, stages
+from proreflow_jax.run import base_identity, cli, open, stages
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.storage import sealed
 
@@ -197,8 +197,8 @@ def opened(folder: Path) -> Any:
 def told(source: sources.ModelSource, config: ConfigDict) -> Any:
     read = pipeline.load_pipeline(source)
     flow = open.base_flow(config, read)
-    configs = {name: experiment._described(network.config) for name, network in read.networks.items()}
-    schedule = [read.scheduler.get(name) for name in experiment.SCHEDULE]
+    configs = {name: base_identity._described(network.config) for name, network in read.networks.items()}
+    schedule = [read.scheduler.get(name) for name in base_identity.SCHEDULE]
     return plain(read.params), configs, schedule, read.tokenizer.encode(list(tiny.CAPTIONS)).tobytes(), flow
 
 

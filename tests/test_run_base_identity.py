@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from proreflow_jax.data import captions, digits
 from proreflow_jax.pretrained.pipeline import load_pipeline
-from proreflow_jax.run.experiment import base_identity
+from proreflow_jax.run.base_identity import base_identity
 
 WEIGHTS = {"text_encoder": "model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
 

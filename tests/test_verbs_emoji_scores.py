@@ -59,6 +59,7 @@ def quick(programs):
         patch.setattr(jax, "jit", tiny.quick_jit)
         patch.setattr(score_emoji, "make_picture_features", small_network)
         patch.setattr(score_emoji, "load_weights", partial(load_weights, score_emoji.load_weights))
+        patch.setattr(score_emoji, "check_taught", lambda *_: None)  # the student has no plan; doors have their own tests
         patch.setattr(emoji_pictures, "SAVE_EVERY", 1)
         yield
 

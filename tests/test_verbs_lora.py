@@ -49,6 +49,12 @@ def test_the_lora_is_what_was_trained_and_gives_the_whole_student(chain, model, 
     assert card["format"]["rank"] == RANK == card["settings"]["student.lora.rank"] and card["lora"]["layers"] == len(factors)
 
 
+def test_factors_that_would_count_otherwise_are_refused(chain, model, tmp_path):
+    words = [*flags(chain, model, student__lora__alpha=8.0), "--stage=2", f"--out={tmp_path / 'x.png'}"]
+    ended = run("sample", *words)
+    assert ended.code == 2 and "stage-2/plan.json" in ended.err and "--config.student.lora.alpha=0.0" in ended.err, ended.err
+
+
 def test_diffusers_with_the_lora_is_the_student(chain, model, tmp_path):
     ended = run("export", *flags(chain, model), "--stage=2", "--form=lora", f"--out={tmp_path / 'lora'}", "--check")
     assert ended.code == 0, ended.err

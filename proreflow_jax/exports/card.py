@@ -13,7 +13,7 @@ from proreflow_jax.exports.card_use import example_prompt
 from proreflow_jax.exports.formats import Format
 from proreflow_jax.run import open
 from proreflow_jax.run.check_config import field_value
-from proreflow_jax.run.experiment import Experiment, Weights, guidance_contract
+from proreflow_jax.run.experiment import Experiment, Weights, check_taught, guidance_contract
 from proreflow_jax.run.stages import Stage, read_done
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.storage import atomic, sealed
@@ -30,7 +30,11 @@ OPEN = (  # what the paper does not fix and the config therefore decides
 
 
 def make_card(experiment: Experiment, stage: Stage, student: Weights, export_format: Format) -> dict[str, Any]:
-    """reflow.json: enough to know what the weights are, how they are read, and what they were trained to do."""
+    """reflow.json: enough to know what the weights are, how they are read, and what they were trained to do.
+
+    Raises as `check_taught` if the stage was trained with other settings than the config's, which the card would state.
+    """
+    check_taught(experiment, stage, (*OPEN, "data.kind"))
     config, before = experiment.config, experiment.base.source.student  # of a student that this one began as
     skip = clip_skip_numbers(config.model.clip_skip, experiment.base.source.family) or before.get("clip_skip")
     return {

@@ -27,7 +27,7 @@ from proreflow_jax.jobs.score_plan import INCEPTION, Plan, _check_count, _local,
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks, text_context
-from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.experiment import Experiment, Weights, check_taught, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, seed_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
@@ -101,6 +101,7 @@ def _rows(experiment: Experiment) -> list[ScoreRow]:
         stage = find_stage(experiment.stages, count)
         if not stage.done.is_file():
             raise MissingFile(f"{stage.done} is missing: run distill, or leave it out of evaluate.student_steps")
+        check_taught(experiment, stage)
         rows.append(ScoreRow(f"{count}-window student", count, stage.student, steps))
     for row in rows:
         sampler.check_sampling(row.steps, row.flow)

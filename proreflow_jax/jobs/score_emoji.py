@@ -30,7 +30,7 @@ from proreflow_jax.jobs.emoji_reference import (
 )
 from proreflow_jax.jobs.score_plan import Plan, check_plan, make_plan
 from proreflow_jax.reflow import sampler
-from proreflow_jax.run.experiment import Experiment, Weights, load_weights
+from proreflow_jax.run.experiment import Experiment, Weights, check_taught, load_weights
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import check_alone
@@ -85,6 +85,7 @@ def _rows(experiment: Experiment, plan: Plan) -> list[PictureRow]:
     for count, steps in e.student_steps:
         stage = find_stage(experiment.stages, count)
         if stage.done.is_file():
+            check_taught(experiment, stage)
             rows.append(PictureRow(f"{count}-window student", count, stage.student, steps, float(e.gate.student_guidance)))
         else:
             log.info("the run has no %d-window student yet: its row is left out", count)

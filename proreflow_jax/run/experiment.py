@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +14,9 @@ from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_factors
 from proreflow_jax.pretrained.pipeline import Pipeline
-from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.reflow.pairs import Frozen, Networks
 from proreflow_jax.reflow.train_step import TrainState, averaged
-from proreflow_jax.run import dataset
+from proreflow_jax.run import dataset, taught
 from proreflow_jax.run.stages import DONE, Done, Stage, read_done, seed_key
 from proreflow_jax.run.train_state import StateLayout, whole_weights
 from proreflow_jax.runtime import mesh
@@ -26,7 +24,6 @@ from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.damage import Damaged
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.runtime.processes import first_reads
-from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
 
 FREE = (  # fields that a resumed stage may change, beside those of `dataset.FREE`
@@ -36,11 +33,6 @@ FREE = (  # fields that a resumed stage may change, beside those of `dataset.FRE
 YOUNG = {"model.clip_skip": 0}  # fields that older runs' plans lack, with the value at which nothing is changed
 PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the config that pairs depend on
 TRAINED = (*PLANNED, "loss", "train", "optimizer")  # blocks that a student depends on
-SCHEDULE = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-FILES = (  # of a tokenizer
-    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-)  # fmt: skip
-PROVENANCE = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of a config.json: they change no result
 
 
 class BaseUNet:
@@ -110,11 +102,13 @@ def guidance_contract(config: ConfigDict) -> dict[str, Any]:
 def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     """The finished student of a stage (its average where there is one), or the base model for None.
 
-    Raises MissingFile if the stage is not done, UserError if its weights are damaged or not those its DONE.json names.
+    Raises MissingFile if the stage is not done, UserError if its weights are damaged or not those its DONE.json names; and as
+    `check_taught`.
     """
     if stage is None:
         return Weights(experiment.unet.params(), experiment.flow, experiment.unet.digest())
     done, layout = read_done(stage), experiment.layout
+    check_taught(experiment, stage)
     try:
         trained = finished_weights(experiment, stage, done)
     except (Damaged, MissingFile) as error:
@@ -129,17 +123,20 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
 def newest_weights(experiment: Experiment, stage: Stage) -> tuple[Weights, int]:
     """The student of a stage as far as it is trained, and its steps: as `load_weights` if it is finished, else the newest step.
 
-    Raises MissingFile if there is no step, UserError if none is good or another stage or run has saved it.
+    Raises MissingFile if there is no step, UserError if none is good or another stage or run has saved it; as `check_taught`.
     """
     if first_reads(stage.done.is_file):
         return load_weights(experiment, stage), read_done(stage).step
     layout = experiment.layout
     try:
+        check_taught(experiment, stage)
         with Checkpoints(stage.folder / "checkpoints", read_only=True) as checkpoints:
             restored = checkpoints.restore(None, _weights_alone(layout), part=True)
     except MissingFile:
         job = f"distill, or train --stage={stage.windows}"
-        raise MissingFile(f"{stage.folder} holds no student yet, neither {DONE} nor a checkpoint: run {job}") from None
+        raise MissingFile(
+            f"{stage.folder} holds no student yet, neither {DONE} nor a plan and a checkpoint: run {job}"
+        ) from None
     if restored.meta["lineage"]["windows"] != stage.windows:
         raise UserError(f"{stage.folder / 'checkpoints'} holds another stage's steps: put this stage's own back")
     trained = averaged(restored.state)
@@ -200,12 +197,15 @@ def stage_plan(experiment: Experiment, stage: Stage, parent: str, blocks: Sequen
     Left out is what changes no result: where the base model lies (its digest is the first parent) and how often is logged.
     """
     config = experiment.config
-    plan: dict[str, Any] = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
-    for block in blocks:
-        plan |= {f"{block}.{name}": _plain(value) for name, value in config[block].items()}
-    plan |= dataset.identity(config)
-    plan = {name: value for name, value in plan.items() if name not in FREE and (name not in YOUNG or value != YOUNG[name])}
+    plan = {"examples": config.pairs.examples, "shard_size": config.pairs.shard_size, "windows": stage.windows}
+    plan |= _settings(config, blocks) | dataset.identity(config)
     return plan | experiment.identity() | {"seed": config.seed, "parent": parent}
+
+
+def _settings(config: ConfigDict, blocks: Sequence[str]) -> dict[str, Any]:
+    """Blocks of the config as a plan has them: {block.field: value}, without what changes no result."""
+    fields = {f"{block}.{name}": _plain(value) for block in blocks for name, value in config[block].items()}
+    return {name: value for name, value in fields.items() if name not in FREE and (name not in YOUNG or value != YOUNG[name])}
 
 
 def check_begun(experiment: Experiment, stages: Sequence[Stage]) -> None:
@@ -234,6 +234,41 @@ def check_begun(experiment: Experiment, stages: Sequence[Stage]) -> None:
             first_reads(lambda at=folder, p=plan, u=unknown: record_plan.check_plan(at, p, unknown=u))
 
 
+def check_taught(experiment: Experiment, stage: Stage, stated: Sequence[str] = ()) -> None:
+    """Raises UserError, one line, if a stage's student was taught something else than the config and the base model say.
+
+    By the plans of the stage and of those before it, as far as they are there; see `taught`. Of the stage itself the fields
+    `stated` are compared too. Raises MissingFile if the stage has no plan.
+    """
+    config, one = experiment.config, stage
+    settings = _settings(config, TRAINED) | {"seed": config.seed}
+    while one is not None:
+        place = one.folder / record_plan.PLAN
+        if first_reads(place.is_file):
+            plan = first_reads(lambda at=one.folder: record_plan.read_plan(at))
+            taught.check_settings(place, plan, settings, stated if one is stage else ())
+            taught.check_base(place, plan, experiment.identity(), config)
+            _check_start(experiment, one, place, plan.get("parent"))
+        elif one is stage:
+            raise MissingFile(f"{place} is missing, which says what its student was taught: bring it back from a copy")
+        one = one.parent
+
+
+def _check_start(experiment: Experiment, stage: Stage, place: Location, parent: str | None) -> None:
+    """Raises UserError if a stage began from other weights than are there; of a stage before it that is gone none are known."""
+    try:
+        if handed_on(experiment, stage.parent) == parent:
+            return
+    except (MissingFile, Damaged):
+        return
+    if stage.parent is not None:
+        raise UserError(f"{place}: this student began as another one than {stage.parent.done} names: put its own parent back")
+    raise UserError(
+        f"{place}: this student began as other weights than the UNet of --config.model.path={experiment.config.model.path}: "
+        "name its own base model there, or, if stages came before it, all of them by --config.stages"
+    )
+
+
 def _has_plan(folder: Location) -> bool:
     return (folder / record_plan.PLAN).is_file()
 
@@ -243,28 +278,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping | ConfigDict) else value
-
-
-def base_identity(base: Pipeline) -> dict[str, str]:
-    """{"base.<part>": hash}, by what the parts are and not by where they lie."""
-    parts = {name: atomic.json_digest(_described(network.config)) for name, network in base.networks.items()}
-    for name in ("vae", *base.text):
-        parts[name] = atomic.json_digest([parts[name], fold(digest(base.params[name]))])
-    parts["schedule"] = atomic.json_digest({name: base.scheduler.get(name) for name in SCHEDULE})
-    parts["tokenizer"] = atomic.json_digest([_files(base.source.folder / name) for name in _tokenizers(base)])
-    parts["index"] = atomic.json_digest(base.source.index.get("force_zeros_for_empty_prompt", False))
-    return {f"base.{name}": value for name, value in parts.items()}
-
-
-def _tokenizers(base: Pipeline) -> list[str]:
-    return [name.replace("text_encoder", "tokenizer") for name in base.networks if name in TEXT_ENCODERS]
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """{name: hash} of a tokenizer's files."""
-    return {name: atomic.sha256(folder / name) for name in FILES if (folder / name).is_file()}
-
-
-def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what says whence it comes."""
-    return {name: value for name, value in config.items() if name[:1] != "_" and name not in PROVENANCE}

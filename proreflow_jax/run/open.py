@@ -20,8 +20,9 @@ from proreflow_jax.pretrained.pipeline import Pipeline, read_unet
 from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.run import dataset
+from proreflow_jax.run.base_identity import base_identity
 from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
-from proreflow_jax.run.experiment import BaseUNet, Experiment, Weights, base_identity, check_begun
+from proreflow_jax.run.experiment import BaseUNet, Experiment, Weights, check_begun, check_taught
 from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages, read_done
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
@@ -203,6 +204,7 @@ def check_ready(experiment: Experiment, stages: Sequence[Stage]) -> None:
     """
     if stages[0].parent is not None:
         read_done(stages[0].parent)
+        check_taught(experiment, stages[0].parent)
     dataset.check_source(experiment.config, experiment.base)
     check_begun(experiment, stages)
 
