@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def cells() -> list[str]:
 
 
 @pytest.fixture
-def smaller(chain: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def smaller(chain: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with a finished run "digits", where the config "digits" is the tiny one, a fraction of its work."""
     shutil.copytree(chain / "runs" / "tiny", tmp_path / "runs" / "digits")
     read = lambda value: eval(value) if isinstance(value, str) and value[0] == "(" else value
@@ -44,8 +46,12 @@ def smaller(chain: Path, model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "own" / "digits.py").rename(tmp_path / "own" / "whole.py")
     (tmp_path / "own" / "digits.py").write_text(OWN.format(values=values))
     monkeypatch.setattr(config_files, "own_folder", lambda: tmp_path / "own")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)  # and what is read from there goes with the test
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        del sys.modules[name]  # read from this folder; monkeypatch puts back what was there
 
 
 def execute(blocks: list[str], model: Path | None = None) -> dict:

@@ -1,8 +1,8 @@
 """What a stage's plan.json says of its student, compared with a config and a base model by whoever reads the weights.
 
-Compared is what the student is and was taught. Free is the amount of work and its form (how many pairs, in which batches), and
-whatever says how to draw or to measure. Where the data lie is free too: a run may move. A field that an older plan lacks says
-nothing.
+Compared is what the student is and was taught. Free is the amount of work and its form (how many pairs, in which batches, kept or
+made in the step), and whatever says how to draw or to measure. Where the data lie is free too: a run may move. A field that an
+older plan lacks says nothing.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ from proreflow_jax.run.check_config import flags
 from proreflow_jax.storage.paths import Location
 
 TAUGHT = ("conditioning", "student", "pairs")  # blocks of the config; `base.*` says all of the block `model`
-WORK = ("pairs.examples", "pairs.shard_size", "pairs.batch", "pairs.storage")  # fields of them that are free
+WORK = ("pairs.mode", "pairs.examples", "pairs.shard_size", "pairs.batch", "pairs.storage")  # fields of them that are free
 LORA = "student.lora"
 BASE = "base."  # in front of a part of the base model
 PARTS = {"unet": "UNet's config.json", "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE"}
