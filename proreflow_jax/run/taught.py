@@ -1,8 +1,8 @@
 """What a stage's plan.json says of its student, compared with a config and a base model by whoever reads the weights.
 
-Compared is what the student is and was taught. Free is the amount of work and its form (how many pairs, in which batches, kept
-or made in the step), and whatever says how to draw or to measure. Where the data lie is free too: a run may move. A field that an
-older plan lacks says nothing.
+Compared is what the student is and was taught. Free is the amount of work and its form (how many pairs, in which batches,
+kept or made in the step), and whatever says how to draw or to measure. Where the data lie is free too: a run may move. A
+field that an older plan lacks says nothing.
 """
 
 from collections.abc import Collection, Mapping
