@@ -5,7 +5,7 @@
 
 Data: 10,188 pictures of 1,911 concepts, 993 of them held out (`data.emoji.hold_out`).
 Size: UNet 7.1 M weights, text encoder 1.0 M, autoencoder 1.8 M; 20 MB in half precision. Latents are 8 x 8 x 16: as many
-numbers at a quarter of the places, which a CPU works through faster. There is no level of 2 x 2, where its convolutions are slow.
+numbers at a quarter of the places, which a CPU works through faster; no level is 2 x 2, where its convolutions are slow.
 
 The length of the training is left open: the rate is constant and the result is an average, so any checkpoint is a model
 (`--snapshot`, or a lower --config.diffusion.steps). A decay is appended by --config.diffusion.optimizer.schedule=linear with
