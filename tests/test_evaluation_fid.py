@@ -93,15 +93,15 @@ def test_moments_on_disk_come_back_bit_for_bit(tmp_path):
     assert all(np.array_equal(one, other) for name in seen for one, other in zip(back[name], seen[name], strict=True))
     assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
     for widths, said in (({"a": 7, "b": 1}, "7 a, 1 b"), ({"a": WIDTH}, "24 a"), ({"a": WIDTH, "c": 1}, "24 a, 1 c")):
-        with pytest.raises(ValueError, match=f"does not hold moments of {said}: delete it"):
+        with pytest.raises(ValueError, match=f"does not hold moments of {said}: move it aside"):
             moments.load_moments(path, widths)
     whole = path.read_bytes()
     for at in (-1, -100, -1000):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at:][1:])
-        with pytest.raises(ValueError, match="other numbers than were written: delete it"):
+        with pytest.raises(ValueError, match="other numbers than were written: move it aside"):
             moments.load_moments(path, {"a": WIDTH, "b": 1})
     path.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r"m\.safetensors is not a readable safetensors file: delete it"):
+    with pytest.raises(ValueError, match=r"m\.safetensors is not a readable safetensors file: move it aside"):
         moments.load_moments(path, {"a": WIDTH, "b": 1})
 
 

@@ -9,7 +9,6 @@ PACKAGE = ROOT / "proreflow_jax"
 ADVICE = re.compile(r"\b(delete|remove|erase|wipe|discard|rm -rf?)\b", re.IGNORECASE)
 ALLOWED = {  # file -> the advice that may stand there, for what is made again in minutes or is damaged itself
     "data/records.py": {"delete it and "},  # one damaged shard, or the list of them: markers keep all others
-    "evaluation/moments.py": {"delete it and evaluate again"},  # sums that are damaged: no number can come of them
     "data/emoji_packages.py": {"): delete it and run again"},  # a fetched archive that is damaged
     "storage/paths.py": {", or delete old copies"},  # of an object store's files, in a cache
 }

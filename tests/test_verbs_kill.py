@@ -84,7 +84,7 @@ def finish(folder: Path, name: str) -> dict:
     return results(run)
 
 
-FEW = ((SAVING, KILL), (LATER, INTERRUPT))
+FEW = ((SHARD, KILL), (SAVING, KILL), (LATER, INTERRUPT))
 MANY = ((SHARD, KILL), (SAVING, KILL), (MIDDLE, ASK), (BETWEEN, KILL), (LATER, KILL), (EXPORTING, KILL))
 
 

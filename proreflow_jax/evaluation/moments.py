@@ -18,7 +18,7 @@ from proreflow_jax.storage import paths
 from proreflow_jax.storage.atomic import drafted
 
 DIGEST = "sha256"  # in a file of moments, beside them
-AGAIN = "delete it and evaluate again"  # of a file whose sums are lost
+AGAIN = "move it aside and evaluate again"  # of a file whose sums are lost
 
 
 class Moments(NamedTuple):
