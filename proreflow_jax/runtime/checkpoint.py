@@ -7,7 +7,6 @@ somebody waits: so `check` looks at every step, and leaving the `with` block rai
 named, passed over, and removed by the next save. A step that could not be read ends the job: nothing is passed over or removed.
 """
 
-import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from proreflow_jax import MissingFile, RunFailed, UserError
-from proreflow_jax.runtime import processes
+from proreflow_jax.runtime import host_memory, processes
 from proreflow_jax.runtime.damage import Damaged, could_not_read, everywhere, is_folder, line, unreadable, unseen_steps
 from proreflow_jax.runtime.digest import (
     check_seal,
@@ -67,6 +66,7 @@ class Checkpoints:
         if read_only and not is_folder(self.folder):
             raise MissingFile(f"{self.folder} does not exist: run the training job that writes it first")
         self.keep, self.every, self.read_only = keep, every, read_only
+        host_memory.remember_specs()
         self._manager = self._open()
         self._pending: int | None = None
         self._target: PyTree = None
@@ -139,7 +139,7 @@ class Checkpoints:
             self._manager.reload()
             if step not in self._manager.all_steps():
                 raise RunFailed("it is not there")
-        _give_memory_back()
+        host_memory.give_back()
 
     def restore(self, step: int | None, target: PyTree, part: bool = False) -> Restored:
         """The state of `step` (None: the newest good one) in the structure, dtypes and shardings of `target`.
@@ -260,16 +260,6 @@ def _write_arrays_whole() -> None:
     several = jax.process_count() > 1
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=several, min_slice_bytes_for_replica_parallel=LEAST_PART)
     ocp.type_handlers.register_type_handler(jax.Array, arrays, override=True)
-
-
-def _give_memory_back() -> None:
-    """Freed memory goes back to the system where the C library can do it (glibc).
-
-    The threads of a save leave theirs in pieces over many heaps, and the process would grow with every save.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _abstract(tree: PyTree) -> PyTree:
