@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import tensorstore
+
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.host_memory import REMEMBERED, remember_specs
 
