@@ -365,13 +365,25 @@ def test_the_training_install_is_free_of_torch_and_tensorflow():
     assert ast.unparse(install) == "TRAINING"
 
 
-def test_all_can_be_imported_where_torch_and_tensorflow_are_not_installed():
-    """Every file, since verbs import theirs late; but for those that run beside diffusers."""
+def every_module():
+    """An import of every file, since verbs import theirs late; but for those that run beside diffusers."""
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / PACKAGE).rglob("*.py")}
     names -= {name.removesuffix(".py").replace("/", ".") for name in ALONE} | {f"{PACKAGE}.__main__"}
+    return f"import {', '.join(sorted(name.removesuffix('.__init__') for name in names))}"
+
+
+def test_all_can_be_imported_where_torch_and_tensorflow_are_not_installed():
     block = f"import sys; sys.modules.update(dict.fromkeys({HEAVY})); "  # None there: importing it raises ImportError
-    code = block + f"import {', '.join(sorted(name.removesuffix('.__init__') for name in names))}"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", block + every_module()], cwd=ROOT, check=True, timeout=120)
+
+
+def test_none_of_it_is_imported_where_it_is_installed(tmp_path):
+    """Not through the libraries either: tensorboardX takes torch if it is there, seconds of every start."""
+    used = f"from {PACKAGE}.runtime.curves import Curves; Curves(sys.argv[1], 0).close()"
+    unused = f"print(sorted({ {*HEAVY, 'google.cloud.storage'} } & sys.modules.keys()))"
+    code = "\n".join(("import sys", every_module(), used, unused))
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True, text=True).stdout == "[]\n"
 
 
 ALONE = {

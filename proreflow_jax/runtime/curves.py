@@ -6,15 +6,17 @@ one before ends. A stage is one of TensorBoard's runs, `stage-8/tensorboard`.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
 
 WINDOW = re.compile(r"window/(\d+)/(.+)")
 SAMPLES = "samples"  # the tag of pictures
+UNUSED = ("torch", "google.cloud.storage")  # of what tensorboardX imports where it is installed
 
 
 class Curves:
@@ -28,7 +30,7 @@ class Curves:
 
     def __init__(self, folder: Path, start: int, offset: int = 0, about: str = "") -> None:
         self._offset, self._grouped = offset, False
-        self._writer = SummaryWriter(str(folder), purge_step=offset + start + 1)
+        self._writer = _summary_writer()(str(folder), purge_step=offset + start + 1)
         if about:
             self._writer.add_text("config", about, offset + start)
 
@@ -53,6 +55,18 @@ class Curves:
     def close(self) -> None:
         """Ends the file."""
         self._writer.close()
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, imported without torch and google-cloud-storage: seconds, and hundreds of megabytes."""
+    absent = [name for name in UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # None: importing the name raises ImportError, which tensorboardX expects
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 def tag_of(name: str) -> str:
