@@ -31,8 +31,8 @@ if threading.current_thread() is threading.main_thread():  # a shell's backgroun
 
 LONG = (  # files of more than half a minute, the longest first
     "test_verbs_chain.py",
+    "test_perf_resident.py",  # needs no finished run, which the first file makes
     "test_verbs_kill.py",
-    "test_perf_resident.py",
     "test_verbs_seen.py",
     "test_run_python.py",
     "test_verbs_lora.py",

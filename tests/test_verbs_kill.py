@@ -1,7 +1,11 @@
-"""A run that is killed wherever it stands and started again by the same command ends bit-equal to one that never was."""
+"""A run that is killed wherever it stands and started again by the same command ends bit-equal to one that never was.
+
+That one is the session's finished run, of another process.
+"""
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,37 +13,34 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 from verb import ROOT, environment, tiny_flags
 
 from proreflow_jax import STOPPED
 from proreflow_jax.storage.atomic import read_json
 
-STEPS = {"train__steps": 24, "checkpoint__every": 8, "train__log_every": 8}
 PATIENCE = 900  # seconds, for machines that do other things too
-SHARD, SAVING = "stage-4/pairs/pairs-00000-*.array_record", "stage-4/checkpoints/8*"  # appear in the run's folder
-MIDDLE, BETWEEN = "stage-4/checkpoints/16*", "stage-4/DONE.json"  # each new: what is there already strikes at once
-LATER, EXPORTING = "stage-2/checkpoints/16*", "export/.tmp.*"
+SHARD, SAVING = "stage-4/pairs/pairs-00000-*.array_record", "stage-4/checkpoints/2*"  # appear in the run's folder
+MIDDLE, BETWEEN = "stage-4/checkpoints/4*", "stage-4/DONE.json"  # each new: what is there already strikes at once
+LATER, EXPORTING = "stage-2/checkpoints/4*", "export/.tmp.*"
 KILL, INTERRUPT, ASK = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
 SAID = {INTERRUPT: (130, "interrupted"), ASK: (STOPPED, "asked to stop")}  # exit code, and a word of the last line
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its prompts, compiled programs, and a run `whole` that nobody disturbed."""
+def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs of the finished run's model, with its compiled programs."""
     folder = tmp_path_factory.mktemp("kill")
-    tiny.write_model(folder / "model")
-    ended = subprocess.run(**command(folder, "whole"), timeout=PATIENCE)
-    assert ended.returncode == 0, ended.stderr
+    shutil.copytree(finished / "programs", folder / "programs")
+    (folder / "prompts.at").write_text(str(finished / "prompts.txt"))
+    (folder / "model").symlink_to(finished / "model")
     return folder
 
 
 def command(folder: Path, name: str) -> dict:
     """Arguments of subprocess for the distillation of folder/runs/<name>."""
-    words = tiny_flags(folder, folder / "model", name=name, **STEPS)
     return {
-        "args": [sys.executable, "-m", "proreflow_jax.distill", *words],
-        "env": environment(folder / "programs", devices=1),
+        "args": [sys.executable, "-m", "proreflow_jax.distill", *tiny_flags(folder, folder / "model", name=name)],
+        "env": environment(folder / "programs"),
         "cwd": ROOT,
         "text": True,
         "stderr": subprocess.PIPE,
@@ -89,7 +90,7 @@ MANY = ((SHARD, KILL), (SAVING, KILL), (MIDDLE, ASK), (BETWEEN, KILL), (LATER, K
 
 
 @pytest.mark.parametrize("strikes", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=len)
-def test_killed_and_interrupted_in_its_phases_a_run_ends_bit_equal(place, strikes):
+def test_killed_and_interrupted_in_its_phases_a_run_ends_bit_equal(finished, place, strikes):
     name = f"struck-{len(strikes)}"
     for point, what in strikes:
         code, errors = struck(place, name, point, what)
@@ -99,6 +100,6 @@ def test_killed_and_interrupted_in_its_phases_a_run_ends_bit_equal(place, strike
             assert code == SAID[what][0], errors
             last = errors.splitlines()[-1]
             assert SAID[what][1] in last and "run the same command again" in last and "Traceback" not in errors
-    whole = results(place / "runs" / "whole")
+    whole = results(finished / "runs" / "tiny")
     assert len(whole["pairs"]) == 4 and len(whole["exports"]) == 2 and len(whole["losses"]) == 6
     assert finish(place, name) == whole

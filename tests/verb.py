@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import runpy
 import sys
 import warnings
@@ -102,16 +103,21 @@ def keep_networks(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(pipeline.MAKERS, name, once(name, make))
 
 
-@contextmanager
-def kept_programs(folder: Path) -> Iterator[None]:
-    """XLA programs are compiled quickly, and once per folder, here and (by `environment`) in processes started from here."""
-    wanted = {
+def program_settings(folder: Path) -> dict[str, object]:
+    """Of jax: compile quickly, keep every program in a folder."""
+    return {
         "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_disable_most_optimizations": True,
         "jax_persistent_cache_enable_xla_caches": "none",  # else the folder's name is in the name of every program
     }
+
+
+@contextmanager
+def kept_programs(folder: Path) -> Iterator[None]:
+    """XLA programs are compiled quickly, and once per folder, here and (by `environment`) in processes started from here."""
+    wanted = program_settings(folder)
     before = {name: jax.config.values[name] for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
@@ -124,15 +130,11 @@ def kept_programs(folder: Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def environment(cache: Path, devices: int) -> dict[str, str]:
-    """Of a verb's own process: some CPU devices, quick compilation, and programs kept in `cache`."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment(cache: Path, devices: int = 8) -> dict[str, str]:
+    """Of a verb's own process: some CPU devices, and the very programs that `kept_programs` keeps in a folder."""
+    flags = re.sub(r"(--xla_force_host_platform_device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    names = {name.upper(): str(value) for name, value in program_settings(cache).items()}
+    return {**os.environ, "XLA_FLAGS": flags, **names}
 
 
 def run(verb: str, *words: str) -> Ended:
