@@ -39,7 +39,7 @@ def evaluate(config: ConfigDict, study: bool) -> None:
             print("\n".join(lines), flush=True)
         if study:
             study_flow(experiment)
-            print(f"study: {experiment.run / NUMBERS}, discrepancy.png, perturbation.png, windows-N.png")
+            print(f"study: {experiment.run / NUMBERS}, discrepancy.png, perturbation.png, windows-N.png, report.html")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from proreflow_jax import UserError
 from proreflow_jax.evaluation.page import embed
 from proreflow_jax.evaluation.page.facts import Drawing, Run, Stage, Table
 from proreflow_jax.jobs.stage_pictures import RECORD
+from proreflow_jax.jobs.study_facts import NUMBERS, read_study
+from proreflow_jax.jobs.study_facts import PICTURE as STUDY_PICTURE
 from proreflow_jax.run import nearest_config, outlook
 from proreflow_jax.run.read_config import CONFIG
 from proreflow_jax.run.stages import DONE, SAMPLES
@@ -58,7 +60,8 @@ def read_run(folder: Location, fields: Mapping[str, Any]) -> Run:
         tile=samples.get("tile", 0),
         config_name=name,
         changes=changes,
-        disk=_disk(sizes),
+        disk=disk(sizes),
+        study=read_study(record, _picture(folder, STUDY_PICTURE, sizes)) if (record := _json(folder, NUMBERS, sizes)) else None,
     )
 
 
@@ -168,20 +171,23 @@ def chosen(steps: list[int], most: int) -> list[int]:
 def _table(folder: Location, file: str, sizes: Sizes) -> Table | None:
     """A table that `evaluate` has written; None if there is none, or one of an older version."""
     record = _json(folder, file, sizes)
-    shown, picture = record.get("shown"), PICTURE.get(file)
+    shown = record.get("shown")
     if not isinstance(shown, dict):
         return None
     notes = [*record.get("sentences", ()), *record.get("notes", ())]
-    image = ""
-    if picture in sizes:
-        try:
-            image = embed.whole(folder / picture, sizes[picture], wide=True)
-        except (UnidentifiedImageError, OSError):
-            image = ""
+    image = _picture(folder, PICTURE.get(file, ""), sizes)
     return Table(TABLES[file], shown["heads"], shown["better"], shown["cells"], shown["compared"], notes, image)
 
 
-def _disk(sizes: Sizes) -> dict[str, int]:
+def _picture(folder: Location, name: str, sizes: Sizes) -> str:
+    """A wide picture as data:; "" if it is not there or damaged."""
+    try:
+        return embed.whole(folder / name, sizes[name], wide=True) if name in sizes else ""
+    except (UnidentifiedImageError, OSError):
+        return ""
+
+
+def disk(sizes: Sizes) -> dict[str, int]:
     """Bytes by the folder that files lie in, whichever the stage."""
     totals: dict[str, int] = {}
     for name, size in sizes.items():
