@@ -16,7 +16,7 @@ from proreflow_jax.storage import sealed
 
 VAE, DIFFUSION = "vae", "diffusion"  # folders of the two trainings, and blocks of the config
 TITLES = {VAE: "autoencoder", DIFFUSION: "diffusion"}
-SIDES = {VAE: ("pictures of the training", "reconstruction"), DIFFUSION: ("pictures of the training", "drawn")}
+SIDES = {VAE: ("original", "reconstruction"), DIFFUSION: ("original", "picture")}
 ERROR = Curves("error, unweighted", "error", note="mean squared error of the noise")  # where the loss is weighted
 CURVES = {
     VAE: (LOSS, Curves("error", "error", note="mean squared error of the reconstruction"), Curves("KL divergence", "kl")),
@@ -116,9 +116,9 @@ def _pictured(samples: Mapping[str, Any]) -> str:
     if not samples:
         return ""
     return (
-        "The same pictures of the training at every checkpoint. Autoencoder: as they come out of it. Diffusion: drawn from "
-        f"their captions and fixed noise in {samples.get('steps')} steps, guidance {samples.get('guidance')}, with the average "
-        "weights. Captions in reading order."
+        "Originals from the training set, the same at every checkpoint. Autoencoder: as they come out of it. Diffusion: drawn "
+        f"from their captions and fixed noise in {samples.get('steps')} steps, guidance {samples.get('guidance')}, with the "
+        "average weights. Captions in reading order."
     )
 
 
