@@ -34,7 +34,7 @@ def _settings(s: Mapping[str, Any]) -> str:
     return (
         f"{s['examples']} prompts of the run; mean ± {s['spread']} ({s['seeds']} seeds of the noise); paths of "
         f"{s['steps']} steps, perturbed samples of {s['perturbed_steps']} DDIM steps; computed in {s['dtype']}. Lines at the "
-        "points are the spread, numbers beside the names are those of the last point."
+        "points are the spread, numbers beside the names are those of the last point. Windows go from noise to data."
     )
 
 
@@ -112,7 +112,7 @@ def _plain(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], pic
 
 
 def _window_heads(n: int) -> list[str]:
-    return ["window, from noise to data", *(str(k + 1) for k in range(n))]
+    return ["window", *(str(k + 1) for k in range(n))]
 
 
 def _bend_table(record: Mapping[str, Any]) -> Table:
@@ -134,13 +134,13 @@ def _error_table(record: Mapping[str, Any], n: int) -> Table:
 
 def _perturbation_table(record: Mapping[str, Any]) -> Table:
     study = record["perturbation"]
-    heads = ["relative error of each step", *map(_percent, study["sizes"])]
+    heads = ["each step's error", *map(_percent, study["sizes"])]
     cells = [
         _cells(f"{_kind(name)}: {key}", study[name][key], len(study["sizes"]))
         for name in _kinds(study)
         for key in ("rms", "median")
     ]
-    return _plain("Distance to the sample without errors", heads, cells)
+    return _plain("Distance to the sample without errors, by the relative error of each step", heads, cells)
 
 
 def _discrepancy_table(record: Mapping[str, Any], picture: str) -> Table:
@@ -150,5 +150,5 @@ def _discrepancy_table(record: Mapping[str, Any], picture: str) -> Table:
     shown = sorted({round(i * (count - 1) / (FEW - 1)) for i in range(FEW)})
     first = lambda key: {part: [study[key][part][0][i] for i in shown] for part in ("mean", "spread")}
     cells = [_cells(title, first(key), len(shown)) for title, key in (("L2 distance, RMS", "distance"), ("cosine", "cosine"))]
-    heads = ["velocity at time t against t = 1", *(f"{study['times'][i]:.2f}" for i in shown)]
-    return _plain("Velocities of the base model on its own path", heads, cells, picture)
+    heads = ["t", *(f"{study['times'][i]:.2f}" for i in shown)]
+    return _plain("Velocities of the base model at time t against that at t = 1", heads, cells, picture)
