@@ -73,6 +73,12 @@ def get_config() -> ConfigDict:
     c.schedule.beta_start = 0.00085  # first beta
     c.schedule.beta_end = 0.012  # last beta
 
+    c.samples = ConfigDict()  # pictures at every checkpoint, in the run's folder and on its page; they change no number
+    c.samples.rows = 3  # of pictures of the training, from all over it; 0: no pictures
+    c.samples.columns = 4  # in a row; the autoencoder's reconstructions and what is drawn from the captions lie beside them
+    c.samples.steps = 10  # network evaluations of a picture that is drawn (twice that with guidance)
+    c.samples.guidance = 2.0  # classifier-free guidance scale of these
+
     c.checkpoint_every = 100  # steps between checkpoints
     c.log_every = 10  # steps between lines of metrics.jsonl
     return c

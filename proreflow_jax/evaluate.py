@@ -6,7 +6,7 @@ from proreflow_jax.run import cli
 
 
 def evaluate(config: ConfigDict, study: bool) -> None:
-    """The verb: the table of the digits or the emoji, or FID and CLIP score; with `study` also study.json and its pictures."""
+    """The verb: the table of the digits or the emoji, or FID and CLIP score; with `study` also study.json, on the page too."""
     from proreflow_jax.evaluation.protocols import DIGITS, EMOJI
     from proreflow_jax.jobs.score_coco import score_coco
     from proreflow_jax.jobs.score_digits import check_digits, score_digits
@@ -39,7 +39,7 @@ def evaluate(config: ConfigDict, study: bool) -> None:
             print("\n".join(lines), flush=True)
         if study:
             study_flow(experiment)
-            print(f"study: {experiment.run / NUMBERS}, discrepancy.png, perturbation.png, windows-N.png")
+            print(f"study: {experiment.run / NUMBERS}, discrepancy.png, perturbation.png, windows-N.png, report.html")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a small text-to-image latent diffusion model of Stable Diffusion's shape: autoencoder, then UNet and text encoder.
 
-The result is a diffusers folder. Run the same command again to resume. With --snapshot the averages of the newest checkpoints
-are written, also while the training is under way.
+The result is a diffusers folder. Run the same command again to resume; report.html in the run's folder shows how it goes. With
+--snapshot the averages of the newest checkpoints are written, also while the training is under way.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,7 @@ from PIL import Image
 
 from proreflow_jax.evaluation.page import embed, serve
 from proreflow_jax.evaluation.page.document import document
-from proreflow_jax.evaluation.page.facts import Change, Drawing, Run, Stage, Table
+from proreflow_jax.evaluation.page.facts import Box, Change, Drawing, Panel, Run, Series, Stage, Study, Table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 FLAGS = (
@@ -81,12 +81,22 @@ def long_run() -> Run:
     )
 
 
+def long_training() -> Run:
+    """The same of a base model's training, and a study."""
+    run = long_run()
+    stages = [stage._replace(windows=0, own_name="autoencoder " * 3, sides=("original", "r" * 40)) for stage in run.stages]
+    boxes = [Box("start", "/" + "m" * 300, "d" * 64), Box("model", "w" * 100, kind="waiting")]
+    series = [Series("trained, uniform " * 3, [(0.1, 1.0), (0.9, 3.0)], 0, [0.1, 4.0])]
+    study = Study([Panel("p " * 60, series, {0.0: "noise", 1.0: "data"}, "n " * 60)], run.tables, ["s " * 90])
+    return run._replace(stages=stages, boxes=boxes, study=study, prompts=run.prompts * 6, pictured="how " * 60)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("tile", [64, 512])
-def test_the_page_fits_and_its_script_works(tmp_path: Path, width: int, tile: int) -> None:
-    page = document(long_run()._replace(tile=tile))
+@pytest.mark.parametrize(("make", "tile"), [(long_run, 64), (long_run, 512), (long_training, 64)])
+def test_the_page_fits_and_its_script_works(tmp_path: Path, width: int, make: Callable[[], Run], tile: int) -> None:
+    page = document(make()._replace(tile=tile))
     harness = tmp_path / "harness.html"
     harness.write_text(HARNESS.format(width=width, page=html.escape(page, quote=True)), encoding="utf-8")
     own = (f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width + 200},1000")

@@ -1,6 +1,7 @@
 """The emoji's base model at toy size: resumed as if never stopped, taken out at any time, gone on with from a folder."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from ml_collections import ConfigDict
 
 from configs.emoji_base import get_config
 from proreflow_jax.data import emoji, emoji_packages
+from proreflow_jax.evaluation.page.markup import number
 from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.jobs.pretrain import pretrain
 from proreflow_jax.pretrained import pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.run import check_config
+from proreflow_jax.storage import sealed
 
 pytestmark = pytest.mark.usefixtures("quick")
 TOY = {
@@ -39,6 +42,9 @@ TOY = {
     "diffusion.steps": 4,
     "diffusion.batch": 8,
     "diffusion.optimizer.warmup_steps": 1,
+    "samples.rows": 1,
+    "samples.columns": 2,
+    "samples.steps": 2,
     "checkpoint_every": 2,
     "log_every": 1,
 }
@@ -64,7 +70,9 @@ def toy(folder: Path, name: str, **fields: object) -> ConfigDict:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files but the record, which names the run."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != sealed.RECORD]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def moved(one: Path, other: Path) -> set[str]:
@@ -72,6 +80,22 @@ def moved(one: Path, other: Path) -> set[str]:
     a, b = weights(one), weights(other)
     assert set(a) == set(b)
     return {name.split("/")[0] for name in a if a[name] != b[name]}
+
+
+def check_page(run: Path, *words: str) -> None:
+    """Its newest numbers are those of metrics.jsonl; it has these words, and loads nothing from elsewhere."""
+    page = (run / "report.html").read_text()
+    trained = [name for name in ("vae", "diffusion") if (run / name).is_dir()]
+    lines = {name: json.loads((run / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in trained}
+    keys = [(name, key) for name in trained for key in ("loss", "error", "kl") if key in lines[name]]
+    assert re.findall(r"</i>mean <b>(.*?)</b>", page) == [number(lines[name][key]) for name, key in keys]
+    assert [word for word in words if word not in page] == []
+    addresses = re.findall(r"<[^>]* src=['\"]?([^'\" >]+)", page)
+    assert addresses and all(address.startswith("data:") for address in addresses) and page.count("<script") == 1
+
+
+def pictures(run: Path) -> dict[str, bytes]:
+    return {name: data for name, data in weights(run).items() if name.startswith("samples/")}
 
 
 def killed_at(step: int) -> Callable[[int, dict], None]:
@@ -90,13 +114,17 @@ def test_a_training_may_be_stopped_gone_on_with_and_looked_into(folder, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "check_finite", killed_at(3))
         pretrain(toy(folder, "cut"), str(folder / "resumed"))
+    check_page(folder / "runs" / "cut", "diffusion: 2 of 4 steps", "random weights", "written at the end")
     pretrain(toy(folder, "cut"), str(folder / "snapshot"), snapshot=True)
     assert moved(folder / "snapshot", folder / "whole") == {"unet", "text_encoder"}
     pretrain(toy(folder, "cut"), str(folder / "resumed"))
     assert weights(folder / "resumed") == weights(folder / "whole")
+    check_page(folder / "runs" / "cut", "<b>finished</b>", "--config=emoji_base", str(folder / "resumed"))
+    painted = pictures(folder / "runs" / "cut")
+    assert painted == pictures(folder / "runs" / "whole") and len(painted) == 1 + 1 + 2
 
     model = pipeline.load_pipeline(folder / "whole")
-    assert model.latent_shape == (4, 4, 4) and model.scaling > 0
+    assert model.latent_shape == (4, 4, 16) and model.scaling > 0
     assert all(row.author in (folder / "whole" / "README.md").read_text() for row in emoji_packages.STYLES)
     lines = (folder / "whole" / "prompts.txt").read_text().splitlines()
     assert len(lines) == (~emoji.hold_out(emoji.load_emoji(folder, 8).pictures)).sum() and all(lines)
@@ -106,6 +134,7 @@ def test_a_training_may_be_stopped_gone_on_with_and_looked_into(folder, monkeypa
     loaded = pipeline.load_pipeline(folder / "onward").params["unet"]
     apart = max(float(np.abs(loaded[name] - value).max()) for name, value in model.params["unet"].items())
     assert 0 < apart < 5e-3  # a few small steps
+    check_page(folder / "runs" / "other", "<b>finished</b>", "taken over from the start", str(folder / "whole"))
 
 
 def test_what_does_not_fit_is_said_in_a_line(folder):

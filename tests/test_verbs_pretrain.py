@@ -25,6 +25,7 @@ TOY = {
     "text.merges": 20,
     "diffusion.steps": 2,
     "diffusion.optimizer.warmup_steps": 0,
+    "samples.rows": 0,
 }
 
 
@@ -36,6 +37,9 @@ def test_pretraining_writes_a_folder_that_diffusers_opens(tmp_path: Path):
     words = [f"--config={CONFIG.with_name('digits_base.py')}", *(f"--config.{name}={value}" for name, value in fields.items())]
     ended = run("pretrain", *words, f"--out={tmp_path / 'base'}")
     assert ended.code == 0, ended.err
+    page, run_folder = "report.html", tmp_path / "runs" / "digits_base"
+    assert ended.err.startswith(f"page: {run_folder / page}") and "<b>finished</b>" in (run_folder / page).read_text()
+    assert not (run_folder / "samples").exists()
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "base")
     pipe.set_progress_bar_config(disable=True)

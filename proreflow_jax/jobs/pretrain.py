@@ -13,7 +13,10 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import loader, training_set
-from proreflow_jax.flow.schedule import make_schedule
+from proreflow_jax.flow.schedule import Schedule, make_schedule
+from proreflow_jax.jobs import pretrain_pictures
+from proreflow_jax.jobs.pretrain_facts import DIFFUSION, VAE
+from proreflow_jax.jobs.pretrain_page import PretrainPage
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
 from proreflow_jax.pretrained import copying, pipeline, tokenizer, write_pipeline
@@ -63,15 +66,20 @@ def pretrain(config: ConfigDict, out: str, snapshot: bool = False) -> None:
         raise UserError("--out is empty: name the diffusers folder to write")
     if paths.parse_local(out, "--out").exists():
         raise UserError(f"{out} exists already: choose another --out")
+    pretrain_pictures.check_pictures(config)
     run = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
     start = pipeline.load_pipeline(paths.parse_local(config.start, "--config.start")) if config.start else None
     if snapshot:
         write_model(config, run, out, averages(config, run, start))
         return
     with job_lock(run):
+        page = PretrainPage(config, run, out)
         images, texts = training_set.load_training_set(config.data)
-        vae = _vae(config)
-        vae_params = _fitting(start, "vae", vae) if start else _train_vae(config, vae, images, run)
+        vae, sheet = _vae(config), pretrain_pictures.choose_sheet(config, images, texts)
+        if sheet:
+            pretrain_pictures.write_record(run, config, sheet)
+        vae_looks = page.onlookers(VAE, sheet, sheet and pretrain_pictures.reconstruction(vae, sheet))
+        vae_params = _fitting(start, "vae", vae) if start else _train_vae(config, vae, images, run, vae_looks)
         mean, std = _latents(vae, vae_params, images)
         scaling = start.scaling if start else float(1.0 / np.sqrt(mean.var() + (std**2).mean()))
         log.info("latents %s, scaling factor %.4f", mean.shape[1:], scaling)
@@ -80,8 +88,17 @@ def pretrain(config: ConfigDict, out: str, snapshot: bool = False) -> None:
         prompts = _tokenizer(config, texts, run / "tokenizer")
         ids = prompts.encode([text for wordings in texts for text in wordings]).reshape(len(texts), -1, prompts.length)
         rows = Rows({"mean": mean * scaling, "std": std * scaling, "ids": ids})
-        params = _train_diffusion(config, rows, prompts.encode([""])[0], run, start)
+        networks, empty = _diffusion_networks(config, run), prompts.encode([""])[0]
+        draw = None
+        if sheet:
+            decoder = pretrain_pictures.Decoder(vae, vae_params, scaling)
+            captions = prompts.encode(list(sheet.prompts))
+            draw = pretrain_pictures.prompted(config, networks, decoder, _schedule(config), captions, empty)
+        begin = _begin(start, networks) if start else None
+        looks = page.onlookers(DIFFUSION, sheet, draw)
+        params = _train_diffusion(config, networks, rows, empty, run, begin=begin, onlookers=looks)
         write_model(config, run, out, {"vae": vae_params, **params})
+        page.written()
 
 
 def write_model(config: ConfigDict, run: Path, out: str, params: Mapping[str, Params]) -> None:
@@ -148,13 +165,13 @@ def _fitting(start: pipeline.Pipeline, name: str, network: Network) -> Params:
 
 
 def _vae_training(config: ConfigDict, vae: Network, run: Path) -> Training:
-    return Training(run / "vae", lambda key: vae.init(key), config.vae, ema=0.0)
+    return Training(run / VAE, lambda key: vae.init(key), config.vae, ema=0.0)
 
 
-def _train_vae(config: ConfigDict, vae: Network, images: np.ndarray, run: Path) -> Params:
+def _train_vae(config: ConfigDict, vae: Network, images: np.ndarray, run: Path, onlookers: loop.Onlookers) -> Params:
     draw = partial(pretraining.draw_autoencoder, latent=_latent_shape(config))
     loss = partial(pretraining.autoencoder_loss, vae=vae, kl_weight=config.vae.kl_weight)
-    state = _fit(config, _vae_training(config, vae, run), Rows({"image": images}), draw, loss)
+    state = _fit(config, _vae_training(config, vae, run), Rows({"image": images}), draw, loss, onlookers=onlookers)
     return jax.device_get(averaged(state))
 
 
@@ -173,24 +190,36 @@ def _diffusion_training(config: ConfigDict, unet: Network, text_encoder: Network
         first, second = jax.random.split(key)
         return pretraining.joined({pretraining.UNET: unet.init(first), pretraining.TEXT: text_encoder.init(second)})
 
-    return Training(run / "diffusion", init, config.diffusion, config.diffusion.ema)
+    return Training(run / DIFFUSION, init, config.diffusion, config.diffusion.ema)
+
+
+def _schedule(config: ConfigDict) -> Schedule:
+    s = config.schedule
+    return make_schedule(s.beta_schedule, s.beta_start, s.beta_end)
+
+
+def _begin(start: pipeline.Pipeline, networks: tuple[Network, Network]) -> Params:
+    """UNet and text encoder of the model to start from, as they are trained."""
+    named = dict(zip(("unet", "text_encoder"), networks, strict=True))
+    return pretraining.joined({f"{name}/": _fitting(start, name, network) for name, network in named.items()})
 
 
 def _train_diffusion(
-    config: ConfigDict, rows: Rows, empty: np.ndarray, run: Path, start: pipeline.Pipeline | None
+    config: ConfigDict,
+    networks: tuple[Network, Network],
+    rows: Rows,
+    empty: np.ndarray,
+    run: Path,
+    *,
+    begin: Params | None,
+    onlookers: loop.Onlookers,
 ) -> dict[str, Params]:
-    c, s = config.diffusion, config.schedule
-    unet, text_encoder = _diffusion_networks(config, run)
-    schedule = make_schedule(s.beta_schedule, s.beta_start, s.beta_end)
-    draw = partial(
-        pretraining.draw_noise, schedule=schedule, empty=jnp.asarray(empty), drop=c.prompt_dropout, most_snr=c.most_snr
-    )
+    c, (unet, text_encoder) = config.diffusion, networks
+    drop = dict(empty=jnp.asarray(empty), drop=c.prompt_dropout)
+    draw = partial(pretraining.draw_noise, schedule=_schedule(config), most_snr=c.most_snr, **drop)
     loss = partial(pretraining.noise_loss, unet=unet, text_encoder=text_encoder)
-    begin = None
-    if start:
-        networks = {"unet": unet, "text_encoder": text_encoder}
-        begin = pretraining.joined({f"{name}/": _fitting(start, name, network) for name, network in networks.items()})
-    state = _fit(config, _diffusion_training(config, unet, text_encoder, run), rows, draw, loss, begin)
+    training = _diffusion_training(config, unet, text_encoder, run)
+    state = _fit(config, training, rows, draw, loss, begin, onlookers=onlookers)
     return jax.device_get(_apart(averaged(state)))
 
 
@@ -220,7 +249,14 @@ def _newest(config: ConfigDict, training: Training) -> TrainState:
 
 
 def _fit(
-    config: ConfigDict, training: Training, rows: Rows, draw: Callable, loss: Callable, begin: Params | None = None
+    config: ConfigDict,
+    training: Training,
+    rows: Rows,
+    draw: Callable,
+    loss: Callable,
+    begin: Params | None = None,
+    *,
+    onlookers: loop.Onlookers,
 ) -> TrainState:
     """One training, resumed from its newest checkpoint if there is one."""
     c, folder, machine = training.settings, training.folder, mesh.make_mesh()
@@ -248,7 +284,7 @@ def _fit(
         ):
             placed = ((at, mesh.put_batch(machine, batch, c.batch)) for at, batch in source)
             advance = lambda state, batch: jitted(state, None, batch, key)
-            onlookers = loop.Onlookers(stepped=lambda done, values: progress.advance(1, f"loss {values['loss']:.4g}"))
+            onlookers = onlookers._replace(stepped=lambda done, values: progress.advance(1, f"loss {values['loss']:.4g}"))
             kw = dict(total=c.steps, metrics=metrics, checkpoints=checkpoints, log_every=config.log_every)
             kw |= dict(sums=meta.get(loop.SUMS), onlookers=onlookers)
             return loop.run_loop(advance, state, placed, meta=lambda done: {"position": done * c.batch}, **kw)

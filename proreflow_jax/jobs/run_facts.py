@@ -6,7 +6,7 @@ What is missing, half-written or damaged is left out: the page shows what there 
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from proreflow_jax import UserError
 from proreflow_jax.evaluation.page import embed
 from proreflow_jax.evaluation.page.facts import Drawing, Run, Stage, Table
 from proreflow_jax.jobs.stage_pictures import RECORD
+from proreflow_jax.jobs.study_facts import NUMBERS, read_study
+from proreflow_jax.jobs.study_facts import PICTURE as STUDY_PICTURE
 from proreflow_jax.run import nearest_config, outlook
 from proreflow_jax.run.read_config import CONFIG
 from proreflow_jax.run.stages import DONE, SAMPLES
@@ -39,8 +41,8 @@ def read_run(folder: Location, fields: Mapping[str, Any]) -> Run:
     fields: of the config, by dotted names; config.json, where it is there, goes before.
     """
     sizes = file_sizes(folder)
-    fields = dict(fields) | flattened(_json(folder, CONFIG, sizes))
-    samples = _json(folder, f"{SAMPLES}/{RECORD}", sizes)
+    fields = dict(fields) | flattened(read_object(folder, CONFIG, sizes))
+    samples = read_object(folder, f"{SAMPLES}/{RECORD}", sizes)
     counts = _windows(fields, sizes)
     shown = max(2, min(SHOWN, MOST_SHOWN // max(len(counts), 1)))
     name, changes = nearest_config.compare(fields)
@@ -58,7 +60,8 @@ def read_run(folder: Location, fields: Mapping[str, Any]) -> Run:
         tile=samples.get("tile", 0),
         config_name=name,
         changes=changes,
-        disk=_disk(sizes),
+        disk=disk(sizes),
+        study=read_study(read_object(folder, NUMBERS, sizes), _picture(folder, STUDY_PICTURE, sizes)),
     )
 
 
@@ -85,7 +88,7 @@ def flattened(record: Mapping[str, Any], block: str = "") -> dict[str, Any]:
     return fields
 
 
-def _json(folder: Location, name: str, sizes: Sizes) -> dict[str, Any]:
+def read_object(folder: Location, name: str, sizes: Sizes) -> dict[str, Any]:
     """A JSON object; {} if it is not there or no whole one."""
     try:
         return atomic.read_json(folder / name) if name in sizes else {}
@@ -95,7 +98,7 @@ def _json(folder: Location, name: str, sizes: Sizes) -> dict[str, Any]:
 
 def _progress(folder: Location, sizes: Sizes) -> dict[str, Any]:
     """progress.json, if it has what the page shows."""
-    record = _json(folder, outlook.FILE, sizes)
+    record = read_object(folder, outlook.FILE, sizes)
     needed = {"phase", "stage", "done", "total", "unit", "parts", "time"}
     return record if needed <= set(record) else {}
 
@@ -111,9 +114,9 @@ def _stage(
     folder: Location, count: int, fields: Mapping[str, Any], samples: Mapping[str, Any], sizes: Sizes, *, shown: int
 ) -> Stage:
     place = f"stage-{count}"
-    done, plan = (_json(folder, f"{place}/{name}", sizes) for name in (DONE, "plan.json"))
+    done, plan = (read_object(folder, f"{place}/{name}", sizes) for name in (DONE, "plan.json"))
     lines = read_lines(folder / place / "metrics.jsonl") if f"{place}/metrics.jsonl" in sizes else []
-    drawings, teacher = _drawings(folder, f"{place}/{SAMPLES}", samples, sizes, shown)
+    drawings, teacher = read_drawings(folder, f"{place}/{SAMPLES}", samples, sizes, shown)
     return Stage(
         windows=count,
         begun=any(name.startswith(f"{place}/") for name in sizes),
@@ -144,7 +147,9 @@ def read_lines(path: Location) -> list[dict[str, Any]]:
     return lines
 
 
-def _drawings(folder: Location, place: str, samples: Mapping[str, Any], sizes: Sizes, shown: int) -> tuple[list[Drawing], str]:
+def read_drawings(
+    folder: Location, place: str, samples: Mapping[str, Any], sizes: Sizes, shown: int
+) -> tuple[list[Drawing], str]:
     """The pictures of a stage that are shown, and the base model's half."""
     steps = {int(match[1]): name for name in sizes if name.startswith(f"{place}/") and (match := STEP.search(name))}
     width = samples.get("tile", 0) * samples.get("count", 0)
@@ -167,25 +172,28 @@ def chosen(steps: list[int], most: int) -> list[int]:
 
 def _table(folder: Location, file: str, sizes: Sizes) -> Table | None:
     """A table that `evaluate` has written; None if there is none, or one of an older version."""
-    record = _json(folder, file, sizes)
-    shown, picture = record.get("shown"), PICTURE.get(file)
+    record = read_object(folder, file, sizes)
+    shown = record.get("shown")
     if not isinstance(shown, dict):
         return None
     notes = [*record.get("sentences", ()), *record.get("notes", ())]
-    image = ""
-    if picture in sizes:
-        try:
-            image = embed.whole(folder / picture, sizes[picture], wide=True)
-        except (UnidentifiedImageError, OSError):
-            image = ""
+    image = _picture(folder, PICTURE.get(file, ""), sizes)
     return Table(TABLES[file], shown["heads"], shown["better"], shown["cells"], shown["compared"], notes, image)
 
 
-def _disk(sizes: Sizes) -> dict[str, int]:
-    """Bytes by the folder that files lie in, whichever the stage."""
+def _picture(folder: Location, name: str, sizes: Sizes) -> str:
+    """A wide picture as data:; "" if it is not there or damaged."""
+    try:
+        return embed.whole(folder / name, sizes[name], wide=True) if name in sizes else ""
+    except (UnidentifiedImageError, OSError):
+        return ""
+
+
+def disk(sizes: Sizes, kinds: Sequence[str] = DISK) -> dict[str, int]:
+    """Bytes by the folder that files lie in, whichever the stage. kinds: folders that are counted apart."""
     totals: dict[str, int] = {}
     for name, size in sizes.items():
         parts = name.split("/")[:-1]
-        kind = next((part for part in parts if part in DISK), "other")
+        kind = next((part for part in parts if part in kinds), "other")
         totals[kind] = totals.get(kind, 0) + size
     return totals

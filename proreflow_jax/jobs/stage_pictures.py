@@ -88,7 +88,7 @@ class StagePictures:
         if self.due(step):
             about = {**self._record, "step": step, "windows": self._stage.windows}
             about["right"] = {**about["right"], "taken": max(self._config.steps, self._stage.student.windows)}
-            _write(self.path(step), picture, about)
+            write_picture(self.path(step), picture, about)
         return picture
 
     def _make_inputs(self) -> tuple[jax.Array, Any, Any]:
@@ -155,13 +155,13 @@ class StagePictures:
             outlook.compiling("the base model's sampler", experiment.networks.unet)
             draw = self._program(experiment.flow, steps, guidance)
             picture = self._grid(draw(experiment.unet.params(), {}, *self._inputs, self._vae()))
-            first(lambda: _write(path, picture, half))
+            first(lambda: write_picture(path, picture, half))
         first(lambda: atomic.write_json(folder / RECORD, record | {"teacher": path.name}))
         return _read(path) if leads() else None
 
 
-def _write(path: Location, picture: UInt8[np.ndarray, "h w 3"], about: dict[str, Any]) -> None:
-    """about: how it was drawn, a text in the PNG."""
+def write_picture(path: Location, picture: UInt8[np.ndarray, "h w 3"], about: dict[str, Any]) -> None:
+    """Writes a PNG; about: how it was drawn, a text in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     info.add_text(HALVES, json.dumps(about, sort_keys=True))

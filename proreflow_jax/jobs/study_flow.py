@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.jobs.run_page import keep_page
+from proreflow_jax.jobs.study_facts import NUMBERS
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.run.dataset import open_source, read_captions, read_rows
@@ -27,7 +29,6 @@ from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import atomic
 
 log = logging.getLogger(__name__)
-NUMBERS = "study.json"
 TIME = "time t (1: noise, 0: data)"
 UNIFORM = 8  # times in each window that stand for uniform t
 MAP = 32  # times of the map of velocities, at most
@@ -58,7 +59,7 @@ def check_study(config: ConfigDict) -> None:
 
 
 def study_flow(experiment: Experiment) -> dict[str, Any]:
-    """Measures, writes study.json and the pictures into the run's folder, and returns the numbers."""
+    """Measures, writes study.json, the pictures and the run's page with them into the run's folder, and returns the numbers."""
     config, s = experiment.config, experiment.config.evaluate.study
     base = load_weights(experiment, None)
     students = {n: load_weights(experiment, find_stage(experiment.stages, n)) for n in config.stages}
@@ -78,6 +79,7 @@ def study_flow(experiment: Experiment) -> dict[str, Any]:
     }
     atomic.write_json(experiment.run / NUMBERS, numbers)
     _draw(experiment, numbers)
+    keep_page(experiment.run, config)
     return numbers
 
 

@@ -11,6 +11,7 @@ from proreflow_jax.run.check_config import flat
 from proreflow_jax.run.read_config import read_config
 
 OWN = ("name", "root")  # fields that every run sets
+STAGES, PRETRAINING = "stages", "diffusion.steps"  # fields that tell what a config is for
 LONGEST = 200  # letters of a value
 
 
@@ -22,7 +23,7 @@ def compare(fields: Mapping[str, Any]) -> tuple[str, list[Change]]:
     values = {name: plain(value) for name, value in fields.items() if name not in OWN}
     if not values:
         return "", []
-    rows = {name: _changes(values, default) for name, default in defaults().items()}
+    rows = {name: _changes(values, default) for name, default in defaults(_kind(values)).items()}
     name = min(rows, key=lambda one: (len(rows[one]), one != fields.get("name"), one))
     return name, rows[name]
 
@@ -32,11 +33,17 @@ def _changes(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[Chan
     return [Change(name, _said(default[name]) if name in default else "not there", _said(values[name])) for name in fields]
 
 
+def _kind(fields: Mapping[str, Any]) -> str:
+    """A field that tells what a config is for."""
+    return PRETRAINING if PRETRAINING in fields else STAGES
+
+
 @cache
-def defaults() -> dict[str, dict[str, Any]]:
-    """{name: fields} of the package's own configs that have stages."""
+def defaults(kind: str = STAGES) -> dict[str, dict[str, Any]]:
+    """{name: fields} of the package's own configs of a kind: of stages, or of a base model's training."""
     configs = {name: read_config(name) for name in config_files.own_names() if name != "reproduce"}  # whose cells have words
-    return {name: {f: plain(v) for f, v in flat(config).items()} for name, config in configs.items() if "stages" in config}
+    fields = {name: {f: plain(v) for f, v in flat(config).items()} for name, config in configs.items()}
+    return {name: values for name, values in fields.items() if kind in values}
 
 
 def plain(value: Any) -> Any:

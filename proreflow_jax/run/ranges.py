@@ -17,6 +17,7 @@ RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole 
     (r"stages|export\.stages|profile\.steps|mesh\..*|samples\.prompts", ELSEWHERE),
     (r"samples\.(steps|teacher_steps)", (0, 1000)),
     (r"samples\.count", (1, 256)),
+    (r"samples\.(rows|columns)", (0, 16)),
     (r"seed|(evaluate|reproduce)\.seeds", (0, LARGEST)),
     (r"(.*\.)?batch|train\.accumulation", (1, ROWS)),
     (r"pairs\.(steps|substeps)|(evaluate|reproduce)\.(\w+_)?steps|evaluate\.study\.(perturbed_)?steps", (1, 1000)),

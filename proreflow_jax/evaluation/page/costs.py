@@ -30,7 +30,7 @@ def costs(run: Run) -> Costs:
     if run.disk:
         facts.append(("disk", amount(sum(run.disk.values()))))
         facts += [(f"of it {name}", amount(size)) for name, size in sorted(run.disk.items(), key=lambda one: -one[1])]
-    waits = [(f"stage {stage.windows}", shares) for stage in run.stages if (shares := wait_shares(stage))]
+    waits = [(stage.name, shares) for stage in run.stages if (shares := wait_shares(stage))]
     return Costs(facts, waits)
 
 

@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 
-from proreflow_jax.evaluation.page import gallery, sections
+from proreflow_jax.evaluation.page import gallery, sections, study
 from proreflow_jax.evaluation.page.facts import Run
 from proreflow_jax.evaluation.page.markup import text
 
@@ -16,9 +16,10 @@ def asset(name: str) -> str:
 
 def document(run: Run) -> str:
     """A run's page as HTML."""
-    stages = ", ".join(str(stage.windows) for stage in run.stages)
+    stages = ", ".join(str(stage.windows) for stage in run.stages if stage.windows)
     about = f"{stages} windows · {run.folder}" if stages else run.folder
-    parts = (sections.standing, gallery.gallery, sections.curve_charts, sections.tables, sections.lineage, sections.spending)
+    parts = (sections.standing, gallery.gallery, sections.curve_charts, sections.tables, study.study)
+    parts += (sections.lineage, sections.spending)
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"

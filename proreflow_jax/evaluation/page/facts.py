@@ -13,10 +13,23 @@ class Drawing(NamedTuple):
     picture: str  # as data:, the student's half where the halves are known
 
 
-class Stage(NamedTuple):
-    """One stage of a run, as far as it is."""
+class Curves(NamedTuple):
+    """A chart of one number of metrics.jsonl."""
 
-    windows: int
+    title: str
+    number: str
+    beyond_one: bool = False  # one minus the number
+    note: str = ""
+
+
+LOSS = Curves("loss", "loss")
+COSINE = Curves("1 − cosine", "cosine", True, "of the student's and the teacher's velocity; 0: the same direction")
+
+
+class Stage(NamedTuple):
+    """One stage of a run, as far as it is; or one training of a base model."""
+
+    windows: int  # 0: of a base model
     begun: bool  # whether its folder is there
     done: Mapping[str, Any]  # DONE.json; {}: the stage is not finished
     parent: str  # digest of the weights that it starts from; "": not known yet
@@ -25,6 +38,14 @@ class Stage(NamedTuple):
     lines: Sequence[Line] = ()
     drawings: Sequence[Drawing] = ()
     teacher: str = ""  # as data:, the base model's half; "": not known
+    own_name: str = ""  # "": named by its windows
+    curves: Sequence[Curves] = (LOSS, COSINE)
+    sides: tuple[str, str] = ("base model", "student")  # of its pictures
+
+    @property
+    def name(self) -> str:
+        """`stage 4`, or the name of its own."""
+        return self.own_name or f"stage {self.windows}"
 
 
 class Table(NamedTuple):
@@ -47,6 +68,42 @@ class Change(NamedTuple):
     value: str
 
 
+class Box(NamedTuple):
+    """A thing in the drawing of the lineage."""
+
+    title: str
+    words: str
+    digest: str = ""  # of its weights; "": not known
+    fault: str = ""
+    kind: str = "done"  # "done", "begun" or "waiting"
+
+
+class Series(NamedTuple):
+    """One curve of a chart."""
+
+    name: str
+    points: Sequence[tuple[int | float, int | float]]
+    colour: int  # -1: the mean, in the text's colour
+    spreads: Sequence[int | float] = ()  # of each point, up and down; (): not known
+
+
+class Panel(NamedTuple):
+    """A chart of numbers that are no steps of a training."""
+
+    title: str
+    series: Sequence[Series]
+    ticks: Mapping[int | float, str]  # labels below it; the last is its end
+    note: str = ""
+
+
+class Study(NamedTuple):
+    """What `evaluate --study` measured."""
+
+    panels: Sequence[Panel]
+    tables: Sequence[Table]
+    notes: Sequence[str]
+
+
 class Run(NamedTuple):
     """All of the page."""
 
@@ -64,3 +121,6 @@ class Run(NamedTuple):
     config_name: str = ""  # of the config that `changes` compares with
     changes: Sequence[Change] = ()
     disk: Mapping[str, int] = {}  # bytes by what they are
+    study: Study | None = None
+    boxes: Sequence[Box] = ()  # the lineage, where the stages do not say it
+    pictured: str = ""  # how the pictures were drawn, in a sentence; "": as `halves` says

@@ -1,4 +1,4 @@
-"""Pictures over time, and student against base model: the script of the page moves the slider and takes the difference."""
+"""Pictures over time, and two halves against each other: the script of the page moves the slider and takes the difference."""
 
 from proreflow_jax.evaluation.page.facts import Run, Stage
 from proreflow_jax.evaluation.page.markup import text
@@ -15,6 +15,8 @@ def gallery(run: Run) -> str:
 
 
 def _how(run: Run) -> str:
+    if run.pictured:
+        return run.pictured
     left, right = (run.halves.get(side) or {} for side in ("left", "right"))
     if not left:
         return "Drawn at checkpoints from fixed noise."
@@ -32,10 +34,11 @@ def _stage(run: Run, stage: Stage) -> str:
         f"<span>{_caption(one.step)}</span></button>"
         for one in stage.drawings
     )
-    image = f"<img alt='base model' src='{stage.teacher}'>"
-    base = f"<figure class='shot teacher'>{image}<figcaption>base model</figcaption></figure>" if stage.teacher else ""
+    left = text(stage.sides[0])
+    image = f"<img alt='{left}' src='{stage.teacher}'>"
+    base = f"<figure class='shot teacher'>{image}<figcaption>{left}</figcaption></figure>" if stage.teacher else ""
     both = f"{_compare(run, stage, small) if stage.teacher else ''}<div class='strip{small}'>{base}{thumbs}</div>"
-    return f"<div class=pictures><h3>Stage {stage.windows}</h3><div class=beside>{both}</div></div>"
+    return f"<div class=pictures><h3>{text(stage.name.capitalize())}</h3><div class=beside>{both}</div></div>"
 
 
 def _caption(step: int) -> str:
@@ -45,11 +48,13 @@ def _caption(step: int) -> str:
 def _compare(run: Run, stage: Stage, small: str) -> str:
     prompts = "".join(f"<li>{text(prompt)}</li>" for prompt in run.prompts)
     newest = _caption(stage.drawings[-1].step)
-    ratio = run.halves.get("count", 1) / max(len(run.prompts), 1)
+    count, listed = run.halves.get("count", 1), "" if stage.windows else " listed"  # a prompt a row, or one a picture
+    ratio = count / max(len(run.prompts) if stage.windows else len(run.prompts) // count, 1)
+    left, right = (text(side) for side in stage.sides)
     return (
-        f"<div class='compare{small}' style='--ratio:{ratio:.3f}'><ol class=prompts>{prompts}</ol><div class=stack>"
-        "<img class=under alt='base model'><img class=over alt=student><i class=edge></i></div>"
-        "<div class=controls><input type=range min=0 max=100 value=50 aria-label='where the student begins'>"
-        f"<p class=ends><span>base model</span><span>student, <b class=which>{newest}</b></span></p>"
+        f"<div class='compare{small}{listed}' style='--ratio:{ratio:.3f}'><ol class=prompts>{prompts}</ol><div class=stack>"
+        f"<img class=under alt='{left}'><img class=over alt='{right}'><i class=edge></i></div>"
+        f"<div class=controls><input type=range min=0 max=100 value=50 aria-label='where the {right} begins'>"
+        f"<p class=ends><span>{left}</span><span>{right}, <b class=which>{newest}</b></span></p>"
         "<label><input type=checkbox class=difference> difference, × 4</label></div></div>"
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from proreflow_jax.evaluation.page.charts import chart, series_of
 from proreflow_jax.evaluation.page.costs import costs
-from proreflow_jax.evaluation.page.facts import Run, Stage, Table
+from proreflow_jax.evaluation.page.facts import Box, Run, Stage, Table
 from proreflow_jax.evaluation.page.markup import field, number, span, text
 
 DIGITS = 12  # of a digest
@@ -30,32 +30,43 @@ def headline(run: Run) -> str:
     if record.get("phase") == "done":
         only = "" if finished else " what this command was to do"
         return f"finished{only}"
-    title = TITLES.get(record["phase"], record["phase"])
-    said = f"stage {record['stage']}, {title}: {record['done']:,} of {record['total']:,} {record['unit']}"
-    left = record.get("seconds_left")
-    return f"{said}; about {span(left)} left in all" if left is not None else f"{said}; the time left is not known yet"
+    said = f"{_title(record)}: {record['done']:,} of {record['total']:,} {record['unit']}"
+    left, here = record.get("seconds_left"), record.get("seconds_left_of_part")
+    if left is not None:
+        return f"{said}; about {span(left)} left in all"
+    return f"{said}; the time left is not known yet" if here is None else f"{said}; about {span(here)} left of this part"
+
+
+def _title(part: Mapping[str, object]) -> str:
+    """Of a part of the work, or of the record that it is under way."""
+    return part.get("title") or f"stage {part['stage']}, {TITLES.get(part['phase'], part['phase'])}"
 
 
 def _part(part: Mapping[str, object]) -> str:
     share = 100 * part["done"] / max(part["total"], 1)
-    title = f"stage {part['stage']}, {TITLES.get(part['phase'], part['phase'])}"
+    title = _title(part)
     count = "done" if part["done"] >= part["total"] else f"{part['done']:,} of {part['total']:,} {part['unit']}"
     return f"<li><span>{text(title)}</span><i class=bar><i style='width:{share:.1f}%'></i></i><span>{text(count)}</span></li>"
 
 
 def lineage(run: Run) -> str:
     """Base model, stages and exports as boxes with arrows; then what differs from the config's defaults."""
+    arrow = "<li class=arrow aria-hidden=true></li>"
+    boxes = arrow.join(_box(box) for box in run.boxes or _stage_boxes(run))
+    return f"<section><h2>Lineage</h2><ol class=lineage>{boxes}</ol>{_changes(run)}</section>"
+
+
+def _stage_boxes(run: Run) -> list[Box]:
     base = next((stage.parent for stage in run.stages if stage.parent), "")
-    boxes = [_box("base model", str(run.fields.get("model.path", "")).rstrip("/").rpartition("/")[2], base, "")]
+    boxes = [Box("base model", str(run.fields.get("model.path", "")).rstrip("/").rpartition("/")[2], base)]
     before = base
     for stage in run.stages:
         boxes.append(_stage_box(run, stage, before))
         before = stage.done.get("digest", "")
-    arrow = "<li class=arrow aria-hidden=true></li>"
-    return f"<section><h2>Lineage</h2><ol class=lineage>{arrow.join(boxes)}</ol>{_changes(run)}</section>"
+    return boxes
 
 
-def _stage_box(run: Run, stage: Stage, before: str) -> str:
+def _stage_box(run: Run, stage: Stage, before: str) -> Box:
     online = run.fields.get("pairs.mode") == "online"
     teacher = "base model" if stage is run.stages[0] or run.fields.get("pairs.teacher") == "base" else "stage before"
     words = [f"{'taught' if online else 'pairs'} by the {teacher}"]
@@ -65,13 +76,13 @@ def _stage_box(run: Run, stage: Stage, before: str) -> str:
     if before and stage.parent and stage.parent != before:
         fault = f"starts from {stage.parent[:DIGITS]}, which is not the box before"
     kind = "done" if stage.done else "begun" if stage.begun else "waiting"
-    return _box(f"stage {stage.windows}", " · ".join(words), stage.done.get("digest", ""), fault, kind)
+    return Box(stage.name, " · ".join(words), stage.done.get("digest", ""), fault, kind)
 
 
-def _box(title: str, words: str, digest: str, fault: str, kind: str = "done") -> str:
-    code = f"<code>{text(digest[:DIGITS])}</code>" if digest else ""
-    wrong = f"<em>{text(fault)}</em>" if fault else ""
-    return f"<li class='box {kind}'><b>{text(title)}</b><span>{text(words)}</span>{code}{wrong}</li>"
+def _box(box: Box) -> str:
+    code = f"<code>{text(box.digest[:DIGITS])}</code>" if box.digest else ""
+    wrong = f"<em>{text(box.fault)}</em>" if box.fault else ""
+    return f"<li class='box {box.kind}'><b>{text(box.title)}</b><span>{text(box.words)}</span>{code}{wrong}</li>"
 
 
 def _changes(run: Run) -> str:
@@ -93,21 +104,13 @@ def _changes(run: Run) -> str:
 
 
 def curve_charts(run: Run) -> str:
-    """Loss and direction of every stage that has lines."""
+    """The numbers of every stage that has lines."""
     parts = []
     for stage in run.stages:
-        charts = [
-            chart("loss", series_of(stage.lines, "loss", stage.windows), stage.total),
-            chart(
-                "1 − cosine",
-                series_of(stage.lines, "cosine", stage.windows, beyond_one=True),
-                stage.total,
-                "of the student's and the teacher's velocity; 0: the same direction",
-            ),
-        ]
+        series = [series_of(stage.lines, one.number, stage.windows, one.beyond_one) for one in stage.curves]
+        charts = [chart(one.title, rows, stage.total, one.note) for one, rows in zip(stage.curves, series, strict=True)]
         if any(charts):
-            rate = _rate(stage)
-            parts.append(f"<h3>Stage {stage.windows}{rate}</h3><div class=charts>{''.join(charts)}</div>")
+            parts.append(f"<h3>{text(stage.name.capitalize())}{_rate(stage)}</h3><div class=charts>{''.join(charts)}</div>")
     return f"<section><h2>Curves</h2>{''.join(parts)}</section>" if parts else ""
 
 
@@ -118,10 +121,11 @@ def _rate(stage: Stage) -> str:
 
 def tables(run: Run) -> str:
     """The tables of `evaluate`, the best cells marked."""
-    return "".join(_table(table) for table in run.tables)
+    return "".join(f"<section><h2>{text(table.title)}</h2>{grid(table)}</section>" for table in run.tables)
 
 
-def _table(table: Table) -> str:
+def grid(table: Table) -> str:
+    """A table with its marks, picture and notes."""
     best = best_cells(table)
     head = "".join(f"<th>{text(title)}</th>" for title in table.heads)
     row = lambda i, cells: "".join(
@@ -132,8 +136,8 @@ def _table(table: Table) -> str:
     mark = "<p class=note><span class=best>marked</span>: the best student of the column.</p>" if best else ""
     image = f"<div class=wide><img class=sheet alt='samples: a row a method' src='{table.picture}'></div>"
     return (
-        f"<section><h2>{text(table.title)}</h2><div class=wide><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{mark}{image if table.picture else ''}{notes}</section>"
+        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>{mark}{image if table.picture else ''}{notes}"
     )
 
 
