@@ -298,6 +298,32 @@ def test_a_bad_config_file_is_refused(tmp_path, text, needle):
     refused(tmp_path, "distill", [f"--config={path}"], needle, "--help")
 
 
+OLD = """
+from configs.{name} import get_config as whole
+from ml_collections import ConfigDict
+
+def get_config():
+    fields = whole().copy_and_resolve_references().to_dict()
+    del fields{field}
+    return ConfigDict(fields)
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "field", "needle"),
+    [
+        ("pretrain", "digits_base", "['samples']", "--config lacks samples"),
+        ("distill", "digits", "['wandb']", "--config lacks wandb"),
+        ("distill", "digits", "['loss']['huber']", "--config lacks loss.huber"),
+    ],
+)
+def test_a_config_file_of_before_a_field_is_refused(tmp_path, verb, name, field, needle):
+    path = tmp_path / "mine.py"
+    path.write_text(OLD.format(name=name, field=field))
+    words = [f"--config={path}", f"--config.root={tmp_path / 'runs'}", *(["--out=x"] if verb == "pretrain" else [])]
+    refused(tmp_path, verb, words, needle, "the package's own configs")
+
+
 def test_pretraining_needs_a_folder_that_is_not_there(tmp_path):
     config = f"--config={CONFIG.with_name('digits_base.py')}"
     root = f"--config.root={tmp_path / 'runs'}"

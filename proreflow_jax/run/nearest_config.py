@@ -1,7 +1,7 @@
 """Which of the package's own configs a run's config is nearest to, and the fields in which it differs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,18 @@ def compare(fields: Mapping[str, Any]) -> tuple[str, list[Change]]:
     rows = {name: _changes(values, default) for name, default in defaults(_kind(values)).items()}
     name = min(rows, key=lambda one: (len(rows[one]), one != fields.get("name"), one))
     return name, rows[name]
+
+
+def missing(fields: Mapping[str, Any]) -> list[str]:
+    """Blocks and fields that all of the package's own configs of its kind have and a config has not, whole blocks by name."""
+    known = defaults(_kind(fields)).values()
+    names = set.intersection(*(set(_with_blocks(values)) for values in known)) - set(_with_blocks(fields))
+    return sorted(name for name in names if name.rpartition(".")[0] not in names)
+
+
+def _with_blocks(names: Iterable[str]) -> Iterator[str]:
+    """Dotted names, and the blocks that they lie in."""
+    return (".".join(parts[:k]) for parts in (name.split(".") for name in names) for k in range(1, len(parts) + 1))
 
 
 def _changes(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[Change]:

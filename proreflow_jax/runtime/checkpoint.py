@@ -66,7 +66,7 @@ class Checkpoints:
         if read_only and not is_folder(self.folder):
             raise MissingFile(f"{self.folder} does not exist: run the training job that writes it first")
         self.keep, self.every, self.read_only = keep, every, read_only
-        host_memory.remember_specs()
+        host_memory.keep_nothing()
         self._manager = self._open()
         self._pending: int | None = None
         self._target: PyTree = None
