@@ -1,10 +1,13 @@
-"""Which of the package's own configs a run's config is nearest to, and the fields in which it differs."""
+"""A config beside the package's own ones: which is nearest, in which fields it differs, whether it has them all."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from proreflow_jax import UserError
 from proreflow_jax.evaluation.page.facts import Change
 from proreflow_jax.run import config_files
 from proreflow_jax.run.check_config import flat
@@ -28,16 +31,20 @@ def compare(fields: Mapping[str, Any]) -> tuple[str, list[Change]]:
     return name, rows[name]
 
 
-def missing(fields: Mapping[str, Any]) -> list[str]:
-    """Blocks and fields that all of the package's own configs of its kind have and a config has not, whole blocks by name."""
-    known = defaults(_kind(fields)).values()
-    names = set.intersection(*(set(_with_blocks(values)) for values in known)) - set(_with_blocks(fields))
-    return sorted(name for name in names if name.rpartition(".")[0] not in names)
+def check_whole(config: ConfigDict) -> None:
+    """Raises UserError if a config file lacks a field that all of the package's own configs of its kind have."""
+    fields = flat(config)
+    if _kind(fields) not in fields:
+        return
+    known = [_with_blocks(values) for values in defaults(_kind(fields)).values()]
+    if missing := set.intersection(*known) - _with_blocks(fields):
+        first = min(missing, key=lambda name: (name.count("."), name))
+        raise UserError(f"--config lacks {first}: take it over from the package's own configs, or begin with one of them")
 
 
-def _with_blocks(names: Iterable[str]) -> Iterator[str]:
+def _with_blocks(names: Iterable[str]) -> set[str]:
     """Dotted names, and the blocks that they lie in."""
-    return (".".join(parts[:k]) for parts in (name.split(".") for name in names) for k in range(1, len(parts) + 1))
+    return {".".join(parts[:k]) for parts in (name.split(".") for name in names) for k in range(1, len(parts) + 1)}
 
 
 def _changes(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[Change]:

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from proreflow_jax import UserError
-from proreflow_jax.run.check_config import flat
 from proreflow_jax.run.errors import exit_code, message
+from proreflow_jax.run.nearest_config import check_whole
 from proreflow_jax.runtime import processes, stopping
 from proreflow_jax.runtime.endings import AGAIN, FAILED, INTERRUPTED, say
 from proreflow_jax.runtime.mesh import initialize_distributed
@@ -38,28 +37,18 @@ def carry_out(verb: Callable[..., None], config: ConfigDict | None, values: dict
             if config is None:
                 verb(**values)
             else:
+                check_whole(config)
                 keep_programs(config.get("compilation_cache", ""))
                 verb(config, **values)
     except KeyboardInterrupt as error:
         _leave(error, INTERRUPTED, f"{name}: interrupted; {AGAIN}")
     except Exception as error:
-        error = _old_config(error, config) or error
         code = exit_code(error)
         if code is not None and not traced:
             _leave(error, code, f"{name}: {message(error)}")
         elif not processes.several():
             raise
         _leave(error, code or FAILED, traceback.format_exc().rstrip())
-
-
-def _old_config(error: Exception, config: ConfigDict | None) -> UserError | None:
-    """The error as the config file's, where the file lacks the field that was asked for, as one that was written before it."""
-    if config is None or not isinstance(error, AttributeError | KeyError | TypeError):
-        return None
-    from proreflow_jax.run.nearest_config import missing  # reads all configs
-
-    fields = [field for field in missing(flat(config)) if repr(field.rpartition(".")[2]) in message(error)]
-    return UserError(f"--config lacks {fields[0]}: take it over from the package's own configs") if fields else None
 
 
 def _prepare(name: str, pod: bool) -> None:
