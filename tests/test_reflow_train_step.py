@@ -110,7 +110,7 @@ def test_numbers_are_finite_and_the_loss_falls_on_one_batch():
 def test_every_step_has_its_own_randomness_and_the_same_step_the_same():
     draw = lambda frozen, batch, key: {"x": jax.random.normal(key, (2, 1))}
     loss = lambda params, drawn: (jnp.sum(params["w"] * drawn["x"]), {"x": drawn["x"][0, 0]})
-    step = partial(train_step, draw=draw, loss=loss, optimizer=ADAM, ema_decay=0.0, accumulation=1, unroll=True)
+    step = quick_jit(partial(train_step, draw=draw, loss=loss, optimizer=ADAM, ema_decay=0.0, accumulation=1, unroll=True))
     first = init_state({"w": jnp.ones(1)}, ADAM, False)
     once, numbers = step(first, None, {}, KEY)
     _, later = step(once, None, {}, KEY)
@@ -141,11 +141,12 @@ def test_a_state_in_stacks_goes_the_same_way():
     draw = lambda frozen, batch, key: {"x": jax.random.normal(key, (4, 3))}
     loss = lambda p, drawn: (jnp.mean((drawn["x"] @ (p["a"] * p["b"] - p["c"]) + p["d"].sum()) ** 2), {})
     step = partial(train_step, draw=draw, loss=loss, optimizer=ADAM, ema_decay=0.5, accumulation=1, unroll=True)
+    apart, together = quick_jit(step), quick_jit(partial(step, tables=(table,)))
     start, losses = init_state(weights, ADAM, True), []
     state, held = start, stacks.stack(start, table)
     for _ in range(3):
-        state, numbers = step(state, None, {}, KEY)
-        held, alike = step(held, None, {}, KEY, tables=(table,))
+        state, numbers = apart(state, None, {}, KEY)
+        held, alike = together(held, None, {}, KEY)
         losses.append((numbers["loss"], alike["loss"]))
     assert set(held.params) == {"a", "b", "d"} and held.params["a"].shape == (2, 3)
     same(stacks.unstack(held, table), state)
