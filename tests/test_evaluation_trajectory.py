@@ -58,6 +58,12 @@ def perturbed_states(nodes, kind):
     return solvers.solve(step, Z, nodes, keep=True)[1]
 
 
+@quick_jit
+def jumped(z, t, u):
+    """A DDIM step with the epsilon C."""
+    return ddim_jump(SCHEDULE, z, C, jnp.full(3, t), jnp.full(3, u))
+
+
 def norms(v):
     return np.linalg.norm(np.asarray(v).reshape(*v.shape[:-3], -1), axis=-1)
 
@@ -120,12 +126,17 @@ def gaussian(kind):
     return predict
 
 
+@quick_jit
+def deviation(t):
+    """Of the noised data at time t."""
+    return jnp.sqrt(0.25 * SCHEDULE.alpha(t) ** 2 + SCHEDULE.sigma(t) ** 2)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_diffusion_model_moves_along_its_flow_with_the_flows_velocity(kind):
     nodes = windows.sampling_nodes(200, 1)
     states, v = quick_jit(partial(trajectory.trajectory, Parameterization(kind), SCHEDULE, gaussian(kind)))(Z, nodes)
-    deviation = lambda t: np.sqrt(0.25 * SCHEDULE.alpha(t) ** 2 + SCHEDULE.sigma(t) ** 2)
-    scale = deviation(nodes) / deviation(1.0)
+    scale = np.asarray(deviation(nodes)) / float(deviation(nodes)[0])
     np.testing.assert_allclose(states[::20, 0], scale[::20, None, None, None] * Z[None, 0], rtol=2e-2, atol=1e-3)
     rate = np.gradient(scale, nodes)[40:160:20]  # dz/dt by differences of the closed form
     np.testing.assert_allclose(v[40:160:20, 1], rate[:, None, None, None] * Z[None, 1], rtol=3e-2, atol=1e-3)
@@ -134,11 +145,12 @@ def test_a_diffusion_model_moves_along_its_flow_with_the_flows_velocity(kind):
 def test_a_students_velocity_is_that_of_the_window_it_is_in():
     student = Parameterization("ddim_eps", 4)
     velocity = solvers.make_velocity(student, SCHEDULE, straight)
+    both = quick_jit(lambda w: (velocity(Z, w.t), student.to_velocity(SCHEDULE, Z, C, w)))
     for t, k in ((0.75, 1), (0.6, 1), (0.1, 3)):
         w = windows.at_start(jnp.full(3, k), 4)._replace(t=jnp.full(3, t))
-        np.testing.assert_allclose(velocity(Z, w.t), student.to_velocity(SCHEDULE, Z, C, w), rtol=1e-5)
+        np.testing.assert_allclose(*both(w), rtol=1e-5)
     _, states, v = along(straight, 4, 4, "ddim_eps")
-    jump = ddim_jump(SCHEDULE, Z, C, jnp.ones(3), jnp.full(3, 0.75))
+    jump = jumped(Z, 1.0, 0.75)
     np.testing.assert_allclose(states[1], jump, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(Z - 0.25 * v[0], jump, rtol=1e-4, atol=1e-5)
 
@@ -183,8 +195,7 @@ def test_an_error_at_window_starts_alone_is_seen_there_alone():
 
 
 def test_one_epsilon_has_no_error_on_the_first_order_path_but_on_the_line():
-    jump = lambda z, t, u: ddim_jump(SCHEDULE, z, C, jnp.full(3, t), jnp.full(3, u))
-    states = jnp.stack([Z, jump(Z, 1.0, 0.5), jump(jump(Z, 1.0, 0.5), 0.5, 0.0)])
+    states = jnp.stack([Z, jumped(Z, 1.0, 0.5), jumped(jumped(Z, 1.0, 0.5), 0.5, 0.0)])
     velocity = lambda path: solvers.make_velocity(Parameterization("ddim_eps", 2, path), SCHEDULE, straight)
     times = trajectory.window_times(2, 4)
     for path in ("linear", "first_order"):
@@ -254,16 +265,15 @@ def test_errors_that_are_held_add_up_and_those_that_are_drawn_average_out():
 
 def test_the_draws_of_two_steps_and_two_examples_differ():
     moved = trajectory.perturbed_step(euler(straight), jax.random.key(0), trajectory.KINDS["direction"], 0.5)
-    one = lambda z, t: moved(z, jnp.full(3, t), jnp.full(3, t - 0.1), None)[0] - z
+    one = quick_jit(lambda z, t: moved(z, jnp.full(3, t), jnp.full(3, t - 0.1), None)[0] - z)
     first, second = one(Z, 1.0), one(Z, 0.9)
     assert np.min(losses.relative_error(first, second)) > 0.1
     held = trajectory.perturbed_step(euler(straight), jax.random.key(0), trajectory.KINDS["direction_held"], 0.5)
-    one = lambda z, t: held(z, jnp.full(3, t), jnp.full(3, t - 0.1), None)[0] - z
+    one = quick_jit(lambda z, t: held(z, jnp.full(3, t), jnp.full(3, t - 0.1), None)[0] - z)
     np.testing.assert_allclose(one(Z, 1.0), one(Z, 0.9), atol=1e-6)
     signs = trajectory.perturbed_step(euler(straight), jax.random.key(0), trajectory.KINDS["magnitude"], 0.5)
-    lengths = [
-        norms(signs(Z, jnp.full(3, t), jnp.full(3, t - 0.1), None)[0] - Z) / norms(0.1 * C) for t in (1.0, 0.8, 0.6, 0.4)
-    ]
+    one = quick_jit(lambda z, t: signs(z, jnp.full(3, t), jnp.full(3, t - 0.1), None)[0] - z)
+    lengths = [norms(one(Z, t)) / norms(0.1 * C) for t in (1.0, 0.8, 0.6, 0.4)]
     assert set(np.round(np.concatenate(lengths), 3)) == {0.5, 1.5} and len({tuple(np.round(x, 3)) for x in lengths}) > 1
 
 

@@ -1,12 +1,13 @@
 """Laws of the prediction types: conversions undo each other, and all types say the same velocity of one straight line."""
 
 import itertools
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import quick_jit
 
 from proreflow_jax.flow.parameterization import DIFFUSION, JUMPS, Parameterization, convert, ddim_jump, flow_velocity
 from proreflow_jax.flow.schedule import make_schedule
@@ -17,6 +18,9 @@ GRID_TIMES = (np.arange(1001) / 1000).astype(np.float32)
 COUNTS = [2, 4, 8, 5]
 CONSTANT = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]  # in a window
 PAIRED = [*CONSTANT, ("ddim_v", "linear"), ("ddim_v", "first_order")]
+
+
+flow_of = quick_jit(flow_velocity, static_argnums=0)  # (schedule, z, eps, t)
 
 
 def _normal(seed, *shape):
@@ -50,10 +54,18 @@ def test_conversions_agree_with_the_definitions():
             np.testing.assert_allclose(got, out[target], atol=1e-12)
 
 
+@quick_jit
+def said_back(n, w, z, v, outs):
+    """{type: (the velocity its output means, the output that means v)}: one program for every number of windows."""
+    students = {name: Parameterization(name, n) for name in outs}
+    return {name: (s.to_velocity(SD, z, outs[name], w), s.from_velocity(SD, z, v, w)) for name, s in students.items()}
+
+
 @pytest.mark.parametrize("n", COUNTS)
 def test_the_three_types_agree_at_every_grid_time(n):
     """Each type's own constant output, from the pair's ends alone, gives back the chord's velocity everywhere."""
-    ends = at_start(np.arange(n - 1), n)  # the inner bounds once more, as the end of the window before
+    inner = np.resize(np.arange(n - 1), max(COUNTS) - 1)  # as many for every n: arrays of one shape are compiled for once
+    ends = at_start(inner, n)  # the inner bounds once more, as the end of the window before
     w = Window(*map(jnp.concatenate, zip(locate(GRID_TIMES, n), ends._replace(t=ends.t_e), strict=True)))
     z_s, z_e = _normal(0, len(w.t), 16), _normal(1, len(w.t), 16)
 
@@ -67,10 +79,10 @@ def test_the_three_types_agree_at_every_grid_time(n):
         "ddim_eps": (ends[1] - a_e / a_s * ends[0]) / (s_e - a_e / a_s * s_s),
         "diff_eps": (ends[0] - g * ends[1]) / np.sqrt(1 - g**2),
     }
-    for name, out in outs.items():
-        out = jnp.asarray(out, jnp.float32)
-        assert _relative(Parameterization(name, n).to_velocity(SD, z, out, w), v) < 1e-5, name
-        assert _relative(Parameterization(name, n).from_velocity(SD, z, v, w), out) < 1e-5, name
+    outs = {name: jnp.asarray(out, jnp.float32) for name, out in outs.items()}
+    for name, (velocity, output) in said_back(n, w, z, v, outs).items():
+        assert _relative(velocity, v) < 1e-5, name
+        assert _relative(output, outs[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("prediction, path", PAIRED)
@@ -83,29 +95,47 @@ def test_from_velocity_undoes_to_velocity(prediction, path):
         assert _relative(student.from_velocity(SD, z, v, w), out) < 1e-8
 
 
+@cache
+def both_directions(prediction, path):
+    """(velocity, output, pull-back of ones) of (number of windows, window, z, x): one program for every number of windows."""
+
+    def both(n, w, z, x):
+        student = Parameterization(prediction, n, path)
+        out, pull = jax.vjp(lambda v: student.from_velocity(SD, z, v, w), x)
+        return student.to_velocity(SD, z, x, w), out, pull(jnp.ones_like(out))[0]
+
+    return quick_jit(both)
+
+
 @pytest.mark.parametrize("n", [*COUNTS, 1000])
 @pytest.mark.parametrize("prediction, path", PAIRED)
 def test_both_directions_are_finite_everywhere(prediction, path, n):
-    student, w = Parameterization(prediction, n, path), locate(GRID_TIMES, n)
+    w = locate(GRID_TIMES, n)
     z, x = _normal(0, 1001, 4), _normal(1, 1001, 4)
     for t in (GRID_TIMES, w.t_s, w.t_e, (w.t_s + 2 * w.t_e) / 3):
-        assert np.all(np.isfinite(student.to_velocity(SD, z, x, w._replace(t=t))))
-        back = lambda v: student.from_velocity(SD, z, v, w._replace(t=t))  # noqa: B023, E731
-        out, pull = jax.vjp(back, x)
-        assert np.all(np.isfinite(out)) and np.all(np.isfinite(pull(jnp.ones_like(out))[0]))
+        assert all(np.all(np.isfinite(v)) for v in both_directions(prediction, path)(n, w._replace(t=t), z, x))
+
+
+@cache
+def both_crossed(path):
+    """The student's and DDIM's state at the end of a window, by one model: one program for every number of windows."""
+    model = lambda z, t: jnp.tanh(z + t[:, None])
+
+    def both(n, ours, theirs, w):
+        student = Parameterization("ddim_eps", n, path)
+        jump = ddim_jump(SD, theirs, model(theirs, w.t_s), w.t_s, w.t_e)
+        return student.advance(SD, ours, model(ours, w.t), w, w.t_e), jump
+
+    return quick_jit(both)
 
 
 @pytest.mark.parametrize("n", COUNTS)
 @pytest.mark.parametrize("path", ["linear", "first_order"])
 def test_an_epsilon_model_is_already_a_ddim_eps_student(path, n):
     """The step-0 identity: advance over each whole window equals the chain of N DDIM steps of the same model."""
-    student = Parameterization("ddim_eps", n, path)
-    model = lambda z, t: jnp.tanh(z + t[:, None])  # noqa: E731
     ours = theirs = _normal(0, 3, 8)
     for k in range(n):
-        w = at_start(jnp.full(3, k), n)
-        ours = student.advance(SD, ours, model(ours, w.t), w, w.t_e)
-        theirs = ddim_jump(SD, theirs, model(theirs, w.t_s), w.t_s, w.t_e)
+        ours, theirs = both_crossed(path)(n, ours, theirs, at_start(jnp.full(3, k), n))
         assert _relative(ours, theirs) < 1e-5
 
 
@@ -158,8 +188,8 @@ def test_the_first_order_velocity_has_its_derivative_as_limit():
     with jax.enable_x64(True):
         student, w = Parameterization("ddim_eps", 4, "first_order"), at_start(jnp.array([0, 2]), 4)
         z, eps = (jax.random.normal(jax.random.key(i), (2, 6)) for i in (0, 1))
-        at = lambda t: student.to_velocity(SD, z, eps, w._replace(t=t))  # noqa: E731
-        np.testing.assert_allclose(at(w.t_e), flow_velocity(SD, z, eps, w.t_e), rtol=1e-12)
+        at = quick_jit(lambda t: student.to_velocity(SD, z, eps, w._replace(t=t)))
+        np.testing.assert_allclose(at(w.t_e), flow_of(SD, z, eps, w.t_e), rtol=1e-12)
         np.testing.assert_allclose(at(w.t_e), at(w.t_e + 1e-6), rtol=1e-4)
 
 
@@ -167,8 +197,9 @@ def test_the_flow_velocity_is_the_derivative_of_a_ddim_jump():
     with jax.enable_x64(True):
         t, h = jnp.array([0.9, 0.5, 0.02]), 1e-7
         z, eps = (jax.random.normal(jax.random.key(i), (3, 6)) for i in (0, 1))
-        slope = (ddim_jump(SD, z, eps, t, t + h) - ddim_jump(SD, z, eps, t, t - h)) / (2 * h)
-        np.testing.assert_allclose(flow_velocity(SD, z, eps, t), slope, rtol=1e-4, atol=1e-6)
+        jump = quick_jit(lambda u: ddim_jump(SD, z, eps, t, u))
+        slope = (jump(t + h) - jump(t - h)) / (2 * h)
+        np.testing.assert_allclose(flow_of(SD, z, eps, t), slope, rtol=1e-4, atol=1e-6)
 
 
 def test_wrong_names_are_refused_with_their_flag():
@@ -183,11 +214,17 @@ def test_wrong_names_are_refused_with_their_flag():
         convert("epsilon", "noise", SD, z, z, w.t)
 
 
+@quick_jit
+def students_velocity(z, eps, t):
+    """At a time alone, and in the window that holds it."""
+    student = Parameterization("ddim_eps", 4)
+    return student.velocity(SD, z, eps, t), student.to_velocity(SD, z, eps, locate(t, 4))
+
+
 @pytest.mark.parametrize("prediction", DIFFUSION)
 def test_every_network_has_a_velocity_at_a_time(prediction):
     """A diffusion model's is the probability flow of its epsilon, a student's that of the window which holds the time."""
     t, (z, eps) = jnp.array([0.9, 0.5, 0.02]), (_normal(i, 3, 6) for i in (0, 1))
-    out = convert("epsilon", prediction, SD, z, eps, t)
-    np.testing.assert_allclose(Parameterization(prediction).velocity(SD, z, out, t), flow_velocity(SD, z, eps, t), rtol=1e-3)
-    student = Parameterization("ddim_eps", 4)
-    np.testing.assert_array_equal(student.velocity(SD, z, eps, t), student.to_velocity(SD, z, eps, locate(t, 4)))
+    through = lambda z, eps, t: Parameterization(prediction).velocity(SD, z, convert("epsilon", prediction, SD, z, eps, t), t)
+    np.testing.assert_allclose(quick_jit(through)(z, eps, t), flow_of(SD, z, eps, t), rtol=1e-3)
+    np.testing.assert_array_equal(*students_velocity(z, eps, t))

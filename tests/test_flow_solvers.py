@@ -1,11 +1,14 @@
 """Laws of the solvers: their order against an exact flow, straight flows in one step, guidance in one call."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 from scipy.special import softmax
+from tiny import quick_jit
 
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow.schedule import make_schedule, per_example
@@ -20,8 +23,8 @@ WIDTH = 0.5
 def mixture_eps(z, a, s, soft=softmax, xp=np):
     """The exact epsilon -s grad log p(z) of data drawn from a Gaussian mixture, noised to a x0 + s eps."""
     variance = (a * WIDTH) ** 2 + s**2
-    away = z[:, None, :] - (a * xp.ones(()))[..., None, None] * MEANS
-    part = soft(np.log(WEIGHTS) - (away**2).sum(-1) / (2 * variance[..., None]), axis=1)
+    away = z[:, None, :] - (a * xp.ones(()))[..., None, None] * MEANS.astype(z.dtype)
+    part = soft(np.log(WEIGHTS).astype(z.dtype) - (away**2).sum(-1) / (2 * variance[..., None]), axis=1)
     return (s / variance)[..., None] * (part[..., None] * away).sum(1)
 
 
@@ -29,8 +32,18 @@ def predict_eps(z, t):
     return mixture_eps(z, SD.alpha(t), SD.sigma(t), jax.nn.softmax, jnp)
 
 
-def exact(z, t, u):
-    """The probability flow from t to u by DOP853 in the coordinates y = z/a, r = s/a, where dy/dr = eps."""
+def drawn(seed):
+    """16 states."""
+    return np.random.default_rng(seed).normal(size=(16, 2))
+
+
+@cache
+def exact(seed, t, u):
+    """The probability flow of `drawn(seed)` from t to u, once for all solvers.
+
+    By DOP853 in the coordinates y = z/a, r = s/a, where dy/dr = eps.
+    """
+    z = drawn(seed)
     table = lambda w: SD.alphas_cumprod[max(round(1000 * w) - 1, 0)]  # noqa: E731
     r = [np.sqrt(1 / table(w) - 1) for w in (t, u)]
 
@@ -42,17 +55,28 @@ def exact(z, t, u):
     return np.sqrt(table(u)) * y.reshape(z.shape)
 
 
+@cache
+def walk(name):
+    """Every state of a solver at given nodes: where nodes are filled up to one shape, one program serves many walks."""
+    step = solvers.make_solver_step(name, SD, predict_eps)
+    return quick_jit(lambda z, times: solvers.solve(step, z, times, keep=True)[1])
+
+
+def filled(times, count):
+    """`count` nodes and the first: what is missing stands at the last."""
+    times = np.asarray(times)
+    return np.concatenate([times, np.repeat(times[-1:], count + 1 - len(times), axis=0)])
+
+
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_the_order_is_the_slope_of_the_error(name, order):
     """In the first three of four windows, crossed side by side; the table has a steep end in the last."""
     starts, counts = np.array([1.0, 0.75, 0.5]), [25, 50, 125]
-    z = np.random.default_rng(0).normal(size=(16, 2))
-    truth = np.stack([exact(z, t, t - 0.25) for t in starts])
+    z = drawn(0)
+    truth = np.stack([exact(0, t, t - 0.25) for t in starts])
     with jax.enable_x64(True):
-        step = solvers.make_solver_step(name, SD, predict_eps)
-        run = jax.jit(lambda times: solvers.solve(step, jnp.asarray(np.tile(z, (3, 1))), times))
-        t_s = jnp.asarray(np.repeat(starts, 16))
-        ends = [np.asarray(run(nodes(t_s, t_s - 0.25, k))).reshape(truth.shape) for k in counts]
+        t_s, z = jnp.asarray(np.repeat(starts, 16)), np.tile(z, (3, 1))
+        ends = [np.asarray(walk(name)(z, filled(nodes(t_s, t_s - 0.25, k), 125))[k]).reshape(truth.shape) for k in counts]
     errors = np.sqrt(np.mean((np.stack(ends) - truth) ** 2, axis=(2, 3)))
     slopes = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert np.all(np.abs(slopes - order) < 0.1), (slopes, errors)
@@ -61,14 +85,13 @@ def test_the_order_is_the_slope_of_the_error(name, order):
 @pytest.mark.parametrize("name", solvers.SOLVERS)
 @pytest.mark.parametrize("t_s, t_e, steps", [(0.25, 0.0, 8), (1.0, 0.0, 20), (0.002, 0.0, 2)])
 def test_the_last_window_is_finite_and_near_the_truth(name, t_s, t_e, steps):
-    z = np.random.default_rng(1).normal(size=(16, 2)).astype(np.float32)
-    out = np.asarray(solvers.solve(solvers.make_solver_step(name, SD, predict_eps), jnp.asarray(z), nodes(t_s, t_e, steps)))
-    assert np.sqrt(np.mean((out - exact(z, t_s, t_e)) ** 2)) < 0.1
+    out = np.asarray(walk(name)(drawn(1).astype(np.float32), filled(nodes(t_s, t_e, steps), 20))[steps])
+    assert np.sqrt(np.mean((out - exact(1, t_s, t_e)) ** 2)) < 0.1
 
 
 def test_dpmpp_starts_and_ends_as_ddim():
     z, times = jax.random.normal(jax.random.key(0), (4, 2)), jnp.array([0.25, 0.0])
-    both = [solvers.solve(solvers.make_solver_step(name, SD, predict_eps), z, times) for name in ("ddim", "dpmpp_2m")]
+    both = [walk(name)(z, times)[-1] for name in ("ddim", "dpmpp_2m")]
     np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
 
 
@@ -82,10 +105,11 @@ def test_dpmpp_2m_is_the_stock_multistep_scheduler():
     stock.set_timesteps(10)
     z = jax.random.normal(jax.random.key(0), (4, 2))
     theirs = torch.from_numpy(np.array(z))
+    predict = quick_jit(predict_eps)
     for timestep in stock.timesteps:
-        eps = predict_eps(jnp.asarray(theirs.numpy()), (jnp.full(4, int(timestep), jnp.float32) + 1) / 1000)
+        eps = predict(jnp.asarray(theirs.numpy()), (jnp.full(4, int(timestep), jnp.float32) + 1) / 1000)
         theirs = stock.step(torch.from_numpy(np.array(eps)), timestep, theirs).prev_sample
-    ours = solvers.solve(solvers.make_solver_step("dpmpp_2m", SD, predict_eps), z, nodes(1.0, 0.0, 10))
+    ours = walk("dpmpp_2m")(z, nodes(1.0, 0.0, 10))[-1]
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
 
 
@@ -101,12 +125,13 @@ def test_solve_keeps_every_state_and_takes_nodes_per_example():
     z = jax.random.normal(jax.random.key(0), (2, 2))
     step = solvers.make_solver_step("ddim", SD, predict_eps)
     per = nodes(jnp.array([1.0, 0.5]), jnp.array([0.75, 0.25]), 5)
-    last, states = solvers.solve(step, z, per, keep=True)
+    last, states = quick_jit(partial(solvers.solve, step, keep=True))(z, per)
     assert states.shape == (6, 2, 2)
     np.testing.assert_array_equal(states[0], z)
     np.testing.assert_array_equal(states[-1], last)
+    solve = quick_jit(partial(solvers.solve, step))
     for i in range(2):
-        alone = solvers.solve(step, z[i : i + 1], per[:, i])
+        alone = solve(z[i : i + 1], per[:, i])
         np.testing.assert_allclose(alone[0], last[i], rtol=1e-5, atol=1e-6)
 
 

@@ -1,9 +1,12 @@
 """Laws of the windows: they tile [0, 1], a bound belongs to the window it starts, paths meet their ends."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import quick_jit
 
 from proreflow_jax.flow import windows as win
 from proreflow_jax.flow.parameterization import ddim_jump
@@ -30,10 +33,11 @@ def test_windows_tile_the_unit_interval(n):
 
 @pytest.mark.parametrize("n", DIVISORS)
 def test_a_bound_belongs_to_the_window_that_starts_there(n):
-    w = win.locate(jnp.asarray(win.bounds(n), jnp.float32), n)
+    """The bounds come again and again, so that they are as many for every n: arrays of one shape are compiled for once."""
+    w = jax.tree.map(lambda x: np.asarray(x)[: n + 1], win.locate(np.resize(win.bounds(n), 1001).astype(np.float32), n))
     np.testing.assert_array_equal(w.k, [*range(n), n - 1])
     np.testing.assert_array_equal(w.t_s[:-1], win.bounds(n)[:-1].astype(np.float32))
-    starts = win.at_start(np.arange(n), n)
+    starts = jax.tree.map(lambda x: np.asarray(x)[:n], win.at_start(np.resize(np.arange(n), 1000), n))
     jax.tree.map(np.testing.assert_array_equal, starts, jax.tree.map(lambda x: x[:-1], w))
 
 
@@ -93,34 +97,38 @@ def test_sampling_nodes_refuse_a_wrong_count(steps, n):
         win.sampling_nodes(steps, n)
 
 
-def _pair(n):
-    """(state, state, window) of each window."""
-    z = jax.random.normal(jax.random.key(0), (2, n, 3, 2, 4))
-    return z[0], z[1], win.at_start(jnp.arange(n), n)
+interpolate = quick_jit(win.interpolate, static_argnums=(0, 1))  # (path, schedule, z_s, z_e, window)
+
+
+def _pair(n, rows=None):
+    """(state, state, window) of each window; of `rows` pairs, every window as often as the others."""
+    z = jax.random.normal(jax.random.key(0), (2, rows or n, 3, 2, 4))
+    return z[0], z[1], win.at_start(np.resize(np.arange(n), rows or n), n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 1000])
 @pytest.mark.parametrize("path", win.PATHS)
 def test_both_paths_meet_both_ends(path, n):
-    z_s, z_e, w = _pair(n)
-    np.testing.assert_allclose(win.interpolate(path, SD, z_s, z_e, w), z_s, rtol=1e-6)
-    np.testing.assert_allclose(win.interpolate(path, SD, z_s, z_e, w._replace(t=w.t_e)), z_e, rtol=1e-6)
+    z_s, z_e, w = _pair(n, 1000)
+    np.testing.assert_allclose(interpolate(path, SD, z_s, z_e, w), z_s, rtol=1e-6)
+    np.testing.assert_allclose(interpolate(path, SD, z_s, z_e, w._replace(t=w.t_e)), z_e, rtol=1e-6)
 
 
 def test_the_linear_path_moves_by_the_chord():
     z_s, z_e, w = _pair(4)
     t = 0.3 * w.t_s + 0.7 * w.t_e
     moved = z_s + win.chord(z_s, z_e, w.t_s, w.t_e) * (t - w.t_s)[:, None, None, None]
-    np.testing.assert_allclose(win.interpolate("linear", SD, z_s, z_e, w._replace(t=t)), moved, atol=1e-5)
+    np.testing.assert_allclose(interpolate("linear", SD, z_s, z_e, w._replace(t=t)), moved, atol=1e-5)
 
 
 def test_ddim_with_one_epsilon_stays_on_the_first_order_path():
     z_s, eps, w = _pair(4)
-    z_e = ddim_jump(SD, z_s, eps, w.t_s, w.t_e)
+    jump = quick_jit(partial(ddim_jump, SD))
+    z_e = jump(z_s, eps, w.t_s, w.t_e)
     for part in (0.1, 0.5, 0.96):
         t = (1 - part) * w.t_s + part * w.t_e
-        expected = ddim_jump(SD, z_s, eps, w.t_s, t)
-        np.testing.assert_allclose(win.interpolate("first_order", SD, z_s, z_e, w._replace(t=t)), expected, atol=2e-5)
+        expected = jump(z_s, eps, w.t_s, t)
+        np.testing.assert_allclose(interpolate("first_order", SD, z_s, z_e, w._replace(t=t)), expected, atol=2e-5)
 
 
 def test_an_unknown_path_is_refused():

@@ -70,7 +70,7 @@ def test_upsample_to_even_and_odd_sizes(shape):
     module = Upsample2D(4, use_conv=True, out_channels=4)
     ours = twin(module, lambda rngs: layers.Upsample(4, rngs))
     x = draw(2, 4, 3, 5)
-    same(ours(to_jax(x), shape), module(x, shape))
+    same(ours(to_jax(x), shape=shape), module(x, shape))
 
 
 @pytest.mark.parametrize("context", [None, 10])

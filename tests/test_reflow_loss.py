@@ -20,6 +20,7 @@ LOSS = LossRecipe("velocity", 1.0, "fixed", 0.0, 0.25, 0, "float32")
 STUDENTS = [("velocity", "linear"), ("ddim_eps", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")]
 STUDENTS += [("ddim_v", "linear"), ("ddim_v", "first_order")]
 KEY = jax.random.key(3)
+COUNT = 200_000  # times that are drawn, everywhere as many: arrays of one shape are compiled for once
 
 
 def records(b, m, n):
@@ -55,14 +56,17 @@ def says(params, z, t, *told):
     return params["out"]
 
 
-def perfect(flow, x):
-    """The output that a perfect student gives."""
-    return {"out": quick_jit(partial(flow.from_velocity, TOYS.schedule))(x["z"], x["v"], x["window"])}
+@cache
+def perfect(flow):
+    """Examples in float64, to be called under x64, and the output that a perfect student gives."""
+    assert jax.config.jax_enable_x64
+    x = jax.tree.map(lambda v: v.astype(float) if v.dtype == jnp.float32 else v, drawn(flow))
+    return x, {"out": quick_jit(partial(flow.from_velocity, TOYS.schedule))(x["z"], x["v"], x["window"])}
 
 
 @pytest.mark.parametrize("n", [1, 8, 250])
 def test_times_lie_in_their_window_start_included_end_excluded(n):
-    k = jnp.arange(20_000) % n
+    k = jnp.arange(COUNT) % n
     w = draw_times(KEY, k, n, 0.1)
     np.testing.assert_array_equal(w.k, k)
     t, t_s, t_e = (np.round(1000 * np.asarray(x, np.float64), 3) for x in (w.t, w.t_s, w.t_e))
@@ -74,14 +78,14 @@ def test_times_lie_in_their_window_start_included_end_excluded(n):
 
 @pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
 def test_window_starts_come_with_their_probability(p):
-    width, count = 125, 200_000
+    width, count = 125, COUNT
     w = draw_times(KEY, jnp.zeros(count, jnp.int32), 8, p)
     want = p + (1 - p) / width
     assert abs(float((w.t == w.t_s).mean()) - want) <= 4 * np.sqrt(want * (1 - want) / count)
 
 
 def test_times_are_uniform_where_the_start_has_no_extra_weight():
-    width, count = 125, 125_000
+    width, count = 125, COUNT
     w = draw_times(KEY, jnp.full(count, 5), 8, 0.0)
     seen = np.bincount(np.round(1000 * np.asarray(w.t_s - w.t)).astype(int), minlength=width)
     assert len(seen) == width
@@ -92,7 +96,7 @@ def test_times_are_uniform_where_the_start_has_no_extra_weight():
 @pytest.mark.parametrize(("n", "steps"), [(2, 4), (4, 10), (8, 12), (8, 15), (4, 999), (8, 4), (1, 8)])
 def test_the_times_that_come_more_often_are_those_of_a_sampler(n, steps):
     """Exactly the nodes of a sampler of so many steps, each as often as the others of its window; of no sampler the starts."""
-    count = 40_000
+    count = COUNT
     k = np.arange(count) % n
     t = np.round(1000 * np.asarray(draw_times(KEY, jnp.asarray(k), n, 1.0, steps).t, np.float64)).astype(int)
     stops = np.round(1000 * windows.sampling_nodes(max(steps, n), n)[:-1]).astype(int)
@@ -128,9 +132,8 @@ def test_huber_bends_the_squared_error_only():
     x = drawn(flow)
     values = {d: evaluated({"out": x["z"]}, x, flow, LOSS._replace(huber=d), says)[0] for d in (0.0, 0.1, 1e3)}
     np.testing.assert_allclose(values[1e3], values[0.0], rtol=1e-3)
-    cosine = 1 - losses.cosine(x["z"], x["v"])
-    bent = losses.pseudo_huber(losses.squared_error(x["z"], x["v"]), 0.1) + cosine
-    np.testing.assert_allclose(values[0.1], np.mean(bent), rtol=1e-5)
+    bend = lambda z, v: losses.pseudo_huber(losses.squared_error(z, v), 0.1) + 1 - losses.cosine(z, v)
+    np.testing.assert_allclose(values[0.1], np.mean(quick_jit(bend)(x["z"], x["v"])), rtol=1e-5)
 
 
 @pytest.mark.parametrize("m", [8, 1, 3])
@@ -173,8 +176,7 @@ def test_a_perfect_student_has_no_loss(prediction, path, space):
     """In float64, with the network itself an arithmetic fact."""
     flow, loss = Parameterization(prediction, 4, path), LOSS._replace(space=space)
     with jax.enable_x64(True):
-        x = jax.tree.map(lambda v: v.astype(float) if v.dtype == jnp.float32 else v, drawn(flow))
-        right = perfect(flow, x)
+        x, right = perfect(flow)
         value, metrics = evaluated(right, x, flow, loss, says)
         off, _ = evaluated({"out": 1.01 * right["out"]}, x, flow, loss, says)
     assert abs(float(value)) < 1e-10 < 1e-6 < float(off)
@@ -185,14 +187,13 @@ def test_a_perfect_student_has_no_loss(prediction, path, space):
 @pytest.mark.parametrize("prediction, path", STUDENTS)
 def test_a_student_with_the_targets_output_lands_on_the_clean_end(prediction, path):
     """Crossing the rest of the window from z_t with the perfect output ends at the pair's second state."""
-    flow, b = Parameterization(prediction, 4, path), 32
-    rows = records(b, 4, 4)
+    flow = Parameterization(prediction, 4, path)
     with jax.enable_x64(True):
-        x = drawn(flow, rows)
+        x, right = perfect(flow)
         move = quick_jit(partial(flow.advance, TOYS.schedule))
-        end = np.asarray(move(x["z"], perfect(flow, x)["out"], x["window"], x["window"].t_e))
+        end = np.asarray(move(x["z"], right["out"], x["window"], x["window"].t_e))
         k = np.asarray(x["window"].k)
-    np.testing.assert_allclose(end, np.asarray(rows["states"])[np.arange(b), k + 1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(end, np.asarray(records(32, 4, 4)["states"])[np.arange(32), k + 1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -208,10 +209,15 @@ def test_a_window_holds_the_sums_of_its_own_examples():
     flow = Parameterization("velocity", 8)
     x = drawn(flow)
     _, metrics = evaluated(FROZEN.teacher, x, flow)
-    out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["window"].t - 1, x["context"].states)
+
+    @quick_jit
+    def by_hand(x):
+        out = tiny.toy_unet(FROZEN.teacher, x["z"], 1000 * x["window"].t - 1, x["context"].states)
+        cosine = losses.cosine(out, x["v"])
+        return {"cosine": cosine, "loss": losses.squared_error(out, x["v"]) + 1 - cosine}
+
     k = np.asarray(x["window"].k)
-    cosine = losses.cosine(out, x["v"])
-    for name, rows in (("cosine", cosine), ("loss", losses.squared_error(out, x["v"]) + 1 - cosine)):
+    for name, rows in by_hand(x).items():
         want = [np.asarray(rows)[k == i].sum() for i in range(8)]
         np.testing.assert_allclose(metrics["window"][name], want, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(metrics["window"]["count"], np.bincount(k, minlength=8))

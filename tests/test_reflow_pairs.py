@@ -97,7 +97,8 @@ def test_from_data_the_first_state_is_the_noised_latent_at_the_start_of_its_wind
     assert made["states"].shape == (256, 2, *tiny.LATENT)
     x0 = TOYS.scaling * (np.asarray(batch["image"])[:, ::2, ::2, :1] / 127.5 - 1.0)
     t_s = grid_time(1000 - 250 * made["first"])
-    a, s = (np.asarray(level(t_s)).reshape(-1, 1, 1, 1) for level in (TOYS.schedule.alpha, TOYS.schedule.sigma))
+    levels = quick_jit(lambda t: (TOYS.schedule.alpha(t), TOYS.schedule.sigma(t)))(t_s)
+    a, s = (np.asarray(level).reshape(-1, 1, 1, 1) for level in levels)
     noise = (made["states"][:, 0] - a * x0) / s
     for k in range(4):
         here = noise[made["first"] == k]

@@ -36,10 +36,13 @@ def tensors(module: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def twin(module: torch.nn.Module, build: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> Callable[..., Any]:
-    """Randomises `module`; returns our block with the same weights. Names and shapes must agree in full."""
+    """Randomises `module`; returns our block with the same weights, one program. Names and shapes must agree in full.
+
+    A size is handed over by name, `shape`.
+    """
     ours = network.network(build, {})
     found = weights.from_torch(tensors(randomise(module, seed)), ours.shapes, type(module).__name__)
-    return partial(ours.apply, {name: jnp.asarray(value) for name, value in found.items()})
+    return partial(quick_jit(ours.apply, static_argnames="shape"), {name: jnp.asarray(value) for name, value in found.items()})
 
 
 def draw(*shape: int, seed: int = 1) -> torch.Tensor:
