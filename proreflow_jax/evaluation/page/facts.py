@@ -49,7 +49,7 @@ class Stage(NamedTuple):
 
 
 class Table(NamedTuple):
-    """An evaluation's table, every cell as text."""
+    """An evaluation's table, every cell as text; without heads its picture alone."""
 
     title: str
     heads: Sequence[str]
@@ -58,6 +58,7 @@ class Table(NamedTuple):
     compared: Sequence[int]  # rows of which the best is marked
     notes: Sequence[str] = ()
     picture: str = ""  # as data:; "": none
+    best: Sequence[tuple[int, int]] | None = None  # (row, column) that is marked; None: by `better` and `compared`
 
 
 class Change(NamedTuple):
@@ -97,11 +98,12 @@ class Panel(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What `evaluate --study` measured."""
+    """Charts with their tables: what `evaluate --study` measured, or a grid of methods."""
 
     panels: Sequence[Panel]
     tables: Sequence[Table]
     notes: Sequence[str]
+    title: str = "Study"
 
 
 class Run(NamedTuple):
@@ -111,7 +113,7 @@ class Run(NamedTuple):
     folder: str
     time: int | float  # of reading, in seconds since 1970
     fields: Mapping[str, Any]  # of the config, by dotted names
-    progress: Mapping[str, Any] = {}  # progress.json
+    progress: Mapping[str, Any] = {}  # progress.json; `under_way`: names of what several processes do now
     stages: Sequence[Stage] = ()
     exports: Sequence[int] = ()  # windows of the exported students
     tables: Sequence[Table] = ()
@@ -123,4 +125,5 @@ class Run(NamedTuple):
     disk: Mapping[str, int] = {}  # bytes by what they are
     study: Study | None = None
     boxes: Sequence[Box] = ()  # the lineage, where the stages do not say it
+    counted: Sequence[tuple[str, str]] = ()  # costs that the job itself counted: (title, in words)
     pictured: str = ""  # how the pictures were drawn, in a sentence; "": as `halves` says

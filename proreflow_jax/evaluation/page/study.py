@@ -1,4 +1,4 @@
-"""What `evaluate --study` measured, as a part of a run's page: curves, tables with their spread, settings."""
+"""Measured curves as a part of a run's page, with their tables and settings: of `evaluate --study`, of a grid of methods."""
 
 from proreflow_jax.evaluation.page.charts import chart
 from proreflow_jax.evaluation.page.facts import Panel, Run
@@ -13,7 +13,7 @@ def study(run: Run) -> str:
     notes = "".join(f"<p class=note>{text(note)}</p>" for note in run.study.notes)
     charts = "".join(_panel(panel) for panel in run.study.panels)
     tables = "".join(f"<h3>{text(table.title)}</h3>{grid(table)}" for table in run.study.tables)
-    return f"<section><h2>Study</h2>{notes}<div class=charts>{charts}</div>{tables}</section>"
+    return f"<section><h2>{text(run.study.title)}</h2>{notes}<div class=charts>{charts}</div>{tables}</section>"
 
 
 def _panel(panel: Panel) -> str:
