@@ -203,6 +203,8 @@ def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
     assert {"table.md", "table.json", "samples-2.png"} <= set(named)
     assert all((Path(config.root) / config.name / name).is_file() for name in named)
     assert ("four", 1) not in numbers(config)
+    page = (Path(config.root) / config.name / "report.html").read_text()
+    assert "<b>grid: 5 of 6 cells; about" in page and "Samples in 2 steps" in page and page.count("src='data:image/") == 4
 
 
 def test_other_numbers_are_other_cells(small):

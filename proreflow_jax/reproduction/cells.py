@@ -145,7 +145,7 @@ def _folder(experiment: Experiment) -> Path:
 def work(experiment: Experiment, testbed: Testbed, cells: list[Cell], show: Callable[[], None]) -> None:
     """Makes cells that no other process holds.
 
-    show: called when a cell begins, where those before are done; it may not fail.
+    show: called when a cell begins, where those before are done, and at the end; it may not fail.
     """
     if not jax.config.jax_compilation_cache_dir:  # programs are compiled once for all workers, and for the next start
         jax.config.update("jax_compilation_cache_dir", str(experiment.run / "compiled"))
@@ -169,6 +169,7 @@ def work(experiment: Experiment, testbed: Testbed, cells: list[Cell], show: Call
                 log.info("%s: done (%d of %d)", cell.name, number, len(cells))
         except lock.Locked:
             continue
+    show()
 
 
 def _locks(cell: Cell) -> Path:

@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 from proreflow_jax import UserError
 from proreflow_jax.evaluation import figures
 from proreflow_jax.evaluation.page import embed
-from proreflow_jax.evaluation.page.facts import Box, Panel, Run, Series, Study, Table
+from proreflow_jax.evaluation.page.facts import Box, Panel, Run, Series, Table
 from proreflow_jax.evaluation.page.markup import large, span
 from proreflow_jax.jobs import run_facts
 from proreflow_jax.reproduction import claims, curves, report
@@ -59,7 +59,7 @@ def read_grid(folder: Location, fields: Mapping[str, Any], grid: Grid) -> Run:
         config_name=name,
         changes=changes,
         disk=run_facts.disk(sizes, DISK),
-        study=_study(budgets, testbed, config.reproduce.figures) if budgets else None,
+        panels=_panels(budgets, testbed, config.reproduce.figures) if budgets else (),
         boxes=_boxes(grid, len(results)),
         counted=_counted(list(results.values())),
     )
@@ -160,20 +160,20 @@ def _accounts(budgets: Mapping[int, Cells], grid: Grid) -> list[Table]:
     return [report.gate_table(gate, budgets, grid.testbed, baseline), report.cost_table(budgets)]
 
 
-def _study(budgets: Mapping[int, Cells], testbed: Testbed, shown: Sequence[tuple[str, Sequence[str]]]) -> Study | None:
-    """The figures of the grid as charts: over budgets where there are several, and over alpha."""
-    panels, notes = [], [f"{curves.spread_said(budgets)}."]
+def _panels(budgets: Mapping[int, Cells], testbed: Testbed, shown: Sequence[tuple[str, Sequence[str]]]) -> list[Panel]:
+    """The figures of the grid: over budgets where there are several, and over alpha."""
+    panels, note = [], curves.spread_said(budgets)
     for file, methods in shown if len(budgets) > 1 else ():
         before = f"{file.removesuffix('.png')}: " if len(shown) > 1 else ""
         charts = [chart for row in curves.curve_charts(budgets, methods, testbed.short, BASE) for chart in row]
         panels += [_over_budgets(chart._replace(title=f"{before}{chart.title}"), list(budgets), methods) for chart in charts]
-    if panels:
-        notes.append("x: forwards of the network in training, pairs included.")
+    panels = [panel._replace(note=f"x: forwards of the network in training, pairs included; {note}") for panel in panels]
     if alphas := curves.alpha_series(budgets[max(budgets)]):
         rows = {name: [_series(line, i) for i, line in enumerate(lines)] for name, lines in alphas.series.items()}
-        panels += [Panel(f"{alphas.title}: {testbed.short[curves.SHOWN[name]]}", rows[name], alphas.ticks) for name in rows]
-    panels = [panel._replace(series=rows) for panel in panels if (rows := [one for one in panel.series if one.points])]
-    return Study(panels, [], [" ".join(notes)], "Curves") if panels else None
+        titles = {name: f"{alphas.title}: {testbed.short[curves.SHOWN[name]]}" for name in rows}
+        panels += [Panel(titles[name], rows[name], alphas.ticks, "x: alpha; bars: one spread") for name in rows]
+    panels = [panel._replace(series=[one for one in panel.series if one.points]) for panel in panels]
+    return [panel for panel in panels if panel.series]
 
 
 def _over_budgets(chart: figures.Chart, budgets: Sequence[int], methods: Sequence[str]) -> Panel:
@@ -197,8 +197,8 @@ def _boxes(grid: Grid, done: int) -> list[Box]:
     r, opened = config.reproduce, bool(grid.cells and grid.cells[0].key)
     model = str(config.model.path).rstrip("/").rpartition("/")[2] or "trained by the lab"
     whole = done == len(grid.cells)
-    words = f"{len(r.methods)} methods, seeds {', '.join(map(str, r.seeds))}: a student of its own in each"
-    table = "written" if whole else "as far as it stands, written at the end"
+    words = f"{len(r.methods)} methods, seeds {', '.join(map(str, r.seeds))}: each cell trains a student of its own"
+    table = "written" if whole else "written at the end of the command"
     return [
         Box("base model", model, experiment.unet.digest() if opened else "", kind="done" if opened else "begun"),
         Box(f"{len(grid.cells)} cells", words, kind="done" if whole else "begun" if done else "waiting"),

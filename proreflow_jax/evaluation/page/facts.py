@@ -98,12 +98,11 @@ class Panel(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Charts with their tables: what `evaluate --study` measured, or a grid of methods."""
+    """What `evaluate --study` measured."""
 
     panels: Sequence[Panel]
     tables: Sequence[Table]
     notes: Sequence[str]
-    title: str = "Study"
 
 
 class Run(NamedTuple):
@@ -124,6 +123,7 @@ class Run(NamedTuple):
     changes: Sequence[Change] = ()
     disk: Mapping[str, int] = {}  # bytes by what they are
     study: Study | None = None
+    panels: Sequence[Panel] = ()  # curves beside those of the stages
     boxes: Sequence[Box] = ()  # the lineage, where the stages do not say it
     counted: Sequence[tuple[str, str]] = ()  # costs that the job itself counted: (title, in words)
     pictured: str = ""  # how the pictures were drawn, in a sentence; "": as `halves` says

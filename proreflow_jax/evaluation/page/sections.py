@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from proreflow_jax.evaluation.page.charts import chart, series_of
 from proreflow_jax.evaluation.page.costs import costs
-from proreflow_jax.evaluation.page.facts import Box, Run, Stage, Table
+from proreflow_jax.evaluation.page.facts import Box, Panel, Run, Stage, Table
 from proreflow_jax.evaluation.page.markup import field, number, span, text
 
 DIGITS = 12  # of a digest
@@ -106,14 +106,19 @@ def _changes(run: Run) -> str:
 
 
 def curve_charts(run: Run) -> str:
-    """The numbers of every stage that has lines."""
-    parts = []
+    """The numbers of every stage that has lines, and the panels."""
+    parts = [f"<div class=charts>{''.join(map(panel_chart, run.panels))}</div>"] if run.panels else []
     for stage in run.stages:
         series = [series_of(stage.lines, one.number, stage.windows, one.beyond_one) for one in stage.curves]
         charts = [chart(one.title, rows, stage.total, one.note) for one, rows in zip(stage.curves, series, strict=True)]
         if any(charts):
             parts.append(f"<h3>{text(stage.name.capitalize())}{_rate(stage)}</h3><div class=charts>{''.join(charts)}</div>")
     return f"<section><h2>Curves</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def panel_chart(panel: Panel) -> str:
+    """A chart with labels of its own below it."""
+    return chart(panel.title, panel.series, max(panel.ticks), panel.note, panel.ticks)
 
 
 def _rate(stage: Stage) -> str:
