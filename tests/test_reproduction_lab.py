@@ -248,6 +248,13 @@ def test_a_killed_grid_shows_the_cells_that_are_whole_and_what_others_do(tiny, t
     assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;far" in page and page.count("<script") == 1 and "<b>far" not in page
 
 
+def test_curves_have_no_level_that_is_rounding_of_zero():
+    """The base model at its most steps against itself, which would take the logarithmic axis down to 1e-14."""
+    row = lambda name, budget, n: {"method": name, "seed": 0, "budget": budget, "steps": {"4": {"d": 2.0}, "8": {"d": n}}}
+    levels = lambda n: curves.curve_charts({10: {"teacher": [row("teacher", 0, n)]}}, [], {"d": "d"}, "teacher")[0][0].levels
+    assert levels(3.2e-14) == levels(0.0) == {"teacher, 4": 2.0} and levels(0.01) == {"teacher, 4": 2.0, "teacher, 8": 0.01}
+
+
 def test_curves_leave_out_steps_that_are_not_measured(tmp_path):
     row = lambda name, budget: {
         "method": name,

@@ -339,6 +339,7 @@ def test_a_spread_is_that_of_a_sample_and_shows_as_many_digits_as_the_mean():
     assert report.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert report.spread([0.0123, 0.0125]) == "0.0124 ± 0.0001"
     assert report.spread([123.4]) == "123"
+    assert report.spread([3.2e-14, -1e-14]) == report.spread([0.0, 0.0]) == report.spread([2e-14]) == "0"  # rounding
 
 
 def test_figures_over_alpha_need_the_sweep_and_the_automatic_one(tmp_path):

@@ -9,6 +9,8 @@ import numpy as np
 from proreflow_jax.evaluation import figures
 from proreflow_jax.reproduction.claims import AT, Cells, values
 
+ZERO = 1e-6  # of the largest level: below that it is rounding, of the teacher's distance to itself
+
 
 def draw_curves(
     path: Path, budgets: Mapping[int, Cells], methods: Sequence[str], measures: Mapping[str, str], teacher: str
@@ -38,7 +40,7 @@ def curve_charts(
             series = [line for method in methods if (line := _line(budgets, method, measure, steps))]
             levels = {f"teacher, {n}": float(np.mean(values(first, measure, n))) for n in (steps, 2 * steps) if n in measured}
             levels |= {f"teacher, {max(map(int, first[0]['steps']))}": values_at_most(first, measure)}
-            levels = {name: level for name, level in levels.items() if level > 0}
+            levels = {name: level for name, level in levels.items() if level > ZERO * max(levels.values())}
             row.append(figures.Chart(f"{title}, {steps} steps", series, levels))
         charts.append(row)
     return charts

@@ -25,6 +25,7 @@ MARK = (
     "Change of the mean from the second method to the first, less is better. **Bold**: further apart than three pooled "
     "spreads, at a budget where the gate is open. All else is undecided."
 )
+ROUNDING = 1e-9  # numbers below are the teacher's distance to itself
 BEST = "**"  # around the best mean of a column, and around a claim
 
 
@@ -79,11 +80,13 @@ def make_notes(config: ConfigDict, testbed: Testbed, done: int, total: int) -> l
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, three digits of the mean; of one value only itself."""
+    """Mean ± standard deviation over seeds, three digits of the mean; of one value only itself; "0" where all is rounding."""
     mean = float(np.mean(numbers))
+    if max(map(abs, numbers)) < ROUNDING:
+        return "0"
     if len(numbers) < 2:
         return f"{mean:.3g}"
-    digits = max(0, 2 - int(np.floor(np.log10(max(abs(mean), 1e-12)))))
+    digits = max(0, 2 - int(np.floor(np.log10(max(abs(mean), ROUNDING)))))
     return f"{mean:.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
 
 
