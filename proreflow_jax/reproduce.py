@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import RunFailed, UserError
 from proreflow_jax.run import cli
-from proreflow_jax.storage import atomic
+from proreflow_jax.storage import atomic, paths
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 def reproduce(config: ConfigDict, workers: int) -> None:
     """The verb: makes the cells that are missing and writes table.md, table.json and the figures into the run's folder."""
     from proreflow_jax.reproduction import report
-    from proreflow_jax.reproduction.cells import check_grid, make_cells, spawn, work
+    from proreflow_jax.reproduction.cells import check_grid, keyed, plan_cells, spawn, work
     from proreflow_jax.reproduction.digits import DIGITS
+    from proreflow_jax.reproduction.grid_page import grid_reporter
     from proreflow_jax.reproduction.lab import LAB
 
     if "reproduce" not in config:
@@ -27,18 +28,24 @@ def reproduce(config: ConfigDict, workers: int) -> None:
     testbed = {"digits": DIGITS, "mixture": LAB}.get(config.data.kind, DIGITS)  # which refuses other kinds
     experiment = testbed.open(config)
     check_grid(experiment, testbed, workers)
-    cells = make_cells(experiment)
+    cells, show = plan_cells(experiment), grid_reporter(experiment, testbed)
+    if not (experiment.run / "cells").is_dir():  # nothing is done yet, and a lab's base model takes a minute
+        paths.make_folder(experiment.run, "--config.root")
+        show(cells)
+    cells = keyed(cells, experiment)
     missing = [cell for cell in cells if not cell.path(".json").is_file()]
     log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
     testbed.prepare(experiment)
+    show(cells)
     if workers > 1 and len(missing) > 1:
         spawn(min(workers, len(missing)))
     elif missing:
-        work(experiment, testbed, missing)
+        work(experiment, testbed, missing, lambda: show(cells))
     done = [(cell, atomic.read_json(cell.path(".json"))) for cell in cells if cell.path(".json").is_file()]
     if not done:
         raise RunFailed("no cell is done: another process makes them; run the same command again when it has ended")
     text = report.write_report(experiment, testbed, [result for _, result in done], len(cells))
+    show(cells)
     print(text)
     written = sorted(path.name for path in experiment.run.iterdir() if path.suffix in (".md", ".json", ".png"))
     print(f"in {experiment.run}: {', '.join(written)}")

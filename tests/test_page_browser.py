@@ -68,7 +68,9 @@ def long_run() -> Run:
         folder="gs://bucket/" + "folder/" * 30,
         time=0.0,
         fields={"model.path": "/" + "m" * 300},
-        progress=progress | {"devices": "256 x TPU v5 lite", "seconds_left": 1e6, "rates": {"pairs": 0.1}},
+        progress=progress
+        | {"devices": "256 x TPU v5 lite", "seconds_left": 1e6, "rates": {"pairs": 0.1}}
+        | {"under_way": ["u" * 90] * 9},
         stages=[stage, stage._replace(windows=8, parent="c" * 64)],
         exports=[16],
         tables=[table],
@@ -82,13 +84,15 @@ def long_run() -> Run:
 
 
 def long_training() -> Run:
-    """The same of a base model's training, and a study."""
+    """The same of a base model's training, a study, and what a grid of methods has."""
     run = long_run()
     stages = [stage._replace(windows=0, own_name="autoencoder " * 3, sides=("original", "r" * 40)) for stage in run.stages]
     boxes = [Box("start", "/" + "m" * 300, "d" * 64), Box("model", "w" * 100, kind="waiting")]
     series = [Series("trained, uniform " * 3, [(0.1, 1.0), (0.9, 3.0)], 0, [0.1, 4.0])]
+    alone = [Table("t" * 90, [], [], [], [], picture=run.tables[0].picture)]
     study = Study([Panel("p " * 60, series, {0.0: "noise", 1.0: "data"}, "n " * 60)], run.tables, ["s " * 90])
-    return run._replace(stages=stages, boxes=boxes, study=study, prompts=run.prompts * 6, pictured="how " * 60)
+    more = {"panels": study.panels, "counted": [("c" * 60, "forwards " * 40)], "tables": [*run.tables, *alone]}
+    return run._replace(stages=stages, boxes=boxes, study=study, prompts=run.prompts * 6, pictured="how " * 60, **more)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The lab: its data are what their closed form says, its students are the project's own, its table says what it cost."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -13,13 +14,18 @@ from configs.reproduce import get_config as reproduce_config
 from proreflow_jax import reproduce
 from proreflow_jax.data import mixture
 from proreflow_jax.evaluation import figures, frechet, sliced
+from proreflow_jax.evaluation.page import costs, sections, serve
+from proreflow_jax.evaluation.page.document import document
+from proreflow_jax.evaluation.page.facts import Change
 from proreflow_jax.models import mlp
-from proreflow_jax.reproduction import lab
+from proreflow_jax.reproduction import cells, curves, grid_facts, grid_page, lab, report
 from proreflow_jax.reproduction.cell import make_programs, stage_pairs, train_student
 from proreflow_jax.reproduction.cells import make_cells
+from proreflow_jax.reproduction.grid_facts import Grid
 from proreflow_jax.run import check_config
 from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.open import reopen
+from proreflow_jax.storage import atomic, lock
 
 pytestmark = pytest.mark.usefixtures("quick")
 TINY = {
@@ -125,10 +131,52 @@ def test_pairs_start_from_the_mixtures_examples(tiny):
     assert np.abs(ends[clean] - batch["mean"][clean]).mean() < np.abs(ends[clean] - np.roll(batch["mean"], 1, 0)[clean]).mean()
 
 
-def test_a_run_says_what_every_row_cost_and_goes_on_where_it_was_stopped(tiny, capsys):
+@pytest.fixture
+def pages(monkeypatch):
+    """What each page of a grid was made from, in order."""
+    runs, read = [], grid_page.read_grid
+    monkeypatch.setattr(grid_page, "read_grid", lambda *place: runs.append(read(*place)) or runs[-1])
+    return runs
+
+
+def check_page_is_the_cells(page, results, text):
+    """Bars, costs, the last row of each table and the marks."""
+    assert page.count("<svg") == 8 and page.count("data:image/png") == 0 and "<h2>Curves</h2>" in page
+    one = lambda method, budget: [c for c in results if (c["method"], c["budget"]) == (method, budget)]
+    for measure, steps in (("distance", 2), ("sliced", 4)):
+        for method, budget in (("teacher", 0), ("four", 800), ("again", 1600)):
+            said = report.spread([cell["steps"][str(steps)][measure] for cell in one(method, budget)])
+            assert f">{said}</td>" in page, (method, budget, measure)
+    marks = re.findall(r"<td class=best>(.*?)</td>", page)
+    assert len(marks) == 4 * 2 * 2 and marks == [words for words in re.findall(r"\*\*(.*?)\*\*", text) if "±" in words]
+    assert f"{sum(cell['forwards'] for cell in results):,} on one example" in page
+    assert "<td>four</td><td>800</td>" in page and "(a) The teacher&#x27;s Frechet, real falls" in page
+
+
+def check_pages_grew(runs, folder):
+    """From the first minute on, a page a cell."""
+    done = [run.progress["done"] for run in runs]
+    assert done == [0, 0, *range(8), 8, 8] and {run.progress["total"] for run in runs} == {8}
+    assert [run.boxes[0].kind for run in runs[:2]] == ["begun", "done"] and runs[0].boxes[0].digest == ""
+    assert runs[2].progress["under_way"] == ["teacher-0"] and runs[5].progress["under_way"] == ["four-800-1"]
+    assert not runs[-1].progress["under_way"] and not list(folder.rglob(cells.HOLDER))
+    assert [sections.headline(run) for run in (runs[0], runs[-1])] == [
+        "grid: 0 of 8 cells; the time left is not known yet", "finished"
+    ]  # fmt: skip
+    assert (
+        not runs[3].tables and len(runs[5].tables) == 4 + 2 and re.search("; about .* left in all", sections.headline(runs[6]))
+    )
+    assert runs[-1].config_name == "reproduce:lab" and Change("lab.steps", "6000", "20") in runs[-1].changes
+
+
+def test_a_run_says_what_every_row_cost_and_goes_on_where_it_was_stopped(tiny, capsys, pages, caplog, monkeypatch):
     config = tiny(name="whole")
     reproduce.reproduce(config, 1)
     text, folder = capsys.readouterr().out, Path(config.root) / "whole"
+    page = (folder / "report.html").read_text()
+    check_pages_grew(pages, folder)
+    check_page_is_the_cells(page, json.loads((folder / "table.json").read_text())["cells"], text)
+    assert serve.page(folder) == page
     table = json.loads((folder / "table.json").read_text())
     assert {path.name for path in folder.glob("*.*")} >= {"table.md", "table.json", "curves.png"}
     assert not list(folder.glob("samples*")) and "Unfinished" not in text
@@ -149,13 +197,79 @@ def test_a_run_says_what_every_row_cost_and_goes_on_where_it_was_stopped(tiny, c
     assert {claim["budget"] for claim in table["claims"]} == {800, 1600}
     assert [head in text for head in ("## The gate", "## What each row costs", "pair records", "examples")] == [True] * 4
 
-    base, cells = list(folder.glob("base-*.safetensors")), sorted((folder / "cells").glob("*.json"))
-    cells[-1].unlink()
-    before = {path: path.stat().st_mtime_ns for path in (*base, *cells[:-1])}
+    base, files = list(folder.glob("base-*.safetensors")), sorted((folder / "cells").glob("*.json"))
+    files[-1].unlink()
+    before = {path: path.stat().st_mtime_ns for path in (*base, *files[:-1])}
+    monkeypatch.setattr(grid_page, "read_grid", lambda *place: 1 / 0)
     reproduce.reproduce(config, 1)
+    assert "was not written (ZeroDivisionError" in caplog.text
     again = json.loads((folder / "table.json").read_text())
     assert [cell["steps"] for cell in again["cells"]] == [cell["steps"] for cell in table["cells"]]
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(base) == 1
+
+
+def result(experiment, cell, number):
+    """A cell's file with numbers of its own."""
+    stages = [{"windows": 4, "records": 8, "updates": 4, "examples": 32, "forwards": cell.forwards}] if cell.forwards else []
+    scores = {measure: number for measure in lab.LAB.measures}
+    steps = {str(s): scores for s in {*experiment.config.reproduce.steps, *experiment.config.evaluate.teacher_steps}}
+    about = {"method": cell.method, "group": cell.group, "seed": cell.seed, "budget": cell.forwards, "stages": stages}
+    about |= {"forwards": cell.forwards, "updates": 4, "examples": 32, "alpha": 1.0, "balance": "fixed", "steps": steps}
+    return about | {"seconds": {"cpu": 1.0, "training": cell.forwards / 100, "measuring": 3.0}}
+
+
+def test_a_killed_grid_shows_the_cells_that_are_whole_and_what_others_do(tiny, tmp_path):
+    experiment = lab.open_lab(tiny(lab__steps=2, root=str(tmp_path)))
+    grid = make_cells(experiment)
+    cells_folder = experiment.run / "cells"
+    numbers = dict(zip([cell.name for cell in grid[:6]], (0.5, 0.5, 2.5, 9.0, 1.25, 1.75), strict=True))
+    for cell in grid[:6]:
+        cells_folder.mkdir(exist_ok=True)
+        atomic.write_json(cell.path(".json"), result(experiment, cell, numbers[cell.name]))
+    grid[3].path(".json").write_text('{"method": ')  # four-800-1: cut
+    bad = result(experiment, grid[5], 1.75) | {"method": "<script>alert(1)</script>"}
+    atomic.write_json(grid[5].path(".json"), bad)  # four-1600-1
+    for cell, fields in ((grid[3], {}), (grid[6], {"started": "0"}), (grid[7], {"machine": "m", "host": "<b>far"})):
+        place = cells_folder / ".locks" / cell.name
+        place.mkdir(parents=True)
+        atomic.write_json(place / cells.HOLDER, lock.holder_record() | fields)  # grid[6]: of a process that is dead
+    run = grid_facts.read_grid(experiment.run, check_config.flat(experiment.config), Grid(experiment, lab.LAB, grid))
+    page = document(run)
+    assert [(part["title"], part["done"], part["total"]) for part in run.progress["parts"]] == [
+        ("base model", 2, 2), ("800 forwards", 1, 2), ("1,600 forwards", 2, 4)
+    ]  # fmt: skip
+    assert run.progress["under_way"] == ["four-800-1", f"{grid[7].name} on <b>far"]
+    assert sections.headline(run) == "grid: 5 of 8 cells; about 24 s left in all"  # (8 + 2 * 16 s, 3 * 3 s), by two
+    table = run.tables[0]
+    assert table.title == "Distance to the teacher, 2 steps" and table.heads == ["method", "800", "1,600"]
+    assert table.cells[:2] == [["teacher", "0.500 ± 0.000", "0.500 ± 0.000"], ["four", "2.5", "1.25"]]
+    assert table.best == [(1, 1), (1, 2)]
+    assert dict(costs.costs(run).facts)["forwards of the network"].startswith("4,000 on one example")
+    assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;far" in page and page.count("<script") == 1 and "<b>far" not in page
+
+
+def test_curves_have_no_level_that_is_rounding_of_zero():
+    """The base model at its most steps against itself, which would take the logarithmic axis down to 1e-14."""
+    row = lambda name, budget, n: {"method": name, "seed": 0, "budget": budget, "steps": {"4": {"d": 2.0}, "8": {"d": n}}}
+    levels = lambda n: curves.curve_charts({10: {"teacher": [row("teacher", 0, n)]}}, [], {"d": "d"}, "teacher")[0][0].levels
+    assert levels(3.2e-14) == levels(0.0) == {"teacher, 4": 2.0} and levels(0.01) == {"teacher, 4": 2.0, "teacher, 8": 0.01}
+
+
+def test_curves_leave_out_steps_that_are_not_measured(tmp_path):
+    row = lambda name, budget: {
+        "method": name,
+        "seed": 0,
+        "budget": budget,
+        "steps": {"1": {"distance": 1.0}, "4": {"distance": 2.0}},
+    }
+    budgets = {b: {"teacher": [row("teacher", 0)], "a": [row("a", b)]} for b in (10, 100)}
+    ((chart,),) = curves.curve_charts(budgets, ["a"], {"distance": "distance"}, "teacher")
+    assert chart.title == "distance, 4 steps" and chart.levels == {"teacher, 4": 2.0}
+    for group in budgets.values():
+        for (one,) in group.values():
+            del one["steps"]["4"]
+    curves.draw_curves(tmp_path / "c.png", budgets, ["a"], {"distance": "distance"}, "teacher")
+    assert not list(tmp_path.iterdir())
 
 
 SEEDS = (5, 5 + 2**32, 2**63, 2**64 - 1)

@@ -285,7 +285,7 @@ def test_shards_in_a_store_equal_those_on_a_disk(store, tmp_path):
 
 def left_behind(folder: gcs.ObjectPath, **facts: object) -> None:
     """A lock whose holder is no more."""
-    (folder / gcs.LOCK).write_text(json.dumps(lock._record() | {"token": "other"} | facts))
+    (folder / gcs.LOCK).write_text(json.dumps(lock.holder_record() | {"token": "other"} | facts))
 
 
 def test_a_lock_has_one_holder_and_leaves_nothing(store, fast):

@@ -203,6 +203,8 @@ def test_a_cell_that_another_process_holds_is_left_to_it(small, capsys):
     assert {"table.md", "table.json", "samples-2.png"} <= set(named)
     assert all((Path(config.root) / config.name / name).is_file() for name in named)
     assert ("four", 1) not in numbers(config)
+    page = (Path(config.root) / config.name / "report.html").read_text()
+    assert "<b>grid: 5 of 6 cells; about" in page and "Samples in 2 steps" in page and page.count("src='data:image/") == 4
 
 
 def test_other_numbers_are_other_cells(small):
@@ -337,6 +339,7 @@ def test_a_spread_is_that_of_a_sample_and_shows_as_many_digits_as_the_mean():
     assert report.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert report.spread([0.0123, 0.0125]) == "0.0124 ± 0.0001"
     assert report.spread([123.4]) == "123"
+    assert report.spread([3.2e-14, -1e-14]) == report.spread([0.0, 0.0]) == report.spread([2e-14]) == "0"  # rounding
 
 
 def test_figures_over_alpha_need_the_sweep_and_the_automatic_one(tmp_path):

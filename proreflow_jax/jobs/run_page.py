@@ -1,4 +1,4 @@
-"""Writes report.html, the page of a run, anew: at every shard, checkpoint and export, and by `evaluate`; of `pretrain` too."""
+"""Writes report.html, the page of a run, anew: at every shard, checkpoint and export, and by `evaluate`; of other jobs too."""
 
 import logging
 from collections.abc import Callable, Mapping

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from proreflow_jax.storage import atomic, lock, paths
 
 log = logging.getLogger(__name__)
 BASE = "teacher"  # the base model's row
+HOLDER = "holder.json"  # beside a cell's lock while it is made
 TRAINING = (  # what a method's numbers depend on beside the base model; blocks, or single fields of them
     "stages", "student", "pairs", "loss", "optimizer", "train.batch", "train.ema", "reproduce.pair_share",
 )  # fmt: skip
@@ -47,7 +50,8 @@ MEASURING = (
 class Cell(NamedTuple):
     """A method at a seed and a budget. The base model is a method without stages.
 
-    key: a hash of everything its numbers depend on but the code: who changes that removes the folder of cells.
+    key: a hash of everything its numbers depend on but the code: who changes that removes the folder of cells. "" until the
+      base model is open.
     """
 
     group: str
@@ -55,7 +59,7 @@ class Cell(NamedTuple):
     seed: int
     forwards: int  # the budget; of the base model 0
     experiment: Experiment
-    key: str
+    key: str = ""
 
     @property
     def name(self) -> str:
@@ -93,8 +97,18 @@ def check_grid(experiment: Experiment, testbed: Testbed, workers: int) -> None:
 
 def make_cells(experiment: Experiment) -> list[Cell]:
     """All cells, cheap budgets first. Raises UserError for a method that cannot be carried out."""
-    config, base, warned = experiment.config, experiment.unet.digest(), set()
-    opened = {}
+    return keyed(plan_cells(experiment), experiment)
+
+
+def keyed(cells: list[Cell], experiment: Experiment) -> list[Cell]:
+    """The same with their keys: opens the base model."""
+    base = experiment.unet.digest()
+    return [cell._replace(key=_key(cell.experiment.config, cell.forwards, base)) for cell in cells]
+
+
+def plan_cells(experiment: Experiment) -> list[Cell]:
+    """`make_cells` but for the keys."""
+    config, warned, opened = experiment.config, set(), {}
     for seed in config.reproduce.seeds:
         for _, name, fields in config.reproduce.methods:
             opened[name, seed] = reopen(experiment, changed(config, {**fields, "seed": seed}))
@@ -105,7 +119,7 @@ def make_cells(experiment: Experiment) -> list[Cell]:
     cells = []
     for seed in config.reproduce.seeds:
         alone = reopen(experiment, changed(config, {"seed": seed}))
-        cells.append(Cell("base model", BASE, seed, 0, alone, _key(alone.config, 0, base)))
+        cells.append(Cell("base model", BASE, seed, 0, alone))
     for forwards in sorted({b for one in opened.values() for b in one.config.reproduce.budgets}):
         for seed in config.reproduce.seeds:
             for group, name, _ in config.reproduce.methods:
@@ -113,8 +127,7 @@ def make_cells(experiment: Experiment) -> list[Cell]:
                 if forwards in own.config.reproduce.budgets:
                     for stage in own.stages:
                         budget(own, stage, forwards)
-                    key = _key(own.config, forwards, base)
-                    cells.append(Cell(group, paths.check_name(name), seed, forwards, own, key))
+                    cells.append(Cell(group, paths.check_name(name), seed, forwards, own))
     return cells
 
 
@@ -129,8 +142,11 @@ def _folder(experiment: Experiment) -> Path:
     return experiment.run / "cells"
 
 
-def work(experiment: Experiment, testbed: Testbed, cells: list[Cell]) -> None:
-    """Makes cells that no other process holds."""
+def work(experiment: Experiment, testbed: Testbed, cells: list[Cell], show: Callable[[], None]) -> None:
+    """Makes cells that no other process holds.
+
+    show: called when a cell begins, where those before are done, and at the end; it may not fail.
+    """
     if not jax.config.jax_compilation_cache_dir:  # programs are compiled once for all workers, and for the next start
         jax.config.update("jax_compilation_cache_dir", str(experiment.run / "compiled"))
     programs, instruments = make_programs(experiment), testbed.instruments(experiment)
@@ -139,18 +155,48 @@ def work(experiment: Experiment, testbed: Testbed, cells: list[Cell]) -> None:
     last = None
     for number, cell in enumerate(cells, 1):
         try:
-            with lock.lock_folder(_folder(experiment) / ".locks" / cell.name):
+            with lock.lock_folder(_locks(cell)):
                 if cell.path(".json").is_file():
                     continue
-                if cell.seed not in measured_by:
-                    measured_by[cell.seed] = testbed.inputs(cell.experiment, cell.seed, instruments)
-                if last != (last := (cell.seed, cell.forwards)):
-                    store.clear()
-                trained = _train(cell, testbed, programs, store)
-                _measure(cell, testbed, trained, instruments, measured_by[cell.seed])
+                with _under_way(cell):
+                    show()
+                    if cell.seed not in measured_by:
+                        measured_by[cell.seed] = testbed.inputs(cell.experiment, cell.seed, instruments)
+                    if last != (last := (cell.seed, cell.forwards)):
+                        store.clear()
+                    trained = _train(cell, testbed, programs, store)
+                    _measure(cell, testbed, trained, instruments, measured_by[cell.seed])
                 log.info("%s: done (%d of %d)", cell.name, number, len(cells))
         except lock.Locked:
             continue
+    show()
+
+
+def _locks(cell: Cell) -> Path:
+    return _folder(cell.experiment) / ".locks" / cell.name
+
+
+@contextmanager
+def _under_way(cell: Cell) -> Iterator[None]:
+    """Names the process that makes a cell, for those who look on; nothing depends on it."""
+    mark = _locks(cell) / HOLDER
+    with suppress(OSError, RunFailed):
+        atomic.write_json(mark, lock.holder_record())
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            mark.unlink(missing_ok=True)
+
+
+def holder(cell: Cell) -> str | None:
+    """The machine whose process makes a cell, "" for this one; None: none does. A dead process of another is not told apart."""
+    try:
+        record = atomic.read_json(_locks(cell) / HOLDER)
+    except (OSError, UserError):
+        return None
+    runs = lock.runs_here(record)
+    return None if runs is False else "" if runs else str(record.get("host", "another machine"))
 
 
 class Trained(NamedTuple):
@@ -175,13 +221,14 @@ def _train(cell: Cell, testbed: Testbed, programs: Programs, store: dict[Any, An
 
 def _measure(cell: Cell, testbed: Testbed, trained: Trained, instruments: Any, inputs: Any) -> None:
     """Measures one cell, and writes its JSON last."""
+    began = time.monotonic()
     numbers, images = testbed.measure(cell.experiment, trained.params, trained.flow, instruments, inputs)
     config, spent = cell.experiment.config, trained.spent
     about = {
         "group": cell.group, "method": cell.method, "seed": cell.seed, "budget": cell.forwards,
         "stages": [cost._asdict() for cost in spent],
         **{total: sum(getattr(cost, total) for cost in spent) for total in ("forwards", "updates", "examples")},
-        "seconds": {"training": trained.seconds, "cpu": trained.cpu_seconds},
+        "seconds": {"training": trained.seconds, "cpu": trained.cpu_seconds, "measuring": time.monotonic() - began},
         "alpha": config.loss.alpha, "balance": config.loss.balance,
     }  # fmt: skip
     if images:  # of each number of steps below one another

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from proreflow_jax.evaluation import report
+from proreflow_jax.evaluation.page.facts import Table
 from proreflow_jax.reproduction import claims, curves
 from proreflow_jax.reproduction.cells import BASE
 from proreflow_jax.reproduction.claims import AT, BETTER, UNDECIDED, Cells, Gate, values
@@ -24,6 +25,7 @@ MARK = (
     "Change of the mean from the second method to the first, less is better. **Bold**: further apart than three pooled "
     "spreads, at a budget where the gate is open. All else is undecided."
 )
+ROUNDING = 1e-9  # numbers below are the teacher's distance to itself
 BEST = "**"  # around the best mean of a column, and around a claim
 
 
@@ -32,12 +34,12 @@ def write_report(experiment: Experiment, testbed: Testbed, results: Sequence[Map
     config, run = experiment.config, experiment.run
     r, budgets = config.reproduce, by_budget(results)
     gate = claims.make_gate(budgets, BASE, r.baseline, testbed.real) if budgets else None
-    notes = _notes(config, testbed, len(results), total)
+    notes = make_notes(config, testbed, len(results), total)
     parts, effects = [*notes], []
     if gate:
         effects = claims.make_claims(budgets, r.effects, list(testbed.measures), gate)
         parts += [gate_text(gate, budgets, testbed, r.baseline), costs(budgets)]
-        parts += [f"## {title}\n\n{_tables(budgets, measure, r.steps)}" for measure, title in testbed.measures.items()]
+        parts += [f"## {title}\n\n{_measured(budgets, measure, r.steps)}" for measure, title in testbed.measures.items()]
         parts += [_changes(f"What each choice does, {budget:,} forwards", effects, budget, testbed) for budget in budgets]
         for name in r.references:
             against = [("", method, name) for method in next(iter(budgets.values())) if method != name]
@@ -65,7 +67,8 @@ def by_budget(results: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, list[
     return dict(sorted(budgets.items()))
 
 
-def _notes(config: ConfigDict, testbed: Testbed, done: int, total: int) -> list[str]:
+def make_notes(config: ConfigDict, testbed: Testbed, done: int, total: int) -> list[str]:
+    """What the numbers are, a sentence or two each; first, in bold, that cells are missing."""
     r = config.reproduce
     unfinished = [] if done == total else [f"**Unfinished: {done} of {total} cells.**"]
     return [
@@ -77,16 +80,40 @@ def _notes(config: ConfigDict, testbed: Testbed, done: int, total: int) -> list[
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, three digits of the mean; of one value only itself."""
+    """Mean ± standard deviation over seeds, three digits of the mean; of one value only itself; "0" where all is rounding."""
     mean = float(np.mean(numbers))
+    if max(map(abs, numbers)) < ROUNDING:
+        return "0"
     if len(numbers) < 2:
         return f"{mean:.3g}"
-    digits = max(0, 2 - int(np.floor(np.log10(max(abs(mean), 1e-12)))))
+    digits = max(0, 2 - int(np.floor(np.log10(max(abs(mean), ROUNDING)))))
     return f"{mean:.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
+
+
+def markdown(table: Table) -> str:
+    """The cells alone, marked ones in bold."""
+    marks = set(table.best or ())
+    lines = [
+        {str(j): f"{BEST}{cell}{BEST}" if (i, j) in marks else cell for j, cell in enumerate(cells)}
+        for i, cells in enumerate(table.cells)
+    ]
+    return report.text_table(lines, {str(j): head for j, head in enumerate(table.heads)})
+
+
+def _plain(title: str, lines: Sequence[Mapping[str, str]], heads: Mapping[str, str], notes: Sequence[str]) -> Table:
+    """A table without marks. heads: key of the lines -> heading."""
+    cells = [[line.get(key, "") for key in heads] for line in lines]
+    return Table(title, list(heads.values()), [""] * len(heads), cells, [], notes)
 
 
 def gate_text(gate: Gate, budgets: Mapping[int, Cells], testbed: Testbed, baseline: str) -> str:
     """The gate with its numbers."""
+    table = gate_table(gate, budgets, testbed, baseline)
+    return "\n\n".join([f"## {table.title}", markdown(table), *table.notes])
+
+
+def gate_table(gate: Gate, budgets: Mapping[int, Cells], testbed: Testbed, baseline: str) -> Table:
+    """The teacher's numbers by steps, and what the gate says."""
     teacher = next(iter(budgets.values()))[BASE]
     lines = []
     for measure in testbed.measures:
@@ -101,15 +128,21 @@ def gate_text(gate: Gate, budgets: Mapping[int, Cells], testbed: Testbed, baseli
     )
     falls = "holds" if gate.falls and gate.factor >= claims.FACTOR else "does not hold"
     at = "; ".join(f"{budget:,}: {result}" for budget, result in gate.baseline.items()) or "not measured"
-    return (
-        f"## The gate\n\n{report.text_table(lines, heads)}\n\n"
+    verdict = (
         f"(a) The teacher's {testbed.short[gate.measure]} falls with its steps, {claims.FACTOR:g} times and more: {falls}. "
         f"(b) {baseline} at {max(AT)} steps against the untouched teacher, in distance, by budget: {at}. (c) Only differences "
         f"beyond {claims.SPREADS:g} pooled spreads count. Claims are made where (a) holds and (b) says {BETTER}."
     )
+    return _plain("The gate", lines, heads, [verdict])
 
 
 def costs(budgets: Mapping[int, Cells]) -> str:
+    """`cost_table` as Markdown."""
+    table = cost_table(budgets)
+    return "\n\n".join([f"## {table.title}", *table.notes, markdown(table)])
+
+
+def cost_table(budgets: Mapping[int, Cells]) -> Table:
     """What each method did with its forwards, and how its flow bends where that was measured."""
     lines = []
     for budget, cells in budgets.items():
@@ -127,34 +160,39 @@ def costs(budgets: Mapping[int, Cells]) -> str:
     heads |= {"examples": "examples", "forwards": "forwards", "cpu": "CPU s"}
     bends = "Bend: straightness in the method's own windows relative to the chord; 0 is straight. "
     heads, bends = (heads | {"bend": "relative bend"}, bends) if any("bend" in line for line in lines) else (heads, "")
-    return (
-        "## What each row costs\n\nForwards: of the network on one example, a teacher's as they are, an update as three for "
-        f"each of its examples. Examples: updates times batch. {bends}CPU seconds of a cell, compiling included.\n\n"
-        + report.text_table(lines, heads)
+    note = (
+        "Forwards: of the network on one example, a teacher's as they are, an update as three for each of its examples. "
+        f"Examples: updates times batch. {bends}CPU seconds of a cell, compiling included."
     )
+    return _plain("What each row costs", lines, heads, [note])
 
 
-def _tables(budgets: Mapping[int, Cells], measure: str, steps: Sequence[int]) -> str:
+def _measured(budgets: Mapping[int, Cells], measure: str, steps: Sequence[int]) -> str:
+    """One measure's tables as Markdown."""
+    tables = measure_tables(budgets, measure, steps)
+    return "\n\n".join(f"{table.title}:\n\n{markdown(table)}" if table.title else markdown(table) for table in tables)
+
+
+def measure_tables(budgets: Mapping[int, Cells], measure: str, steps: Sequence[int]) -> list[Table]:
     """One measure: of one budget a table with a column for each number of steps; else a table each, with budgets in columns."""
+    said = {s: f"{s} step{'s' if s > 1 else ''}" for s in steps}
     if len(budgets) == 1:
         (budget,) = budgets
-        return _table(budgets, measure, {(budget, s): f"{s} step{'s' if s > 1 else ''}" for s in steps})
-    tables = [
-        f"{s} step{'s' if s > 1 else ''}:\n\n" + _table(budgets, measure, {(b, s): f"{b:,}" for b in budgets}) for s in steps
-    ]
-    return "\n\n".join(tables)
+        return [_table("", budgets, measure, {(budget, s): said[s] for s in steps})]
+    return [_table(said[s], budgets, measure, {(b, s): f"{b:,}" for b in budgets}) for s in steps]
 
 
-def _table(budgets: Mapping[int, Cells], measure: str, columns: Mapping[tuple[int, int], str]) -> str:
-    """columns: (budget, steps) -> heading. The best mean of a column is in bold, the base model left out."""
-    lines: dict[str, dict[str, str]] = {}
-    for (budget, s), head in columns.items():
-        cells = budgets[budget]
-        best = min((m for m in cells if m != BASE), key=lambda m: np.mean(values(cells[m], measure, s)), default="")  # noqa: B023
-        for method, group in cells.items():
-            text = spread(values(group, measure, s))
-            lines.setdefault(method, {"method": method})[head] = f"{BEST}{text}{BEST}" if method == best else text
-    return report.text_table(list(lines.values()), {"method": "method"} | {head: head for head in columns.values()})
+def _table(title: str, budgets: Mapping[int, Cells], measure: str, columns: Mapping[tuple[int, int], str]) -> Table:
+    """columns: (budget, steps) -> heading. The best mean of a column is marked, the base model left out."""
+    methods = list(dict.fromkeys(method for budget, _ in columns for method in budgets[budget]))
+    cells, best = [[method] for method in methods], []
+    for j, (budget, s) in enumerate(columns, 1):
+        numbers = {method: values(group, measure, s) for method, group in budgets[budget].items()}
+        means = {method: float(np.mean(row)) for method, row in numbers.items() if method != BASE}
+        for i, method in enumerate(methods):
+            cells[i].append(spread(numbers[method]) if method in numbers else "")
+        best += [(methods.index(min(means, key=means.get)), j)] if means else []
+    return Table(title, ["method", *columns.values()], [""] * (len(columns) + 1), cells, [], best=best)
 
 
 def _changes(title: str, rows: Sequence[Mapping[str, Any]], budget: int, testbed: Testbed) -> str:

@@ -14,7 +14,8 @@ from proreflow_jax.run.check_config import flat
 from proreflow_jax.run.read_config import read_config
 
 OWN = ("name", "root")  # fields that every run sets
-STAGES, PRETRAINING = "stages", "diffusion.steps"  # fields that tell what a config is for
+STAGES, PRETRAINING, GRID = "stages", "diffusion.steps", "reproduce.methods"  # fields that tell what a config is for
+FORMS = ("reproduce", "reproduce:quick", "reproduce:lab")  # of a grid; its other words are single methods
 LONGEST = 200  # letters of a value
 
 
@@ -54,13 +55,14 @@ def _changes(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[Chan
 
 def _kind(fields: Mapping[str, Any]) -> str:
     """A field that tells what a config is for."""
-    return PRETRAINING if PRETRAINING in fields else STAGES
+    return next((field for field in (PRETRAINING, GRID) if field in fields), STAGES)
 
 
 @cache
 def defaults(kind: str = STAGES) -> dict[str, dict[str, Any]]:
-    """{name: fields} of the package's own configs of a kind: of stages, or of a base model's training."""
-    configs = {name: read_config(name) for name in config_files.own_names() if name != "reproduce"}  # whose cells have words
+    """{name: fields} of the package's own configs of a kind: of stages, of a base model's training, or of a grid."""
+    names = FORMS if kind == GRID else [name for name in config_files.own_names() if name not in FORMS]
+    configs = {name: read_config(name) for name in names}
     fields = {name: {f: plain(v) for f, v in flat(config).items()} for name, config in configs.items()}
     return {name: values for name, values in fields.items() if kind in values}
 

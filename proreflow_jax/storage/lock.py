@@ -60,7 +60,7 @@ class Locked(UserError):
 @contextmanager
 def hold_lease(folder: ObjectPath) -> Iterator[None]:
     """Hold `folder`/.lock until the block ends. Raises Locked, one line; ValueError if the folder cannot be written."""
-    mark, record = folder / LOCK, _record()
+    mark, record = folder / LOCK, holder_record()
     try:
         generation = _take_lease(mark, record, folder)
     except PermissionError as error:
@@ -84,7 +84,7 @@ def _take_lease(mark: ObjectPath, record: dict[str, Any], folder: ObjectPath) ->
             generation, holder = _look(mark)
         if holder.get("token") == record["token"]:  # the answer to a put that succeeded was lost
             return generation
-        alive = _runs_here(holder) if generation else False
+        alive = runs_here(holder) if generation else False
         if alive is None:
             if not announced:
                 log.info("%s: locked by %s; waiting up to %.0f s to see whether it lives", folder, _name(holder), EXPIRY_S)
@@ -157,7 +157,8 @@ class _Beat(threading.Thread):
             log.warning("%s stays behind (%s): the next run takes it over", self._mark, error)
 
 
-def _record() -> dict[str, Any]:
+def holder_record() -> dict[str, Any]:
+    """This process, as others recognise it: for `runs_here`."""
     return {
         "token": uuid.uuid4().hex,
         "process": os.getpid(),
@@ -189,7 +190,7 @@ def _started(process: object) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def _runs_here(holder: dict[str, Any]) -> bool | None:
+def runs_here(holder: dict[str, Any]) -> bool | None:
     """Whether a holder on this machine still runs; None for a holder on another machine."""
     if not holder.get("machine") or holder["machine"] != _machine():
         return None

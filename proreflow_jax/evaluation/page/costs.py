@@ -16,7 +16,7 @@ class Costs(NamedTuple):
 
 def costs(run: Run) -> Costs:
     """All that is known."""
-    facts = []
+    facts = list(run.counted)
     if calls := network_calls(run):
         facts.append(("network calls", f"{large(calls)} forwards on one picture, a backward pass counted as two"))
     if seconds := sum(training_seconds(stage) for stage in run.stages):

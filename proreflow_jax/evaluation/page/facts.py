@@ -49,7 +49,7 @@ class Stage(NamedTuple):
 
 
 class Table(NamedTuple):
-    """An evaluation's table, every cell as text."""
+    """An evaluation's table, every cell as text; without heads its picture alone."""
 
     title: str
     heads: Sequence[str]
@@ -58,6 +58,7 @@ class Table(NamedTuple):
     compared: Sequence[int]  # rows of which the best is marked
     notes: Sequence[str] = ()
     picture: str = ""  # as data:; "": none
+    best: Sequence[tuple[int, int]] | None = None  # (row, column) that is marked; None: by `better` and `compared`
 
 
 class Change(NamedTuple):
@@ -111,7 +112,7 @@ class Run(NamedTuple):
     folder: str
     time: int | float  # of reading, in seconds since 1970
     fields: Mapping[str, Any]  # of the config, by dotted names
-    progress: Mapping[str, Any] = {}  # progress.json
+    progress: Mapping[str, Any] = {}  # progress.json; `under_way`: names of what several processes do now
     stages: Sequence[Stage] = ()
     exports: Sequence[int] = ()  # windows of the exported students
     tables: Sequence[Table] = ()
@@ -122,5 +123,7 @@ class Run(NamedTuple):
     changes: Sequence[Change] = ()
     disk: Mapping[str, int] = {}  # bytes by what they are
     study: Study | None = None
+    panels: Sequence[Panel] = ()  # curves beside those of the stages
     boxes: Sequence[Box] = ()  # the lineage, where the stages do not say it
+    counted: Sequence[tuple[str, str]] = ()  # costs that the job itself counted: (title, in words)
     pictured: str = ""  # how the pictures were drawn, in a sentence; "": as `halves` says

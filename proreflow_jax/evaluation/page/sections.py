@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from proreflow_jax.evaluation.page.charts import chart, series_of
 from proreflow_jax.evaluation.page.costs import costs
-from proreflow_jax.evaluation.page.facts import Box, Run, Stage, Table
+from proreflow_jax.evaluation.page.facts import Box, Panel, Run, Stage, Table
 from proreflow_jax.evaluation.page.markup import field, number, span, text
 
 DIGITS = 12  # of a digest
@@ -18,15 +18,17 @@ def standing(run: Run) -> str:
     rows = "".join(_part(part) for part in run.progress.get("parts", ()))
     stamp = f"<time data-at={run.progress.get('time', run.time):.0f}></time>"
     bars = f"<ul class=parts>{rows}</ul>" if rows else ""
-    return f"<section><p class=now><b>{text(headline(run))}</b> {stamp}</p>{bars}</section>"
+    names = ", ".join(run.progress.get("under_way", ()))
+    now = f"<p class=note>Under way: {text(names)}</p>" if names else ""
+    return f"<section><p class=now><b>{text(headline(run))}</b> {stamp}</p>{bars}{now}</section>"
 
 
 def headline(run: Run) -> str:
     """`stage 4, training: 120 of 500 steps; about 12 min left in all`."""
     record = run.progress
-    finished = bool(run.stages) and all(stage.done for stage in run.stages)
+    finished = all(stage.done for stage in run.stages)
     if not record:
-        return "finished" if finished else "begun; nothing is counted yet"
+        return "finished" if run.stages and finished else "begun; nothing is counted yet"
     if record.get("phase") == "done":
         only = "" if finished else " what this command was to do"
         return f"finished{only}"
@@ -104,14 +106,19 @@ def _changes(run: Run) -> str:
 
 
 def curve_charts(run: Run) -> str:
-    """The numbers of every stage that has lines."""
-    parts = []
+    """The numbers of every stage that has lines, and the panels."""
+    parts = [f"<div class=charts>{''.join(map(panel_chart, run.panels))}</div>"] if run.panels else []
     for stage in run.stages:
         series = [series_of(stage.lines, one.number, stage.windows, one.beyond_one) for one in stage.curves]
         charts = [chart(one.title, rows, stage.total, one.note) for one, rows in zip(stage.curves, series, strict=True)]
         if any(charts):
             parts.append(f"<h3>{text(stage.name.capitalize())}{_rate(stage)}</h3><div class=charts>{''.join(charts)}</div>")
     return f"<section><h2>Curves</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def panel_chart(panel: Panel) -> str:
+    """A chart with labels of its own below it."""
+    return chart(panel.title, panel.series, max(panel.ticks), panel.note, panel.ticks)
 
 
 def _rate(stage: Stage) -> str:
@@ -135,14 +142,14 @@ def grid(table: Table) -> str:
     notes = "".join(f"<p class=note>{text(note)}</p>" for note in table.notes)
     mark = "<p class=note><span class=best>marked</span>: the best student of the column.</p>" if best else ""
     image = f"<div class=wide><img class=sheet alt='samples: a row a method' src='{table.picture}'></div>"
-    return (
-        f"<div class=wide><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{mark}{image if table.picture else ''}{notes}"
-    )
+    whole = f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>" if table.heads else ""
+    return f"{whole}{mark}{image if table.picture else ''}{notes}"
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:
     """(row, column) of the best among the rows that are compared, of every column that has a better end; equals share."""
+    if table.best is not None:
+        return set(table.best)
     best: set[tuple[int, int]] = set()
     for j, better in enumerate(table.better):
         values = {i: value for i in table.compared if (value := leading_number(table.cells[i][j])) is not None}

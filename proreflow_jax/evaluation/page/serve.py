@@ -32,7 +32,7 @@ POLICY = f"{document.POLICY}; frame-src 'self'; connect-src 'self'"
 WAITING = (
     "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     "<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui;padding:1rem}}</style>"
-    "<h1>{name}</h1><p>This run has no page yet. It is written when the run begins its first pairs or steps, at every "
+    "<h1>{name}</h1><p>This run has no page yet. It is written when the run begins its first pairs, steps or cells, at every "
     "checkpoint, and by <code>proreflow evaluate</code>.</p>"
 )
 
