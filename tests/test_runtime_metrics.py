@@ -70,8 +70,9 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 def test_tensorboard_forgets_what_a_resumed_run_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     purged = []
-    real = curves.SummaryWriter
-    monkeypatch.setattr(curves, "SummaryWriter", lambda folder, purge_step: purged.append(purge_step) or real(folder))
+    real = curves._summary_writer()
+    writer = lambda folder, purge_step: purged.append(purge_step) or real(folder)
+    monkeypatch.setattr(curves, "_summary_writer", lambda: writer)
     with Metrics(tmp_path, 4):
         pass
     assert purged == [5]
