@@ -54,9 +54,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for compiled programs, of this process that runs tests."""
-    return tmp_path_factory.mktemp("programs")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes that run tests."""
+    home = tmp_path_factory.getbasetemp()
+    return home.parent if "PYTEST_XDIST_WORKER" in os.environ else home
+
+
+@pytest.fixture(scope="session")
+def programs(together: Path) -> Path:
+    """A folder for compiled programs. A process that reads one while another writes it compiles it too."""
+    folder = together / "programs"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +79,6 @@ def quick(programs: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def drawn_once() -> Iterator[None]:
-    """Each network that a file of tests draws is drawn once."""
-    from verb import keep_networks
-
-    with pytest.MonkeyPatch.context() as patch:
-        keep_networks(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny whole model, the file's own, as a diffusers folder."""
     import tiny
@@ -88,7 +87,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(programs: Path, together: Path) -> Path:
     """A folder with a finished run of the tiny model, made once for all processes that run tests: take `chain`.
 
     What the job said is in said.txt.
@@ -97,18 +96,16 @@ def finished(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from filelock import FileLock
     from verb import keep_networks, kept_programs, run, tiny_flags
 
-    home = tmp_path_factory.getbasetemp()
-    folder = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / "finished"
+    folder = together / "finished"
     folder.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "said.txt").exists():
             model = tiny.write_model(folder / "model")
-            with pytest.MonkeyPatch.context() as patch, kept_programs(folder / "programs"):
+            with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
                 keep_networks(patch)
                 ended = run("distill", *tiny_flags(folder, model, profile__steps="(3, 4)"))
             assert ended.code == 0, ended.err
             (folder / "said.txt").write_text(ended.err)
-    shutil.copytree(folder / "programs", programs, dirs_exist_ok=True)
     return folder
 
 

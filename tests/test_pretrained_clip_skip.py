@@ -21,7 +21,7 @@ from proreflow_jax.pretrained import pipeline, single_file, sources  # noqa: E40
 from proreflow_jax.run.base_identity import base_identity  # noqa: E402
 from proreflow_jax.run.open import find_base_model  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 FLAG = "--config.model.clip_skip"
 PROMPTS = ("a three", "five", "")

@@ -14,7 +14,7 @@ from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.pretrained import single_file, sources
 from proreflow_jax.run import open as opening
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 EMPTY = np.zeros(0, np.float32)
 LEVELS = make_schedule(**tiny.BETAS).alphas_cumprod

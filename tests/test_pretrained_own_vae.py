@@ -19,7 +19,7 @@ from proreflow_jax.pretrained.own_vae import with_own_vae
 from proreflow_jax.run.base_identity import base_identity
 from proreflow_jax.run.open import find_base_model, title
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMS = ("folder", "model", "model's vae", "diffusers names", "bare names", "whole file")

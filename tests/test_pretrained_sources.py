@@ -24,7 +24,7 @@ from proreflow_jax.flow.schedule import from_config, make_schedule  # noqa: E402
 from proreflow_jax.models.network import Context  # noqa: E402
 from proreflow_jax.pretrained import pipeline, single_file, sources, tokenizer, weights  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 each_family = pytest.mark.parametrize("family", families.FAMILIES)

@@ -10,7 +10,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from verb import CONFIG, PROMPTS, Ended, run, tiny_flags
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VERBS = ("distill", "make_pairs", "train", "sample", "export", "evaluate", "pretrain")

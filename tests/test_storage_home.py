@@ -8,7 +8,7 @@ from verb import CONFIG, run, tiny_flags
 
 from proreflow_jax.storage import paths
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_path_below_the_home(monkeypatch, tmp_path):

@@ -27,10 +27,10 @@ SAID = {INTERRUPT: (130, "interrupted"), ASK: (STOPPED, "asked to stop")}  # exi
 
 
 @pytest.fixture(scope="module")
-def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for runs of the finished run's model, with its compiled programs."""
+def place(finished: Path, programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs of the finished run's model, with a copy of its compiled programs: a kill may leave one in half."""
     folder = tmp_path_factory.mktemp("kill")
-    shutil.copytree(finished / "programs", folder / "programs")
+    shutil.copytree(programs, folder / "programs")
     (folder / "prompts.at").write_text(str(finished / "prompts.txt"))
     (folder / "model").symlink_to(finished / "model")
     return folder

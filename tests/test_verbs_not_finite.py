@@ -14,7 +14,7 @@ from verb import ROOT, run, tiny_flags
 from proreflow_jax.jobs import score_digits
 from proreflow_jax.pretrained import weights
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -9,7 +9,7 @@ from verb import run, tiny_config, tiny_flags
 from proreflow_jax.data import loader
 from proreflow_jax.run.stages import PAIR_KEY, fold_seed, run_key, seed_key
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_both_words_of_a_seed_count():

@@ -15,7 +15,7 @@ from verb import PROMPTS, run, tiny_flags
 
 from proreflow_jax.pretrained import single_file, sources
 
-pytestmark = pytest.mark.usefixtures("drawn_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 UNET, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
 WORDS_CONFIG = "tokenizer/tokenizer_config.json"
