@@ -35,7 +35,7 @@ LEFT_OUT = {  # verbs and words that a trial on the tiny model cannot carry out 
     "gs://": "a bucket (tests/test_storage_gcs.py)",
     "coco2017": "published networks (tests/test_verbs_scores.py)",
     "evaluate   --config=digits": "the digits' judge (tests/test_verbs_chain.py)",
-    "--study": "minutes of a real model (tests/test_verbs_study.py)",
+    "--study": "minutes of a real model (tests/test_jobs_study_flow.py)",
     "webdataset": "a dataset (tests/test_verbs_data.py)",
     "--against": "torch beside it (tests/test_verbs_bench.py)",
     "--check": "torch beside it (tests/test_verbs_exports.py)",
