@@ -1,8 +1,10 @@
 """`serve`: what the page offers and draws, in which words it refuses; and the page itself, where gradio is installed."""
 
+import json
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import urllib.request
@@ -20,6 +22,11 @@ from proreflow_jax.jobs.gallery import Ask, Gallery, open_gallery, whole_number
 from proreflow_jax.run import pictures
 
 pytestmark = pytest.mark.usefixtures("quick")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+QUIET = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
 FOUR, TWO, BASE = "student of 4 windows", "student of 2 windows", "base model"
 
 
@@ -183,3 +190,50 @@ def test_the_page_draws_refuses_and_keeps_what_it_drew(gallery, tmp_path):
         page.close(verbose=False)
     time.sleep(0.1)
     gallery_page.check_page(port)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+def test_a_click_in_chromium_draws_both_sides(gallery, tmp_path):
+    """The extra `serve`, and websockets, which the browser is spoken to by."""
+    pytest.importorskip("gradio")
+    client = pytest.importorskip("websockets.sync.client")
+    (tmp_path / "drawn").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = gallery_page.start(gallery, port, str(tmp_path / "drawn"))
+    words = [CHROMIUM, *QUIET, "--remote-debugging-port=0", f"--user-data-dir={tmp_path}", f"http://127.0.0.1:{port}/"]
+    browser = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        ports = tmp_path / "DevToolsActivePort"
+        until(lambda: ports.exists() and ports.read_text().count("\n") > 0)
+        listed = f"http://127.0.0.1:{ports.read_text().split()[0]}/json"
+        tabs = lambda: [tab for tab in json.load(urllib.request.urlopen(listed)) if tab["type"] == "page"]
+        until(tabs)
+        with client.connect(tabs()[0]["webSocketDebuggerUrl"], max_size=None) as socket_:
+
+            def ask(method, **parameters):
+                socket_.send(json.dumps({"id": 1, "method": method, "params": parameters}))
+                while "id" not in (answer := json.loads(socket_.recv())):
+                    pass
+                return answer["result"].get("result", {}).get("value")
+
+            evaluate = lambda script: ask("Runtime.evaluate", expression=script, returnByValue=True)
+            until(lambda: evaluate("!!document.querySelector('textarea') && !!document.querySelector('button')"))
+            evaluate("document.querySelector('textarea').focus()")
+            ask("Input.insertText", text="a three")
+            evaluate("[...document.querySelectorAll('button')].find((one) => one.textContent.trim() == 'Draw').click()")
+            until(lambda: evaluate("document.querySelectorAll('figure').length") == 2)
+            shown = evaluate("document.body.innerText")
+            assert "a three (seed 0)" in shown and shown.count("network calls") >= 2
+    finally:
+        browser.kill()
+        page.close(verbose=False)
+
+
+def until(holds, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
