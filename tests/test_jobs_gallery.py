@@ -163,15 +163,19 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch, tmp_path):
     assert ended.code == 2 and "--port=70000" in ended.err
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_the_page_draws_refuses_and_keeps_what_it_drew(gallery, tmp_path):
     """Through the page's own interface, on 127.0.0.1."""
     pytest.importorskip("gradio")
     from gradio_client import Client
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     page = gallery_page.start(gallery, port, str(tmp_path))
     try:
         client = Client(f"http://127.0.0.1:{port}", verbose=False, download_files=str(tmp_path / "client"))
@@ -199,9 +203,7 @@ def test_a_click_in_chromium_draws_both_sides(gallery, tmp_path):
     pytest.importorskip("gradio")
     client = pytest.importorskip("websockets.sync.client")
     (tmp_path / "drawn").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     page = gallery_page.start(gallery, port, str(tmp_path / "drawn"))
     words = [CHROMIUM, *QUIET, "--remote-debugging-port=0", f"--user-data-dir={tmp_path}", f"http://127.0.0.1:{port}/"]
     browser = subprocess.Popen(words, stderr=subprocess.DEVNULL)

@@ -10,7 +10,7 @@ from proreflow_jax import UserError
 from proreflow_jax.evaluation.page.facts import LOSS, Box, Curves, Line, Run, Stage
 from proreflow_jax.jobs import run_facts
 from proreflow_jax.jobs.stage_pictures import RECORD
-from proreflow_jax.run import nearest_config, outlook
+from proreflow_jax.run import outlook
 from proreflow_jax.run.stages import SAMPLES
 from proreflow_jax.storage import sealed
 
@@ -44,19 +44,13 @@ def read_pretraining(folder: Path, fields: Mapping[str, Any], standing: Standing
     sizes = run_facts.file_sizes(folder)
     samples = run_facts.read_object(folder, f"{SAMPLES}/{RECORD}", sizes)
     stages = {name: _stage(folder, name, fields, standing, samples, sizes) for name in standing.steps}
-    name, changes = nearest_config.compare(fields)
     return Run(
-        name=folder.name,
-        folder=str(folder),
-        time=time.time(),
-        fields=fields,
+        **run_facts.heading(folder, fields),
         progress=_progress(fields, stages, standing),
         stages=list(stages.values()),
         prompts=[str(prompt) for prompt in samples.get("prompts", ())],
         halves=samples,
         tile=samples.get("tile", 0),
-        config_name=name,
-        changes=changes,
         disk=run_facts.disk(sizes, (SAMPLES, VAE, DIFFUSION)),
         boxes=_boxes(fields, stages, standing),
         pictured=_pictured(samples),

@@ -45,12 +45,8 @@ def read_run(folder: Location, fields: Mapping[str, Any]) -> Run:
     samples = read_object(folder, f"{SAMPLES}/{RECORD}", sizes)
     counts = _windows(fields, sizes)
     shown = max(2, min(SHOWN, MOST_SHOWN // max(len(counts), 1)))
-    name, changes = nearest_config.compare(fields)
     return Run(
-        name=folder.name,
-        folder=str(folder),
-        time=time.time(),
-        fields=fields,
+        **heading(folder, fields),
         progress=_progress(folder, sizes),
         stages=[_stage(folder, count, fields, samples, sizes, shown=shown) for count in counts],
         exports=[count for count in counts if f"export/stage-{count}/reflow.json" in sizes],
@@ -58,11 +54,15 @@ def read_run(folder: Location, fields: Mapping[str, Any]) -> Run:
         prompts=[str(prompt) for prompt in samples.get("prompts", ())],
         halves=samples,
         tile=samples.get("tile", 0),
-        config_name=name,
-        changes=changes,
         disk=disk(sizes),
         study=read_study(read_object(folder, NUMBERS, sizes), _picture(folder, STUDY_PICTURE, sizes)),
     )
+
+
+def heading(folder: Location, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What every page's `Run` begins with: which run, when, and its config beside the package's nearest one."""
+    name, changes = nearest_config.compare(fields)
+    return dict(name=folder.name, folder=str(folder), time=time.time(), fields=fields, config_name=name, changes=changes)
 
 
 def file_sizes(folder: Location) -> dict[str, int]:

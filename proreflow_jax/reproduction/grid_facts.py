@@ -21,7 +21,7 @@ from proreflow_jax.reproduction import claims, curves, report
 from proreflow_jax.reproduction.cells import BASE, Cell, holder
 from proreflow_jax.reproduction.claims import Cells
 from proreflow_jax.reproduction.testbed import Testbed
-from proreflow_jax.run import nearest_config, outlook
+from proreflow_jax.run import outlook
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.paths import Location
@@ -48,16 +48,10 @@ def read_grid(folder: Location, fields: Mapping[str, Any], grid: Grid) -> Run:
     results = {cell.name: result for cell in grid.cells if (result := _result(cell, grid))}
     budgets = report.by_budget(list(results.values()))
     sizes = run_facts.file_sizes(folder)
-    name, changes = nearest_config.compare(fields)
     return Run(
-        name=folder.name,
-        folder=str(folder),
-        time=time.time(),
-        fields=fields,
+        **run_facts.heading(folder, fields),
         progress=_progress(grid.cells, results),
         tables=[*_tables(budgets, grid), *_samples(folder, config.reproduce.steps, sizes), *_accounts(budgets, grid)],
-        config_name=name,
-        changes=changes,
         disk=run_facts.disk(sizes, DISK),
         panels=_panels(budgets, testbed, config.reproduce.figures) if budgets else (),
         boxes=_boxes(grid, len(results)),
