@@ -70,11 +70,10 @@ def programs(together: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def quick(programs: Path) -> Iterator[None]:
-    """The verbs that a file runs draw each network once, and compile no program anew: `usefixtures("quick")`."""
-    from verb import keep_networks, kept_programs  # imports jax and the package, which most files of tests do not want here
+    """The verbs that a file runs, quickly: `usefixtures("quick")`."""
+    from verb import quickly  # imports jax and the package, which most files of tests do not want here
 
-    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
-        keep_networks(patch)
+    with quickly(programs):
         yield
 
 
@@ -94,15 +93,14 @@ def finished(programs: Path, together: Path) -> Path:
     """
     import tiny
     from filelock import FileLock
-    from verb import keep_networks, kept_programs, run, tiny_flags
+    from verb import quickly, run, tiny_flags
 
     folder = together / "finished"
     folder.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "said.txt").exists():
             model = tiny.write_model(folder / "model")
-            with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
-                keep_networks(patch)
+            with quickly(programs):
                 ended = run("distill", *tiny_flags(folder, model, profile__steps="(3, 4)"))
             assert ended.code == 0, ended.err
             (folder / "said.txt").write_text(ended.err)

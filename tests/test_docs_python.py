@@ -41,7 +41,7 @@ def smaller(chain: Path, model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     read = lambda value: eval(value) if isinstance(value, str) and value[0] == "(" else value
     prompts = Path((chain / "prompts.at").read_text())
     values = {name: read(value) for name, value in TINY.items()} | {"model.path": str(model), "data.path": str(prompts)}
-    values |= {"name": "digits", "optimizer.warmup_steps": 1, "train.steps": 2}
+    values |= {"name": "digits", "checkpoint.every": 20}
     shutil.copytree(ROOT / "configs", tmp_path / "own")
     (tmp_path / "own" / "digits.py").rename(tmp_path / "own" / "whole.py")
     (tmp_path / "own" / "digits.py").write_text(OWN.format(values=values))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from verb import PROMPTS, keep_networks, kept_programs, run, tiny_config, tiny_flags
+from verb import PROMPTS, quickly, run, tiny_config, tiny_flags
 
 from configs import digits
 from proreflow_jax.evaluation import trajectory
@@ -75,11 +75,10 @@ def test_batches_over_the_mesh_join_to_the_whole(opened):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def finished(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """(run folder, numbers) of a study of a tiny run, 4 then 2 windows."""
     folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch, kept_programs(tmp_path_factory.mktemp("programs")):
-        keep_networks(patch)
+    with quickly(programs):
         model = tiny.write_model(folder / "model")
         ended = run("distill", *tiny_flags(folder, model, export__stages="()"))
         assert ended.code == 0, ended.err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
-from verb import CONFIG, PROMPTS, Ended, run, tiny_flags
+from verb import CONFIG, DEVICES, PROMPTS, Ended, run, tiny_flags
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -61,10 +61,10 @@ FIELDS = [  # overrides of the tiny config, what the line must name
     ({"stages": "(-2,)"}, ("-2 windows", "--config.stages")),
     ({"stages": "(4.0, 2.0)"}, ("whole numbers", "--config.stages")),
     ({"stages": "eight"}, ("whole numbers", "--config.stages")),
-    ({"train__batch": 12}, ("12", "8 devices", "--config.train.batch")),
+    ({"train__batch": 13}, ("13", f"{DEVICES} devices", "--config.train.batch")),
     ({"train__accumulation": 3}, ("3", "--config.train.accumulation")),
     ({"pairs__batch": 32}, ("32", "--config.pairs.shard_size=16")),
-    ({"pairs__batch": 4}, ("4", "8 devices", "--config.pairs.batch")),
+    ({"pairs__batch": 1}, ("1", f"{DEVICES} devices", "--config.pairs.batch")),
     ({"pairs__batch": 0}, ("--config.pairs.batch=0",)),
     ({"pairs__examples": 0}, ("--config.pairs.examples",)),
     ({"pairs__substeps": 0}, ("--config.pairs.substeps=0",)),
@@ -115,7 +115,7 @@ FIELDS = [  # overrides of the tiny config, what the line must name
     ({"optimizer__decay_rules": "(('(', True),)"}, ("--config.optimizer.decay_rules", "regular expression")),
     ({"mesh__rules": "(('.*', 'sharded'),)"}, ("--config.mesh.rules", "sharded", "fsdp")),
     ({"mesh__rules": "(1,)"}, ("--config.mesh.rules", "pair")),
-    ({"mesh__fsdp": 3}, ("--config.mesh.fsdp=3", "8 devices")),
+    ({"mesh__fsdp": 3}, ("--config.mesh.fsdp=3", f"{DEVICES} devices")),
 ]
 
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from PIL import Image
 from safetensors.numpy import load_file
-from verb import ROOT, Ended, keep_networks, kept_programs, run
+from verb import ROOT, Ended, quickly, run
 
 from proreflow_jax.data import emoji, emoji_pairs
 from proreflow_jax.evaluation import kernel
@@ -54,8 +54,7 @@ def load_weights(real: Callable, experiment: Experiment, stage: Stage | None) ->
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(programs):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
-        keep_networks(patch)
+    with quickly(programs) as patch:
         patch.setattr(jax, "jit", tiny.quick_jit)
         patch.setattr(score_emoji, "make_picture_features", small_network)
         patch.setattr(score_emoji, "load_weights", partial(load_weights, score_emoji.load_weights))

@@ -19,7 +19,7 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from verb import CONFIG, PROMPTS, keep_networks, kept_programs, run, tiny_flags
+from verb import CONFIG, PROMPTS, quickly, run, tiny_flags
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -86,8 +86,7 @@ def _config(words: list[str]) -> ConfigDict:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(programs, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
-        keep_networks(patch)
+    with quickly(programs) as patch:
         patch.setattr(jax, "jit", tiny.quick_jit)  # verbs as they are, but for XLA's optimizations
         patch.setattr(mesh, "make_mesh", partial(mesh.make_mesh, devices=jax.devices()[:1]))  # meshes have their own tests
         patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))

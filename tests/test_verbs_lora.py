@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def flags(folder: Path, model: Path, **fields: object) -> list[str]:
-    fields = {"student__lora__rank": RANK, "student__lora__layers": LAYERS, "optimizer__learning_rate": 0.01} | fields
+    own = {"student__lora__rank": RANK, "student__lora__layers": LAYERS, "optimizer__learning_rate": 0.01}
+    fields = own | {"checkpoint__every": 6} | fields
     return tiny_flags(folder, model, export__stages="()", **fields)
 
 

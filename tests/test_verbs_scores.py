@@ -18,7 +18,7 @@ import made_coco
 import numpy as np
 import pytest
 import tiny
-from verb import ROOT, keep_networks, kept_programs, run, tiny_flags
+from verb import ROOT, quickly, run, tiny_flags
 
 from configs import digits
 from proreflow_jax.data import coco
@@ -49,8 +49,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(programs):
-    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
-        keep_networks(patch)
+    with quickly(programs) as patch:
         patch.setattr(jax, "jit", tiny.quick_jit)  # verbs as they are, but for XLA's optimizations
         patch.setattr(judges, "feature_network", made_coco.small_network)
         patch.setattr(clip_score, "load_clip", cache(clip_score.load_clip))  # drawing it is most of its cost

@@ -9,7 +9,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs.digits import get_config
@@ -24,8 +25,10 @@ from proreflow_jax.models.layers import Compute
 from proreflow_jax.models.network import Network
 from proreflow_jax.pretrained import pipeline
 from proreflow_jax.run import check_config, process
+from proreflow_jax.runtime import mesh
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICES = 2  # that verbs run on, unless a test says otherwise: several; each costs copies of a thousand arrays
 CONFIG = ROOT / "configs" / "digits.py"
 PROMPTS = ("a handwritten zero", "a handwritten one", "the number two", "a three", "a photo of the digit four", "five")
 TINY = {  # two stages of a few steps, for the model of tiny.write_model on eight devices
@@ -103,6 +106,29 @@ def keep_networks(patch: pytest.MonkeyPatch) -> None:
         patch.setitem(pipeline.MAKERS, name, once(name, make))
 
 
+def few_devices(patch: pytest.MonkeyPatch) -> None:
+    """A mesh whose size is left to the machine (an axis of -1) fills DEVICES of the devices that are there."""
+    make = mesh.make_mesh
+
+    def made(
+        data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, slices: int = 1
+    ) -> Mesh:
+        if devices is None and -1 in (data, fsdp, tensor):
+            devices = jax.devices()[:DEVICES]
+        return make(data, fsdp, tensor, devices, slices)
+
+    patch.setattr(mesh, "make_mesh", made)
+
+
+@contextmanager
+def quickly(programs: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Verbs draw each network once, use few devices, and compile no program anew that lies in the folder."""
+    with pytest.MonkeyPatch.context() as patch, kept_programs(programs):
+        keep_networks(patch)
+        few_devices(patch)
+        yield patch
+
+
 def program_settings(folder: Path) -> dict[str, object]:
     """Of jax: compile quickly, keep every program in a folder."""
     return {
@@ -130,7 +156,7 @@ def kept_programs(folder: Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def environment(cache: Path, devices: int = 8) -> dict[str, str]:
+def environment(cache: Path, devices: int = DEVICES) -> dict[str, str]:
     """Of a verb's own process: some CPU devices, and the very programs that `kept_programs` keeps in a folder."""
     flags = re.sub(r"(--xla_force_host_platform_device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     names = {name.upper(): str(value) for name, value in program_settings(cache).items()}
