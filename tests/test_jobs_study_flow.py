@@ -82,13 +82,10 @@ def finished(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         model = tiny.write_model(folder / "model")
         ended = run("distill", *tiny_flags(folder, model, export__stages="()"))
         assert ended.code == 0, ended.err
-        c = small()
-        c.name, c.root, c.model.path = "tiny", str(folder / "runs"), str(model)
-        for name, value in (("steps", 6), ("batch", 16)):
-            c.train[name] = value
-        c.optimizer.warmup_steps, c.export.stages, c.pairs.start = 2, (), "noise"
-        c.pairs.examples, c.pairs.shard_size, c.pairs.batch = 32, 16, 16
-        numbers = study_flow.study_flow(open_experiment(c.lock()))
+        c = tiny_config(folder, model, export__stages=())
+        with c.unlocked():
+            c.evaluate.study = small().evaluate.study
+        numbers = study_flow.study_flow(open_experiment(c))
     return folder / "runs" / "tiny", numbers
 
 
