@@ -131,7 +131,7 @@ def test_a_cache_is_made_by_the_vae_that_is_named(place, tmp_path):
         ({}, "images", "holds other files"),
         ({"data__kind": "prompts"}, "new", "--config.data.kind=prompts has no images"),
         ({"data__kind": "cached"}, "new", "--config.data.kind=cached has no images"),
-        ({"cache__batch": 13}, "new", "--config.cache.batch=13"),
+        ({"cache__batch": 12, "mesh__data": 8}, "new", "--config.cache.batch=12"),
         ({"cache__storage": "int8"}, "new", "--config.cache.storage"),
         ({"data__resolution": 16, "pairs__start": "noise"}, "new", "--config.data.resolution=16 must be 8"),
     ],

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEVICES = 2  # that verbs run on, unless a test says otherwise: several; each costs copies of a thousand arrays
 CONFIG = ROOT / "configs" / "digits.py"
 PROMPTS = ("a handwritten zero", "a handwritten one", "the number two", "a three", "a photo of the digit four", "five")
-TINY = {  # two stages of a few steps, for the model of tiny.write_model on eight devices
+TINY = {  # two stages of a few steps, for the model of tiny.write_model on DEVICES, or on eight
     "name": "tiny",
     "stages": "(4, 2)",
     "export.stages": "(4, 2)",
