@@ -223,7 +223,7 @@ def test_shapes_are_those_of_the_arrays_that_the_verbs_hand_over(tmp_path, model
     real = open.open_experiment(verb.tiny_config(tmp_path, model, **fields))
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only, **fields), jax.devices())
     stage, online = real.stages[0], "pairs__mode" in fields
-    teacher = real.unet.params() if online else {}
+    teacher = real.denoiser.params() if online else {}
     arrays = experiment.frozen_arrays(real, stage, teacher, online)._replace(key=None)
     made = frozen_shapes(shapes, stage, online, online)._replace(key=None)
     assert described(made) == described(arrays)
@@ -434,6 +434,6 @@ def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up():
     found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
     parts = {name: size for name, size in found["memory"].items() if name not in ("total", "available")}
     assert sum(parts.values()) == found["memory"]["total"] and min(parts.values()) >= 0
-    weights = sum(math.prod(s.shape) for s in open.open_outline(config, jax.devices()[:4]).networks.unet.shapes.values())
+    weights = sum(math.prod(s.shape) for s in open.open_outline(config, jax.devices()[:4]).networks.denoiser.shapes.values())
     assert parts["state"] == pytest.approx(4 * 4 * weights / 4, rel=0.1)  # weights, average, two moments, over four chips
     assert found["fits"] and 0 < found["utilisation"] < 1 and found["not_estimated"] == {}

@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def opened(tmp_path: Path, model: Path, **fields: object) -> pipeline.Pipeline:
-    return pipeline.load_pipeline(find_base_model(tiny_config(tmp_path, model, **fields)), with_unet=False)
+    return pipeline.load_pipeline(find_base_model(tiny_config(tmp_path, model, **fields)), with_denoiser=False)
 
 
 def as_file(folder: Path, path: Path, layers: int) -> Path:

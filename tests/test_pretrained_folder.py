@@ -206,7 +206,7 @@ def test_prompt_to_noise_prediction_to_image_as_in_diffusers(tiny):
 
     def draw_all(params, ids, x):
         states = ours.condition(params, ids).states
-        out = ours.unet.apply(params["unet"], x, jnp.array([999.0, 4.0]), states)
+        out = ours.denoiser.apply(params["unet"], x, jnp.array([999.0, 4.0]), states)
         return states, out, ours.vae.apply(params["vae"], out / ours.scaling, method="decode")
 
     states, out, pixels = quick_jit(draw_all)(ours.params, jnp.asarray(ours.tokenizer.encode(prompts)), to_jax(latents))

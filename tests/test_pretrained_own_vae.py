@@ -65,19 +65,19 @@ def same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) ->
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_same_vae(model, tuned, places, form, caplog):
     with caplog.at_level(logging.WARNING):
-        loaded = pipeline.load_pipeline(with_own_vae(sources.open_folder(model), places[form]), with_unet=False)
+        loaded = pipeline.load_pipeline(with_own_vae(sources.open_folder(model), places[form]), with_denoiser=False)
     same(weights.to_torch(loaded.params["vae"]), tuned)
-    own = pipeline.load_pipeline(model, with_unet=False)
+    own = pipeline.load_pipeline(model, with_denoiser=False)
     assert loaded.scaling == own.scaling == 0.5 and loaded.resolution == own.resolution
-    first = pipeline.load_pipeline(with_own_vae(sources.open_folder(model), places["model"]), with_unet=False)
+    first = pipeline.load_pipeline(with_own_vae(sources.open_folder(model), places["model"]), with_denoiser=False)
     ours, before = base_identity(loaded), base_identity(own)
     assert ours == base_identity(first) and {name for name in ours if ours[name] != before[name]} == {"base.vae"}
     assert not caplog.records
 
 
 def test_the_model_s_own_vae_named_again_is_the_same_model(model):
-    again = pipeline.load_pipeline(with_own_vae(sources.open_folder(model), model / "vae"), with_unet=False)
-    assert base_identity(again) == base_identity(pipeline.load_pipeline(model, with_unet=False))
+    again = pipeline.load_pipeline(with_own_vae(sources.open_folder(model), model / "vae"), with_denoiser=False)
+    assert base_identity(again) == base_identity(pipeline.load_pipeline(model, with_denoiser=False))
 
 
 def test_a_file_without_a_vae_is_whole_with_one(model, places, tuned, tmp_path):
@@ -85,7 +85,7 @@ def test_a_file_without_a_vae_is_whole_with_one(model, places, tuned, tmp_path):
     save_file({n: v for n, v in load_file(places["whole file"]).items() if not n.startswith(single_file.VAE)}, file)
     config = tiny_config(tmp_path, file, model__like=str(model), model__vae=str(places["folder"]))
     source = find_base_model(config)
-    same(weights.to_torch(pipeline.load_pipeline(source, with_unet=False).params["vae"]), tuned)
+    same(weights.to_torch(pipeline.load_pipeline(source, with_denoiser=False).params["vae"]), tuned)
     assert title(config, source) == "model.safetensors with the VAE of alone"
 
 
@@ -94,7 +94,7 @@ def test_a_damaged_vae_is_replaced(model, places, tuned, tmp_path):
     (broken / "vae" / WEIGHTS).write_bytes(b"cut")
     config = tiny_config(tmp_path, broken, model__vae=str(places["model's vae"]))
     source = find_base_model(config)
-    same(weights.to_torch(pipeline.load_pipeline(source, with_unet=False).params["vae"]), tuned)
+    same(weights.to_torch(pipeline.load_pipeline(source, with_denoiser=False).params["vae"]), tuned)
     assert title(config, source) == "broken with the VAE of model"
 
 
@@ -192,7 +192,7 @@ def test_a_hub_s_vae_is_fetched_alone(model, places, tuned, tmp_path, monkeypatc
         names = {f"vae/{name}" for name in ("config.json", WEIGHTS)} | {"model_index.json"}
         assert set(hub.fetched("me/vae")) == (names if form == "model" else {"config.json", WEIGHTS})
         commit = hub.models["me/vae"].commit
-    same(weights.to_torch(pipeline.load_pipeline(source, with_unet=False).params["vae"]), tuned)
+    same(weights.to_torch(pipeline.load_pipeline(source, with_denoiser=False).params["vae"]), tuned)
     assert title(config, source) == f"model with the VAE of me/vae@{commit}"
     with monkeypatch.context() as offline:
         offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -43,7 +43,7 @@ def drawn(flow, rows=None, loss=LOSS, key=KEY):
 
 @cache
 def valuer(flow, loss, apply, x64):
-    networks = TOYS._replace(unet=TOYS.unet._replace(apply=apply))
+    networks = TOYS._replace(denoiser=TOYS.denoiser._replace(apply=apply))
     return quick_jit(partial(reflow_loss, flow=flow, networks=networks, loss=loss))
 
 
@@ -247,7 +247,7 @@ def test_the_network_computes_in_the_asked_dtype_and_the_loss_in_float32():
         seen.append((params["conv_in.weight"].dtype, z.dtype, timestep.dtype, context.dtype))
         return tiny.toy_unet(params, z, timestep, context)
 
-    networks, loss = TOYS._replace(unet=TOYS.unet._replace(apply=watched)), LOSS._replace(dtype="bfloat16")
+    networks, loss = TOYS._replace(denoiser=TOYS.denoiser._replace(apply=watched)), LOSS._replace(dtype="bfloat16")
     mean = lambda params, x: reflow_loss(params, x, flow=flow, networks=networks, loss=loss)[0]
     value, gradient = jax.eval_shape(jax.value_and_grad(mean), FROZEN.teacher, drawn(flow))
     assert seen == [(jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16)]

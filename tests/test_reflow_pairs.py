@@ -44,7 +44,7 @@ def crossed(step, z, nodes):
 
 
 def sampled(flow, steps, ids, noise):
-    sample = partial(sample_latents, unet=TOYS.unet, schedule=TOYS.schedule, flow=flow, steps=steps, guidance=1)
+    sample = partial(sample_latents, denoiser=TOYS.denoiser, schedule=TOYS.schedule, flow=flow, steps=steps, guidance=1)
     context = spoken(ids)
     return np.asarray(quick_jit(sample)(FROZEN.teacher, jnp.asarray(noise), context, jax.tree.map(lambda x: x[:1], context)))
 
@@ -69,7 +69,7 @@ def test_examples_differ_from_each_other_and_between_jobs():
 def test_from_noise_the_bounds_are_the_teachers_own_trajectory(solver):
     made = make(solver=solver)
     assert made["states"].shape == (16, 5, *tiny.LATENT) and not made["first"].any()
-    step = make_step(TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.unet, FROZEN.teacher)(z, t, context), solver)
+    step = make_step(TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.denoiser, FROZEN.teacher)(z, t, context), solver)
     context = spoken(made["ids"])
     states = crossed(step, made["states"][:, 0], windows.sampling_nodes(8, 1))
     np.testing.assert_allclose(made["states"], np.moveaxis(states[::2], 0, 1), rtol=1e-4, atol=1e-5)
@@ -110,7 +110,7 @@ def test_from_data_the_second_state_is_the_teachers_at_the_end_of_its_window():
     made = make(start="data")
     assert len(set(made["first"])) > 1
     context = spoken(made["ids"])
-    step = make_step(TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.unet, FROZEN.teacher)(z, t, context))
+    step = make_step(TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.denoiser, FROZEN.teacher)(z, t, context))
     begin = 1000 - 250 * made["first"]
     nodes = np.stack([begin - cut for cut in (0, 125, 250)]) / 1000
     states = crossed(step, made["states"][:, 0], nodes)
@@ -168,7 +168,7 @@ def test_guidance_changes_the_pairs_by_its_formula_and_one_does_not():
     np.testing.assert_array_equal(plain, same)
     assert np.abs(plain - strong).max() > 1e-2
     ids = tiny.rows(16)["ids"]
-    predict = make_predict(TOYS.unet, FROZEN.teacher)
+    predict = make_predict(TOYS.denoiser, FROZEN.teacher)
     empty = jnp.broadcast_to(FROZEN.empty, ids.shape)
     guided = lambda z, t: predict(z, t, spoken(empty)) + 3.0 * (predict(z, t, spoken(ids)) - predict(z, t, spoken(empty)))
     states = crossed(make_step(TEACHER, TOYS.schedule, guided), strong[:, 0], windows.sampling_nodes(8, 4))
@@ -190,7 +190,7 @@ def test_a_teacher_of_any_prediction_type_gives_the_same_pairs(kind):
     def speak(params, z, timestep, context, *added):
         return convert("epsilon", kind, TOYS.schedule, z, tiny.toy_unet(params, z, timestep, context), (timestep + 1) / 1000)
 
-    networks = TOYS._replace(unet=TOYS.unet._replace(apply=speak))
+    networks = TOYS._replace(denoiser=TOYS.denoiser._replace(apply=speak))
     jitted = quick_jit(partial(pairs.cross_windows, recipe=RECIPE, flow=Parameterization(kind), networks=networks))
     np.testing.assert_allclose(jitted(FROZEN, tiny.rows(16))["states"], make()["states"], rtol=1e-3, atol=1e-3)
 

@@ -67,8 +67,10 @@ def test_an_unknown_stage_is_named_with_those_there_are():
         stages.find_stage(plan_stages(get_config(), Path("run"), EPSILON, tiny.LATENT), 5)
 
 
-def gap(n, path="linear", schedule=SCHEDULE, unet=TOYS.unet, prediction="ddim_eps"):
-    measure = quick_jit(partial(identity_gap, unet=unet, schedule=schedule, student=Parameterization(prediction, n, path)))
+def gap(n, path="linear", schedule=SCHEDULE, denoiser=TOYS.denoiser, prediction="ddim_eps"):
+    measure = quick_jit(
+        partial(identity_gap, denoiser=denoiser, schedule=schedule, student=Parameterization(prediction, n, path))
+    )
     return float(measure(FROZEN.teacher, NOISE, contexts()[0]))
 
 
@@ -82,7 +84,7 @@ def test_an_untrained_student_is_its_teacher_one_ddim_step_a_window(n, path, pre
 def test_the_identity_holds_where_a_good_network_makes_both_terms_cancel(name):
     schedule = make_schedule(name, 1e-4, 0.02)
     level = lambda p, z, time, *told: schedule.sigma((time + 1) / 1000).reshape(-1, 1, 1, 1) * z
-    assert gap(1, schedule=schedule, unet=TOYS.unet._replace(apply=level)) <= 1e-5
+    assert gap(1, schedule=schedule, denoiser=TOYS.denoiser._replace(apply=level)) <= 1e-5
 
 
 class Late(Schedule):
@@ -101,7 +103,7 @@ class Cosine(Schedule):
 
 def identity(schedule=SCHEDULE, base=EPSILON, student=STUDENT, params=FROZEN.teacher):
     arrays = (contexts()[0], tiny.LATENT, jax.random.key(1))
-    return check_identity(params, *arrays, unet=TOYS.unet, schedule=schedule, base=base, student=student)
+    return check_identity(params, *arrays, denoiser=TOYS.denoiser, schedule=schedule, base=base, student=student)
 
 
 @pytest.mark.parametrize("wrong", [Late, Cosine])
@@ -126,7 +128,7 @@ def test_the_identity_is_checked_only_where_it_holds_by_design():
 
 def sampled(flow, steps, guidance=1):
     options = {"flow": flow, "steps": steps, "guidance": guidance}
-    sample = partial(sample_latents, unet=TOYS.unet, schedule=SCHEDULE, **options)
+    sample = partial(sample_latents, denoiser=TOYS.denoiser, schedule=SCHEDULE, **options)
     return np.asarray(quick_jit(sample)(FROZEN.teacher, NOISE, *contexts()))
 
 
@@ -137,11 +139,11 @@ def test_sampling_computes_in_the_dtype_that_is_asked_for(dtype):
 
     def apply(params, z, t, *context):
         dtypes.append({str(array.dtype) for array in jax.tree.leaves((params, z, context))})
-        return TOYS.unet.apply(params, z, t, *context)
+        return TOYS.denoiser.apply(params, z, t, *context)
 
-    unet, options = TOYS.unet._replace(apply=apply), {"flow": STUDENT, "steps": 8, "guidance": 1, "dtype": dtype}
+    denoiser, options = TOYS.denoiser._replace(apply=apply), {"flow": STUDENT, "steps": 8, "guidance": 1, "dtype": dtype}
     latents = jax.eval_shape(
-        partial(sample_latents, unet=unet, schedule=SCHEDULE, **options), FROZEN.teacher, NOISE, *contexts()
+        partial(sample_latents, denoiser=denoiser, schedule=SCHEDULE, **options), FROZEN.teacher, NOISE, *contexts()
     )
     assert dtypes and all(each == {dtype} for each in dtypes) and latents.dtype == jnp.float32
 
@@ -177,8 +179,8 @@ def test_an_untrained_ddim_student_samples_as_its_teacher_does(prediction, kind)
 
 def test_guidance_pushes_away_from_the_negative_prompts():
     context, negative = contexts()
-    unet = lambda z, t, c: tiny.toy_unet(FROZEN.teacher, z, timestep(t), jnp.broadcast_to(c.states, context.states.shape))
-    guided = lambda z, t: unet(z, t, negative) + 4.0 * (unet(z, t, context) - unet(z, t, negative))
+    denoiser = lambda z, t, c: tiny.toy_unet(FROZEN.teacher, z, timestep(t), jnp.broadcast_to(c.states, context.states.shape))
+    guided = lambda z, t: denoiser(z, t, negative) + 4.0 * (denoiser(z, t, context) - denoiser(z, t, negative))
     flow = Parameterization("ddim_eps", 4)
     want = jax.jit(lambda: by_hand(flow, windows.bounds(4), guided))()
     ours = sampled(flow, 4, guidance=4.0)
@@ -222,6 +224,6 @@ def test_a_student_step_stays_in_the_window_its_time_lies_in():
 
 def test_a_prediction_is_float32_whatever_it_is_computed_in():
     t, context = jnp.full(4, 0.5), contexts()[0]
-    exact = make_predict(TOYS.unet, FROZEN.teacher)(NOISE, t, context)
-    coarse = make_predict(TOYS.unet, FROZEN.teacher, "bfloat16")(NOISE, t, context)
+    exact = make_predict(TOYS.denoiser, FROZEN.teacher)(NOISE, t, context)
+    coarse = make_predict(TOYS.denoiser, FROZEN.teacher, "bfloat16")(NOISE, t, context)
     assert coarse.dtype == jnp.float32 and 1e-4 < np.abs(coarse - exact).max() < 0.2

@@ -207,8 +207,8 @@ def real_model():
         "down_block_types": ("CrossAttnDownBlock2D",),
         "up_block_types": ("CrossAttnUpBlock2D",),
     }
-    networks = TOYS._replace(unet=make_unet(write_pipeline.unet_config(tiny.UNET | blocks, tiny.TEXT, tiny.LATENT)))
-    teacher, student = (jax.tree.map(jnp.asarray, tiny.random_params(networks.unet.shapes, seed)) for seed in (0, 1))
+    networks = TOYS._replace(denoiser=make_unet(write_pipeline.unet_config(tiny.UNET | blocks, tiny.TEXT, tiny.LATENT)))
+    teacher, student = (jax.tree.map(jnp.asarray, tiny.random_params(networks.denoiser.shapes, seed)) for seed in (0, 1))
     return networks, FROZEN._replace(teacher=teacher), student
 
 

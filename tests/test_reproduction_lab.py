@@ -125,7 +125,7 @@ def test_pairs_start_from_the_mixtures_examples(tiny):
     batch = read(np.arange(8))
     assert batch["mean"].shape == (8, 1, 1, 4) and not batch["std"].any() and batch["ids"].shape == (8, 1)
     assert (read(np.arange(8))["mean"] == batch["mean"]).all() and (read(np.arange(8, 16))["mean"] != batch["mean"]).any()
-    records = stage_pairs(experiment, stage, experiment.unet.params(), 16, make_programs(experiment), read)
+    records = stage_pairs(experiment, stage, experiment.denoiser.params(), 16, make_programs(experiment), read)
     clean = records["first"][:8] == 3  # the last window ends at data
     ends = records["states"][:8, 1]
     assert np.abs(ends[clean] - batch["mean"][clean]).mean() < np.abs(ends[clean] - np.roll(batch["mean"], 1, 0)[clean]).mean()
@@ -276,7 +276,7 @@ SEEDS = (5, 5 + 2**32, 2**63, 2**64 - 1)
 
 
 def test_both_words_of_the_base_model_s_seed_count(tiny):
-    assert len({lab.open_lab(tiny(lab__seed=seed, lab__steps=2)).unet.digest() for seed in SEEDS}) == len(SEEDS)
+    assert len({lab.open_lab(tiny(lab__seed=seed, lab__steps=2)).denoiser.digest() for seed in SEEDS}) == len(SEEDS)
 
 
 def test_both_words_of_a_cell_s_seed_count(tiny):

@@ -15,7 +15,7 @@ WEIGHTS = {"text_encoder": "model.safetensors", "vae": "diffusion_pytorch_model.
 
 
 def identity(folder: Path) -> dict[str, str]:
-    return base_identity(load_pipeline(folder, with_unet=False))
+    return base_identity(load_pipeline(folder, with_denoiser=False))
 
 
 @pytest.fixture(scope="module")

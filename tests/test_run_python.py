@@ -57,7 +57,7 @@ def by_hand(model: ImageModel, guidance: float, steps: int, count: int, seed: in
     context = read(model.base.text, np.repeat(encode(PROMPTS), count, axis=0))
     against = read(model.base.text, encode([AGAINST]))
     noise = jnp.tile(jax.random.normal(seed_key(seed), (count, *model.base.latent_shape)), (len(PROMPTS), 1, 1, 1))
-    words = {"unet": n.unet, "schedule": n.schedule, "flow": model.flow, "steps": steps, "guidance": guidance}
+    words = {"denoiser": n.denoiser, "schedule": n.schedule, "flow": model.flow, "steps": steps, "guidance": guidance}
     latents = jax.jit(partial(sampler.sample_latents, **words))(model.params, noise, context, against)
     decode = jax.jit(lambda weights, z: sampler.decode(n.vae, weights, z, n.scaling))
     return np.asarray(decode(model.base.params["vae"], latents))
@@ -132,7 +132,7 @@ def test_image_to_image_starts_from_the_image_with_noise(student):
     noise = jax.random.normal(seed_key(0), (2, *student.base.latent_shape))
     state = n.schedule.alpha(0.5) * mean + n.schedule.sigma(0.5) * noise
     context = text_context(n.condition, student.base.text, jnp.repeat(student.base.tokenizer.encode(["a three"]), 2, axis=0))
-    words = {"unet": n.unet, "schedule": n.schedule, "flow": student.flow, "steps": 4, "guidance": 1, "skip": 2}
+    words = {"denoiser": n.denoiser, "schedule": n.schedule, "flow": student.flow, "steps": 4, "guidance": 1, "skip": 2}
     expected = jax.jit(partial(sampler.sample_latents, **words))(student.params, state, context, context)
     np.testing.assert_allclose(latents, expected, atol=1e-4)
     (picture, _) = student("a three", image=[image], strength=0.5, count=2)

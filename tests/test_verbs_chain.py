@@ -15,7 +15,7 @@ from verb import CONFIG, run, tiny_flags
 
 from proreflow_jax.data import digits
 from proreflow_jax.exports import formats, replay_in_diffusers
-from proreflow_jax.exports.formats import UNET_FILE
+from proreflow_jax.exports.formats import denoiser_file
 from proreflow_jax.storage.atomic import read_json
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -129,6 +129,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+UNET_FILE = denoiser_file("unet")
 SLOW = pytest.mark.slow
 FIRST_ORDER = {"student__path": "first_order", "loss__space": "output"}
 VELOCITY = {"student__prediction": "velocity"}

@@ -11,11 +11,12 @@ from verb import Ended, run, tiny_flags
 
 import proreflow_jax
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.exports.formats import UNET_FILE
+from proreflow_jax.exports.formats import denoiser_file
 from proreflow_jax.run import taught
 from proreflow_jax.storage.atomic import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("quick")
+UNET_FILE = denoiser_file("unet")
 DIGITS = {"data__kind": "digits"}  # `evaluate` needs the demo's digits, whatever the student was trained on
 
 

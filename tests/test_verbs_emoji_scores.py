@@ -48,7 +48,7 @@ def load_weights(real: Callable, experiment: Experiment, stage: Stage | None) ->
     """The 4-window student is the teacher with larger weights."""
     if stage is None:
         return real(experiment, None)
-    params = {name: 1.1 * value for name, value in experiment.unet.params().items()}
+    params = {name: 1.1 * value for name, value in experiment.denoiser.params().items()}
     return Weights(params, Parameterization("ddim_eps", 4), "student")
 
 
@@ -192,7 +192,7 @@ def test_a_picture_is_that_of_its_seed_and_number_and_the_distance_is_to_its_own
     @jax.jit
     def draw(noise: jax.Array, ids: jax.Array, empty: jax.Array) -> tuple[jax.Array, jax.Array]:
         context, negative = (networks.condition(base.text, each) for each in (ids, empty))
-        options = dict(unet=networks.unet, schedule=networks.schedule, flow=Parameterization("epsilon"), steps=4)
+        options = dict(denoiser=networks.denoiser, schedule=networks.schedule, flow=Parameterization("epsilon"), steps=4)
         latents = sampler.sample_latents(params["unet"], noise, context, negative, guidance=GUIDANCE, **options)
         return latents, sampler.decode(networks.vae, params["vae"], latents, networks.scaling)
 
@@ -297,7 +297,9 @@ def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
 
 def test_pictures_that_are_no_numbers_are_named_by_their_prompts(folder, model, monkeypatch):
     def spoilt(experiment: Experiment, stage: Stage | None) -> Weights:
-        return Weights({name: np.nan * value for name, value in experiment.unet.params().items()}, experiment.flow, "spoilt")
+        return Weights(
+            {name: np.nan * value for name, value in experiment.denoiser.params().items()}, experiment.flow, "spoilt"
+        )
 
     monkeypatch.setattr(score_emoji, "load_weights", spoilt)
     ended = evaluate(folder, model, "spoilt", evaluate__gate__guidance="()")

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file, save_file
 from verb import CONFIG, run, tiny_config, tiny_flags
 
 from proreflow_jax import UserError
-from proreflow_jax.exports.formats import FILES, UNET_FILE
+from proreflow_jax.exports.formats import FILES, denoiser_file
 from proreflow_jax.run.open import find_base_model, open_experiment
 from proreflow_jax.storage import sealed
 from proreflow_jax.storage.atomic import read_json
 
 pytestmark = pytest.mark.usefixtures("quick")
+UNET_FILE = denoiser_file("unet")
 SECRET = "hf_never_to_be_copied"
 
 
@@ -467,7 +468,7 @@ def test_a_merge_says_that_it_is_one(model, delta, tmp_path):
     assert card["merged"] == {"delta": change["digest"], "base": "model", "scale": 0.5} and card["base"] == "tuned"
     assert f"Digest of the weights: {card['digest']}" in page
     opened = open_experiment(tiny_config(tmp_path, tmp_path / "out", stages=(2,)))
-    assert opened.unet.digest() == card["digest"] != change["digest"]  # a run takes these weights by the same digest
+    assert opened.denoiser.digest() == card["digest"] != change["digest"]  # a run takes these weights by the same digest
     assert opened.flow.windows == 4
 
 

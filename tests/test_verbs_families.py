@@ -166,7 +166,7 @@ def test_sdxl_is_distilled_and_drawn_by_stock_diffusers_from_a_folder_and_from_o
     check_forms(exported, "xl", ("diffusers",), ("single-file",))
     ours, folder = exported("xl")
     assert contents(folder) == contents(ours.model)
-    assert distance(ours.model / formats.UNET_FILE, folder / formats.UNET_FILE) > 0.01
+    assert distance(ours.model / formats.denoiser_file("unet"), folder / formats.denoiser_file("unet")) > 0.01
     index = read_json(folder / "model_index.json")
     assert index == read_json(ours.model / "model_index.json") | {"scheduler": ["diffusers", "DDIMScheduler"]}
 
@@ -202,7 +202,7 @@ def test_a_delta_on_its_own_base_is_the_student(exported, tmp_path, family):
     words = [f"--config={CONFIG}", f"--config.model.path={ours.model}", f"--delta={delta}", f"--out={merged}"]
     ended = run("merge", *words)
     assert ended.code == 0, ended.err
-    assert distance(folder / formats.UNET_FILE, merged / formats.UNET_FILE) <= 1e-6
+    assert distance(folder / formats.denoiser_file("unet"), merged / formats.denoiser_file("unet")) <= 1e-6
     assert contents(merged) == contents(ours.model)
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert read_json(merged / name) == read_json(folder / name)
@@ -339,12 +339,12 @@ def our_latents(experiment: Experiment, given: Drawing, nodes: np.ndarray | None
     context, negative = (read(experiment.base.text, encode(texts)) for texts in (PROMPTS[:2], [given.negative] * 2))
     start = jnp.asarray(given.noise)
     if nodes is None:
-        walk = partial(sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=student.flow)
+        walk = partial(sampler.sample_latents, denoiser=n.denoiser, schedule=n.schedule, flow=student.flow)
         walk = partial(walk, steps=given.steps, guidance=given.guidance)
         return np.asarray(jax.jit(walk)(student.params, start, context, negative))
 
     def from_there(params: Any) -> jax.Array:
-        predict = solvers.guided(make_predict(n.unet, params), context, negative, given.guidance)
+        predict = solvers.guided(make_predict(n.denoiser, params), context, negative, given.guidance)
         return solvers.solve(make_step(student.flow, n.schedule, predict), start, nodes.astype(np.float32))
 
     return np.asarray(jax.jit(from_there)(student.params))

@@ -89,7 +89,7 @@ def counted(experiment):
         return z
 
     networks = experiment.networks
-    return experiment._replace(networks=networks._replace(unet=networks.unet._replace(apply=apply))), seen
+    return experiment._replace(networks=networks._replace(denoiser=networks.denoiser._replace(apply=apply))), seen
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_teachers_forwards_are_those_that_the_network_is_asked(small, fields):
     experiment, seen = counted(reopen(base, changed(base.config, method(4, **fields))))
     stage, programs = experiment.stages[0], make_programs(experiment)
     cost = budget(experiment, stage, 800)
-    stage_pairs(experiment, stage, base.unet.params(), cost.records, programs, digits.rows(experiment, stage))
+    stage_pairs(experiment, stage, base.denoiser.params(), cost.records, programs, digits.rows(experiment, stage))
     jax.effects_barrier()
     assert sum(seen) == cost.forwards - cost.updates * 3 * experiment.config.train.batch
 
@@ -156,7 +156,7 @@ def test_in_fewer_steps_than_windows_an_untrained_student_is_ddim(small):
     experiment = open_experiment(small())
     instruments = digits.make_instruments(experiment)
     start = digits.make_inputs(experiment, 0, instruments)
-    base = experiment.unet.params()
+    base = experiment.denoiser.params()
     student, _ = digits.measure_student(experiment, base, Parameterization("ddim_eps", 4), instruments, start)
     teacher, images = digits.measure_student(experiment, base, experiment.flow, instruments, start)
     assert set(teacher["steps"]) == {"1", "2", "4", "8"} == {str(steps) for steps in images}

@@ -30,7 +30,7 @@ from proreflow_jax.jobs import score_coco, score_plan
 from proreflow_jax.models import inception
 from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow.pairs import make_predict
-from proreflow_jax.run.experiment import BaseUNet, Experiment, Weights
+from proreflow_jax.run.experiment import BaseDenoiser, Experiment, Weights
 from proreflow_jax.run.stages import EVALUATION_KEY, Stage, plan_stages
 from proreflow_jax.runtime import mesh
 from proreflow_jax.storage.atomic import read_json
@@ -63,7 +63,7 @@ def load_weights(real: Callable, experiment: Experiment, stage: Stage | None) ->
     """A toy's student is its teacher with larger weights; other experiments load theirs."""
     if not isinstance(experiment.base, SimpleNamespace):
         return real(experiment, stage)
-    params = {name: value * (1.1 if stage else 1.0) for name, value in experiment.unet.params().items()}
+    params = {name: value * (1.1 if stage else 1.0) for name, value in experiment.denoiser.params().items()}
     return Weights(params, Parameterization("ddim_eps", 2) if stage else experiment.flow, "student" if stage else "teacher")
 
 
@@ -103,7 +103,7 @@ def toy(made: Made, name: str, devices: int = 2, fsdp: int = 1, **fields: object
         latent_shape=tiny.LATENT,
     )
     run, machine = Path(c.root) / name, mesh.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
-    flow, unet = Parameterization("epsilon"), BaseUNet(lambda: frozen.teacher)
+    flow, unet = Parameterization("epsilon"), BaseDenoiser(lambda: frozen.teacher)
     plan = plan_stages(c, run, flow, tiny.LATENT)
     for stage in plan:
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -145,8 +145,8 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
     experiment = toy(made, "single", devices=1)
     split, n, base = coco.open_official(*made.coco, 2017), experiment.networks, experiment.base
     texts, clip = coco.first_captions(split, COUNT), clip_score.load_clip(Path(made.flags["clip"]))
-    student = {name: 1.1 * value for name, value in experiment.unet.params().items()}
-    predict = lambda z, t, context: make_predict(n.unet, student)(z, t, context)
+    student = {name: 1.1 * value for name, value in experiment.denoiser.params().items()}
+    predict = lambda z, t, context: make_predict(n.denoiser, student)(z, t, context)
     against = n.condition(base.text, jax.numpy.asarray(base.tokenizer.encode([""])))
     nodes = windows.sampling_nodes(2, 2).astype(np.float32)
 
@@ -235,9 +235,11 @@ def test_each_thing_they_depend_on_makes_other_numbers_and_files(made, whole):
 def test_pictures_of_no_numbers_are_not_judged(made):
     """They would be black, and the FID a number."""
     loud = toy(made, "loud")
-    params = {name: np.full_like(value, 3e38) if "conv_out" in name else value for name, value in loud.unet.params().items()}
+    params = {
+        name: np.full_like(value, 3e38) if "conv_out" in name else value for name, value in loud.denoiser.params().items()
+    }
     with pytest.raises(FloatingPointError, match=r"latents of \d of 8 pictures are not finite, of '.*take --config.model.samp"):
-        score_coco.score_coco(loud._replace(unet=BaseUNet(lambda: params)))
+        score_coco.score_coco(loud._replace(denoiser=BaseDenoiser(lambda: params)))
     assert not (loud.run / "scores.json").exists() and kept(made, "loud") == {}
 
 

@@ -74,7 +74,7 @@ def write_model(folder: Path, seed: int = 0, text_layers: int = 1) -> Path:
 def load(folder: Path) -> tuple[pipeline.Pipeline, Networks]:
     """The folder as the verbs see it."""
     model = pipeline.load_pipeline(folder)
-    return model, Networks(model.unet, model.condition, model.vae, from_config(model.scheduler), model.scaling)
+    return model, Networks(model.denoiser, model.condition, model.vae, from_config(model.scheduler), model.scaling)
 
 
 def frozen(model: pipeline.Pipeline, seed: int = 0, vae: bool = False) -> Frozen:
@@ -135,7 +135,7 @@ def toy_frozen(networks: Networks, seed: int = 0) -> Frozen:
     empty = jnp.arange(LENGTH, dtype=jnp.int32) + 40
     table = {"table.weight": jax.ShapeDtypeStruct((50, WIDTH), jnp.float32)}
     text = {"text_encoder": {k: jnp.asarray(v) for k, v in random_params(table, seed + 1).items()}}
-    return Frozen(text, draw(networks.vae, 2), draw(networks.unet, 0), empty, jax.random.key(seed))
+    return Frozen(text, draw(networks.vae, 2), draw(networks.denoiser, 0), empty, jax.random.key(seed))
 
 
 def rows(count: int, first: int = 0, seed: int = 0) -> dict[str, jax.Array]:

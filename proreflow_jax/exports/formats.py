@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 from proreflow_jax import UserError
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.pretrained.sources import STUDENT
+from proreflow_jax.pretrained.weights import file_name
 from proreflow_jax.run import cli
 from proreflow_jax.run.check_config import STORAGE
+
+
+def denoiser_file(component: str) -> Path:
+    """The weights of the network that was distilled, in a diffusers folder; component: "unet" or "transformer"."""
+    return Path(component) / file_name(component)
 
 
 class Format(NamedTuple):
@@ -21,7 +27,6 @@ class Format(NamedTuple):
     names: str = "kohya"  # of a LoRA's tensors: for most tools, or "diffusers" for that one alone
 
 
-UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
 FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta_weights.safetensors"}
 SCHEDULERS = ("stock", "windowed")
 SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps is the stock DDIMScheduler, exactly

@@ -93,11 +93,11 @@ def _leave_out_layers(text_encoder: Any, count: int) -> None:
 
 
 def _with_lora(experiment: Experiment, folder: Path, names: str) -> Params:
-    """The base model's UNet with the LoRA of a folder, in our layout."""
-    base = experiment.base.source.tensors("unet")
+    """The base model's denoiser with the LoRA of a folder, in our layout."""
+    base = experiment.base.source.tensors(experiment.base.denoiser_name)
     read = lora_file.from_peft if names == "diffusers" else lora_file.from_kohya
     factors = read(weights.Tensors([folder / FILES["lora"]]), base)
-    return weights.from_torch(lora_file.apply_factors(base, factors), experiment.networks.unet.shapes, str(folder))
+    return weights.from_torch(lora_file.apply_factors(base, factors), experiment.networks.denoiser.shapes, str(folder))
 
 
 def _prompts(experiment: Experiment) -> list[str]:
@@ -113,7 +113,9 @@ def our_latents(experiment: Experiment, student: Weights, prompts: list[str], no
     n = experiment.networks
     ids = jnp.asarray(experiment.base.tokenizer.encode(prompts))
     context = jax.jit(partial(text_context, n.condition))(experiment.base.text, ids)
-    sample = partial(sampler.sample_latents, unet=n.unet, schedule=n.schedule, flow=student.flow, steps=steps, guidance=1.0)
+    sample = partial(
+        sampler.sample_latents, denoiser=n.denoiser, schedule=n.schedule, flow=student.flow, steps=steps, guidance=1.0
+    )
     return np.asarray(jax.jit(sample)(student.params, jnp.asarray(noise), context, context))
 
 

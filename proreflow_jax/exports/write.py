@@ -13,7 +13,7 @@ from proreflow_jax import UserError
 from proreflow_jax.exports.card import add_to_card, make_card, write_card
 from proreflow_jax.exports.card_numbers import carries_numbers, measured_numbers
 from proreflow_jax.exports.card_pictures import copy_pictures
-from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, UNET_FILE, WINDOWED, Format, student_scheduler_config
+from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, WINDOWED, Format, denoiser_file, student_scheduler_config
 from proreflow_jax.exports.place import check_replaceable
 from proreflow_jax.flow.parameterization import JUMPS
 from proreflow_jax.pretrained import copying, lora_file, lora_readers, weights
@@ -110,8 +110,8 @@ def holds(target: paths.Location, card: Mapping[str, Any]) -> bool:
     return not wrong
 
 
-def write_folder(draft: Path, base: ModelSource, unet: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
-    """A diffusers folder: the files of every component of `base` (`copying`), but this UNet (torch layout) and this scheduler.
+def write_folder(draft: Path, base: ModelSource, denoiser: Mapping[str, np.ndarray], scheduler: Mapping[str, Any]) -> None:
+    """A diffusers folder: the files of every component of `base` (`copying`), but this denoiser (torch layout), this scheduler.
 
     What else lies beside the components stays behind: folders from the hub often hold whole models as single files.
     """
@@ -129,11 +129,11 @@ def write_folder(draft: Path, base: ModelSource, unet: Mapping[str, np.ndarray],
             weights.save_tensors(draft / name / weights.file_name(name), dict(base.tensors(name)))
     for path in copying.licences(base.folder):
         shutil.copyfile(path, draft / path.name)
-    (draft / "unet").mkdir()
-    config = base.folder / "unet" / "config.json"
+    (draft / base.denoiser_name).mkdir()
+    config = base.folder / base.denoiser_name / "config.json"
     copying.check_inside(base.folder, config)
-    shutil.copyfile(config, draft / "unet" / "config.json")
-    weights.save_tensors(draft / UNET_FILE, unet)
+    shutil.copyfile(config, draft / base.denoiser_name / "config.json")
+    weights.save_tensors(draft / denoiser_file(base.denoiser_name), denoiser)
     write_scheduler(draft, scheduler)
     kind = scheduler["_class_name"]
     entry = ["diffusers", kind] if kind == SCHEDULER["_class_name"] else [WINDOWED.stem, kind]
@@ -151,7 +151,7 @@ def _write_component(draft: Path, name: str, base: ModelSource) -> None:
 def _handed_on(base: ModelSource) -> list[str]:
     """The components that an export takes over from the base model."""
     listed = [name for name, kind in base.index.items() if isinstance(kind, list) and kind[0] is not None]
-    return [name for name in listed if name not in ("unet", "scheduler")]
+    return [name for name in listed if name not in (base.denoiser_name, "scheduler")]
 
 
 def check_copies(base: ModelSource) -> None:
@@ -163,7 +163,7 @@ def check_copies(base: ModelSource) -> None:
             copying.component_files(base.vae.root, str(base.vae.folder.relative_to(base.vae.root)))
     copying.licences(base.folder)
     copying.page(base.folder)
-    copying.check_inside(base.folder, base.folder / "unet" / "config.json")
+    copying.check_inside(base.folder, base.folder / base.denoiser_name / "config.json")
 
 
 def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ def _single_tensors(
     if export_format.form == "lora" and trained.factors:  # it is one already
         factors = lora_file.to_lora(trained.factors, experiment.layout.scale)
         return _lora(factors, {"rank": export_format.rank, "layers": len(factors)}, export_format, base.source.family)
-    change = lora_file.delta(student, base.source.tensors("unet"))
+    change = lora_file.delta(student, base.source.tensors(base.denoiser_name))
     if export_format.form == "delta":
         return _as(change, export_format.dtype), {}
     with Progress("low-rank factors", len(lora_file.changed_layers(change)), "layer") as progress:
@@ -214,8 +214,8 @@ def _lora(
     return lora_file.to_kohya(factors, jnp.dtype(export_format.dtype)), {"lora": {**report, "lost": lost}}
 
 
-def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """UNet (torch layout), VAE and text encoders under the names of the original layout.
+def single_file(experiment: Experiment, denoiser: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Denoiser (torch layout), VAE and text encoders under the names of the original layout.
 
     An SDXL that predicts v gets the mark by which UIs know it; of SD 2.x they look at the weights.
     """
@@ -233,7 +233,7 @@ def single_file(experiment: Experiment, unet: Mapping[str, np.ndarray]) -> dict[
     kind = experiment.flow.prediction
     by_mark = base.source.family == "xl" and JUMPS.get(kind, kind) == "v_prediction"
     marks = {"v_pred": np.zeros(0, np.float32)} if by_mark else {}
-    parts = {"unet": unet} | {name: weights.to_torch(params) for name, params in base.params.items()}
+    parts = {base.denoiser_name: denoiser} | {name: weights.to_torch(params) for name, params in base.params.items()}
     parts |= {name: dict(base.source.whole.tensors(name)) for name in base.source.cut}  # whoever reads the file leaves them out
     return marks | {
         name: tensor

@@ -13,9 +13,9 @@ from proreflow_jax.exports.card_base import describe_base
 from proreflow_jax.exports.formats import FILES
 from proreflow_jax.exports.write import check_copies, holds, write_folder
 from proreflow_jax.flow.schedule import from_config
-from proreflow_jax.models.network import make_unet, make_vae
+from proreflow_jax.models.network import make_vae
 from proreflow_jax.pretrained import lora_file, sources, weights
-from proreflow_jax.pretrained.pipeline import scheduler_config
+from proreflow_jax.pretrained.pipeline import make_denoiser, scheduler_config
 from proreflow_jax.run import open
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.storage import atomic, sealed
@@ -37,7 +37,7 @@ def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float,
         raise UserError(f"{delta} is of a student taught with clip_skip={taught}: take {sources.CLIP_SKIP}={taught}")
     _check_same_diffusion(base, scheduler_config(base, config.model.prediction_type), scheduler, delta)
     check_copies(base)
-    tensors = base.tensors("unet")
+    tensors = base.tensors(base.denoiser_name)
     merged = lora_file.merge_delta(tensors, weights.Tensors([delta / FILES["delta"]]), scale)
     onto, summed = (_digest(base, values) for values in (tensors, merged))
     name, dtype = open.title(config, base), str(next(iter(merged.values())).dtype)
@@ -72,8 +72,8 @@ def _about(base: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(base: sources.ModelSource, tensors: Mapping[str, np.ndarray]) -> str:
-    """The digest of a UNet's weights as a run takes it. Raises UserError, one line, for numbers that are not finite."""
-    return fold(digest(weights.from_torch(tensors, make_unet(base.config("unet")).shapes, f"{base.origin}, merged")))
+    """The digest of a denoiser's weights as a run takes it. Raises UserError, one line, for numbers that are not finite."""
+    return fold(digest(weights.from_torch(tensors, make_denoiser(base).shapes, f"{base.origin}, merged")))
 
 
 def _check_same_diffusion(base: sources.ModelSource, ours: Mapping[str, Any], theirs: Mapping[str, Any], delta: Path) -> None:

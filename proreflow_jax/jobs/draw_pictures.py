@@ -52,7 +52,7 @@ def draw_pictures(
         log.info("stage %d is not finished: its student after %d of %d steps draws", stage, trained, config.train.steps)
     name = f"{config.name}-{chosen.folder.name}" if chosen else title(config, experiment.base.source)
     draw = ImageModel.of(experiment, weights, name)
-    compiling("the sampler", experiment.networks.unet)
+    compiling("the sampler", experiment.networks.denoiser)
     with Progress("drawing", taken, "step") as progress:
         told = lambda step: (jax.block_until_ready(step.latents), progress.advance())
         images = draw(texts, negative=negative, steps=steps, guidance=guidance, count=count, seed=seed, callback=told)

@@ -44,10 +44,10 @@ def make_stage_pairs(experiment: Experiment, stage: Stage, outlook: Outlook) -> 
     source = open_source(config, experiment.base)
     frozen = frozen_arrays(experiment, stage, teacher.params, with_vae=encodes(config))
     if stage.maker:
-        experiment.unet.free()  # `frozen` holds what is needed
+        experiment.denoiser.free()  # `frozen` holds what is needed
     jitted = jit_pairs(stage._replace(teacher=teacher.flow), experiment.networks, experiment.mesh)
     with outlook.part(PAIRS, stage.windows, records_there(plan, missing)) as progress:
-        compiling("the teacher's steps", experiment.networks.unet)
+        compiling("the teacher's steps", experiment.networks.denoiser)
         rows = partial(_rows, experiment, source, partial(jitted, frozen), progress=progress)
         write_records(folder, plan, missing, rows, outlook.keep)
 

@@ -188,7 +188,7 @@ def _latents(vae: Network, params: Params, images: np.ndarray, batch: int = 256)
 def _diffusion_training(config: ConfigDict, unet: Network, text_encoder: Network, run: Path) -> Training:
     def init(key: jax.Array) -> Params:
         first, second = jax.random.split(key)
-        return pretraining.joined({pretraining.UNET: unet.init(first), pretraining.TEXT: text_encoder.init(second)})
+        return pretraining.joined({pretraining.DENOISER: unet.init(first), pretraining.TEXT: text_encoder.init(second)})
 
     return Training(run / DIFFUSION, init, config.diffusion, config.diffusion.ema)
 
@@ -217,14 +217,14 @@ def _train_diffusion(
     c, (unet, text_encoder) = config.diffusion, networks
     drop = dict(empty=jnp.asarray(empty), drop=c.prompt_dropout)
     draw = partial(pretraining.draw_noise, schedule=_schedule(config), most_snr=c.most_snr, **drop)
-    loss = partial(pretraining.noise_loss, unet=unet, text_encoder=text_encoder)
+    loss = partial(pretraining.noise_loss, denoiser=unet, text_encoder=text_encoder)
     training = _diffusion_training(config, unet, text_encoder, run)
     state = _fit(config, training, rows, draw, loss, begin, onlookers=onlookers)
     return jax.device_get(_apart(averaged(state)))
 
 
 def _apart(joint: Params) -> dict[str, Params]:
-    return {"unet": pretraining.part(joint, pretraining.UNET), "text_encoder": pretraining.part(joint, pretraining.TEXT)}
+    return {"unet": pretraining.part(joint, pretraining.DENOISER), "text_encoder": pretraining.part(joint, pretraining.TEXT)}
 
 
 def _fresh(config: ConfigDict, training: Training) -> Callable[..., TrainState]:

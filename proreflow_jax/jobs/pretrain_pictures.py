@@ -96,13 +96,13 @@ def prompted(
     side = unet.config["sample_size"]
     noise = jax.random.normal(run_key(config, PICTURE_KEY, 0), (len(ids), side, side, unet.config["in_channels"]))
     guidance = 1 if config.samples.guidance == 1 else config.samples.guidance
-    options = dict(unet=unet, schedule=schedule, flow=Parameterization("epsilon"), guidance=guidance)
+    options = dict(denoiser=unet, schedule=schedule, flow=Parameterization("epsilon"), guidance=guidance)
 
     @jax.jit
     def images(joint: Params, vae_params: Params) -> jax.Array:
         text = pretraining.part(joint, pretraining.TEXT)
         read = lambda words: Context(text_encoder.apply(text, jnp.asarray(words)).last)
-        trained = pretraining.part(joint, pretraining.UNET)
+        trained = pretraining.part(joint, pretraining.DENOISER)
         latents = sampler.sample_latents(trained, noise, read(ids), read(empty[None]), steps=config.samples.steps, **options)
         return sampler.decode(decoder.vae, vae_params, latents, decoder.scaling)
 

@@ -165,7 +165,9 @@ def draw_images(
     key = jax.random.fold_in(key, EVALUATION_KEY)
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), latent))(rows["number"])
     context, negative = (text_context(networks.condition, text, ids) for ids in (rows["ids"], empty))
-    options = dict(unet=networks.unet, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance, dtype=dtype)
+    options = dict(
+        denoiser=networks.denoiser, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance, dtype=dtype
+    )
     latents = sampler.sample_latents(params, noise, context, negative, **options)
     return sampler.decode(networks.vae, vae, latents, networks.scaling), jnp.isfinite(latents).all(axis=(1, 2, 3))
 

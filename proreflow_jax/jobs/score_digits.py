@@ -138,7 +138,7 @@ def measure_rows(experiment: Experiment, rows: list[TableRow]) -> tuple[list[dic
     noise = jax.random.normal(run_key(experiment.config, EVALUATION_KEY, 0), (e.examples, *experiment.base.latent_shape))
     judge, draw = make_digits_judge(experiment.config.data.resolution), make_draw(experiment)
     results, pictures, reference, teacher = [], [], None, {}
-    compiling("a sampler for each student", experiment.networks.unet)
+    compiling("a sampler for each student", experiment.networks.denoiser)
     progress = Progress("evaluate", e.examples * sum(row.steps for row in rows), "forward")
     for row in rows:
         told = lambda pictures, steps=row.steps: progress.advance(steps * pictures)
@@ -237,7 +237,7 @@ def make_draw(experiment: Experiment) -> Draw:
 
     @partial(jax.jit, static_argnames="flow")
     def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Parameterization) -> jax.Array:
-        predict = solvers.guided(make_predict(n.unet, params, dtype), states, None, 1.0)
+        predict = solvers.guided(make_predict(n.denoiser, params, dtype), states, None, 1.0)
         each = lambda time: jnp.full(z.shape[0], time)
         return solvers.make_step(flow, n.schedule, predict)(z, each(t), each(u), None)[0]
 

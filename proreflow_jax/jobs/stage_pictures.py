@@ -50,7 +50,7 @@ class StagePictures:
         self.on = bool(self._config.prompts)
         if not self.on:
             return
-        self._base: Params = experiment.unet.params() if experiment.layout.scale else {}
+        self._base: Params = experiment.denoiser.params() if experiment.layout.scale else {}
         self._inputs = self._make_inputs()
         steps = max(self._config.steps, stage.student.windows)
         self._draw = self._program(stage.student, steps, self._config.guidance)
@@ -78,7 +78,7 @@ class StagePictures:
         if not self.on:
             return None
         if not self._compiled:
-            outlook.compiling("the sampler of pictures", self._experiment.networks.unet)
+            outlook.compiling("the sampler of pictures", self._experiment.networks.denoiser)
             self._compiled = True
         student = self._grid(self._draw(trained, self._base, *self._inputs, self._vae()))
         if not leads():
@@ -112,7 +112,9 @@ class StagePictures:
     def _program(self, flow: Parameterization, steps: int, guidance: float) -> Any:
         """(trained, base, noise, context, negative, VAE) -> images (b, h, w, 3), whole on every device."""
         experiment, layout, n = self._experiment, self._experiment.layout, self._experiment.networks
-        options = dict(unet=n.unet, schedule=n.schedule, flow=flow, steps=steps, guidance=1 if guidance == 1 else guidance)
+        options = dict(
+            denoiser=n.denoiser, schedule=n.schedule, flow=flow, steps=steps, guidance=1 if guidance == 1 else guidance
+        )
         dtype = experiment.config.model.sampling_dtype
 
         def images(trained: Params, base: Params, noise: jax.Array, context: Any, negative: Any, vae: Params) -> jax.Array:
@@ -148,13 +150,13 @@ class StagePictures:
             "dtype": experiment.config.model.sampling_dtype,
         }
         self._record = record
-        about = {**record, "right": None, "digest": experiment.unet.digest(), **experiment.identity()}
+        about = {**record, "right": None, "digest": experiment.denoiser.digest(), **experiment.identity()}
         folder = experiment.run / SAMPLES
         path = folder / f"teacher-{atomic.json_digest(about)[:12]}.png"
         if not first_says(path.is_file):
-            outlook.compiling("the base model's sampler", experiment.networks.unet)
+            outlook.compiling("the base model's sampler", experiment.networks.denoiser)
             draw = self._program(experiment.flow, steps, guidance)
-            picture = self._grid(draw(experiment.unet.params(), {}, *self._inputs, self._vae()))
+            picture = self._grid(draw(experiment.denoiser.params(), {}, *self._inputs, self._vae()))
             first(lambda: write_picture(path, picture, half))
         first(lambda: atomic.write_json(folder / RECORD, record | {"teacher": path.name}))
         return _read(path) if leads() else None

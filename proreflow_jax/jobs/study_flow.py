@@ -112,7 +112,7 @@ def _in_batches(experiment: Experiment, call: Callable[..., Any], rows: Mapping[
 
 def _predict(experiment: Experiment, params: Params, text: Any, ids: jax.Array) -> solvers.Predict:
     n, dtype = experiment.networks, experiment.config.model.sampling_dtype
-    return solvers.guided(make_predict(n.unet, params, dtype), text_context(n.condition, text, ids), None, 1)
+    return solvers.guided(make_predict(n.denoiser, params, dtype), text_context(n.condition, text, ids), None, 1)
 
 
 def _walks(experiment: Experiment, weights: Weights, inputs: StudyInputs) -> list[tuple[np.ndarray, np.ndarray]]:

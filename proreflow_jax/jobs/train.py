@@ -78,7 +78,7 @@ def train_stage(experiment: Experiment, stage: Stage, outlook: Outlook) -> None:
             if state is None:
                 state = train_state.fresh_state(experiment.layout, first_weights(experiment, parent))
             del parent
-            experiment.unet.free()  # state and step have copies of what they need
+            experiment.denoiser.free()  # state and step have copies of what they need
             state = train_state.stacked(experiment.layout, state)
             begun = Begun(start, meta.get(loop.SUMS, {}), lineage)
             trained = _advance(
@@ -145,7 +145,7 @@ def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
         jax.jit(partial(text_context, networks.condition))(experiment.base.text, ids),
         experiment.base.latent_shape,
         run_key(experiment.config, TRAIN_KEY, 0),
-        unet=networks.unet,
+        denoiser=networks.denoiser,
         schedule=networks.schedule,
         base=experiment.flow,
         student=stage.student,
@@ -200,7 +200,7 @@ def _advance(
     ):
         onlookers = make_onlookers(experiment, metrics, progress, outlook, pictures)
         onlookers.pictured(start, state)
-        compiling("the train step", experiment.networks.unet)
+        compiling("the train step", experiment.networks.denoiser)
         progress.restart()
         state = loop.run_loop(
             step, state, batches, total=config.train.steps, metrics=metrics, checkpoints=checkpoints,

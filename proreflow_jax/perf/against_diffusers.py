@@ -53,7 +53,7 @@ def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
     del params
     gap = np.abs(ours() - theirs())
     times = np.array([[_seconds(ours), _seconds(theirs)] for _ in range(turns)])
-    device, net = experiment.mesh.devices.flat[0], experiment.networks.unet
+    device, net = experiment.mesh.devices.flat[0], experiment.networks.denoiser
     useful = flops.total(flops.count(net.apply, net.shapes, *inputs.values()))
     return {
         "images": rows,
@@ -77,13 +77,13 @@ def _seconds(forward: Callable[[], np.ndarray]) -> float:
 
 
 def _placed(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    place, shapes = mesh.replicated(experiment.mesh), experiment.networks.unet.shapes
+    place, shapes = mesh.replicated(experiment.mesh), experiment.networks.denoiser.shapes
     return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for name, s in shapes.items()}
 
 
 def _inputs(experiment: Experiment, rows: int) -> Inputs:
     """Noise, a time and text states, the same for both."""
-    draws, config = np.random.default_rng(0), experiment.networks.unet.config
+    draws, config = np.random.default_rng(0), experiment.networks.denoiser.config
     normal = lambda *shape: draws.standard_normal((rows, *shape), np.float32)
     encoders = [experiment.base.networks[name] for name in experiment.base.text]
     length = max(encoder.config.get("max_position_embeddings", 77) for encoder in encoders)
@@ -97,7 +97,7 @@ def _inputs(experiment: Experiment, rows: int) -> Inputs:
 
 
 def _ours(experiment: Experiment, params: Any, inputs: Inputs, dtype: str) -> Callable[[], np.ndarray]:
-    net, place = experiment.networks.unet, mesh.replicated(experiment.mesh)
+    net, place = experiment.networks.denoiser, mesh.replicated(experiment.mesh)
     computed, exact = jax.jit(lambda p: cast(p, dtype))(params), ("timesteps", "time_ids")
     arrays = [jax.device_put(jnp.asarray(v, None if n in exact else dtype), place) for n, v in inputs.items()]
     apply = jax.jit(net.apply)
@@ -109,7 +109,7 @@ def _theirs(experiment: Experiment, params: Any, inputs: Inputs, dtype: str, dev
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.backends.cudnn.benchmark = True
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(experiment.networks.unet.config)
+        unet = diffusers.UNet2DConditionModel.from_config(experiment.networks.denoiser.config)
     kind, tensors = getattr(torch, dtype), weights.to_torch(params)
     own = lambda array: torch.from_numpy(array if array.flags.writeable else array.copy()).to(kind)
     unet.load_state_dict({name: own(array) for name, array in tensors.items()}, assign=True)

@@ -162,15 +162,15 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
     """`lineage.frozen_arrays`, as shapes with shardings."""
     base, config = experiment.base, experiment.config
     whole = partial(_everywhere, experiment)
-    unet = resident.unet_shapes(experiment)
+    denoiser = resident.denoiser_shapes(experiment)
     text = {name: encoder.shapes for name, encoder in base.networks.items() if name in base.text}
     return Frozen(
         text=whole(text),
         vae=whole(base.vae.shapes) if with_vae else {},
-        teacher=unet if teacher else {},
+        teacher=denoiser if teacher else {},
         empty=_shape(mesh.replicated(experiment.mesh), (base.tokenizer.length,), np.int32),
         key=_key(experiment, stage),
-        base=unet if config.student.lora.rank else {},
+        base=denoiser if config.student.lora.rank else {},
     )
 
 

@@ -38,7 +38,7 @@ def frozen_classes(frozen: Frozen) -> dict[str, Any]:
 def beside_pairs(experiment: Experiment, by_base: bool) -> dict[str, Any]:
     """Beside the teacher: nothing, but for a LoRA's student the base model and the factors that were added to it."""
     factors = _factors(experiment)
-    return {BASE: unet_shapes(experiment), TEACHER: factors} if factors and not by_base else {}
+    return {BASE: denoiser_shapes(experiment), TEACHER: factors} if factors and not by_base else {}
 
 
 def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:
     the emoji, one batch after the other.
     The digits' table holds all its students from the beginning, and is judged on the host.
     """
-    e, base, factors = experiment.config.evaluate, unet_shapes(experiment), _factors(experiment)
+    e, base, factors = experiment.config.evaluate, denoiser_shapes(experiment), _factors(experiment)
     if e.protocol == protocols.DIGITS:
         waiting = {windows for windows, _ in e.student_steps}
         return {BASE: base, STUDENT: [factors, *[(base, factors)] * (len(waiting) - 1)]}
@@ -57,9 +57,9 @@ def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:
     return {BASE: base, STUDENT: factors, JUDGES: _judges(experiment), BATCH: rows, OUTPUTS: images}
 
 
-def unet_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+def denoiser_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """The base model's UNet in float32, by --config.mesh.rules."""
-    return _by_rules(experiment, experiment.base.unet.shapes)
+    return _by_rules(experiment, experiment.base.denoiser.shapes)
 
 
 def sum_classes(*classes: Classes) -> dict[str, int]:

@@ -110,10 +110,10 @@ def _check_fits(vae: OwnVae, source: ModelSource, own: Mapping[str, Any], facts:
 
     own: config.json of the model's own VAE, {} if there is none. facts: fields of the other's that are known.
     """
-    flag, unet = f"{VAE}={vae.origin}", source.config("unet")["in_channels"]
+    flag, taken = f"{VAE}={vae.origin}", source.config(source.denoiser_name)["in_channels"]
     channels, mend = facts["latent_channels"], f"name a fine-tune of the VAE of {source.origin}, or leave {VAE} out"
-    if channels != unet:
-        raise UserError(f"{flag} makes latents of {channels} channels, the UNet of {source.origin} takes {unet}: {mend}")
+    if channels != taken:
+        raise UserError(f"{flag} makes latents of {channels} channels, the UNet of {source.origin} takes {taken}: {mend}")
     sides = [2 ** (len(config["block_out_channels"]) - 1) for config in (facts, own or facts)]
     if sides[0] != sides[1]:
         raise UserError(f"{flag} makes pictures {sides[0]} times smaller, the model's own VAE {sides[1]} times: {mend}")

@@ -31,16 +31,23 @@ class Pipeline(NamedTuple):
     """A Stable Diffusion model as it lies on disk; parameters are float32 arrays in our layout."""
 
     source: sources.ModelSource
-    networks: dict[str, Network]  # by component: unet, vae, text_encoder, and SDXL's text_encoder_2
-    params: dict[str, dict[str, Any]]  # component -> {torch name: numpy array}; the UNet's on its devices where they were named
+    networks: dict[str, Network]  # by component: the denoiser, vae, text_encoder, and SDXL's text_encoder_2
+    params: dict[
+        str, dict[str, Any]
+    ]  # component -> {torch name: numpy array}; the denoiser's on its devices where they were named
     tokenizer: PromptTokenizer
     condition: Conditioner
     scheduler: dict  # scheduler_config.json: betas and prediction type
 
     @property
-    def unet(self) -> Network:
+    def denoiser_name(self) -> str:
+        """The component that is distilled: "unet", or "transformer" of an MMDiT."""
+        return sources.denoiser_name(self.networks)
+
+    @property
+    def denoiser(self) -> Network:
         """The network that is distilled."""
-        return self.networks["unet"]
+        return self.networks[self.denoiser_name]
 
     @property
     def vae(self) -> Network:
@@ -55,8 +62,8 @@ class Pipeline(NamedTuple):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of one image's latents at the model's own resolution."""
-        size = self.unet.config["sample_size"]
-        return (size, size, self.unet.config["in_channels"])
+        size = self.denoiser.config["sample_size"]
+        return (size, size, self.denoiser.config["in_channels"])
 
     @property
     def resolution(self) -> int:
@@ -70,7 +77,9 @@ class Pipeline(NamedTuple):
 
 
 def _pixels(networks: dict[str, Network]) -> int:
-    return networks["unet"].config["sample_size"] * 2 ** (len(networks["vae"].config["block_out_channels"]) - 1)
+    return networks[sources.denoiser_name(networks)].config["sample_size"] * 2 ** (
+        len(networks["vae"].config["block_out_channels"]) - 1
+    )
 
 
 def load_pipeline(
@@ -81,17 +90,17 @@ def load_pipeline(
     crop: tuple[int, int] = OWN,
     target_size: tuple[int, int] = OWN,
     compute: Compute = PLAIN,
-    with_unet: bool = True,
+    with_denoiser: bool = True,
 ) -> Pipeline:
     """Reads a model.
 
     Args:
       source: from `sources`, or a diffusers folder.
-      prediction_type: of the UNet where the scheduler's config does not say it right; "" leaves it.
+      prediction_type: of the denoiser where the scheduler's config does not say it right; "" leaves it.
       original_size, crop, target_size: SDXL's micro-conditioning in pixels, (height, width) or (top, left). Sizes (0, 0) mean
         the model's own resolution.
-      compute: how UNet and VAE are computed, bound to their networks.
-      with_unet: False leaves the UNet's weights to `read_unet`.
+      compute: how denoiser and VAE are computed, bound to their networks.
+      with_denoiser: False leaves the denoiser's weights to `read_denoiser`.
 
     Raises:
       FileNotFoundError: a folder or file is not there; names it and --config.model.path.
@@ -103,7 +112,11 @@ def load_pipeline(
     folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
     tokenizer = load_tokenizer(*folders, encoders=[network.config for network in _encoders(networks).values()])
     scheduler = scheduler_config(source, prediction_type)
-    params = {name: _read(source, name, network) for name, network in networks.items() if name != "unet" or with_unet}
+    params = {
+        name: _read(source, name, network)
+        for name, network in networks.items()
+        if with_denoiser or name not in sources.DENOISERS
+    }
     _log_layers_left_out(source, networks)
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
@@ -117,10 +130,11 @@ def _read(source: sources.ModelSource, component: str, network: Network) -> dict
         raise type(error)(str(error).replace(sources.PATH, flag)) from None
 
 
-def read_unet(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
-    """The UNet's weights, born where they live: each process reads its own part. Raises UserError as `load_pipeline`."""
-    source, shapes = base.source, base.unet.shapes
-    return weights.place(source.tensors("unet"), shapes, shardings, f"{source.origin / 'unet'}")
+def read_denoiser(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """The denoiser's weights, born where they live: each process reads its own part. Raises UserError as `load_pipeline`."""
+    source, shapes = base.source, base.denoiser.shapes
+    name = base.denoiser_name
+    return weights.place(source.tensors(name), shapes, shardings, f"{source.origin / name}")
 
 
 def outline_pipeline(
@@ -142,6 +156,11 @@ def outline_pipeline(
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
     scheduler = scheduler_config(source, prediction_type)
     return Pipeline(source, networks, params, tokenizer, condition, scheduler)
+
+
+def make_denoiser(source: sources.ModelSource) -> Network:
+    """The network that is distilled, by its config.json. Raises as `load_pipeline`."""
+    return _network(source, source.denoiser_name, PLAIN)
 
 
 def scheduler_config(source: sources.ModelSource, prediction_type: str = "") -> dict:

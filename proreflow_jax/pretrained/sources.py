@@ -7,7 +7,7 @@ A VAE may come from elsewhere (`OwnVae`), and the last layers of the text encode
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ PATH, LIKE, VAE = "--config.model.path", "--config.model.like", "--config.model.
 CLIP_SKIP = "--config.model.clip_skip"
 TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+DENOISERS = ("unet", "transformer")  # names of the component that is distilled
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
 
@@ -74,14 +75,19 @@ class ModelSource(NamedTuple):
     family: str  # "v1" (SD 1.x), "v2" (SD 2.x) or "xl" (SDXL)
     file: Path | None = None
     stored: weights.Tensors | None = None  # of the file
-    student: dict = {}  # reflow.json, of an export of ours: how its UNet is read; {} of a diffusion model
+    student: dict = {}  # reflow.json, of an export of ours: how its denoiser is read; {} of a diffusion model
     vae: OwnVae | None = None  # in the place of the model's own
     clip_skip: int = 0  # layers at the text encoder's end that are left out, of those that its config.json counts
 
     @property
     def components(self) -> list[str]:
-        """Names of the networks, the UNet first."""
-        return ["unet", "vae", *text_encoders(self.index)]
+        """Names of the networks, the denoiser first."""
+        return [self.denoiser_name, "vae", *text_encoders(self.index)]
+
+    @property
+    def denoiser_name(self) -> str:
+        """The component that is distilled."""
+        return denoiser_name(name for name in DENOISERS if _class(self.index, name) is not None)
 
     @property
     def origin(self) -> Path:
@@ -150,6 +156,11 @@ class ModelSource(NamedTuple):
     def noise_levels(self) -> np.ndarray | None:
         """The table of a single file, (1000,) alphas_cumprod, where it has one."""
         return None if self.stored is None else import_form("file_words").table(self.stored, self.file)
+
+
+def denoiser_name(components: Iterable[str]) -> str:
+    """The component, of these, that is distilled; a model has one."""
+    return next(name for name in components if name in DENOISERS)
 
 
 def text_encoders(index: Mapping[str, Any]) -> list[str]:

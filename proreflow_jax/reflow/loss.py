@@ -106,7 +106,7 @@ def reflow_loss(
     in which units alpha is and whether large errors are bent.
     """
     z, w, schedule = examples["z"], examples["window"], networks.schedule
-    out = make_predict(networks.unet, params, loss.dtype)(z, w.t, examples["context"])
+    out = make_predict(networks.denoiser, params, loss.dtype)(z, w.t, examples["context"])
 
     v, target = flow.to_velocity(schedule, z, out, w), examples["v"]
     if loss.space == "output":

@@ -41,7 +41,7 @@ class PairRecipe(NamedTuple):
 class Networks(NamedTuple):
     """The networks of a model and the numbers around them; functions only, parameters travel as `Frozen`."""
 
-    unet: Network
+    denoiser: Network
     condition: Conditioner  # ids -> the UNet's conditioning
     vae: Network
     schedule: Schedule
@@ -79,7 +79,7 @@ def cross_windows(
     rows = dropped(frozen, batch, drop, networks)
     noise = jax.vmap(lambda k: jax.random.normal(k, recipe.latent))(keys[:, 1])
 
-    predict = make_predict(networks.unet, frozen.teacher, recipe.dtype)
+    predict = make_predict(networks.denoiser, frozen.teacher, recipe.dtype)
     empty = text_context(networks.condition, frozen.text, frozen.empty[None]) if recipe.guidance != 1 else None
     context = row_context(networks.condition, frozen.text, frozen.empty, rows)
     guided = solvers.guided(predict, context, empty, recipe.guidance)
@@ -165,13 +165,13 @@ def check_pair_steps(recipe: PairRecipe, flow: Parameterization) -> None:
 
 
 def make_predict(
-    unet: Network, params: Params, dtype: str = "float32"
+    denoiser: Network, params: Params, dtype: str = "float32"
 ) -> Callable[[Float[Array, "b h w c"], Float[Array, " b"], Context], Float[Array, "b h w c"]]:
     """predict(z, t, context) of a UNet, for `solvers.guided`; computed in `dtype`, returned as float32."""
     weights = params if dtype == "float32" else cast(params, jnp.dtype(dtype))
 
     def predict(z: Array, t: Array, context: Context) -> Array:
-        return unet.apply(weights, z.astype(dtype), timestep(t), *context.cast(dtype)).astype(z.dtype)
+        return denoiser.apply(weights, z.astype(dtype), timestep(t), *context.cast(dtype)).astype(z.dtype)
 
     return predict
 
@@ -201,7 +201,7 @@ def identity_gap(
     z: Float[Array, "b h w c"],
     context: Context,
     *,
-    unet: Network,
+    denoiser: Network,
     schedule: Schedule,
     student: Parameterization,
 ) -> Float[Array, ""]:
@@ -222,7 +222,7 @@ def identity_gap(
     def gap(row: tuple[Array, ...]) -> Float[Array, ""]:
         k, entry, ell, h = row
         w = windowing.at_start(jnp.broadcast_to(k, z.shape[:1]), n)
-        out = make_predict(unet, params)(z, w.t, context)
+        out = make_predict(denoiser, params)(z, w.t, context)
         theirs = ell * z + h * out
         ours = student.advance(schedule, z, out, w, w.t_e)
         norm = lambda x: jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=1)
@@ -238,7 +238,7 @@ def check_identity(
     latent: tuple[int, int, int],
     key: Key[Array, ""],
     *,
-    unet: Network,
+    denoiser: Network,
     schedule: Schedule,
     base: Parameterization,
     student: Parameterization,
@@ -251,7 +251,7 @@ def check_identity(
     if JUMPS.get(student.prediction) != base.prediction:
         return None
     z = jax.random.normal(key, (context.states.shape[0], *latent))
-    gap = jax.jit(lambda p, x, c: identity_gap(p, x, c, unet=unet, schedule=schedule, student=student))
+    gap = jax.jit(lambda p, x, c: identity_gap(p, x, c, denoiser=denoiser, schedule=schedule, student=student))
     value = float(gap(params, z, context))
     if not value <= TOLERANCE:
         raise UserError(

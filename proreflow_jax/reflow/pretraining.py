@@ -13,7 +13,7 @@ from proreflow_jax.flow.losses import squared_error
 from proreflow_jax.flow.schedule import Schedule, grid_time, per_example, timestep
 from proreflow_jax.models.network import Network, Params
 
-UNET, TEXT = "unet/", "text_encoder/"  # prefixes of the two networks that are trained as one flat dict
+DENOISER, TEXT = "unet/", "text_encoder/"  # prefixes of the two networks that are trained as one flat dict
 
 
 def to_float(images: Array) -> Float[Array, "b h w c"]:
@@ -86,14 +86,14 @@ def draw_wording(ids: Int[Array, "b k s"], key: Key[Array, ""]) -> Int[Array, "b
 
 
 def noise_loss(
-    params: Params, examples: Mapping[str, Array], *, unet: Network, text_encoder: Network
+    params: Params, examples: Mapping[str, Array], *, denoiser: Network, text_encoder: Network
 ) -> tuple[Float[Array, ""], dict]:
     """Mean |eps - eps_theta|^2 (Ho et al. 2020, eq. 14); the text encoder learns along (Rombach et al. 2022, eq. 3).
 
     Where the draw gave weights, the loss is the weighted mean and the plain one is the metric "error".
     """
     context = text_encoder.apply(part(params, TEXT), examples["ids"]).last
-    eps = unet.apply(part(params, UNET), examples["z"], examples["timestep"], context)
+    eps = denoiser.apply(part(params, DENOISER), examples["z"], examples["timestep"], context)
     errors = squared_error(eps, examples["eps"])
     if "weight" not in examples:
         return jnp.mean(errors), {}

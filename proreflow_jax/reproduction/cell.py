@@ -141,7 +141,7 @@ def train_student(
     rows: reads the inputs of pairs.
     store: keeps the pairs that the base model made, for other methods that need the same; their cost counts all the same.
     """
-    config, base = experiment.config, experiment.unet.params()
+    config, base = experiment.config, experiment.denoiser.params()
     params, spent = base, []
     for stage in experiment.stages:
         cost = budget(experiment, stage, forwards)

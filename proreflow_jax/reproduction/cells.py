@@ -102,7 +102,7 @@ def make_cells(experiment: Experiment) -> list[Cell]:
 
 def keyed(cells: list[Cell], experiment: Experiment) -> list[Cell]:
     """The same with their keys: opens the base model."""
-    base = experiment.unet.digest()
+    base = experiment.denoiser.digest()
     return [cell._replace(key=_key(cell.experiment.config, cell.forwards, base)) for cell in cells]
 
 
@@ -212,7 +212,7 @@ class Trained(NamedTuple):
 def _train(cell: Cell, testbed: Testbed, programs: Programs, store: dict[Any, Any]) -> Trained:
     experiment = cell.experiment
     if not cell.forwards:
-        return Trained(experiment.unet.params(), experiment.flow, [], 0.0, 0.0)
+        return Trained(experiment.denoiser.params(), experiment.flow, [], 0.0, 0.0)
     began, cpu = time.monotonic(), time.process_time()
     params, spent = jax.block_until_ready(train_student(experiment, programs, testbed.rows, cell.forwards, store))
     flow = experiment.stages[-1].student

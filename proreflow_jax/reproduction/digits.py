@@ -56,7 +56,7 @@ def make_instruments(experiment: Experiment) -> Instruments:
     def walk(
         params: Params, z: jax.Array, context: Any, flow: Parameterization, nodes: tuple[float, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        predict = solvers.guided(make_predict(networks.unet, params, config.model.sampling_dtype), context, None, 1)
+        predict = solvers.guided(make_predict(networks.denoiser, params, config.model.sampling_dtype), context, None, 1)
         return trajectory.trajectory(flow, networks.schedule, predict, z, np.asarray(nodes))
 
     return Instruments(
@@ -74,7 +74,7 @@ def make_inputs(experiment: Experiment, seed: int, instruments: Instruments) -> 
     noise = jax.random.normal(
         fold_seed(run_key(experiment.config, EVALUATION_KEY, 0), seed), (e.examples, *experiment.base.latent_shape)
     )
-    base = experiment.unet.params()
+    base = experiment.denoiser.params()
     latents, images = score_digits.sample_rows(
         instruments.draw, base, experiment.flow, noise, ids, steps=e.teacher_steps[0], batch=e.batch
     )

@@ -194,7 +194,7 @@ def _boxes(grid: Grid, done: int) -> list[Box]:
     words = f"{len(r.methods)} methods, seeds {', '.join(map(str, r.seeds))}: each cell trains a student of its own"
     table = "written" if whole else "written at the end of the command"
     return [
-        Box("base model", model, experiment.unet.digest() if opened else "", kind="done" if opened else "begun"),
+        Box("base model", model, experiment.denoiser.digest() if opened else "", kind="done" if opened else "begun"),
         Box(f"{len(grid.cells)} cells", words, kind="done" if whole else "begun" if done else "waiting"),
         Box("table.md", table, kind="done" if whole else "waiting"),
     ]

@@ -27,7 +27,7 @@ from proreflow_jax.reflow import pretraining, sampler, train_step
 from proreflow_jax.reproduction.cell import read_as
 from proreflow_jax.reproduction.testbed import Testbed, measured_steps
 from proreflow_jax.run.experiment import Experiment
-from proreflow_jax.run.open import BaseUNet, open_in_memory
+from proreflow_jax.run.open import BaseDenoiser, open_in_memory
 from proreflow_jax.run.stages import EVALUATION_KEY, Stage, fold_seed, run_key, seed_key
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.metrics import check_finite
@@ -67,7 +67,7 @@ def open_lab(config: ConfigDict) -> Experiment:
     machine = mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     base = _pipeline(config)
     path = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
-    return open_in_memory(config, machine, base, BaseUNet(partial(_base_weights, config, base, path)))
+    return open_in_memory(config, machine, base, BaseDenoiser(partial(_base_weights, config, base, path)))
 
 
 def _pipeline(config: ConfigDict) -> pipeline.Pipeline:
@@ -102,7 +102,7 @@ def _base_weights(config: ConfigDict, base: pipeline.Pipeline, run: Path) -> Par
         with atomic.drafted(path) as draft:
             weights.save_tensors(draft, weights.to_torch(trained))
     return {
-        name: jnp.asarray(x) for name, x in weights.from_torch(weights.Tensors([path]), base.unet.shapes, str(path)).items()
+        name: jnp.asarray(x) for name, x in weights.from_torch(weights.Tensors([path]), base.denoiser.shapes, str(path)).items()
     }
 
 
@@ -110,14 +110,14 @@ def _pretrain(config: ConfigDict, base: pipeline.Pipeline) -> dict[str, np.ndarr
     """Noise prediction on fresh examples, by the loss and the update of `pretrain`."""
     c, data = config.lab, the_mixture(config)
     chain = train_step.make_optimizer({**c.optimizer, "steps": c.steps})
-    first = pretraining.joined({pretraining.UNET: jax.jit(base.unet.init)(seed_key(c.seed))})
+    first = pretraining.joined({pretraining.DENOISER: jax.jit(base.denoiser.init)(seed_key(c.seed))})
     now = train_step.init_state(first, chain, True)
     empty = jnp.asarray(base.tokenizer.encode([""])[0])
     schedule = from_config(base.scheduler)
     step = partial(
         train_step.train_step,
         draw=partial(pretraining.draw_noise, schedule=schedule, empty=empty, drop=c.prompt_dropout),
-        loss=partial(pretraining.noise_loss, unet=base.unet, text_encoder=base.networks["text_encoder"]),
+        loss=partial(pretraining.noise_loss, denoiser=base.denoiser, text_encoder=base.networks["text_encoder"]),
         optimizer=chain,
         ema_decay=c.ema,
         accumulation=1,
@@ -137,7 +137,7 @@ def _pretrain(config: ConfigDict, base: pipeline.Pipeline) -> dict[str, np.ndarr
         ids = labels.astype(np.int32).reshape(-1, c.batch, 1, 1)
         now, losses = chunk(now, {"mean": jnp.asarray(x), "std": jnp.zeros(x.shape), "ids": jnp.asarray(ids)})
     check_finite(c.steps, {"loss": float(losses[-1])})
-    return jax.device_get(pretraining.part(train_step.averaged(now), pretraining.UNET))
+    return jax.device_get(pretraining.part(train_step.averaged(now), pretraining.DENOISER))
 
 
 def rows(experiment: Experiment, stage: Stage) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
@@ -159,7 +159,7 @@ def rows(experiment: Experiment, stage: Stage) -> Callable[[np.ndarray], dict[st
 def make_instruments(experiment: Experiment) -> Instruments:
     """The sampler, and the mixture's moments."""
     n = experiment.networks
-    draw = partial(sampler.sample_latents, unet=n.unet, schedule=n.schedule, guidance=1)
+    draw = partial(sampler.sample_latents, denoiser=n.denoiser, schedule=n.schedule, guidance=1)
     return Instruments(jax.jit(draw, static_argnames=("flow", "steps")), mixture.moments(the_mixture(experiment.config)))
 
 
@@ -170,7 +170,7 @@ def make_inputs(experiment: Experiment, seed: int, instruments: Instruments) -> 
     noise = jax.random.normal(key, (e.examples, *experiment.base.latent_shape))
     labels = np.arange(e.examples) % data.classes
     context = experiment.base.condition(experiment.base.text, jnp.asarray(labels)[:, None])
-    base, flow, steps = experiment.unet.params(), experiment.flow, e.teacher_steps[0]
+    base, flow, steps = experiment.denoiser.params(), experiment.flow, e.teacher_steps[0]
     reference = _vectors(instruments.draw(base, noise, context, context, flow=flow, steps=steps))
     real, others = (mixture.draw(data, np.random.default_rng((REAL + seed, i)), labels) for i in (0, 1))
     projected = sliced.project(real)

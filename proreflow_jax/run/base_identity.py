@@ -1,4 +1,4 @@
-"""What a base model is beside its UNet's weights: a hash of each part, by what the parts are and not by where they lie."""
+"""What a base model is beside its denoiser's weights: a hash of each part, by what the parts are and not by where they lie."""
 
 from collections.abc import Mapping
 from pathlib import Path

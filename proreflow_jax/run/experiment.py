@@ -35,8 +35,8 @@ PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the
 TRAINED = (*PLANNED, "loss", "train", "optimizer")  # blocks that a student depends on
 
 
-class BaseUNet:
-    """The base model's UNet on its devices: read when asked for, kept until it is freed, read again if asked again."""
+class BaseDenoiser:
+    """The base model's denoiser on its devices: read when asked for, kept until it is freed, read again if asked again."""
 
     def __init__(self, read: Callable[[], Params]) -> None:
         self._read, self._params, self._digest = read, None, ""
@@ -62,8 +62,8 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     run: Location  # the run's folder
-    base: Pipeline  # all of the base model but the UNet's weights
-    unet: BaseUNet
+    base: Pipeline  # all of the base model but the denoiser's weights
+    denoiser: BaseDenoiser
     networks: Networks
     flow: Parameterization  # of the base model
     stages: list[Stage]
@@ -106,7 +106,7 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     `check_taught`.
     """
     if stage is None:
-        return Weights(experiment.unet.params(), experiment.flow, experiment.unet.digest())
+        return Weights(experiment.denoiser.params(), experiment.flow, experiment.denoiser.digest())
     done, layout = read_done(stage), experiment.layout
     check_taught(experiment, stage)
     try:
@@ -116,7 +116,7 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
         raise UserError(f"{error}: {again}") from None
     if not layout.scale:
         return Weights(trained, done.flow, done.digest)
-    params = jax.jit(partial(whole_weights, layout))(trained, experiment.unet.params())
+    params = jax.jit(partial(whole_weights, layout))(trained, experiment.denoiser.params())
     return Weights(params, done.flow, done.digest, trained)
 
 
@@ -140,7 +140,7 @@ def newest_weights(experiment: Experiment, stage: Stage) -> tuple[Weights, int]:
     if restored.meta["lineage"]["windows"] != stage.windows:
         raise UserError(f"{stage.folder / 'checkpoints'} holds another stage's steps: put this stage's own back")
     trained = averaged(restored.state)
-    whole = jax.jit(partial(whole_weights, layout))(trained, experiment.unet.params()) if layout.scale else trained
+    whole = jax.jit(partial(whole_weights, layout))(trained, experiment.denoiser.params()) if layout.scale else trained
     return Weights(whole, stage.student, fold(digest(trained)), trained if layout.scale else {}), restored.step
 
 
@@ -167,7 +167,7 @@ def finished_weights(experiment: Experiment, stage: Stage, done: Done) -> Params
 
 def handed_on(experiment: Experiment, stage: Stage | None) -> str:
     """The digest of a finished student, by its record, or of the base model for None. Raises as `read_done`."""
-    return read_done(stage).digest if stage else experiment.unet.digest()
+    return read_done(stage).digest if stage else experiment.denoiser.digest()
 
 
 def first_weights(experiment: Experiment, parent: Weights) -> Params:
@@ -175,7 +175,7 @@ def first_weights(experiment: Experiment, parent: Weights) -> Params:
     if not experiment.layout.scale:
         return parent.params
     lora, key = experiment.config.student.lora, seed_key(experiment.config.seed)
-    return parent.factors or lora_factors.init(experiment.networks.unet.shapes, lora.layers, lora.rank, key)
+    return parent.factors or lora_factors.init(experiment.networks.denoiser.shapes, lora.layers, lora.rank, key)
 
 
 def frozen_arrays(experiment: Experiment, stage: Stage, teacher: Params, with_vae: bool) -> Frozen:
@@ -187,7 +187,7 @@ def frozen_arrays(experiment: Experiment, stage: Stage, teacher: Params, with_va
         teacher=teacher,
         empty=put(base.tokenizer.encode([""])[0]),
         key=stage.pair_key,
-        base=experiment.unet.params() if experiment.layout.scale else {},
+        base=experiment.denoiser.params() if experiment.layout.scale else {},
     )
 
 

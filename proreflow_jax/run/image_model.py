@@ -77,7 +77,7 @@ class ImageModel:
         self.base, self.networks, self.name, self.dtype = base, networks, name, dtype
         self.params, self.flow, self.digest = weights.params, weights.flow, weights.digest
         self._text, self._vae = jax.device_put((base.text, base.params["vae"]))
-        bound = {"unet": networks.unet, "schedule": networks.schedule, "flow": weights.flow, "dtype": dtype}
+        bound = {"denoiser": networks.denoiser, "schedule": networks.schedule, "flow": weights.flow, "dtype": dtype}
         self._read = jax.jit(partial(text_context, networks.condition))
         self._draw = jax.jit(partial(_guided, sampler.sample_latents, bound), static_argnames=("on", "solver", "steps", "skip"))
         self._step = jax.jit(partial(_guided, sampler.sample_step, bound), static_argnames=("on", "solver"))

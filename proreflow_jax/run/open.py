@@ -16,13 +16,13 @@ from proreflow_jax.flow.schedule import Schedule, from_config
 from proreflow_jax.flow.windows import check_windows
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.pretrained import pipeline, sources
-from proreflow_jax.pretrained.pipeline import Pipeline, read_unet
+from proreflow_jax.pretrained.pipeline import Pipeline, read_denoiser
 from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.run import dataset
 from proreflow_jax.run.base_identity import base_identity
 from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
-from proreflow_jax.run.experiment import BaseUNet, Experiment, Weights, check_begun, check_taught
+from proreflow_jax.run.experiment import BaseDenoiser, Experiment, Weights, check_begun, check_taught
 from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages, read_done
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
@@ -55,9 +55,9 @@ def open_experiment(
         machine = mesh.make_mesh(1, 1, 1, [device])
     paths.check_reachable(_checked(config, machine))
     base = load_base_model(config, machine)
-    unet = BaseUNet(lambda: read_unet(base, parameter_shardings(config, machine, base.unet.shapes)))
-    unet.params()  # a model that does not fit is refused here
-    return _opened(config, machine, base, unet, cache(partial(base_identity, base)), base_alone=base_alone, checked=checked)
+    denoiser = BaseDenoiser(lambda: read_denoiser(base, parameter_shardings(config, machine, base.denoiser.shapes)))
+    denoiser.params()  # a model that does not fit is refused here
+    return _opened(config, machine, base, denoiser, cache(partial(base_identity, base)), base_alone=base_alone, checked=checked)
 
 
 def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experiment:
@@ -65,19 +65,19 @@ def open_outline(config: ConfigDict, devices: Sequence[jax.Device]) -> Experimen
     machine = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices, config.mesh.slices)
     _checked(config, machine)
     base = outline_base_model(config, machine)
-    return _opened(config, machine, base, BaseUNet(lambda: base.params["unet"]), dict)
+    return _opened(config, machine, base, BaseDenoiser(lambda: base.params[base.denoiser_name]), dict)
 
 
 def reopen(experiment: Experiment, config: ConfigDict) -> Experiment:
     """Another config of the same base model on the same mesh, checked alike."""
     _checked(config, experiment.mesh)
-    return _opened(config, experiment.mesh, experiment.base, experiment.unet, experiment.identity)
+    return _opened(config, experiment.mesh, experiment.base, experiment.denoiser, experiment.identity)
 
 
-def open_in_memory(config: ConfigDict, machine: Mesh, base: Pipeline, unet: BaseUNet) -> Experiment:
+def open_in_memory(config: ConfigDict, machine: Mesh, base: Pipeline, denoiser: BaseDenoiser) -> Experiment:
     """The same of a base model that no --config.model.path names."""
     paths.check_reachable(_checked(config, machine))
-    return _opened(config, machine, base, unet, dict)
+    return _opened(config, machine, base, denoiser, dict)
 
 
 def _checked(config: ConfigDict, machine: Mesh) -> paths.Location:
@@ -93,7 +93,7 @@ def _opened(
     config: ConfigDict,
     machine: Mesh,
     base: Pipeline,
-    unet: BaseUNet,
+    denoiser: BaseDenoiser,
     identity: Callable[[], dict[str, str]],
     *,
     base_alone: bool = False,
@@ -114,7 +114,7 @@ def _opened(
         config=config,
         run=run,
         base=base,
-        unet=unet,
+        denoiser=denoiser,
         networks=networks,
         flow=flow,
         stages=[] if base_alone else plan_stages(config, run, flow, base.latent_shape),
@@ -132,7 +132,7 @@ def open_model(config: ConfigDict, device: jax.Device) -> tuple[Pipeline, Networ
     machine = mesh.make_mesh(1, 1, 1, [device])
     base = load_base_model(config, machine)
     flow, networks = base_flow(config, base), _networks(base)
-    params = read_unet(base, dict.fromkeys(base.unet.shapes, mesh.replicated(machine)))
+    params = read_denoiser(base, dict.fromkeys(base.denoiser.shapes, mesh.replicated(machine)))
     return base, networks, Weights(params, flow, base.source.student.get("digest") or fold(digest(params)))
 
 
@@ -140,7 +140,7 @@ def _networks(base: Pipeline) -> Networks:
     """The model's networks and schedule."""
     schedule = from_config(base.scheduler)
     _check_noise_levels(base.source, schedule)
-    return Networks(base.unet, base.condition, base.vae, schedule, base.scaling)
+    return Networks(base.denoiser, base.condition, base.vae, schedule, base.scaling)
 
 
 def base_flow(config: ConfigDict, base: Pipeline) -> Parameterization:
@@ -278,8 +278,8 @@ def compute(config: ConfigDict, machine: Mesh) -> Compute:
 
 
 def load_base_model(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:
-    """Reads the base model as the config says, without the UNet's weights. Raises as `find_base_model`, `load_pipeline`."""
-    return pipeline.load_pipeline(find_base_model(config), **_reading(config, machine), with_unet=False)
+    """Reads the base model as the config says, without the denoiser's weights. Raises as `find_base_model`, `load_pipeline`."""
+    return pipeline.load_pipeline(find_base_model(config), **_reading(config, machine), with_denoiser=False)
 
 
 def outline_base_model(config: ConfigDict, machine: Mesh) -> pipeline.Pipeline:

@@ -18,7 +18,10 @@ TAUGHT = ("conditioning", "student", "pairs")  # blocks of the config; `base.*` 
 WORK = ("pairs.mode", "pairs.examples", "pairs.shard_size", "pairs.batch", "pairs.storage")  # fields of them that are free
 LORA = "student.lora"
 BASE = "base."  # in front of a part of the base model
-PARTS = {"unet": "UNet's config.json", "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "vae": "VAE"}
+PARTS = {
+    **{"unet": "UNet's config.json", "transformer": "transformer's config.json", "vae": "VAE", "text_encoder": "text encoder"},
+    **{"text_encoder_2": "second text encoder", "text_encoder_3": "third text encoder"},
+}
 
 
 def check_settings(place: Location, plan: Mapping[str, Any], settings: Mapping[str, Any], stated: Collection[str] = ()) -> None:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.models.network import Network, Params
 from proreflow_jax.pretrained import lora_factors
+from proreflow_jax.pretrained.sources import denoiser_name
 from proreflow_jax.reflow import train_step
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.train_step import TrainState, init_state, state_shardings
@@ -30,7 +31,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 class StateLayout(NamedTuple):
     """What the stages of a run train, and where it lives."""
 
-    shapes: Shapes  # of what is trained: the UNet's weights, or low-rank factors
+    shapes: Shapes  # of what is trained: the denoiser's weights, or low-rank factors
     target: TrainState  # shapes, dtypes and shardings of the whole state, for a restore
     shardings: TrainState  # of the whole state
     optimizer: Any  # optax chain of a stage
@@ -43,8 +44,8 @@ class StateLayout(NamedTuple):
 
 def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Network]) -> StateLayout:
     """The layout of a config on a mesh. Raises UserError for a LoRA's regex without a layer, and for bad sharding rules."""
-    lora, unet = config.student.lora, networks["unet"]
-    shapes = _factor_shapes(unet.shapes, lora) if lora.rank else unet.shapes
+    lora, denoiser = config.student.lora, networks[denoiser_name(networks)]
+    shapes = _factor_shapes(denoiser.shapes, lora) if lora.rank else denoiser.shapes
     chain = train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
     average = config.train.ema > 0
     whole = jax.eval_shape(lambda p: init_state(p, chain, average), shapes)
@@ -58,7 +59,7 @@ def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Netwo
         average=average,
         scale=lora_factors.scale_of(lora.rank, lora.alpha) if lora.rank else 0.0,
         table=stacks.stack_table(shapes, {name: (where[name].spec, decays[name]) for name in shapes}),
-        frozen_tables=_frozen_tables(networks, parameter_shardings(config, machine, unet.shapes)),
+        frozen_tables=_frozen_tables(networks, parameter_shardings(config, machine, denoiser.shapes)),
         teacher_dtype=config.model.teacher_dtype,
     )
 
@@ -80,9 +81,9 @@ def _rules(config: ConfigDict) -> list[tuple[str, Any]]:
     return [(pattern, RULES[value]) for pattern, value in config.mesh.rules]
 
 
-def _frozen_tables(networks: Mapping[str, Network], unet: Mapping[str, Any]) -> dict[str, Table]:
-    """By component; all but the UNet lie whole on every device."""
-    kinds = {"unet": {name: sharding.spec for name, sharding in unet.items()}}
+def _frozen_tables(networks: Mapping[str, Network], denoiser: Mapping[str, Any]) -> dict[str, Table]:
+    """By component; all but the denoiser lie whole on every device."""
+    kinds = {denoiser_name(networks): {name: sharding.spec for name, sharding in denoiser.items()}}
     return {name: stacks.stack_table(n.shapes, kinds.get(name, dict.fromkeys(n.shapes))) for name, n in networks.items()}
 
 
@@ -93,7 +94,7 @@ def fresh_state(layout: StateLayout, start: Params) -> TrainState:
 
 
 def whole_weights(layout: StateLayout, trained: Params, base: Params) -> Params:
-    """What is trained -> the UNet's weights: the one function in front of `apply` that makes a student a LoRA."""
+    """What is trained -> the denoiser's weights: the one function in front of `apply` that makes a student a LoRA."""
     return lora_factors.add(base, trained, layout.scale) if layout.scale else trained
 
 
@@ -128,7 +129,7 @@ def unstack_frozen(layout: StateLayout) -> Callable[[Frozen], Frozen]:
 
 
 def _stacked(layout: StateLayout, frozen: Frozen, stack: Callable[..., Params]) -> Frozen:
-    dtypes = {"unet": jnp.dtype(layout.teacher_dtype)}
+    dtypes = {denoiser_name(layout.frozen_tables): jnp.dtype(layout.teacher_dtype)}
     one = lambda params, table, name: stack(params, table, dtype=dtypes.get(name))
     return _networks(frozen, layout.frozen_tables, one)
 
@@ -136,4 +137,4 @@ def _stacked(layout: StateLayout, frozen: Frozen, stack: Callable[..., Params]) 
 def _networks(frozen: Frozen, tables: Mapping[str, Table], change: Callable[[Params, Table, str], Params]) -> Frozen:
     one = lambda name, params: change(params, tables[name], name) if params else {}
     text = {name: one(name, params) for name, params in frozen.text.items()}
-    return frozen._replace(text=text, vae=one("vae", frozen.vae), teacher=one("unet", frozen.teacher))
+    return frozen._replace(text=text, vae=one("vae", frozen.vae), teacher=one(denoiser_name(tables), frozen.teacher))
