@@ -35,6 +35,7 @@ def test_a_config_that_is_not_json_is_named(tmp_path):
         ("flow/schedule.py", ("scheduler",)),
         ("pretrained/tokenizer.py", ("tokenizer", "text_encoder")),
         ("pretrained/single_file.py", ("unet", "vae", "text_encoder")),
+        ("pretrained/original_names.py", ("unet", "vae", "text_encoder", "transformer", "text_encoder_3")),
         ("pretrained/pipeline.py", ("unet", "vae", "text_encoder", "model_index")),
     ],
 )

@@ -289,7 +289,7 @@ def test_another_kind_of_file_is_refused_in_one_line(names):
 
 
 def test_what_does_not_exist_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="^family 'v3' is unknown, known: v1, v2, xl$"):
+    with pytest.raises(ValueError, match="^family 'v3' is unknown, known: v1, v2, xl, sd3$"):
         single_file.to_original("unet", {}, UNETS["v1"], "v3")
     with pytest.raises(
         ValueError, match="^component 'text_encoder_2' is not part of family v1, known: unet, vae, text_encoder$"

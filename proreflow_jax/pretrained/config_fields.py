@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 
 from proreflow_jax import MissingFile, UserError
 
-KNOWN = "only SD 1.x, SD 2.x, SDXL base and their fine-tunes are distilled"
+KNOWN = "only SD 1.x, SD 2.x, SDXL base, SD 3, SD 3.5 and their fine-tunes are distilled"
 CLASSES = {  # of the networks, in model_index.json and in their own config.json
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "transformer": ("SD3Transformer2DModel",),
+    "text_encoder_3": ("T5EncoderModel",),
 }
-SHIFTED = ("latents_mean", "latents_std", "shift_factor")  # fields of autoencoders that do more than scale latents
+SHIFTED = ("latents_mean", "latents_std")  # fields of autoencoders that move each channel of the latents
 CONFIG_NAMES = ("config.json", "scheduler_config.json")
 MEND = "name another --config.model.path"
 DAMAGED = f"copy or download it again, or {MEND}"
@@ -45,6 +47,12 @@ def _whole(least: int, value: Any) -> int:
 
 def _positive(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError
     return value
 
@@ -88,6 +96,8 @@ EACH = FieldKind(  # of the UNet's levels
 )
 SQUARE = FieldKind("one whole number of at least 1: only squares are drawn", _square)
 SHIFT = FieldKind("a whole number", lambda value: _whole(-(2**31), value))
+NUMBER = FieldKind("a number", _number)
+INDICES = FieldKind("a list of whole numbers of at least 0", lambda value: _list_of(INDEX, value))
 TOKEN = FieldKind("a token", _token)
 OBJECT = FieldKind("an object", lambda value: _instance(Mapping, value))
 
@@ -123,10 +133,21 @@ TABLE: dict[str, dict[str, FieldKind]] = {
     "vae": {
         **{"block_out_channels": _need(COUNTS), "latent_channels": _need(COUNT), "layers_per_block": COUNT},
         **{"norm_num_groups": COUNT, "in_channels": _one_of(3), "out_channels": _one_of(3), "act_fn": _one_of("silu", "swish")},
-        **{"scaling_factor": POSITIVE, "use_quant_conv": FLAG, "use_post_quant_conv": FLAG},
+        **{"scaling_factor": POSITIVE, "shift_factor": _or_null(NUMBER), "use_quant_conv": FLAG, "use_post_quant_conv": FLAG},
+    },
+    "transformer": {  # SD 3's
+        **dict.fromkeys(("patch_size", "in_channels", "num_layers", "attention_head_dim"), _need(COUNT)),
+        **dict.fromkeys(("num_attention_heads", "joint_attention_dim", "pooled_projection_dim"), _need(COUNT)),
+        **{"caption_projection_dim": _need(COUNT), "pos_embed_max_size": _need(COUNT), "sample_size": _need(SQUARE)},
+        **{"out_channels": _or_null(COUNT), "dual_attention_layers": INDICES, "qk_norm": _or_null(_one_of("rms_norm"))},
     },
     "text_encoder": TEXT,
     "text_encoder_2": TEXT,
+    "text_encoder_3": {  # T5's
+        **dict.fromkeys(("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size"), _need(COUNT)),
+        **{"relative_attention_num_buckets": COUNT, "relative_attention_max_distance": COUNT, "layer_norm_epsilon": POSITIVE},
+        **{"feed_forward_proj": WORD, "dense_act_fn": WORD, "is_gated_act": FLAG, "architectures": _or_null(WORDS)},
+    },
     "image_encoder": {  # CLIP's, of the CLIP score
         **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"), _need(COUNT)),
         **{"image_size": COUNT, "patch_size": COUNT, "num_channels": _one_of(3), "projection_dim": COUNT},
@@ -139,6 +160,9 @@ TABLE: dict[str, dict[str, FieldKind]] = {
     "scheduler": {
         **{"num_train_timesteps": COUNT, "beta_start": POSITIVE, "beta_end": POSITIVE, "beta_schedule": WORD},
         **{"prediction_type": WORD, "rescale_betas_zero_snr": _or_null(FLAG)},
+        **{"shift": POSITIVE, "shift_terminal": _or_null(POSITIVE), "invert_sigmas": _or_null(FLAG)},  # of flows, from here on
+        **{"use_dynamic_shifting": _or_null(FLAG), "stochastic_sampling": _or_null(FLAG), "time_shift_type": _or_null(WORD)},
+        **{f"use_{name}_sigmas": _or_null(FLAG) for name in ("karras", "exponential", "beta")},
     },
     "tokenizer": {
         **{"model_max_length": COUNT, "pad_token": _or_null(TOKEN), "added_tokens_decoder": _or_null(OBJECT)},
@@ -203,6 +227,12 @@ def _check_class(component: str, config: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path} sets {shifted[0]}, but latents are only scaled here: {KNOWN}: {MEND}")
 
 
+def check_unshifted(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError, one line, for a UNet's autoencoder with a shift: diffusers' pipelines of these families ignore one."""
+    if config.get("shift_factor"):
+        raise UserError(f"{path} sets shift_factor, but latents are only scaled here: {KNOWN}: {MEND}")
+
+
 def read_config(folder: Path, component: str) -> dict[str, Any]:
     """The config.json (or scheduler_config.json) of one component of a diffusers folder, its fields checked.
 
@@ -222,6 +252,11 @@ def _check_sizes(component: str, config: Mapping[str, Any], path: Path) -> None:
         if isinstance(value, list) and len(value) != len(widths):
             rule = f"must have an entry for each of the {len(widths)} levels of block_out_channels"
             raise UserError(f"{path}: {field}={_shown(value)} {rule}: {MEND}")
+    if component == "transformer" and (both := config["num_attention_heads"] * config["attention_head_dim"]) != (
+        width := config["caption_projection_dim"]
+    ):
+        rule = f"must be num_attention_heads x attention_head_dim, {both}: text and image meet in one attention"
+        raise UserError(f"{path}: caption_projection_dim={width} {rule}: {MEND}")
     groups = config.get("norm_num_groups", 32)
     if bad := [width for width in widths if width % groups]:
         raise UserError(f"{path}: norm_num_groups={groups} must divide {bad[0]} of block_out_channels: {MEND}")

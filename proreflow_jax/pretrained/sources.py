@@ -26,7 +26,7 @@ STUDENT = "_student_windows"  # of a schedule's config, and of a single file's m
 PATH, LIKE, VAE = "--config.model.path", "--config.model.like", "--config.model.vae"
 CLIP_SKIP = "--config.model.clip_skip"
 TO_FOLDER = 'python -c "from diffusers import {0} as P; P.from_single_file({1!r}).save_pretrained({2!r})"'
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DENOISERS = ("unet", "transformer")  # names of the component that is distilled
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
@@ -72,7 +72,7 @@ class ModelSource(NamedTuple):
 
     folder: Path
     index: dict  # model_index.json
-    family: str  # "v1" (SD 1.x), "v2" (SD 2.x) or "xl" (SDXL)
+    family: str  # "v1" (SD 1.x), "v2" (SD 2.x), "xl" (SDXL) or "sd3" (SD 3 and 3.5)
     file: Path | None = None
     stored: weights.Tensors | None = None  # of the file
     student: dict = {}  # reflow.json, of an export of ours: how its denoiser is read; {} of a diffusion model
@@ -87,7 +87,7 @@ class ModelSource(NamedTuple):
     @property
     def denoiser_name(self) -> str:
         """The component that is distilled."""
-        return denoiser_name(name for name in DENOISERS if _class(self.index, name) is not None)
+        return _denoiser(self.index)
 
     @property
     def origin(self) -> Path:
@@ -116,6 +116,8 @@ class ModelSource(NamedTuple):
         if component == "vae" and self.vae:
             return self.vae.config
         config = config_fields.read_config(self.folder / component, component)
+        if component == "vae" and self.denoiser_name == "unet":
+            config_fields.check_unshifted(config, self.folder / component / config_fields.CONFIG_NAMES[0])
         if component == "scheduler" and self.stored is not None:
             config.pop(STUDENT, None)  # of the folder beside the file
             config |= import_form("file_words").stated(self.stored, self.file)
@@ -193,17 +195,35 @@ def open_folder(folder: str | Path, flag: str = PATH, with_weights: bool = True)
     sealed.check_undamaged(folder, record, config_fields.DAMAGED, lambda name: not is_read(folder, name, with_weights))
     index = config_fields.check_fields("model_index", config_fields.read_object(folder / INDEX, rule), folder / INDEX)
     _check_components(folder, index)
-    for component, known in CLASSES.items():
+    for component, (known, needed) in _parts(index).items():
         class_name = _class(index, component)
-        if class_name not in known and (class_name or component != "text_encoder_2"):
+        if class_name not in known and (class_name or needed):
             is_of = f"{folder / INDEX} is of a {index.get('_class_name')}"
             what = f"its {component} is a {class_name}" if class_name else f"it has no {component}"
             raise UserError(f"{is_of}, {what}: {KNOWN}: name another {flag}")
     left_out = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
     index |= {name: [None, None] for name in left_out if name not in CLASSES}
+    return ModelSource(folder, index, _family(folder, index), student=record if "flow" in record else {})
+
+
+def _family(folder: Path, index: Mapping[str, Any]) -> str:
+    if _denoiser(index) == "transformer":
+        return "sd3"
     linear = config_fields.read_config(folder / "unet", "unet").get("use_linear_projection")
-    family = "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1"
-    return ModelSource(folder, index, family, student=record if "flow" in record else {})
+    return "xl" if "text_encoder_2" in text_encoders(index) else "v2" if linear else "v1"
+
+
+def _denoiser(index: Mapping[str, Any]) -> str:
+    """The component of a model_index.json that is distilled; "unet" where it names none that is known."""
+    return "transformer" if _class(index, "transformer") in CLASSES["transformer"] else "unet"
+
+
+def _parts(index: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """component -> (its classes, whether a model has to have it)."""
+    if _denoiser(index) == "unet":
+        return {name: (CLASSES[name], name != "text_encoder_2") for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    parts = {name: (CLASSES[name], name != "text_encoder_3") for name in ("transformer", "vae", *TEXT_ENCODERS)}
+    return parts | {"text_encoder": parts["text_encoder_2"]}  # both CLIPs give a pooled state
 
 
 def is_read(folder: Path, name: str, with_weights: bool) -> bool:
