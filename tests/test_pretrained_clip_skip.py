@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline  # noqa: E402
 
 from proreflow_jax.pretrained import pipeline, single_file, sources  # noqa: E402
 from proreflow_jax.run.base_identity import base_identity  # noqa: E402
-from proreflow_jax.run.open import find_base_model  # noqa: E402
+from proreflow_jax.run.find_model import find_base_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick")
 

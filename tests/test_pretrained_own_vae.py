@@ -17,7 +17,7 @@ from proreflow_jax import UserError
 from proreflow_jax.pretrained import pipeline, single_file, sources, weights
 from proreflow_jax.pretrained.own_vae import with_own_vae
 from proreflow_jax.run.base_identity import base_identity
-from proreflow_jax.run.open import find_base_model, title
+from proreflow_jax.run.find_model import find_base_model, title
 
 pytestmark = pytest.mark.usefixtures("quick")
 

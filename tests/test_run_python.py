@@ -17,8 +17,7 @@ import proreflow_jax
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import posterior, text_context
-from proreflow_jax.run import open as opening
-from proreflow_jax.run import pictures
+from proreflow_jax.run import find_model, pictures
 from proreflow_jax.run.image_model import ImageModel
 from proreflow_jax.run.read_config import read_config
 from proreflow_jax.run.stages import seed_key
@@ -206,7 +205,7 @@ def test_a_single_file_is_read_with_the_clip_skip_that_it_was_taught():
     model = read_config("digits").model.copy_and_resolve_references()
     with model.unlocked():
         model.clip_skip = None
-    assert opening._student_skip(model, Source()) == 1
+    assert find_model._student_skip(model, Source()) == 1
 
 
 def test_the_verb_draws_what_python_draws(chain, model, tmp_path, student):

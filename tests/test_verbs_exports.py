@@ -16,7 +16,8 @@ from verb import CONFIG, run, tiny_config, tiny_flags
 
 from proreflow_jax import UserError
 from proreflow_jax.exports.formats import FILES, denoiser_file
-from proreflow_jax.run.open import find_base_model, open_experiment
+from proreflow_jax.run.find_model import find_base_model
+from proreflow_jax.run.open import open_experiment
 from proreflow_jax.storage import sealed
 from proreflow_jax.storage.atomic import read_json
 

@@ -11,7 +11,7 @@ from proreflow_jax.exports.card_base import data_credits, describe_base
 from proreflow_jax.exports.card_page import card_page
 from proreflow_jax.exports.card_use import example_prompt
 from proreflow_jax.exports.formats import Format
-from proreflow_jax.run import open
+from proreflow_jax.run import find_model
 from proreflow_jax.run.check_config import field_value
 from proreflow_jax.run.experiment import Experiment, Weights, check_taught, guidance_contract
 from proreflow_jax.run.stages import Stage, read_done
@@ -46,7 +46,7 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, export_for
         "flow": student.flow._asdict(),
         "guidance": guidance_contract(config),
         "settings": {field: field_value(config, field) for field in OPEN},
-        "base": open.title(config, experiment.base.source),
+        "base": find_model.title(config, experiment.base.source),
         "about": _about(experiment),
     } | ({"clip_skip": skip} if skip else {})
 

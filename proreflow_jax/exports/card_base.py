@@ -12,7 +12,7 @@ from proreflow_jax.exports.card_words import HUB_ID, LICENCE_ID, LINK, one_line
 from proreflow_jax.pretrained import copying, sources
 from proreflow_jax.pretrained.sources import ModelSource
 from proreflow_jax.run.config_files import PACKAGE
-from proreflow_jax.run.open import HOMES
+from proreflow_jax.run.find_model import home
 
 log = logging.getLogger(__name__)
 DIGITS = PACKAGE / "assets" / "digits"  # the demo's base model
@@ -25,11 +25,11 @@ def describe_base(config: ConfigDict, base: ModelSource) -> dict[str, Any]:
     base_model: its id on the hub, "" for a folder or file; of a student of ours that of its own base.
     opens: what `from_pretrained` takes to open it: the id, or the name of the folder or file.
     configs: of a single file, where its configs are: hub id or name; else "".
-    family: "v1", "v2" or "xl".
+    family: "v1", "v2", "xl" or "sd3".
     licence: fields of a card's header on the hub; {} where the model names none.
     """
     path, before = config.model.path, base.student.get("about", {})
-    like = (config.model.like or HOMES[base.family]) if base.file else ""
+    like = (config.model.like or home(base.file)) if base.file else ""
     return {
         "base_model": path if sources.is_id(path) and HUB_ID.fullmatch(path) else before.get("base_model", ""),
         "opens": path if sources.is_id(path) else base.origin.name,

@@ -40,6 +40,8 @@ def export_stage(
 
     Raises UserError, one line, if the folder holds something else, or if no stock scheduler reads the student.
     """
+    if experiment.base.denoiser_name == "transformer":  # of which every reader takes diffusers' names
+        export_format = export_format._replace(names="diffusers")
     if export_format.scheduler == "stock":
         check_export(experiment.config)
     first(lambda: check_replaceable(target))
@@ -124,8 +126,9 @@ def write_folder(draft: Path, base: ModelSource, denoiser: Mapping[str, np.ndarr
             log.warning("%s: left out, its weights are a pickle, which may run code", name)
             index[name] = [None, None]
             continue
-        copying.copy_component(base.folder, name, draft, with_weights=base.file is None)
-        if base.file is not None and name in base.components:
+        in_folder = base.file is None or name in base.beside
+        copying.copy_component(base.folder, name, draft, with_weights=in_folder)
+        if not in_folder and name in base.components:
             weights.save_tensors(draft / name / weights.file_name(name), dict(base.tensors(name)))
     for path in copying.licences(base.folder):
         shutil.copyfile(path, draft / path.name)
@@ -187,7 +190,7 @@ def _single_tensors(
         return _as(single_file(experiment, student), export_format.dtype), {}
     if export_format.form == "lora" and trained.factors:  # it is one already
         factors = lora_file.to_lora(trained.factors, experiment.layout.scale)
-        return _lora(factors, {"rank": export_format.rank, "layers": len(factors)}, export_format, base.source.family)
+        return _lora(factors, {"rank": export_format.rank, "layers": len(factors)}, export_format, base.source)
     change = lora_file.delta(student, base.source.tensors(base.denoiser_name))
     if export_format.form == "delta":
         return _as(change, export_format.dtype), {}
@@ -198,16 +201,16 @@ def _single_tensors(
         mark = " <- written" if rank == export_format.rank else ""
         log.info("rank %3d keeps %.4f of the change's energy, relative error %.4f%s", rank, energy, error, mark)
     log.info("biases and norms, which no LoRA carries, hold %.4f of the whole change's energy", report["left_out"]["energy"])
-    return _lora(factors, report, export_format, base.source.family)
+    return _lora(factors, report, export_format, base.source)
 
 
 def _lora(
-    factors: Mapping[str, lora_file.Factors], report: Mapping[str, Any], export_format: Format, family: str
+    factors: Mapping[str, lora_file.Factors], report: Mapping[str, Any], export_format: Format, base: ModelSource
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A LoRA's tensors under the names that are asked for, and its report, with what each reader drops."""
     if export_format.names == "diffusers":
-        return lora_file.to_peft(factors, jnp.dtype(export_format.dtype)), {"lora": dict(report)}
-    lost = lora_readers.lost_energy(factors, family)
+        return lora_file.to_peft(factors, jnp.dtype(export_format.dtype), base.denoiser_name), {"lora": dict(report)}
+    lost = lora_readers.lost_energy(factors, base.family)
     for reader, share in lost.items():
         if share:
             log.info("%s does not take layers that hold %.4f of the LoRA's energy", reader, share)

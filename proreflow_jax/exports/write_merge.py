@@ -16,7 +16,7 @@ from proreflow_jax.flow.schedule import from_config
 from proreflow_jax.models.network import make_vae
 from proreflow_jax.pretrained import lora_file, sources, weights
 from proreflow_jax.pretrained.pipeline import make_denoiser, scheduler_config
-from proreflow_jax.run import open
+from proreflow_jax.run import find_model
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.storage import atomic, sealed
 from proreflow_jax.storage.paths import Location
@@ -31,7 +31,7 @@ def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float,
     sealed.check_undamaged(delta, record, "export the delta again, or copy it again")
     card = {name: value for name, value in record.items() if name not in (sealed.FILES, sealed.SEAL)}
     scheduler = atomic.read_json(delta / "scheduler" / "scheduler_config.json")
-    base = open.find_base_model(config)
+    base = find_model.find_base_model(config)
     taught = card.get("clip_skip", {}).get("diffusers", 0)
     if config.model.clip_skip != taught:
         raise UserError(f"{delta} is of a student taught with clip_skip={taught}: take {sources.CLIP_SKIP}={taught}")
@@ -40,7 +40,7 @@ def write_merge(config: ConfigDict, delta: Path, target: Location, scale: float,
     tensors = base.tensors(base.denoiser_name)
     merged = lora_file.merge_delta(tensors, weights.Tensors([delta / FILES["delta"]]), scale)
     onto, summed = (_digest(base, values) for values in (tensors, merged))
-    name, dtype = open.title(config, base), str(next(iter(merged.values())).dtype)
+    name, dtype = find_model.title(config, base), str(next(iter(merged.values())).dtype)
     lineage = {name: value for name, value in card["lineage"].items() if name != "vae"}  # the delta's, which stays behind
     if base.vae:
         shapes = make_vae(base.config("vae")).shapes

@@ -9,8 +9,9 @@ from proreflow_jax import UserError
 from proreflow_jax.data.prompts import Prompts
 from proreflow_jax.run import pictures
 from proreflow_jax.run.experiment import load_weights, newest_weights
+from proreflow_jax.run.find_model import title
 from proreflow_jax.run.image_model import ImageModel, check_texts, count_steps
-from proreflow_jax.run.open import open_experiment, title
+from proreflow_jax.run.open import open_experiment
 from proreflow_jax.run.outlook import compiling
 from proreflow_jax.run.stages import DONE, find_stage, stage_folder
 from proreflow_jax.runtime.progress import Progress

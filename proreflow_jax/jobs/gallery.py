@@ -13,8 +13,8 @@ from PIL import Image
 from proreflow_jax import UserError
 from proreflow_jax.run import errors, load
 from proreflow_jax.run.experiment import Experiment, load_weights, newest_weights
+from proreflow_jax.run.find_model import title
 from proreflow_jax.run.image_model import ImageModel, count_steps
-from proreflow_jax.run.open import title
 from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime.programs import keep_programs
 from proreflow_jax.storage import paths

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import RunFailed
 from proreflow_jax.perf import chips, hlo_cost, jobs, resident, tpu_compile
 from proreflow_jax.perf.jobs import Job
-from proreflow_jax.run import open
+from proreflow_jax.run import find_model
 from proreflow_jax.run.check_config import changed, has_field
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
@@ -191,7 +191,7 @@ def ticking(activity: str) -> Iterator[None]:
 
 def _key(config: ConfigDict, place: Target, windows: int, name: str) -> str:
     """The cache key of a result."""
-    source = open.find_base_model(config, configs_only=True)
+    source = find_model.find_base_model(config, configs_only=True)
     fields = json.loads(config.to_json_best_effort())
     fields = {key: value for key, value in _flat(fields) if not key.startswith(FREE)}
     about = {

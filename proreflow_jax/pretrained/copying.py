@@ -14,7 +14,9 @@ from proreflow_jax.pretrained import weights
 
 log = logging.getLogger(__name__)
 PAGE = "README.md"  # of a model's folder; its licence is handed on
-KIND = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.(json|safetensors)|merges\.txt|vocab\.txt")  # in a component's folder
+KIND = re.compile(
+    r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.(json|safetensors)|merges\.txt|vocab\.txt|spiece\.model"
+)  # in a component's folder
 LICENCE = re.compile(r"LICENSE[A-Za-z0-9._-]*")  # beside the components
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of the hub's cache: a snapshot's files are links to blobs
 

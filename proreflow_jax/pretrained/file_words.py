@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from proreflow_jax import UserError
-from proreflow_jax.pretrained.single_file import LAYER, PREFIXES, UNET
+from proreflow_jax.pretrained.single_file import LAYER, OPTIONAL, PREFIXES, UNET
 from proreflow_jax.pretrained.sources import STUDENT
 from proreflow_jax.pretrained.weights import Tensors
 
@@ -94,7 +94,8 @@ def check_layout(stored: Tensors, family: str, path: Path, with_vae: bool = True
         what = KINDS.get(channels, "no text-to-image model")
         raise UserError(f"{path} is {what}: its UNet takes {channels} channels, the VAE gives 4: {ANOTHER}")
     for component, prefix in PREFIXES[family].items():
-        if (component != "vae" or with_vae) and not any(name.startswith(prefix) for name in stored):
+        needed = with_vae if component == "vae" else family != "sd3" or component not in OPTIONAL
+        if needed and not any(name.startswith(prefix) for name in stored):
             mend = f"{BAKED}, or {ANOTHER}" if component == "vae" else ANOTHER
             raise UserError(f"{path} holds no {component}, no name that begins with {prefix}: {WHOLE}: {mend}")
 

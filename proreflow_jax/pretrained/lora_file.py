@@ -4,7 +4,8 @@ A delta D is read as a matrix (out, in) or (out, in*kh*kw). Its best approximati
 values (Eckart & Young 1936); a LoRA (Hu et al. 2021, eq. 3) stores it as D ~ alpha / r * up @ down. Convolutions are split
 into one of the same kernel with r outputs (down) and a 1x1 one (up). Everything here is numpy, torch names and layouts.
 
-`to_kohya` serves most tools, though not each of them takes every layer (`lora_readers`); `to_peft` serves diffusers alone.
+Of a UNet `to_kohya` serves most tools, though not each takes every layer (`lora_readers`); `to_peft` serves diffusers alone.
+Of SD 3's transformer `to_peft` serves both, diffusers and ComfyUI, which reads diffusers' names there.
 """
 
 from collections import Counter
@@ -229,8 +230,10 @@ def to_kohya(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[st
     return tensors
 
 
-def to_peft(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+def to_peft(factors: Mapping[str, Factors], dtype: Any = np.float32, component: str = "unet") -> dict[str, np.ndarray]:
     """A file in peft's own names, of which diffusers takes every layer: `unet.X.lora_A.weight`, `unet.X.lora_B.weight`.
+
+    component: "unet" or "transformer", the names' beginning.
 
     It holds no alpha: every layer counts once. All layers get the largest rank, filled up with zeros: older versions of
     diffusers take one layer's rank for the alpha of all.
@@ -239,15 +242,15 @@ def to_peft(factors: Mapping[str, Factors], dtype: Any = np.float32) -> dict[str
     tensors = {}
     for name, layer in sorted(factors.items()):
         up, down = _scaled(layer, layer.down.shape[0], dtype)
-        rest, stem = rank - down.shape[0], f"unet.{name.removesuffix('.weight')}"
+        rest, stem = rank - down.shape[0], f"{component}.{name.removesuffix('.weight')}"
         tensors[f"{stem}.lora_A.weight"] = np.pad(down, [(0, rest), *[(0, 0)] * (down.ndim - 1)])
         tensors[f"{stem}.lora_B.weight"] = np.pad(up, [(0, 0), (0, rest), *[(0, 0)] * (up.ndim - 2)])
     return tensors
 
 
-def from_peft(tensors: Tensors, names: Iterable[str]) -> dict[str, Factors]:
+def from_peft(tensors: Tensors, names: Iterable[str], component: str = "unet") -> dict[str, Factors]:
     """The inverse of `to_peft`, by the names of the weights that may have factors."""
-    stems = {name: f"unet.{name.removesuffix('.weight')}" for name in names}
+    stems = {name: f"{component}.{name.removesuffix('.weight')}" for name in names}
     pairs = {n: (f"{s}.lora_B.weight", f"{s}.lora_A.weight") for n, s in stems.items() if f"{s}.lora_A.weight" in tensors}
     return {name: Factors(tensors[up], tensors[down], float(tensors[down].shape[0])) for name, (up, down) in pairs.items()}
 

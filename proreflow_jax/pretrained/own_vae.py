@@ -14,7 +14,8 @@ import numpy as np
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.pretrained import config_fields, single_file, weights
-from proreflow_jax.pretrained.sources import INDEX, PATH, VAE, Chosen, ModelSource, OwnVae, is_read
+from proreflow_jax.pretrained.chosen import Chosen
+from proreflow_jax.pretrained.sources import INDEX, PATH, VAE, ModelSource, OwnVae, is_read
 from proreflow_jax.storage import sealed
 
 log = logging.getLogger(__name__)

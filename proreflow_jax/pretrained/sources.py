@@ -7,7 +7,7 @@ A VAE may come from elsewhere (`OwnVae`), and the last layers of the text encode
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ import numpy as np
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.pretrained import config_fields, weights
+from proreflow_jax.pretrained.chosen import Chosen
 from proreflow_jax.pretrained.config_fields import CLASSES, KNOWN
 from proreflow_jax.storage import sealed
 from proreflow_jax.storage.paths import check_name
@@ -30,26 +31,6 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DENOISERS = ("unet", "transformer")  # names of the component that is distilled
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 FILES = (".safetensors", ".ckpt")  # endings of a single file: a missing one looks like an id
-
-
-class Chosen(Mapping[str, np.ndarray]):
-    """Some tensors of a mapping, under other names where `names` says so; read on access."""
-
-    def __init__(self, stored: Mapping[str, np.ndarray], names: Mapping[str, str]) -> None:
-        """names: {name here: name in `stored`}."""
-        self._stored, self._names = stored, names
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._stored[self._names[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class OwnVae(NamedTuple):
@@ -77,6 +58,7 @@ class ModelSource(NamedTuple):
     stored: weights.Tensors | None = None  # of the file
     student: dict = {}  # reflow.json, of an export of ours: how its denoiser is read; {} of a diffusion model
     vae: OwnVae | None = None  # in the place of the model's own
+    beside: frozenset[str] = frozenset()  # text encoders that the file lacks, and the folder has
     clip_skip: int = 0  # layers at the text encoder's end that are left out, of those that its config.json counts
 
     @property
@@ -106,7 +88,9 @@ class ModelSource(NamedTuple):
 
     def place(self, component: str) -> Path:
         """Where a component comes from, for errors."""
-        return self.vae.origin if component == "vae" and self.vae else self.origin / component
+        if component == "vae" and self.vae:
+            return self.vae.origin
+        return (self.folder if component in self.beside else self.origin) / component
 
     def config(self, component: str) -> dict:
         """config.json of a component; the scheduler's includes what a single file says of itself.
@@ -134,7 +118,7 @@ class ModelSource(NamedTuple):
             return self.vae.tensors()
         if component in TEXT_ENCODERS and self.clip_skip:
             return self._without_last_layers(component)
-        if self.stored is None:
+        if self.stored is None or component in self.beside:
             return weights.read_tensors(self.folder / component)
         try:
             return import_form("single_file").from_original(component, self.stored, self.config(component), self.family)
@@ -149,7 +133,9 @@ class ModelSource(NamedTuple):
 
     def layers_left_out(self, component: str) -> int:
         """How many layers of a text encoder lie behind those that its config.json counts, without SD 2.x's unused last one."""
-        if self.stored is None:
+        if component == TEXT_ENCODERS[2]:  # T5's layers are all read
+            return 0
+        if self.stored is None or component in self.beside:
             stored = config_fields.text_layers(self.whole.tensors(component))
         else:
             stored = import_form("file_words").count_layers(self.stored, self.family, component) - (self.family == "v2")
@@ -245,7 +231,7 @@ def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def file_family(path: Path) -> str:
-    """ "v1", "v2" or "xl" of a single file. Raises ValueError, one line, for any other file; pickles are never opened."""
+    """ "v1", "v2", "xl" or "sd3" of a single file. Raises ValueError, one line, for any other; pickles are never opened."""
     if path.suffix.lower() != ".safetensors":
         how = TO_FOLDER.format("StableDiffusionPipeline", path.name, path.stem)
         raise UserError(f"{PATH}={path} is no .safetensors file; a pickle may run code, convert it where you trust it: {how}")
@@ -270,17 +256,31 @@ def open_file(path: Path, like: Path, with_vae: bool = True) -> ModelSource:
     words.check_layout(stored, family, path, with_vae)
     words.log_left_out(stored, family, path)
     index = {name: [None, None] if name in ("safety_checker", "image_encoder") else kind for name, kind in beside.index.items()}
+    beside_file: frozenset[str] = frozenset()
+    if family == "sd3":
+        joint = import_form("joint_file")
+        joint.check_transformer(stored, config_fields.read_config(like / "transformer", "transformer"), path, like)
+        index, beside_file = joint.text_encoders_beside(stored, index, path)
     record = sealed.read_record(path.parent)
     own = path.name in record.get(sealed.FILES, {})
     sealed.check_undamaged(path.parent, record, config_fields.DAMAGED, lambda name: name != path.name)
-    return ModelSource(like, index, family, path, stored, record if own and "flow" in record else {})
+    return ModelSource(like, index, family, path, stored, record if own and "flow" in record else {}, beside=beside_file)
+
+
+def encoders_beside(path: Path) -> list[str]:
+    """The text encoders that a single file of SD 3 leaves to the folder beside it: all, or none."""
+    stored = weights.Tensors([path])
+    joint = import_form("joint_file") if import_form("single_file").family(stored) == "sd3" else None
+    missing = joint.missing_encoders(stored) if joint else []
+    return missing if len(missing) == len(TEXT_ENCODERS) else []
 
 
 def skip_layers(source: ModelSource, count: int) -> ModelSource:
     """A model that reads its text encoder's states `count` layers before the last. Raises UserError, one line."""
     flag = f"{CLIP_SKIP}={count}"
-    if count and source.family == "xl":
-        what = "SDXL reads the states before the last layer already, which UIs call clip skip 2"
+    if count and source.family in ("xl", "sd3"):
+        name = "SDXL" if source.family == "xl" else "SD 3"
+        what = f"{name} reads the states before the last layer already, which UIs call clip skip 2"
         raise UserError(f"{flag}: {what}: leave {CLIP_SKIP} out")
     layers = source.whole.config(TEXT_ENCODERS[0])["num_hidden_layers"]
     if count >= layers:
@@ -294,5 +294,5 @@ def is_id(path: str) -> bool:
 
 
 def import_form(name: str) -> ModuleType:
-    """The module for a form beside the folder: "single_file", "file_words", "own_vae" or "hub"."""
+    """The module for a form beside the folder: "single_file", "joint_file", "file_words", "own_vae" or "hub"."""
     return import_module(f"proreflow_jax.pretrained.{name}")

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.pretrained.sources import INDEX
-from proreflow_jax.run import open
+from proreflow_jax.run import find_model, open
 from proreflow_jax.run.experiment import Experiment, load_weights
 from proreflow_jax.run.image_model import ImageModel
 from proreflow_jax.run.read_config import CONFIG, changed, read_record
@@ -60,7 +60,7 @@ def load(
     with _python_words():
         config = _model_config(str(source), words)
         base, networks, weights = open.open_model(config, jax.local_devices()[0])
-        return ImageModel(base, networks, weights, open.title(config, base.source), dtype or "float32")
+        return ImageModel(base, networks, weights, find_model.title(config, base.source), dtype or "float32")
 
 
 def find_run(place: Location) -> tuple[Location | None, int | None]:
@@ -76,7 +76,7 @@ def _load_stage(run: Location, stage: int | None, dtype: str, overrides: Mapping
     experiment = open_run(run, dtype, overrides, base_alone=stage == 0)
     config = experiment.config
     if stage == 0:
-        return ImageModel.of(experiment, load_weights(experiment, None), open.title(config, experiment.base.source))
+        return ImageModel.of(experiment, load_weights(experiment, None), find_model.title(config, experiment.base.source))
     done = [one for one in experiment.stages if one.done.is_file()]
     chosen = find_stage(experiment.stages, stage) if stage else (done or experiment.stages)[-1]
     return ImageModel.of(experiment, load_weights(experiment, chosen), f"{config.name}-{chosen.folder.name}")

