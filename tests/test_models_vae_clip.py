@@ -57,6 +57,21 @@ def test_vae_encode_and_decode(quant):
     same(quick_jit(lambda p, x: ours.apply(p, x, method="decode"))(params, to_jax(latents)), decoded)
 
 
+def test_vae_of_sd_3_has_16_channels_a_shift_and_no_quant_convs():
+    """Our latents are diffusers' less the shift, so that a pipeline only scales them: (latents - shift) scale."""
+    shift, plain = 0.0609, dict(use_quant_conv=False, use_post_quant_conv=False)
+    module = AutoencoderKL(**(VAE | dict(latent_channels=16)), shift_factor=shift, **plain)
+    ours, params = make(network.make_vae, module, dict(module.config))
+    images, latents = draw(2, 3, 8, 12), draw(2, 16, 4, 6, seed=2)
+    with torch.no_grad():
+        expected = module.encode(images).latent_dist
+        decoded = module.decode(latents + shift).sample
+    mean, std = quick_jit(lambda p, x: ours.apply(p, x, method="encode"))(params, to_jax(images))
+    same(mean, expected.mean - shift)
+    same(std, expected.std)
+    same(quick_jit(lambda p, x: ours.apply(p, x, method="decode"))(params, to_jax(latents)), decoded)
+
+
 def test_vae_log_variance_is_clipped_as_in_diffusers():
     module = AutoencoderKL(**VAE)
     ours, params = make(network.make_vae, module, dict(module.config))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
@@ -17,31 +18,37 @@ def heads_attention(
     heads: int,
     mask: Bool[Array, "1 1 s t"] | None = None,
     form: str = "xla",
+    *,
+    bias: Float[np.ndarray, " t"] | None = None,
 ) -> Float[Array, "b s c"]:
     """Softmax attention of already projected tensors; scores in float32, width c / heads per head. A mask needs "xla"."""
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    out = attention_kernels.whole_scores(q, k, v, form) if mask is None else jax.nn.dot_product_attention(q, k, v, mask=mask)
+    out = (
+        attention_kernels.whole_scores(q, k, v, form, bias)
+        if mask is None
+        else jax.nn.dot_product_attention(q, k, v, mask=mask)
+    )
     return checkpoint_name(out.reshape(*q.shape[:2], -1), ATTENTION)
 
 
 def padded_heads(linear: nnx.Linear, x: Float[Array, "b s c"], heads: int, scale: float = 1.0) -> Float[Array, "b h s l"]:
     """A linear layer's result times `scale`, as heads of full lanes: the weights get the zero columns."""
     w, bias = layers.weights_of(linear, x)
-    w = _pad_lanes(scale * w.reshape(x.shape[-1], heads, -1))  # scaling the result would be a pass over it
+    w = pad_lanes(scale * w.reshape(x.shape[-1], heads, -1))  # scaling the result would be a pass over it
     out = jnp.einsum("bsc,chl->bhsl", x, w, preferred_element_type=jnp.float32)
     if bias is not None:
-        out = out + scale * _pad_lanes(bias.reshape(heads, -1))[:, None]
+        out = out + scale * pad_lanes(bias.reshape(heads, -1))[:, None]
     return out.astype(x.dtype)
 
 
-def _joined_heads(linear: nnx.Linear, x: Float[Array, "b h s l"], width: int) -> Float[Array, "b s c"]:
+def joined_heads(linear: nnx.Linear, x: Float[Array, "b h s l"], width: int) -> Float[Array, "b s c"]:
     """A linear layer over padded heads of true width `width`, side by side: its weights get zero rows."""
     w, bias = layers.weights_of(linear, x)
     w = jnp.pad(w.reshape(x.shape[1], width, -1), ((0, 0), (0, x.shape[-1] - width), (0, 0)))
     return jnp.einsum("bhsl,hlc->bsc", x, w) + bias
 
 
-def _pad_lanes(x: Array) -> Array:
+def pad_lanes(x: Array) -> Array:
     width = x.shape[-1]
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, attention_kernels.lanes(width) - width),))
 
@@ -77,7 +84,7 @@ class Attention(nnx.Module):
         if form == "splash":
             q = padded_heads(self.to_q, h, self.heads, width**-0.5)
             k, v = (padded_heads(linear, source, self.heads) for linear in (self.to_k, self.to_v))
-            return _joined_heads(self.to_out[0], attention_kernels.splash(q, k, v, self.compute), width)
+            return joined_heads(self.to_out[0], attention_kernels.splash(q, k, v, self.compute), width)
         return self.to_out[0](heads_attention(self.to_q(h), self.to_k(source), self.to_v(source), self.heads, form=form))
 
 

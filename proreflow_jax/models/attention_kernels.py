@@ -8,6 +8,9 @@ Forms, on heads (b, s, h, d): "xla" whole scores in float32; "chunked" exact sof
 scores alive at a time, forward and backward; "cached" the same one head at a time, in blocks whose scores stay in a CPU's
 cache; "cudnn" NVIDIA's fused kernel; "splash" Pallas' fused TPU kernel, whose heads
 come padded to full lanes from the projections themselves (`attention.padded_heads`).
+
+A bias belongs to a key and is the same for every query. Kernels without biases get one for free: heads of 64 leave lanes
+empty, where queries hold ones and keys the bias (`marked`).
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -27,9 +31,12 @@ FUSED_TOKENS = 1024  # self-attention from here on goes to it; below, scores are
 LANES = 128  # of a TPU's registers: the last axis of a kernel's operands comes in multiples of it
 WIDEST = 256  # largest padded head width: its blocks fit a TPU's VMEM
 BLOCK = 1024  # queries and keys that splash holds at once; 2,048 exceeds v5e's VMEM
+CUDNN_STEP = 8  # head widths come in multiples of it
 CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that has them
 SMALL_SCORES = 256 << 20  # bytes of one device's scores; "auto" makes larger ones in blocks
 CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
+HIDDEN = -(2.0**15)  # bias of a key that nobody sees: exp of it is 0, and every float has it exactly
+MARKS = 3  # lanes of one bias: 3 x 8 bits of bfloat16 make up a float32
 CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
 
 
@@ -48,7 +55,7 @@ def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width
     fits = {
         "cached": True,
         "splash": lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
-        "cudnn": width % 8 == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
+        "cudnn": width % CUDNN_STEP == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
     }
     fused = FUSED.get(compute.platform, "") if form == "auto" else form
     if fits.get(fused):
@@ -67,27 +74,63 @@ def block(tokens: int) -> int:
     return max((size for size in range(LANES, BLOCK + 1, LANES) if tokens % size == 0), default=0)
 
 
+def filled(tokens: int) -> int:
+    """The least number of tokens from `tokens` on that long blocks divide, of BLOCK / 2 or more: 1,357 -> 1,536."""
+    tokens = lanes(tokens)
+    while tokens > BLOCK and block(tokens) < BLOCK // 2:
+        tokens += LANES
+    return tokens
+
+
+def marked(
+    q: Float[Array, "*s l"], k: Float[Array, "*t l"], bias: Float[np.ndarray, "..."], first: int
+) -> tuple[Float[Array, "*s l"], Float[Array, "*t l"]]:
+    """(q, k) whose products are larger by each key's bias; lanes `first` to first + MARKS of both are zeros so far.
+
+    The bias lies there in parts of q's dtype, whose sum is the float32. `bias`: as k without its last axis, or of fewer axes.
+    """
+    lane, parts, left = np.arange(q.shape[-1]), np.zeros((*bias.shape, q.shape[-1]), np.float32), bias.astype(np.float32)
+    for i in range(MARKS):
+        part = left.astype(q.dtype).astype(np.float32)
+        parts[..., first + i], left = part, left - part
+    ones = ((lane >= first) & (lane < first + MARKS)).astype(q.dtype)
+    return q + ones, k + parts.astype(q.dtype)
+
+
 def whole_scores(
-    q: Float[Array, "b s h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"], form: str
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b t h d"],
+    v: Float[Array, "b t h d"],
+    form: str,
+    bias: Float[np.ndarray, " t"] | None = None,
 ) -> Float[Array, "b s h d"]:
-    """Attention by "xla", "cudnn", "chunked" or "cached"."""
+    """Attention by "xla", "cudnn", "chunked" or "cached"; a key's bias is added to all its scores."""
     if form in ("chunked", "cached"):
-        return (_chunked if form == "chunked" else _cached)(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if form == "cudnn" else None)
+        return (_chunked if form == "chunked" else _cached)(q, k, v, bias)
+    kernel = "cudnn" if form == "cudnn" else None
+    if bias is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+    if kernel is None:
+        return jax.nn.dot_product_attention(q, k, v, bias=bias[None, None, None].astype(np.float32))
+    width = q.shape[-1]  # cuDNN's biases are whole scores, and of even lengths
+    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, CUDNN_STEP),)) for x in (q, k, v))
+    q, k = marked(q, k, bias[:, None] * width**0.5, width)
+    return jax.nn.dot_product_attention(q, k, v, scale=width**-0.5, implementation=kernel)[..., :width]
 
 
-def _chunked(q: Array, k: Array, v: Array) -> Array:
+def _chunked(q: Array, k: Array, v: Array, bias: np.ndarray | None) -> Array:
     """One block of queries after the other; the backward pass makes each block's scores again."""
     b, s, h, d = q.shape
     size = max(1, min(s, CHUNK_SCORES // (4 * b * h * k.shape[1])))
     count = -(-s // size)
     rows = jnp.pad(q, ((0, 0), (0, count * size - s), (0, 0), (0, 0))).reshape(b, count, size, h, d)
-    one = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
+    bias = None if bias is None else bias[None, None, None].astype(np.float32)
+    one = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v, bias=bias))
     out = jax.lax.map(one, jnp.moveaxis(rows, 1, 0))
     return jnp.moveaxis(out, 0, 1).reshape(b, count * size, h, d)[:, :s]
 
 
-def _cached(q: Array, k: Array, v: Array) -> Array:
+def _cached(q: Array, k: Array, v: Array, bias: np.ndarray | None) -> Array:
     """One head after the other, each in blocks of queries of all images; the quotient of softmax is taken behind the product.
 
     Whole scores go through memory once for every pass over them: four times the time on a CPU, where no kernel fuses them.
@@ -100,6 +143,7 @@ def _cached(q: Array, k: Array, v: Array) -> Array:
     @jax.checkpoint
     def block(q: Array, k: Array, v: Array) -> Array:
         scores = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias.astype(np.float32)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         out = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)

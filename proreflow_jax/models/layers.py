@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 ATTENTION = "attention"  # name of attention's outputs, for policies that keep them
 SAVED = jax.checkpoint_policies
 
 
-def in_turn(blocks: Sequence[Any], call: Callable[[Any, Array], Array], h: Array) -> Array:
+def in_turn(blocks: Sequence[Any], call: Callable[[Any, PyTree], PyTree], h: PyTree) -> PyTree:
     """call(block, h) for one block after the other."""
     for block in blocks:
         h = call(block, h)
@@ -32,7 +32,7 @@ class Compute(NamedTuple):
     remat: str = "none"  # one of POLICIES: arrays that the backward pass recomputes
     platform: str = "cpu"  # of the devices that will run it: "cpu", "gpu", "tpu"
     mesh: Mesh | None = None  # axes data, fsdp (rows) and tensor (heads); None: one device
-    repeat: Callable[..., Array] = in_turn  # how a row of equal blocks is run
+    repeat: Callable[..., Any] = in_turn  # how a row of equal blocks is run
 
 
 PLAIN = Compute()
@@ -112,6 +112,19 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return (0.5 * x * half).astype(x.dtype)
 
 
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """torch's approximate gelu, x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "b s c"], epsilon: float = 1e-6) -> Float[Array, "b s c"]:
+    """Layer normalisation without weights, in float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    return (x - mean) * jax.lax.rsqrt(variance + epsilon)
+
+
 def sinusoid(timesteps: Float[Array, "*b"], width: int, flip: bool, shift: float) -> Float[Array, "*b w"]:
     """Sinusoidal features of (fractional) timesteps, cosines first when `flip` (diffusers' flip_sin_to_cos)."""
     half = width // 2
@@ -119,6 +132,10 @@ def sinusoid(timesteps: Float[Array, "*b"], width: int, flip: bool, shift: float
     angle = timesteps.astype(jnp.float32)[..., None] * frequency
     parts = (jnp.cos(angle), jnp.sin(angle)) if flip else (jnp.sin(angle), jnp.cos(angle))
     return jnp.concatenate(parts, axis=-1)
+
+
+class Constant(nnx.Variable):
+    """An array of the checkpoint that no training changes: torch's buffer."""
 
 
 class TimestepEmbedding(nnx.Module):

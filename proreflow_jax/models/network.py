@@ -7,6 +7,7 @@ holds the transposes). Host cost of a flat dict is a tenth of an `nnx.State` (do
 
 SD 1.x and 2.x are conditioned by the last states of one text encoder. SDXL (Podell et al. 2023, sec. 2.1 and 2.2) reads the
 states before the last layer of two encoders side by side, the second's pooled state, and six numbers about the image.
+SD 3's three encoders are in joint_conditioning.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from proreflow_jax import UserError
-from proreflow_jax.models import clip, layers, unet, vae
+from proreflow_jax.models import clip, layers, mmdit, t5, unet, vae
 from proreflow_jax.models.layers import PLAIN, Compute, in_turn
 
 Params = dict[str, Float[Array | np.ndarray, "..."]]
@@ -36,6 +37,7 @@ class Network(NamedTuple):
     init: Callable[[Key[Array, ""]], Params]
     apply: Callable[..., Any]  # apply(params, *inputs, method="__call__")
     config: dict
+    constants: frozenset[str] = frozenset()  # names of `shapes` that no training changes: torch's buffers
 
 
 def _name(path: tuple) -> str:
@@ -75,10 +77,11 @@ def network(build: Callable[[nnx.Rngs], nnx.Module], config: dict) -> Network:
         module = nnx.merge(graph, nnx.from_flat_state(leaves))
         return getattr(module, method)(*inputs, **keywords)
 
-    return Network(shapes, init, apply, config)
+    constants = frozenset(name for name, path in paths.items() if not isinstance(flat[path], nnx.Param))
+    return Network(shapes, init, apply, config, constants)
 
 
-def scanned(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, Array], Array], h: Array) -> Array:
+def scanned(blocks: Sequence[nnx.Module], call: Callable[[nnx.Module, PyTree], PyTree], h: PyTree) -> PyTree:
     """`kernels.in_turn` of many blocks as one loop over their stacked weights: XLA compiles one of SDXL's ten, not all.
 
     Each turn gathers its own weights. A few blocks stay written out, which leaves XLA more to overlap.
@@ -104,6 +107,28 @@ def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
     return network(lambda rngs: layers.gathering(unet.UNet(unet.architecture(config), rngs, compute), compute), config)
 
 
+def make_transformer(config: dict, compute: Compute = PLAIN, repeated: int = 1) -> Network:
+    """apply(params, latents (b,h,w,c), timesteps (b,), context (b,s,d), pooled (b,p)[, None]) -> (b,h,w,c).
+
+    `compute` as in `make_unet`. The last context token counts as `repeated` equal ones, exactly: 256 rows of zeros in the place
+    of T5 need one. Raises ValueError, one line, for a network of another kind.
+    """
+    compute = compute._replace(repeat=scanned) if compute.platform == "tpu" else compute
+    a = mmdit.architecture(config)
+    return network(lambda rngs: layers.gathering(mmdit.MMDiT(a, rngs, compute, repeated), compute), config)
+
+
+def make_denoiser(config: dict, compute: Compute = PLAIN) -> Network:
+    """The network that is distilled, by its config's class; a UNet where it names none. Raises ValueError, one line."""
+    name = config.get("_class_name", "UNet2DConditionModel")
+    if name not in DENOISERS:
+        raise UserError(f"a {name} is not distilled, only {' and '.join(DENOISERS)}")
+    return DENOISERS[name](config, compute)
+
+
+DENOISERS = {"UNet2DConditionModel": make_unet, "SD3Transformer2DModel": make_transformer}
+
+
 def make_vae(config: dict, compute: Compute = PLAIN) -> Network:
     """apply(params, x, method="encode") -> (mean, std); method="decode" -> images; latents are unscaled."""
     return network(lambda rngs: vae.AutoencoderKL(config, rngs, compute), config)
@@ -114,8 +139,14 @@ def make_text_encoder(config: dict) -> Network:
     return network(lambda rngs: clip.CLIPText(config, rngs), config)
 
 
+def make_t5(config: dict) -> Network:
+    """apply(params, ids (b,s)) -> last states (b,s,d). Raises ValueError, one line, for an encoder of another kind."""
+    t5.check(config)
+    return network(lambda rngs: t5.T5Encoder(config, rngs), config)
+
+
 class Context(NamedTuple):
-    """A UNet's conditioning, one row an example: a tree of arrays, None where the model takes none."""
+    """A network's conditioning, one row an example: a tree of arrays, None where the model takes none."""
 
     states: Float[Array, "b s d"]
     pooled: Float[Array, "b p"] | None = None

@@ -91,10 +91,13 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Images in [-1, 1] <-> unscaled latents; multiply latents by the config's scaling_factor before diffusion."""
+    """Images in [-1, 1] <-> unscaled latents; multiply latents by the config's scaling_factor before diffusion.
+
+    The config's shift_factor (SD 3) is taken off by `encode` and put back by `decode`.
+    """
 
     def __init__(self, config: dict, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
-        latents = config["latent_channels"]
+        latents, self.shift = config["latent_channels"], config.get("shift_factor") or 0.0
         self.encoder = Encoder(config, rngs, compute)
         self.decoder = Decoder(config, rngs, compute)
         if config.get("use_quant_conv", True):
@@ -107,10 +110,12 @@ class AutoencoderKL(nnx.Module):
         moments = self.encoder(images)
         moments = self.quant_conv(moments) if hasattr(self, "quant_conv") else moments
         mean, logvar = jnp.split(moments, 2, axis=-1)
+        mean = mean - self.shift if self.shift else mean
         return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: Float[Array, "b h8 w8 l"]) -> Float[Array, "b h w c"]:
         """Unscaled latents -> images, about in [-1, 1]."""
+        latents = latents + self.shift if self.shift else latents
         return self.decoder(self.post_quant_conv(latents) if hasattr(self, "post_quant_conv") else latents)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

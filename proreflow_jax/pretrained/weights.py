@@ -1,7 +1,7 @@
 """safetensors <-> parameters, total in both directions: every name and shape fits, or one error lists those that do not.
 
 Torch keeps convolutions as (out, in, h, w) and linear weights as (out, in); ours are (h, w, in, out) and (in, out).
-Embedding tables are the same in both. Files are read tensor by tensor, so a model never lies in memory twice.
+Embedding tables and buffers are the same in both. Files are read tensor by tensor, so a model never lies in memory twice.
 """
 
 import json
@@ -23,7 +23,8 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Index = tuple[slice, ...]
 Part = Callable[[Index], np.ndarray]  # a slice of one tensor, both in torch's layout
 
-TABLE = re.compile(r"(token|position)_embedding\.weight$")
+TABLE = re.compile(r"((token|position)_embedding|(^|\.)shared|\.relative_attention_bias)\.weight$")
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # T5's one table under two names; files have either, or both
 IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that old text encoders stored
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # so in SD 1.5's VAE on the Hub
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
@@ -246,6 +247,9 @@ def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
     stored = {OLD_NAME.sub(lambda match: OLD[match[0]], name): name for name in tensors if not IGNORED.search(name)}
     if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in stored:
         stored = {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
+    for name, once in TIED.items():
+        if once in shapes and name in stored:
+            stored.setdefault(once, stored.pop(name))
     counted = text_layers(shapes)
     return {name: torch for name, torch in stored.items() if not counted or text_layers([name]) != counted + 1}
 
