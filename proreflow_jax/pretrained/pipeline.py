@@ -9,21 +9,29 @@ import jax
 import numpy as np
 
 from proreflow_jax import UserError
+from proreflow_jax.models.joint_conditioning import check_joint_conditioning, make_joint_conditioner
 from proreflow_jax.models.layers import PLAIN, Compute
 from proreflow_jax.models.network import (
     Conditioner,
     Network,
     check_conditioning,
     make_conditioner,
+    make_t5,
     make_text_encoder,
+    make_transformer,
     make_unet,
     make_vae,
 )
 from proreflow_jax.pretrained import sources, weights
-from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer
+from proreflow_jax.pretrained.t5_tokenizer import LENGTH, load_t5_tokenizer
+from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer, side_by_side
 
 log = logging.getLogger(__name__)
-MAKERS = {"unet": make_unet, "vae": make_vae, "text_encoder": make_text_encoder, "text_encoder_2": make_text_encoder}
+MAKERS = {
+    **{"unet": make_unet, "transformer": make_transformer, "vae": make_vae, "text_encoder": make_text_encoder},
+    **{"text_encoder_2": make_text_encoder, "text_encoder_3": make_t5},
+}
+T5 = "text_encoder_3"
 OWN = (0, 0)  # a size that means the model's own resolution
 
 
@@ -109,8 +117,7 @@ def load_pipeline(
     if not isinstance(source, sources.ModelSource):
         source = sources.open_folder(source)
     networks = _networks(source, compute)
-    folders = [source.folder / name.replace("text_encoder", "tokenizer") for name in _encoders(networks)]
-    tokenizer = load_tokenizer(*folders, encoders=[network.config for network in _encoders(networks).values()])
+    tokenizer = _tokenizer(source, {name: network.config for name, network in _encoders(networks).items()})
     scheduler = scheduler_config(source, prediction_type)
     params = {
         name: _read(source, name, network)
@@ -150,7 +157,8 @@ def outline_pipeline(
     Arguments and errors are those of `load_pipeline`.
     """
     networks = _networks(source, compute)
-    length = sum(encoder.config.get("max_position_embeddings", 77) for encoder in _encoders(networks).values())
+    lengths = {name: encoder.config.get("max_position_embeddings", 77) for name, encoder in _encoders(networks).items()}
+    length = sum((lengths | ({T5: LENGTH} if T5 in lengths else {})).values())
     tokenizer = PromptTokenizer(length, lambda prompts: np.zeros((len(prompts), length), np.int32))
     params = {name: network.shapes for name, network in networks.items()}
     condition = _conditioner(source, networks, tokenizer, original_size, crop, target_size)
@@ -172,13 +180,22 @@ def _networks(source: sources.ModelSource, compute: Compute) -> dict[str, Networ
     """The networks by component, which fit each other."""
     networks = {name: _network(source, name, compute) for name in source.components}
     origin = str(source.origin)
-    check_conditioning(networks["unet"].config, _encoders(networks), origin)
+    check = check_conditioning if "unet" in networks else check_joint_conditioning
+    check(networks[source.denoiser_name].config, _encoders(networks), origin)
     _check_channels(networks, origin)
     return networks
 
 
 def _encoders(networks: dict[str, Network]) -> dict[str, Network]:
     return {name: network for name, network in networks.items() if name in sources.TEXT_ENCODERS}
+
+
+def _tokenizer(source: sources.ModelSource, encoders: Mapping[str, Mapping[str, Any]]) -> PromptTokenizer:
+    """The tokenizers of the text encoders, ids side by side; encoders: their config.json."""
+    folders = {name: source.folder / name.replace("text_encoder", "tokenizer") for name in encoders}
+    clips = [name for name in encoders if name != T5]
+    tokenizer = load_tokenizer(*(folders[name] for name in clips), encoders=[encoders[name] for name in clips])
+    return side_by_side([tokenizer, load_t5_tokenizer(folders[T5], encoders[T5])]) if T5 in encoders else tokenizer
 
 
 def _log_layers_left_out(source: sources.ModelSource, networks: dict[str, Network]) -> None:
@@ -195,6 +212,9 @@ def _conditioner(
     crop: tuple[int, int],
     target_size: tuple[int, int],
 ) -> Conditioner:
+    if "transformer" in networks:
+        width, tokens = networks["transformer"].config["joint_attention_dim"], LENGTH if T5 in networks else 1
+        return make_joint_conditioner(_encoders(networks), width, tokens)
     own = (_pixels(networks),) * 2
     sizes = (*(original_size if any(original_size) else own), *crop, *(target_size if any(target_size) else own))
     zeroed = tokenizer.encode([""])[0] if source.index.get("force_zeros_for_empty_prompt") else None
@@ -204,6 +224,8 @@ def _conditioner(
 def _network(source: sources.ModelSource, component: str, compute: Compute) -> Network:
     config = source.config(component)
     bound = () if component in sources.TEXT_ENCODERS else (compute,)  # texts are short
+    if component == "transformer" and T5 not in source.components:
+        bound += (LENGTH,)  # rows of zeros stand for T5's: one that counts for all
     try:
         return MAKERS[component](config, *bound)
     except UserError as error:
@@ -211,9 +233,11 @@ def _network(source: sources.ModelSource, component: str, compute: Compute) -> N
 
 
 def _check_channels(networks: dict[str, Network], origin: str) -> None:
-    unet_channels, vae_channels = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
-    if unet_channels != vae_channels:
+    name = sources.denoiser_name(networks)
+    taken, given = networks[name].config["in_channels"], networks["vae"].config["latent_channels"]
+    if taken != given:
+        what = "UNet" if name == "unet" else name
         raise UserError(
-            f"{origin}: the UNet takes {unet_channels} channels, the VAE gives {vae_channels}: models for inpainting or "
+            f"{origin}: the {what} takes {taken} channels, the VAE gives {given}: models for inpainting or "
             "editing are not distilled, name a text-to-image --config.model.path"
         )

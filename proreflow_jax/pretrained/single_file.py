@@ -20,7 +20,7 @@ import numpy as np
 from proreflow_jax import UserError
 from proreflow_jax.pretrained import original_names
 from proreflow_jax.pretrained.original_names import PROJECTION, STACKS, UNET_INNER, VAE_LINEAR, Table, parts
-from proreflow_jax.pretrained.weights import IGNORED, OLD, OLD_NAME, listing
+from proreflow_jax.pretrained.weights import IGNORED, OLD, OLD_NAME, TIED, listing
 
 UNET, VAE, XL = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders"
 SD3 = "text_encoders.{}.transformer."
@@ -113,6 +113,8 @@ def from_original(component: str, tensors: Mapping[str, np.ndarray], config: Map
     here = {n: prefix + n for n in names if not (component.startswith("text") and _unused(n, config, family))}
     if component == "text_encoder" and "embeddings.token_embedding.weight" in here:  # some old v1 files
         here = {f"text_model.{n}": source for n, source in here.items()}
+    for name in [name for name in TIED if name in here]:
+        here.setdefault(TIED[name], here.pop(name))
     if layout.identity:
         here.pop(PROJECTION, None)
     renamed = _renamed(here, {there: here for here, there in layout.table.items()}, f"{component} ({family})")

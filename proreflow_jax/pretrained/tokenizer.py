@@ -142,8 +142,13 @@ def load_tokenizer(*folders: Path, encoders: Sequence[Mapping[str, Any]] = ()) -
         raise UserError(f"{folders[0].parent}: its tokenizers take {' and '.join(str(one.length) for one in each)} tokens")
     for folder, one, encoder in zip(folders, each, encoders, strict=False):
         check_encoder(folder, one, encoder)
-    together = lambda prompts: np.concatenate([one.encode(prompts) for one in each], axis=1)
-    return each[0] if len(each) == 1 else PromptTokenizer(sum(one.length for one in each), together)
+    return each[0] if len(each) == 1 else side_by_side(each)
+
+
+def side_by_side(tokenizers: Sequence[PromptTokenizer]) -> PromptTokenizer:
+    """The ids of several tokenizers, one behind the other in each row."""
+    together = lambda prompts: np.concatenate([one.encode(prompts) for one in tokenizers], axis=1)
+    return PromptTokenizer(sum(one.length for one in tokenizers), together)
 
 
 def check_encoder(folder: Path, tokenizer: PromptTokenizer, encoder: Mapping[str, Any]) -> None:
