@@ -1,4 +1,4 @@
-"""Single files of Stable Diffusion 3 and 3.5 against diffusers' own reader: names, bits, members, text encoders inside or beside."""
+"""Single files of Stable Diffusion 3 and 3.5 against diffusers' own reader: names, bits, members, text encoders."""
 
 import inspect
 import logging

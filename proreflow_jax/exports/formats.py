@@ -38,6 +38,7 @@ SCHEDULER = {  # with these a ddim_eps or ddim_v student of N windows in N steps
     "steps_offset": 1,
     "rescale_betas_zero_snr": False,
 }
+OURS = "WindowedFlowScheduler"
 WINDOWED = Path(__file__).with_name("windowed_scheduler.py")  # needs torch: copied, never imported here
 BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 STOCK = Format()
@@ -49,7 +50,7 @@ def student_scheduler_config(base: Mapping[str, Any], flow: Parameterization, ki
     if kind == "stock":
         return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction], STUDENT: flow.windows}
     betas.pop("trained_betas", None)
-    return {**betas, "_class_name": "WindowedFlowScheduler", **flow._asdict()}
+    return {**betas, "_class_name": OURS, **flow._asdict()}
 
 
 def choose_format(form: str, reader: str, dtype: str, rank: int, scheduler: str) -> Format:

@@ -13,7 +13,7 @@ from proreflow_jax import UserError
 from proreflow_jax.exports.card import add_to_card, make_card, write_card
 from proreflow_jax.exports.card_numbers import carries_numbers, measured_numbers
 from proreflow_jax.exports.card_pictures import copy_pictures
-from proreflow_jax.exports.formats import FILES, SCHEDULER, STOCK, WINDOWED, Format, denoiser_file, student_scheduler_config
+from proreflow_jax.exports.formats import FILES, OURS, STOCK, WINDOWED, Format, denoiser_file, student_scheduler_config
 from proreflow_jax.exports.place import check_replaceable
 from proreflow_jax.flow.parameterization import JUMPS
 from proreflow_jax.pretrained import copying, lora_file, lora_readers, weights
@@ -139,7 +139,7 @@ def write_folder(draft: Path, base: ModelSource, denoiser: Mapping[str, np.ndarr
     weights.save_tensors(draft / denoiser_file(base.denoiser_name), denoiser)
     write_scheduler(draft, scheduler)
     kind = scheduler["_class_name"]
-    entry = ["diffusers", kind] if kind == SCHEDULER["_class_name"] else [WINDOWED.stem, kind]
+    entry = [WINDOWED.stem, kind] if kind == OURS else ["diffusers", kind]
     atomic.write_json(draft / INDEX, {**index, "scheduler": entry})
 
 
@@ -173,7 +173,7 @@ def write_scheduler(draft: Path, scheduler: Mapping[str, Any]) -> None:
     """scheduler/, with the code of our own scheduler beside its config."""
     (draft / "scheduler").mkdir()
     atomic.write_json(draft / "scheduler" / "scheduler_config.json", scheduler)
-    if scheduler["_class_name"] != SCHEDULER["_class_name"]:
+    if scheduler["_class_name"] == OURS:
         shutil.copy(WINDOWED, draft / "scheduler")
 
 
