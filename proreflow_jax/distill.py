@@ -27,6 +27,7 @@ def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None
     config, overrides: as `read_config` takes them.
     """
     from proreflow_jax.exports import place, write
+    from proreflow_jax.exports.formats import is_flow
     from proreflow_jax.jobs import pairs, train
     from proreflow_jax.jobs.run_page import reporter
     from proreflow_jax.run.check_config import check_export
@@ -44,7 +45,7 @@ def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None
     exported = [find_stage(experiment.stages, count) for count in config.export.stages]
     exports = [experiment.run / "export" / stage.folder.name for stage in exported]
     if exports:
-        check_export(config)
+        check_export(config, is_flow(experiment.base.scheduler))
         write.check_copies(experiment.base.source)
         for folder in exports:
             place.check_replaceable(folder)

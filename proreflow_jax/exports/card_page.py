@@ -18,7 +18,8 @@ USED = {
 def card_page(card: Mapping[str, Any]) -> str:
     """README.md: a header for the hub, then the card in words, and how to draw with it."""
     n, guidance, form = card["windows"], card["guidance"], card["format"]
-    scheduler = f"stock DDIM (`scheduler/`), exactly {n} steps"
+    kind = "FlowMatchEuler" if card.get("about", {}).get("family") == "sd3" else "DDIM"
+    scheduler = f"stock {kind} (`scheduler/`), exactly {n} steps"
     if form["scheduler"] == "windowed":
         scheduler = f"`scheduler/windowed_scheduler.py` (`trust_remote_code=True`), {n} steps or more"
     low, high = guidance["recommended"]
@@ -115,9 +116,10 @@ def _replay(card: Mapping[str, Any]) -> str:
     if not (replay := card.get("replay")):
         return "none was made of this folder (`export --check` makes one)"
     gap, to_student = replay["largest_difference"], replay["to_student"]
+    told = f", and in {replay['told']['steps']} told `sigmas`," if "told" in replay else ""
     student = "" if to_student == gap else f", to the whole student {to_student:.1e}"
     return (
-        f"{replay['images']} prompts in {replay['steps']} steps at guidance scale {replay['guidance']:g}, with diffusers "
+        f"{replay['images']} prompts in {replay['steps']} steps{told} at guidance scale {replay['guidance']:g}, with diffusers "
         f"{replay['diffusers']} and torch {replay['torch']}: largest difference of the latents "
         f"{gap:.1e}{student}, values to {replay['largest_value']:.1f}"
     )
@@ -131,7 +133,8 @@ def _lora_lines(card: Mapping[str, Any]) -> list[str]:
         parts = [f"{reader} {share:.1%}" for reader, share in lora["lost"].items()]
         readers = [f"Of its energy lies in layers that a reader does not take, and drops without a word: {', '.join(parts)}"]
     else:
-        readers = ["Its tensors have diffusers' own names: every layer is taken there, other tools do not read them"]
+        others = "ComfyUI reads them too" if card.get("about", {}).get("family") == "sd3" else "other tools do not read them"
+        readers = [f"Its tensors have diffusers' own names: every layer is taken there, {others}"]
     if "error" not in lora:
         return [f"The LoRA is what was trained, exactly: rank {lora['rank']}, {lora['layers']} layers", *readers]
     return [

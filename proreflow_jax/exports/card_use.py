@@ -6,17 +6,20 @@ from typing import Any
 import yaml
 
 from proreflow_jax.exports.card_words import one_line
-from proreflow_jax.exports.formats import FILES
+from proreflow_jax.exports.formats import FILES, SCHEDULER
+from proreflow_jax.flow.stock import FLOW_MATCH
 
 PROMPT = "a red fox in the snow"  # of a run that has no prompts of its own
 NAME = 512  # characters of a folder's name
+FAMILIES = {"xl": "stable-diffusion-xl", "sd3": "stable-diffusion-3"}
+PIPELINES = {"xl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
 RELATIONS = {"diffusers": "finetune", "single-file": "finetune", "lora": "adapter", "delta": "adapter"}
 
 
 def header(card: Mapping[str, Any]) -> str:
     """The YAML header of a card on the hub, between its two lines of dashes. Every value is quoted by the YAML library."""
     about, form = card.get("about", {}), card["format"]["form"]
-    family = "stable-diffusion-xl" if about.get("family") == "xl" else "stable-diffusion"
+    family = FAMILIES.get(about.get("family"), "stable-diffusion")
     fields: dict[str, Any] = dict(about.get("licence", {}))
     if bases := [name for name in (about.get("base_model"), about.get("delta_base_model")) if name]:
         fields["base_model"] = bases[0] if len(bases) == 1 else bases
@@ -35,25 +38,33 @@ def snippet(card: Mapping[str, Any]) -> str:
     if form == "delta":
         model = "'" + opens.replace("'", "'\\''") + "'"
         return f"```bash\nproreflow merge --delta=. --config.model.path={model} --out=../merged\n```"
-    kind = "StableDiffusionXLPipeline" if about.get("family") == "xl" else "StableDiffusionPipeline"
+    kind, stepper = PIPELINES.get(about.get("family"), "StableDiffusionPipeline"), _scheduler(card)
     low = card["guidance"]["recommended"][0]
     prompt = one_line(about.get("prompt") or PROMPT)
     draw = f'pipe({_quoted(prompt)}, num_inference_steps={n}, guidance_scale={low:g}).images[0].save("picture.png")'
-    scheduler = 'pipe.scheduler = DDIMScheduler.from_pretrained(".", subfolder="scheduler")'
+    scheduler = f'pipe.scheduler = {stepper}.from_pretrained(".", subfolder="scheduler")'
     if form == "diffusers":
         code = ", trust_remote_code=True" if card["format"]["scheduler"] == "windowed" else ""
         lines = ["from diffusers import DiffusionPipeline", "", f'pipe = DiffusionPipeline.from_pretrained("."{code})', draw]
     elif form == "single-file":
         configs = _quoted(one_line(about.get("configs") or opens, NAME))
         opened = f'pipe = {kind}.from_single_file("{FILES[form]}", config={configs})'
-        lines = [f"from diffusers import DDIMScheduler, {kind}", "", opened, scheduler, draw]
+        lines = [f"from diffusers import {stepper}, {kind}", "", opened, scheduler, draw]
     else:
         opened = f"pipe = {kind}.from_pretrained({_quoted(opens)})"
         if about.get("configs"):
             opened = f"pipe = {kind}.from_single_file({_quoted(opens)}, config={_quoted(one_line(about['configs'], NAME))})"
         load = f'pipe.load_lora_weights(".", weight_name="{FILES[form]}")'
-        lines = [f"from diffusers import DDIMScheduler, {kind}", "", opened, load, scheduler, draw]
+        lines = [f"from diffusers import {stepper}, {kind}", "", opened, load, scheduler, draw]
     return "\n".join(["```python", *lines, "```"])
+
+
+def _is_flow(card: Mapping[str, Any]) -> bool:
+    return card.get("about", {}).get("family") == "sd3"
+
+
+def _scheduler(card: Mapping[str, Any]) -> str:
+    return FLOW_MATCH if _is_flow(card) else SCHEDULER["_class_name"]
 
 
 def _quoted(text: str) -> str:
@@ -69,6 +80,7 @@ def tool_settings(card: Mapping[str, Any]) -> str:
     scale = f"{low:g} to {high:g}" if high > low else f"{low:g}"
     steps = f"{n} or more" if scheduler == "windowed" else f"{n}, no other number"
     own = "the folder's own (`trust_remote_code=True`)" if scheduler == "windowed" else "the folder's own: DDIM, `trailing`"
+    own = f"the folder's own: {FLOW_MATCH}" if _is_flow(card) else own
     rows = [f"| diffusers | {own} | {steps} | `guidance_scale` {scale} |"]
     notes = ""
     if form == "delta":
@@ -77,7 +89,7 @@ def tool_settings(card: Mapping[str, Any]) -> str:
         notes = (
             "ComfyUI and A1111 do not open folders: `proreflow export --form=single-file` or `--form=lora` writes their files."
         )
-    elif card["format"].get("names") == "diffusers" and form == "lora":
+    elif card["format"].get("names") == "diffusers" and form == "lora" and not _is_flow(card):
         notes = "The names in this LoRA are those of diffusers, other tools do not read them: `proreflow export --form=lora`."
     else:
         place = ("models/loras", "models/Lora") if form == "lora" else ("models/checkpoints", "models/Stable-diffusion")
@@ -85,11 +97,17 @@ def tool_settings(card: Mapping[str, Any]) -> str:
         for tool, where, sampler in (
             ("ComfyUI", place[0], "sampler `euler`, scheduler `simple`"),
             ("A1111", place[1], "sampler `Euler`, schedule type `Simple`"),
-        ):
+        )[: 1 if _is_flow(card) else 2]:
             rows.append(f"| {tool}: file into `{where}`{strength} | {sampler} | {n}, no other number | cfg {scale} |")
+        tools = "ComfyUI" if _is_flow(card) else "ComfyUI and A1111"
+        rest = (
+            "The row of this tool follows from its source"
+            if _is_flow(card)
+            else "The rows of these two tools follow from their sources"
+        )
         notes = (
-            f"Image-to-image in ComfyUI and A1111: steps = {n} x denoise. Wrong there: ancestral samplers, `lcm`, `karras`, "
-            "`normal`, `ddim_uniform`. The rows of these two tools follow from their sources; this student was not run there."
+            f"Image-to-image in {tools}: steps = {n} x denoise. Wrong there: ancestral samplers, `lcm`, `karras`, "
+            f"`normal`, `ddim_uniform`. {rest}; this student was not run there."
         )
         if card["flow"]["prediction"] == "ddim_v":
             notes += " It is a v-prediction model to these tools, as its base is."

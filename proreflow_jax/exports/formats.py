@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from proreflow_jax import UserError
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
+from proreflow_jax.flow.stock import FLOW_MATCH, model_shift, untold_fields
 from proreflow_jax.pretrained.sources import STUDENT
 from proreflow_jax.pretrained.weights import file_name
 from proreflow_jax.run import cli
@@ -44,8 +45,20 @@ BETAS = ("_diffusers_version", "num_train_timesteps", "beta_schedule", "beta_sta
 STOCK = Format()
 
 
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler_config.json is that of a rectified flow."""
+    return scheduler.get("_class_name") == FLOW_MATCH
+
+
 def student_scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
-    """scheduler_config.json on the base model's betas, for a student of this prediction type: stock, or ours for any steps."""
+    """scheduler_config.json on the base model's betas, for a student of this prediction type: stock, or ours for any steps.
+
+    Of a rectified flow's student the stock scheduler, with the two fields by which it stops at the windows' bounds untold.
+    """
+    if is_flow(base):
+        if kind != "stock":
+            raise UserError(f"--scheduler={kind}: a rectified flow's student is read by the stock scheduler: leave it out")
+        return {**base, **untold_fields(model_shift(base), flow.windows), STUDENT: flow.windows}
     betas = {name: base[name] for name in BETAS if name in base}
     if kind == "stock":
         return {**betas, **SCHEDULER, "prediction_type": JUMPS[flow.prediction], STUDENT: flow.windows}

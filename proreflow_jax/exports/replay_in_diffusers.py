@@ -14,7 +14,9 @@ import numpy as np
 
 from proreflow_jax import RunFailed, UserError
 from proreflow_jax.exports.card import add_to_card
-from proreflow_jax.exports.formats import FILES
+from proreflow_jax.exports.formats import FILES, is_flow
+from proreflow_jax.flow import windows
+from proreflow_jax.flow.stock import model_shift
 from proreflow_jax.models.network import Params
 from proreflow_jax.pretrained import lora_file, weights
 from proreflow_jax.pretrained.sources import ModelSource
@@ -27,6 +29,7 @@ from proreflow_jax.storage import atomic, sealed
 try:
     import diffusers
     import torch
+    import transformers
 except ImportError:
     raise UserError(
         "--check needs torch and diffusers: pip install torch diffusers transformers accelerate peft (the extra `export-check`)"
@@ -42,8 +45,10 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     """Largest difference between our latents and those of diffusers at guidance 1; written to <folder>/replay.json and
     onto the card.
 
-    As many steps as windows, or twice as many where the folder carries our scheduler. A LoRA is compared with our own sum of
-    base and LoRA, and its distance to the student, for what it cannot carry, is told. Half precision is told only.
+    As many steps as windows, or twice as many where the folder carries our scheduler. Of a rectified flow both: as many by the
+    folder's scheduler, told nothing else; twice as many by the same with the model's shift, told `sigmas`. A LoRA is compared
+    with our own sum of base and LoRA, and its distance to the student, for what it cannot carry, is told. Half precision is
+    told only.
     Raises RuntimeError if the difference exceeds 1e-3.
     """
     card = sealed.read_record(folder)
@@ -57,12 +62,19 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     if format_["form"] != "diffusers" and experiment.config.model.clip_skip:
         _leave_out_layers(pipe.text_encoder, experiment.config.model.clip_skip)
     theirs = their_latents(pipe, prompts, noise, steps, **_told(experiment))
-
-    whole = our_latents(experiment, student, prompts, noise, steps)
-    gap = to_student = float(np.abs(whole - theirs).max())
+    carried = student
     if format_["form"] == "lora":
         carried = student._replace(params=_with_lora(experiment, folder, format_["names"]))
-        gap = float(np.abs(our_latents(experiment, carried, prompts, noise, steps) - theirs).max())
+    to_student = _gap(our_latents(experiment, student, prompts, noise, steps), theirs)
+    gap = _gap(our_latents(experiment, carried, prompts, noise, steps), theirs) if carried is not student else to_student
+    twice = {}
+    if is_flow(experiment.base.scheduler):
+        sigmas = _told_sigmas(pipe, 2 * steps, stage.windows)
+        more = their_latents(pipe, prompts, noise, 2 * steps, sigmas=sigmas)
+        twice = {
+            "told": {"steps": 2 * steps, "difference": _gap(our_latents(experiment, carried, prompts, noise, 2 * steps), more)}
+        }
+        gap = max(gap, twice["told"]["difference"])
     result = {
         "steps": steps,
         "images": COUNT,
@@ -70,7 +82,7 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
         "largest_difference": gap,
         "largest_value": float(np.abs(theirs).max()),
     }
-    result |= {"to_student": to_student, "diffusers": diffusers.__version__, "torch": torch.__version__}
+    result |= twice | {"to_student": to_student, "diffusers": diffusers.__version__, "torch": torch.__version__}
     atomic.write_json(folder / RESULT, result)
     add_to_card(folder, replay=result)
     log.info(
@@ -84,6 +96,18 @@ def check_replay(experiment: Experiment, stage: Stage, folder: Path) -> float:
     if format_["dtype"] == "float32" and not gap <= LIMIT:
         raise RunFailed(f"{folder}: diffusers' latents differ by {gap:.1e} from ours, must be at most {LIMIT:.0e}")
     return gap
+
+
+def _gap(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max())
+
+
+def _told_sigmas(pipe: Any, steps: int, n: int) -> list[float]:
+    """What a stock pipeline is told to take so many steps through n windows; its scheduler gets the model's shift back."""
+    config = dict(pipe.scheduler.config)
+    fields = {"shift": model_shift(config), "shift_terminal": None}
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, **fields)
+    return windows.sampling_nodes(steps, n)[:-1].tolist()
 
 
 def _leave_out_layers(text_encoder: Any, count: int) -> None:
@@ -136,7 +160,8 @@ def their_latents(pipe: Any, prompts: list[str], noise: np.ndarray, steps: int, 
 def _open_folder(folder: Path, base: ModelSource) -> Any:
     index = atomic.read_json(folder / "model_index.json")
     ours = index["scheduler"][0] != "diffusers"  # then the folder carries the scheduler's code, which is this package's
-    return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=ours, dtype=torch.float32)
+    absent = dict.fromkeys(name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [""])[0] is None)
+    return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=ours, dtype=torch.float32, **absent)
 
 
 def _open_single_file(folder: Path, base: ModelSource) -> Any:
@@ -145,13 +170,32 @@ def _open_single_file(folder: Path, base: ModelSource) -> Any:
 
 def _from_file(path: Path, base: ModelSource, **parts: Any) -> Any:
     """The file alone knows no sizes and no tokenizer: those come from the base model's folder."""
-    kind = diffusers.StableDiffusionXLPipeline if base.family == "xl" else diffusers.StableDiffusionPipeline
+    kinds = {"xl": diffusers.StableDiffusionXLPipeline, "sd3": diffusers.StableDiffusion3Pipeline}
+    kind = kinds.get(base.family, diffusers.StableDiffusionPipeline)
+    if base.family == "sd3":
+        parts |= _encoders_beside(base) | _third_encoder(base)
     return kind.from_single_file(str(path), config=str(base.folder), local_files_only=True, dtype=torch.float32, **parts)
+
+
+def _encoders_beside(base: ModelSource) -> dict[str, Any]:
+    """The CLIPs that a single file of SD 3 lacks, from the folder beside it."""
+    kind = transformers.CLIPTextModelWithProjection
+    return {name: kind.from_pretrained(base.folder / name) for name in base.beside if name != "text_encoder_3"}
+
+
+def _third_encoder(base: ModelSource) -> dict[str, Any]:
+    """T5 as a pipeline takes it, None where there is none: diffusers 0.42 loses the table of a single file's own."""
+    if "text_encoder_3" not in base.components:
+        return {"text_encoder_3": None, "tokenizer_3": None}
+    encoder = transformers.T5EncoderModel(transformers.T5Config.from_pretrained(base.folder / "text_encoder_3"))
+    tensors = {name: torch.from_numpy(value.astype(np.float32)) for name, value in base.tensors("text_encoder_3").items()}
+    encoder.load_state_dict({**encoder.state_dict(), **tensors})
+    return {"text_encoder_3": encoder.eval()}
 
 
 def _open_lora(folder: Path, base: ModelSource) -> Any:
     if base.file is None:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(base.folder, dtype=torch.float32)
+        pipe = _open_folder(base.folder, base)
     else:
         pipe = _from_file(base.file, base, **({"vae": None} if base.vae else {}))  # a file may lack it, latents need none
     pipe.load_lora_weights(folder, weight_name=FILES["lora"])
@@ -159,7 +203,8 @@ def _open_lora(folder: Path, base: ModelSource) -> Any:
 
 
 def _with_scheduler(pipe: Any, folder: Path) -> Any:
-    pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    kind = atomic.read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    pipe.scheduler = getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
     return pipe
 
 

@@ -13,7 +13,7 @@ from proreflow_jax import UserError
 from proreflow_jax.exports.card import add_to_card, make_card, write_card
 from proreflow_jax.exports.card_numbers import carries_numbers, measured_numbers
 from proreflow_jax.exports.card_pictures import copy_pictures
-from proreflow_jax.exports.formats import FILES, OURS, STOCK, WINDOWED, Format, denoiser_file, student_scheduler_config
+from proreflow_jax.exports.formats import FILES, OURS, STOCK, WINDOWED, Format, denoiser_file, is_flow, student_scheduler_config
 from proreflow_jax.exports.place import check_replaceable
 from proreflow_jax.flow.parameterization import JUMPS
 from proreflow_jax.pretrained import copying, lora_file, lora_readers, weights
@@ -43,7 +43,7 @@ def export_stage(
     if experiment.base.denoiser_name == "transformer":  # of which every reader takes diffusers' names
         export_format = export_format._replace(names="diffusers")
     if export_format.scheduler == "stock":
-        check_export(experiment.config)
+        check_export(experiment.config, is_flow(experiment.base.scheduler))
     first(lambda: check_replaceable(target))
     student = load_weights(experiment, stage)
     if student.factors:

@@ -1,6 +1,6 @@
 """A VAE in the place of the model's own: a folder, a model's vae/, or one file, compared with the model before it is taken.
 
-Latents are what the UNet was trained on. Another VAE serves only if its latents are the same: as many channels, as small,
+Latents are what the denoiser was trained on. Another VAE serves only if its latents are the same: as many channels, as small,
 scaled alike, and of the same meaning, which no number states. So fine-tunes of the model's own VAE serve, and hardly any other.
 """
 
@@ -112,19 +112,25 @@ def _check_fits(vae: OwnVae, source: ModelSource, own: Mapping[str, Any], facts:
     own: config.json of the model's own VAE, {} if there is none. facts: fields of the other's that are known.
     """
     flag, taken = f"{VAE}={vae.origin}", source.config(source.denoiser_name)["in_channels"]
+    what = "UNet" if source.denoiser_name == "unet" else source.denoiser_name
     channels, mend = facts["latent_channels"], f"name a fine-tune of the VAE of {source.origin}, or leave {VAE} out"
     if channels != taken:
-        raise UserError(f"{flag} makes latents of {channels} channels, the UNet of {source.origin} takes {taken}: {mend}")
+        raise UserError(f"{flag} makes latents of {channels} channels, the {what} of {source.origin} takes {taken}: {mend}")
     sides = [2 ** (len(config["block_out_channels"]) - 1) for config in (facts, own or facts)]
     if sides[0] != sides[1]:
         raise UserError(f"{flag} makes pictures {sides[0]} times smaller, the model's own VAE {sides[1]} times: {mend}")
     if vae.stored is not None or not own:
         return
+    shifts = [config.get("shift_factor") or 0.0 for config in (facts, own)]
+    if not np.isclose(*shifts, rtol=1e-6):
+        raise UserError(
+            f"{flag} shifts its latents by {shifts[0]:g}, the model's own VAE by {shifts[1]:g}: no such latents: {mend}"
+        )
     scales = [config.get("scaling_factor", DEFAULTS["scaling_factor"]) for config in (facts, own)]
     if not np.isclose(scales[0], scales[1], rtol=1e-6):
         raise UserError(
             f"{flag} scales its latents by {scales[0]:g}, the model's own VAE by {scales[1]:g}: their latents are not the same "
-            f"(SD's VAEs have 0.18215, SDXL's 0.13025): {mend}"
+            f"(SD's VAEs have 0.18215, SDXL's 0.13025, SD 3's 1.5305): {mend}"
         )
 
 

@@ -73,9 +73,9 @@ def few_starts(config: ConfigDict) -> str:
     )
 
 
-def check_export(config: ConfigDict) -> None:
-    """Raises ValueError if a stage shall be exported that no stock scheduler reads."""
-    if config.student.prediction not in JUMPS:
+def check_export(config: ConfigDict, rectified: bool = False) -> None:
+    """Raises ValueError if a stage shall be exported that no stock scheduler reads; rectified: of a rectified flow."""
+    if not rectified and config.student.prediction not in JUMPS:
         raise UserError(
             f"--config.student.prediction={config.student.prediction}: no stock scheduler reads this student; train with "
             f"{' or '.join(JUMPS)}, or export nothing by --config.export.stages='()' and later by export --scheduler=windowed"
