@@ -179,7 +179,7 @@ def test_only_an_sdxl_that_predicts_v_carries_the_mark_that_uis_know_it_by(famil
     networks = {"unet": SimpleNamespace(config={})}
     whole = SimpleNamespace(config=lambda component: {})
     source = SimpleNamespace(family=family, file=None, student={}, cut=(), whole=whole)
-    base = SimpleNamespace(source=source, params={}, networks=networks, text={})
+    base = SimpleNamespace(source=source, params={}, networks=networks, denoiser_name="unet", text={})
     assert set(write.single_file(SimpleNamespace(base=base, flow=Parameterization(kind)), {})) == marks
 
 
@@ -344,7 +344,7 @@ def our_latents(experiment: Experiment, given: Drawing, nodes: np.ndarray | None
         return np.asarray(jax.jit(walk)(student.params, start, context, negative))
 
     def from_there(params: Any) -> jax.Array:
-        predict = solvers.guided(make_predict(n.denoiser, params), context, negative, given.guidance)
+        predict = solvers.guided(make_predict(n.denoiser, n.schedule, params), context, negative, given.guidance)
         return solvers.solve(make_step(student.flow, n.schedule, predict), start, nodes.astype(np.float32))
 
     return np.asarray(jax.jit(from_there)(student.params))
