@@ -63,6 +63,21 @@ VAE = dict(
     sample_size=512,
     up_block_types=["UpDecoderBlock2D"] * 4,
 )
+SD_35_MEDIUM = dict(
+    attention_head_dim=64,
+    caption_projection_dim=1536,
+    dual_attention_layers=list(range(13)),
+    in_channels=16,
+    joint_attention_dim=4096,
+    num_attention_heads=24,
+    num_layers=24,
+    out_channels=16,
+    patch_size=2,
+    pooled_projection_dim=2048,
+    pos_embed_max_size=384,
+    qk_norm="rms_norm",
+    sample_size=128,
+)
 VAE_XL = VAE | dict(force_upcast=True, sample_size=1024, scaling_factor=0.13025)
 TEXT = dict(bos_token_id=0, eos_token_id=2, pad_token_id=1, layer_norm_eps=1e-5, max_position_embeddings=77, vocab_size=49408)
 COLUMNS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim", "hidden_act")
@@ -86,6 +101,7 @@ CASES = {
     "SD 1.5 UNet": Case("unet", SD_15, 859_520_964, (64, 64)),
     "SD 2.1 UNet": Case("unet", SD_21, 865_910_724, (64, 64)),
     "SDXL UNet": Case("unet", SDXL, 2_567_463_684, (64, 64)),
+    "SD 3.5 medium transformer": Case("mmdit", SD_35_MEDIUM, 2_469_663_936, (64, 64)),  # 226,492,416 of them its positions
     "SD 1.5 VAE": Case("vae", VAE, 83_653_863, (32, 32)),
     "SDXL VAE": Case("vae", VAE_XL, 83_653_863, (32, 40)),
     "CLIP-L text": Case("text", CLIP_L, 123_060_480),
@@ -121,6 +137,8 @@ class Drawn(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         shape = self.shapes[name]
         value = normal(name, shape)
+        if name == "pos_embed.pos_embed":  # a table that is added as it is
+            return value
         value *= 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5
         return value + np.float32(1) if len(shape) == 1 and name.endswith("weight") else value
 
@@ -140,6 +158,9 @@ def inputs(case: Case) -> list[np.ndarray]:
         ids = np.random.default_rng(0).integers(0, 49406, (2, 77))
         ids[:, 0], ids[0, 9:], ids[1, 76] = 49406, 49407, 49407  # a short prompt and one of full length
         return [ids]
+    if case.kind == "mmdit":
+        states = normal("context", (1, 333, case.config["joint_attention_dim"])), normal("pooled", (1, 2048))
+        return [normal("latents", (1, 16, h, w)), np.array([749.5], np.float32), *states]
     context = normal("context", (1, 77, case.config["cross_attention_dim"]))
     given = [normal("latents", (1, 4, h, w)), np.array([749.5], np.float32), context]
     sizes = np.array([[8 * h, 8 * w, 0, 16, 8 * h, 8 * w]], np.float32)
@@ -149,13 +170,14 @@ def inputs(case: Case) -> list[np.ndarray]:
 def torch_module(case: Case) -> Any:
     """The reference without weights: nothing is allocated or initialised."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.set_num_threads(1)
     with torch.device("meta"):
         if case.kind != "text":
-            return (UNet2DConditionModel if case.kind == "unet" else AutoencoderKL).from_config(case.config)
+            kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "mmdit": SD3Transformer2DModel}
+            return kinds[case.kind].from_config(case.config)
         kinds = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
         return kinds[case.config["architectures"][0]](CLIPTextConfig(**case.config))
 
@@ -169,6 +191,8 @@ def fill(module: Any) -> dict[str, list[int]]:
     module.load_state_dict(weights, strict=True, assign=True)
     for name, buffer in list(module.named_buffers()):
         folder, _, leaf = name.rpartition(".")
+        if name in shapes:
+            continue
         if leaf != "position_ids":
             raise AssertionError(f"{name} is a buffer that nobody has filled")
         module.get_submodule(folder).position_ids = torch.arange(buffer.shape[-1])[None]
@@ -185,6 +209,9 @@ def torch_outputs(case: Case, module: Any) -> dict[str, Any]:
         if case.kind == "unet":
             added = dict(zip(("text_embeds", "time_ids"), given[3:], strict=False)) or None
             return {"output": module(*given[:3], added_cond_kwargs=added, return_dict=False)[0]}
+        if case.kind == "mmdit":
+            x, times, context, pooled = given
+            return {"output": module(x, context, pooled, times, return_dict=False)[0]}
         if case.kind == "vae":
             moments = module.encode(given[0]).latent_dist
             return {"mean": moments.mean, "std": moments.std, "image": module.decode(given[1]).sample}
@@ -212,10 +239,11 @@ def our_network(case: Case) -> tuple[Any, Callable[..., dict[str, Any]]]:
     """(our network, outputs by name of (params, *inputs))."""
     from proreflow_jax.models import network
 
-    ours = dict(unet=network.make_unet, vae=network.make_vae, text=network.make_text_encoder)[case.kind](case.config)
+    makers = dict(unet=network.make_unet, mmdit=network.make_transformer, vae=network.make_vae, text=network.make_text_encoder)
+    ours = makers[case.kind](case.config)
 
     def outputs(params: Any, *given: Any) -> dict[str, Any]:
-        if case.kind == "unet":
+        if case.kind in ("unet", "mmdit"):
             return {"output": ours.apply(params, *given)}
         if case.kind == "text":
             return ours.apply(params, *given)._asdict()
@@ -265,7 +293,7 @@ def run_ours(case: Case, folder: Path) -> dict[str, Any]:
 
     for name in ours.shapes:  # as reflow/predict.py's make_predict: times and sizes stay float32
         params[name] = params[name].astype(jnp.bfloat16)
-    exact = (1, 4) if case.kind == "unet" else ()
+    exact = {"unet": (1, 4), "mmdit": (1,)}.get(case.kind, ())
     halved = [x if i in exact or x.dtype == jnp.int32 else x.astype(jnp.bfloat16) for i, x in enumerate(given)]
     half, compile_s, run_s = timed(outputs, ROUNDED, params, *halved)
     numbers |= dict(bfloat16_compile_s=compile_s, bfloat16_run_s=run_s, peak_gb=memory("VmHWM") / GB)

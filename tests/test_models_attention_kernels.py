@@ -223,3 +223,15 @@ def test_only_a_tpu_program_has_a_loop_over_blocks():
         inputs = net.shapes, draw(1, *LATENT), draw(1), draw(1, 5, TEXT["hidden_size"])
         loops.append(str(jax.make_jaxpr(net.apply)(*inputs)).count("scan["))
     assert loops == [0, 0, 4]  # one down, one in the middle, two up
+
+
+@pytest.mark.parametrize("tokens", [1280, 1536, 1792, 2048, 6400])
+def test_the_blocks_of_the_backward_kernel_are_whole_lanes(monkeypatch, tokens):
+    """1,280 and 6,400 tokens have blocks of 640 (latents of 32 x 40, 80 x 80); half of that is no whole number of lanes."""
+    asked = []
+    monkeypatch.setattr(attention_kernels.pallas, "BlockSizes", lambda **sizes: asked.append(sizes))
+    monkeypatch.setattr(attention_kernels.pallas, "make_splash_mha_single_device", lambda *_, **__: lambda *heads: heads)
+    attention_kernels._kernel(1, jnp.zeros((1, 1, tokens, 128), jnp.bfloat16), True)
+    (sizes,) = asked
+    blocks = [size for name, size in sizes.items() if name.startswith("block_")]
+    assert all(size % 128 == 0 and tokens % size == 0 for size in blocks), sizes

@@ -69,9 +69,9 @@ def lanes(width: int) -> int:
     return -(-width // LANES) * LANES
 
 
-def block(tokens: int) -> int:
-    """The largest block of whole lanes up to BLOCK that divides the tokens; 0: none."""
-    return max((size for size in range(LANES, BLOCK + 1, LANES) if tokens % size == 0), default=0)
+def block(tokens: int, most: int = BLOCK) -> int:
+    """The largest block of whole lanes up to `most` that divides the tokens; 0: none."""
+    return max((size for size in range(LANES, most + 1, LANES) if tokens % size == 0), default=0)
 
 
 def filled(tokens: int) -> int:
@@ -180,7 +180,7 @@ def _kernel(heads: int, like: Array, interpret: bool) -> Callable[[Array, Array,
     tokens, width = like.shape[-2:]
     n = block(tokens)
     if width * like.dtype.itemsize <= LANES * 2:
-        queries, keys = (n // 2, 2 * n) if tokens % (2 * n) == 0 else (n, n)
+        queries, keys = (block(tokens, n // 2), 2 * n) if tokens % (2 * n) == 0 else (n, n)
         backward = dict(block_q_dkv=queries, block_kv_dkv=keys, block_kv_dkv_compute=n, use_fused_bwd_kernel=True)
     else:
         backward = dict(block_q_dkv=n, block_kv_dkv=n, block_kv_dkv_compute=n, block_q_dq=n, block_kv_dq=n)
