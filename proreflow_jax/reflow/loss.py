@@ -89,7 +89,7 @@ def target_velocity(flow: Parameterization, schedule: Schedule, z_s: Array, z_e:
 
     That epsilon is the same at every t, whatever the student's prediction type.
     """
-    chord = windows.chord(z_s, z_e, w.t_s, w.t_e)
+    chord = windows.chord(schedule, z_s, z_e, w.t_s, w.t_e)
     if flow.path == "linear":
         return chord
     jump = flow._replace(prediction="ddim_eps")
@@ -106,7 +106,7 @@ def reflow_loss(
     in which units alpha is and whether large errors are bent.
     """
     z, w, schedule = examples["z"], examples["window"], networks.schedule
-    out = make_predict(networks.denoiser, params, loss.dtype)(z, w.t, examples["context"])
+    out = make_predict(networks.denoiser, schedule, params, loss.dtype)(z, w.t, examples["context"])
 
     v, target = flow.to_velocity(schedule, z, out, w), examples["v"]
     if loss.space == "output":

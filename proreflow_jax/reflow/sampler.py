@@ -46,7 +46,7 @@ def sample_latents(
       dtype: of the UNet's computation; the states stay float32.
       skip: of the steps, how many at the noisy end are left out: image-to-image.
     """
-    predict = solvers.guided(make_predict(denoiser, params, dtype), context, negative, guidance)
+    predict = solvers.guided(make_predict(denoiser, schedule, params, dtype), context, negative, guidance)
     return solvers.solve(solvers.make_step(flow, schedule, predict, solver), noise, sampling_times(steps, flow)[skip:])
 
 
@@ -74,7 +74,7 @@ def sample_step(
 
     carry: the solver's memory, of the step before; of the first step (zeros like z, the first time of each row).
     """
-    predict = solvers.guided(make_predict(denoiser, params, dtype), context, negative, guidance)
+    predict = solvers.guided(make_predict(denoiser, schedule, params, dtype), context, negative, guidance)
     t, u = (jnp.broadcast_to(time, z.shape[:1]) for time in times)
     return solvers.make_step(flow, schedule, predict, solver)(z, t, u, carry)
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization, check_prediction
+from proreflow_jax.flow.parameterization import OF_TABLES, Parameterization, check_prediction, prediction_types
 from proreflow_jax.flow.schedule import Schedule, from_config
 from proreflow_jax.flow.windows import check_windows
 from proreflow_jax.models.layers import Compute
@@ -150,8 +150,9 @@ def base_flow(config: ConfigDict, base: Pipeline) -> Parameterization:
                 f"{sources.PATH}={config.model.path} is a student of {windows} windows by its own words, and its "
                 f"{sealed.RECORD} is missing, which says how it is read: put that back, or export it again"
             )
-        flow = Parameterization(scheduler.get("prediction_type", "epsilon"))
-        check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
+        known = prediction_types(scheduler)
+        flow = Parameterization(scheduler.get("prediction_type", known[0]))
+        check_choice(flow.prediction, known, "prediction_type in the base model's scheduler_config.json")
         return flow
     where = f"{sources.PATH}={config.model.path}"
     try:
@@ -222,7 +223,7 @@ def _reading(config: ConfigDict, machine: Mesh) -> dict[str, Any]:
     """The config's words on how a model is read, as `pipeline` takes them."""
     kind, sizes = config.model.prediction_type, config.conditioning
     if kind:
-        check_choice(kind, DIFFUSION, "--config.model.prediction_type")
+        check_choice(kind, OF_TABLES, "--config.model.prediction_type")
     for name, value in sizes.items():
         if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
             raise UserError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")
