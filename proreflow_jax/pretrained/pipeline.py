@@ -144,6 +144,14 @@ def read_denoiser(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]
     return weights.place(source.tensors(name), shapes, shardings, f"{source.origin / name}")
 
 
+def read_constants(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """The denoiser's constants alone, likewise; {} of a UNet. Raises UserError as `load_pipeline`."""
+    network, tensors = base.denoiser, base.source.tensors(base.denoiser_name)
+    alone = {name: tensors[name] for name in network.constants}
+    shapes = {name: network.shapes[name] for name in network.constants}
+    return weights.place(alone, shapes, shardings, f"{base.source.origin / base.denoiser_name}") if alone else {}
+
+
 def outline_pipeline(
     source: sources.ModelSource,
     prediction_type: str = "",

@@ -80,7 +80,7 @@ def draw_examples(
     w = draw_times(times, k, flow.windows, loss.window_start_prob, loss.start_steps)
     z = windows.interpolate(flow.path, networks.schedule, z_s, z_e, w)
     v = target_velocity(flow, networks.schedule, z_s, z_e, z, w)
-    context = row_context(networks.condition, frozen.text, frozen.empty, pairs)
+    context = row_context(networks.condition, frozen, pairs)
     return jax.lax.stop_gradient({"z": z, "window": w, "v": v, "context": context})
 
 

@@ -56,7 +56,8 @@ class Frozen(NamedTuple):
     teacher: Params  # {} where no pairs are made
     empty: Int[Array, " s"]  # ids of the empty prompt
     key: Key[Array, ""]  # of the pairs
-    base: Params = {}  # beside which low-rank factors are trained; {} where all weights are
+    base: Params = {}  # beside what is trained: all weights beside low-rank factors, else the denoiser's constants
+    unprompted: Context | None = None  # the empty prompt's, (1, ...), where batches bring their text states and `text` is {}
 
 
 def cross_windows(
@@ -80,8 +81,8 @@ def cross_windows(
     noise = jax.vmap(lambda k: jax.random.normal(k, recipe.latent))(keys[:, 1])
 
     predict = make_predict(networks.denoiser, networks.schedule, frozen.teacher, recipe.dtype)
-    empty = text_context(networks.condition, frozen.text, frozen.empty[None]) if recipe.guidance != 1 else None
-    context = row_context(networks.condition, frozen.text, frozen.empty, rows)
+    empty = empty_context(networks.condition, frozen) if recipe.guidance != 1 else None
+    context = row_context(networks.condition, frozen, rows)
     guided = solvers.guided(predict, context, empty, recipe.guidance)
     step = solvers.make_step(flow, networks.schedule, guided, recipe.solver)
 
@@ -99,11 +100,18 @@ def dropped(frozen: Frozen, batch: Mapping[str, Array], drop: Bool[Array, " b"],
     """ids, and text and pooled where the batch has them. Rows that drop their prompt get the empty prompt's."""
     rows = {"ids": jnp.where(drop[:, None], frozen.empty, batch["ids"])}
     if "text" in batch:
-        empty = text_context(networks.condition, frozen.text, frozen.empty[None])
+        empty = empty_context(networks.condition, frozen)
         rows["text"] = jnp.where(drop[:, None, None], empty.states, batch["text"].astype(empty.states.dtype))
         if empty.pooled is not None:
             rows["pooled"] = jnp.where(drop[:, None], empty.pooled, batch["pooled"].astype(empty.pooled.dtype))
     return rows
+
+
+def spoken(frozen: Frozen, batch: Mapping[str, Array], networks: Networks) -> dict[str, Array]:
+    """Pair records, with the empty prompt's text states where `ids` say that the prompt was dropped."""
+    if "text" not in batch:
+        return dict(batch)
+    return {**batch, **dropped(frozen, batch, jnp.all(batch["ids"] == frozen.empty, axis=1), networks)}
 
 
 def whole_trajectory(step: solvers.Step, noise: Float[Array, "b h w c"], recipe: PairRecipe) -> Float[Array, "b bounds h w c"]:
@@ -184,16 +192,19 @@ def text_context(condition: Conditioner, params: Mapping[str, Params], ids: Int[
     return jax.lax.stop_gradient(condition(params, ids))
 
 
-def row_context(
-    condition: Conditioner, params: Mapping[str, Params], empty: Int[Array, " s"], rows: Mapping[str, Array]
-) -> Context:
-    """The UNet's conditioning by the prompts of a batch: from the rows' text states, or else from their ids.
+def empty_context(condition: Conditioner, frozen: Frozen) -> Context:
+    """The conditioning by the empty prompt, (1, ...)."""
+    return text_context(condition, frozen.text, frozen.empty[None]) if frozen.unprompted is None else frozen.unprompted
 
-    rows: ids (b, s), or text (b, s, d) with SDXL's pooled (b, p). empty: ids of the empty prompt.
+
+def row_context(condition: Conditioner, frozen: Frozen, rows: Mapping[str, Array]) -> Context:
+    """The denoiser's conditioning by the prompts of a batch: from the rows' text states, or else from their ids.
+
+    rows: ids (b, s), or text (b, s, d) with the pooled (b, p) of SDXL and SD 3.
     """
     if "text" not in rows:
-        return text_context(condition, params, rows["ids"])
-    one = text_context(condition, params, empty[None])  # its sizes are every row's
+        return text_context(condition, frozen.text, rows["ids"])
+    one = empty_context(condition, frozen)  # its sizes are every row's
     context = Context(rows["text"], rows.get("pooled"), None).cast(one.states.dtype)
     sizes = None if one.time_ids is None else jnp.repeat(one.time_ids, len(context.states), axis=0)
     return jax.lax.stop_gradient(context._replace(time_ids=sizes))

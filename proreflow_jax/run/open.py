@@ -15,7 +15,7 @@ from proreflow_jax.flow.schedule import Schedule, from_config
 from proreflow_jax.flow.windows import check_windows
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.pretrained import pipeline, sources
-from proreflow_jax.pretrained.pipeline import Pipeline, read_denoiser
+from proreflow_jax.pretrained.pipeline import Pipeline, read_constants, read_denoiser
 from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.run import dataset
@@ -49,7 +49,8 @@ def open_experiment(
         machine = mesh.make_mesh(1, 1, 1, [device])
     paths.check_reachable(_checked(config, machine))
     base = load_base_model(config, machine)
-    denoiser = BaseDenoiser(lambda: read_denoiser(base, parameter_shardings(config, machine, base.denoiser.shapes)))
+    places = parameter_shardings(config, machine, base.denoiser.shapes)
+    denoiser = BaseDenoiser(partial(read_denoiser, base, places), partial(read_constants, base, places))
     denoiser.params()  # a model that does not fit is refused here
     return _opened(config, machine, base, denoiser, cache(partial(base_identity, base)), base_alone=base_alone, checked=checked)
 

@@ -4,7 +4,6 @@ At rest, in checkpoints and in whatever is handed on, every tensor has its torch
 tensors (`runtime.stacks`): a call of SD 1.5's step takes 212 arrays in place of 2,949, which is its cost on the host.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ class StateLayout(NamedTuple):
     optimizer: Any  # optax chain of a stage
     average: bool  # whether the state has an average of the weights
     scale: float  # what a LoRA's product counts; 0: all weights are trained
+    constants: frozenset[str]  # of the denoiser's arrays, those that no training changes: they stay the base model's
     table: Table  # what is trained, as stacks
     frozen_tables: dict[str, Table]  # frozen networks as stacks, by component
     teacher_dtype: str
@@ -46,13 +46,12 @@ class StateLayout(NamedTuple):
 def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Network]) -> StateLayout:
     """The layout of a config on a mesh. Raises UserError for a LoRA's regex without a layer, and for bad sharding rules."""
     lora, denoiser = config.student.lora, networks[denoiser_name(networks)]
-    shapes = _factor_shapes(denoiser.shapes, lora) if lora.rank else denoiser.shapes
-    recipe = {**config.optimizer, "steps": config.train.steps, "decay_rules": _decay_rules(config, denoiser)}
-    chain = train_step.make_optimizer(recipe)
+    shapes = _factor_shapes(trainable(denoiser), lora) if lora.rank else trainable(denoiser)
+    chain = train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
     average = config.train.ema > 0
     whole = jax.eval_shape(lambda p: init_state(p, chain, average), shapes)
     shardings = state_shardings(machine, _rules(config), whole)
-    where, decays = parameter_shardings(config, machine, shapes), train_step.decays(recipe, shapes)
+    where, decays = parameter_shardings(config, machine, shapes), train_step.decays(config.optimizer, shapes)
     return StateLayout(
         shapes=shapes,
         target=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), whole, shardings),
@@ -60,15 +59,16 @@ def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Netwo
         optimizer=chain,
         average=average,
         scale=lora_factors.scale_of(lora.rank, lora.alpha) if lora.rank else 0.0,
+        constants=denoiser.constants,
         table=stacks.stack_table(shapes, {name: (where[name].spec, decays[name]) for name in shapes}),
         frozen_tables=_frozen_tables(networks, parameter_shardings(config, machine, denoiser.shapes)),
         teacher_dtype=config.model.teacher_dtype,
     )
 
 
-def _decay_rules(config: ConfigDict, denoiser: Network) -> list[tuple[str, bool]]:
-    """The config's rules of weight decay, behind one for each constant of the network, which no training changes."""
-    return [*((f"^{re.escape(name)}$", False) for name in sorted(denoiser.constants)), *config.optimizer.decay_rules]
+def trainable(network: Network) -> Shapes:
+    """Shapes of a network's weights without its constants, such as a table of positions: no moments, no average, no decay."""
+    return {name: shape for name, shape in network.shapes.items() if name not in network.constants}
 
 
 def _factor_shapes(weights: Shapes, lora: ConfigDict) -> Shapes:
@@ -101,8 +101,18 @@ def fresh_state(layout: StateLayout, start: Params) -> TrainState:
 
 
 def whole_weights(layout: StateLayout, trained: Params, base: Params) -> Params:
-    """What is trained -> the denoiser's weights: the one function in front of `apply` that makes a student a LoRA."""
-    return lora_factors.add(base, trained, layout.scale) if layout.scale else trained
+    """What is trained -> the denoiser's weights: the one function in front of `apply` that makes a student a LoRA.
+
+    base: `beside_trained` of the base model's weights.
+    """
+    if layout.scale:
+        return lora_factors.add(base, trained, layout.scale)
+    return {**trained, **{name: base[name] for name in layout.constants}} if layout.constants else trained
+
+
+def beside_trained(layout: StateLayout, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The base model's arrays that are needed beside what is trained: all beside a LoRA's factors, else the constants."""
+    return dict(base) if layout.scale else {name: base[name] for name in layout.constants}
 
 
 def stacked(layout: StateLayout, state: TrainState) -> TrainState:
