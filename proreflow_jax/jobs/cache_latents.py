@@ -58,11 +58,10 @@ def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
         raise UserError(f"{OUT} is empty: name the folder of the cache")
-    if not kinds.has_images(config.data) and not (config.data.kind in kinds.WITHOUT_IMAGES and config.cache.text):
-        raise UserError(
-            f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images"
-            + (", or cache the prompts' text states by --config.cache.text=True" * (config.data.kind in kinds.WITHOUT_IMAGES))
-        )
+    captions = kinds.has_captions_alone(config.data)
+    if not kinds.has_images(config.data) and not (captions and config.cache.text):
+        more = ", or cache the prompts' text states by --config.cache.text=True" if captions else ""
+        raise UserError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images{more}")
     folder = paths.parse_path(out, OUT)
     paths.check_reachable(folder)
     first(partial(_check_free, folder))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
-from proreflow_jax.flow.schedule import Schedule
+from proreflow_jax.flow.schedule import RectifiedFlow, Schedule
 from proreflow_jax.jobs.run_page import keep_page
 from proreflow_jax.jobs.study_facts import NUMBERS
 from proreflow_jax.models.network import Params
@@ -72,6 +72,7 @@ def study_flow(experiment: Experiment) -> dict[str, Any]:
             "sizes": list(s.sizes),
             "spread": "standard deviation over seeds",
             "dtype": config.model.sampling_dtype,
+            **({"step": "Euler"} if isinstance(experiment.networks.schedule, RectifiedFlow) else {}),
         },
         "straightness": _straightness(experiment.networks.schedule, walks, inputs.nodes, config.stages),
         "velocity_error": {str(n): _errors(experiment, n, base, student, walks[0], inputs) for n, student in students.items()},
@@ -231,7 +232,7 @@ def _draw(experiment: Experiment, numbers: dict[str, Any]) -> None:
         for name in trajectory.KINDS
     ]
     labels = "relative error r of each step's velocity", "distance to the sample without errors (RMS)"
-    title = f"Direction against magnitude, {s.perturbed_steps} DDIM steps, {of}"
+    title = f"Direction against magnitude, {s.perturbed_steps} {numbers['settings'].get('step', 'DDIM')} steps, {of}"
     figures.lines(run / "perturbation.png", lines, *labels, title)
     for n, rows in numbers["velocity_error"].items():
         marks = {k: f"{k + 1}" for k in range(int(n))}

@@ -58,6 +58,11 @@ class Pipeline(NamedTuple):
         return self.networks[self.denoiser_name]
 
     @property
+    def denoiser_word(self) -> str:
+        """How messages call the network that is distilled."""
+        return "UNet" if self.denoiser_name == "unet" else self.denoiser_name
+
+    @property
     def vae(self) -> Network:
         """Images <-> latents."""
         return self.networks["vae"]
@@ -221,6 +226,12 @@ def _conditioner(
     target_size: tuple[int, int],
 ) -> Conditioner:
     if "transformer" in networks:
+        for name, value in {"original_size": original_size, "crop": crop, "target_size": target_size}.items():
+            if any(value):
+                raise UserError(
+                    f"--config.conditioning.{name}={value}: {source.origin} is a Stable Diffusion 3, which is told no sizes: "
+                    "leave it out"
+                )
         width, tokens = networks["transformer"].config["joint_attention_dim"], LENGTH if T5 in networks else 1
         return make_joint_conditioner(_encoders(networks), width, tokens)
     own = (_pixels(networks),) * 2

@@ -68,7 +68,7 @@ def draw_examples(
       window: a `Window`, one of each record's, at a time inside it.
       z: the state at that time, on the path between the record's states at the window's bounds.
       v: the velocity there that a perfect student has.
-      context: the conditioning of the UNet.
+      context: the conditioning of the denoiser.
     """
     pick, times = jax.random.split(key)
     b, bounds = pairs["states"].shape[:2]

@@ -42,7 +42,7 @@ class Networks(NamedTuple):
     """The networks of a model and the numbers around them; functions only, parameters travel as `Frozen`."""
 
     denoiser: Network
-    condition: Conditioner  # ids -> the UNet's conditioning
+    condition: Conditioner  # ids -> the denoiser's conditioning
     vae: Network
     schedule: Schedule
     scaling: float  # diffusion works on latents times this
@@ -175,7 +175,7 @@ def check_pair_steps(recipe: PairRecipe, flow: Parameterization) -> None:
 def make_predict(
     denoiser: Network, schedule: Schedule, params: Params, dtype: str = "float32"
 ) -> Callable[[Float[Array, "b h w c"], Float[Array, " b"], Context], Float[Array, "b h w c"]]:
-    """predict(z, t, context) of a UNet that is fed the schedule's timestep, for `solvers.guided`.
+    """predict(z, t, context) of a denoiser that is fed the schedule's timestep, for `solvers.guided`.
 
     Computed in `dtype`, returned as float32.
     """
@@ -188,7 +188,7 @@ def make_predict(
 
 
 def text_context(condition: Conditioner, params: Mapping[str, Params], ids: Int[Array, "b s"]) -> Context:
-    """The UNet's conditioning by prompts; no gradient flows into it. params: of the text encoders, by component."""
+    """The denoiser's conditioning by prompts; no gradient flows into it. params: of the text encoders, by component."""
     return jax.lax.stop_gradient(condition(params, ids))
 
 

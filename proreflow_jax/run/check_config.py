@@ -92,8 +92,12 @@ def check_data_resolution(config: ConfigDict, side: int) -> None:
 def check_student(config: ConfigDict, kind: str) -> None:
     """Raises ValueError if the student would be read as another type of diffusion model than its base is (`kind`)."""
     fits = next((prediction for prediction, trained in JUMPS.items() if trained == kind), "velocity")
-    flows = kind in OF_FLOWS and config.student.prediction != fits
-    if flows or JUMPS.get(config.student.prediction, kind) != kind:
+    if kind in OF_FLOWS and config.student.prediction != fits:
+        raise UserError(
+            f"--config.student.prediction={config.student.prediction}: the base model is a rectified flow, whose students "
+            f"predict velocity alone: take --config.student.prediction={fits}"
+        )
+    if JUMPS.get(config.student.prediction, kind) != kind:
         raise UserError(
             f"--config.student.prediction={config.student.prediction}: the base model predicts {kind}, its weights would "
             f"have to relearn their output; take --config.student.prediction={fits}, or, if its scheduler_config.json does "

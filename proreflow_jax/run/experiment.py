@@ -277,7 +277,8 @@ def _check_start(experiment: Experiment, stage: Stage, place: Location, parent: 
     if stage.parent is not None:
         raise UserError(f"{place}: this student began as another one than {stage.parent.done} names: put its own parent back")
     raise UserError(
-        f"{place}: this student began as other weights than the UNet of --config.model.path={experiment.config.model.path}: "
+        f"{place}: this student began as other weights than the {experiment.base.denoiser_word} of --config.model.path="
+        f"{experiment.config.model.path}: "
         "name its own base model there, or, if stages came before it, all of them by --config.stages"
     )
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.parameterization import OF_TABLES, Parameterization, check_prediction, prediction_types
-from proreflow_jax.flow.schedule import Schedule, from_config
+from proreflow_jax.flow.parameterization import OF_FLOWS, OF_TABLES, Parameterization, check_prediction, prediction_types
+from proreflow_jax.flow.schedule import RectifiedFlow, Schedule, from_config
 from proreflow_jax.flow.windows import check_windows
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.pretrained import pipeline, sources
@@ -152,6 +152,11 @@ def base_flow(config: ConfigDict, base: Pipeline) -> Parameterization:
                 f"{sealed.RECORD} is missing, which says how it is read: put that back, or export it again"
             )
         known = prediction_types(scheduler)
+        if config.model.prediction_type and known == OF_FLOWS:
+            raise UserError(
+                f"--config.model.prediction_type={config.model.prediction_type}: {config.model.path} is a rectified flow, "
+                "which predicts its velocity alone: leave it out"
+            )
         flow = Parameterization(scheduler.get("prediction_type", known[0]))
         check_choice(flow.prediction, known, "prediction_type in the base model's scheduler_config.json")
         return flow
@@ -183,7 +188,7 @@ def _check_from_student(config: ConfigDict, flow: Parameterization, card: Mappin
 
 def _check_noise_levels(source: sources.ModelSource, schedule: Schedule) -> None:
     """Raises UserError, one line, if a single file's own table of noise levels is another than its config's."""
-    levels = source.noise_levels()
+    levels = None if isinstance(schedule, RectifiedFlow) else source.noise_levels()
     if levels is not None and not np.allclose(levels, schedule.alphas_cumprod, rtol=1e-2, atol=1e-3):
         own, other = (f"{table[0]:.4g} to {table[-1]:.4g}" for table in (levels, schedule.alphas_cumprod))
         zero = ", which ends in pure noise (zero terminal SNR, refused here)" if levels[-1] < 1e-6 else ""
