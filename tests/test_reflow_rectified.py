@@ -106,7 +106,7 @@ def test_a_student_of_a_flow_is_a_velocity_student():
     for prediction in ("ddim_eps", "diff_eps", "ddim_v"):
         config.student.prediction = prediction
         with pytest.raises(
-            ValueError, match=f"student.prediction={prediction}.*predicts flow.*--config.student.prediction=velocity"
+            ValueError, match=f"student.prediction={prediction}.*rectified flow.*--config.student.prediction=velocity"
         ):
             check_student(config, "flow")
     config.student.prediction = "velocity"
