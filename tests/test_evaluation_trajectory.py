@@ -41,7 +41,7 @@ def along(predict, steps, n, prediction="velocity"):
 
 
 def euler(velocity):
-    return lambda z, t, u, carry: (solvers.euler_step(velocity, z, t, u), carry)
+    return lambda z, t, u, carry: (solvers.euler_step(SCHEDULE, velocity, z, t, u), carry)
 
 
 @quick_jit
@@ -72,7 +72,7 @@ def test_a_straight_flow_is_straight_and_equal_at_all_times():
     nodes, states, v = along(straight, 16, 4)
     np.testing.assert_allclose(states[-1], Z - C, atol=1e-5)
     for n in (1, 2, 4):
-        for measured in trajectory.straightness(states, v, nodes, n):
+        for measured in trajectory.straightness(SCHEDULE, states, v, nodes, n):
             assert measured.shape == (3, n) and np.max(measured) < 1e-8
     l2, cosine = trajectory.discrepancy(v)
     assert l2.shape == cosine.shape == (3, 16, 16)
@@ -84,7 +84,7 @@ def test_a_straight_flow_is_straight_and_equal_at_all_times():
 def test_straightness_of_a_flow_that_speeds_up_is_its_closed_form(n):
     """v = (1 + k t) c has the chord (1 + k m) c of a window's middle m, and S = k^2 h^2 / 12 |c|^2 for a width h."""
     nodes, states, v = along(faster, 200, n)
-    absolute, relative = trajectory.straightness(states, v, nodes, n)
+    absolute, relative = trajectory.straightness(SCHEDULE, states, v, nodes, n)
     h, middle, square = 1 / n, 1 - (np.arange(n) + 0.5) / n, np.mean(np.square(C), axis=(1, 2, 3))
     want = (RISE * h) ** 2 / 12
     np.testing.assert_allclose(absolute, want * np.tile(square[:, None], n), rtol=2e-3)
@@ -95,17 +95,17 @@ def test_straightness_weighs_uneven_steps_by_their_length():
     nodes = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.0])
     v = jnp.stack([faster(Z, jnp.full(3, t)) for t in nodes[:-1]])
     states = jnp.stack([Z - C * 0, Z + C])  # the chord of [1, 0] is -C
-    absolute, _ = trajectory.straightness(jnp.concatenate([states[:1]] * 6 + [states[1:]]), v, nodes, 1)
+    absolute, _ = trajectory.straightness(SCHEDULE, jnp.concatenate([states[:1]] * 6 + [states[1:]]), v, nodes, 1)
     want = np.average((2 + RISE * nodes[:-1]) ** 2, weights=-np.diff(nodes)) * np.mean(np.square(C), axis=(1, 2, 3))
     np.testing.assert_allclose(absolute[:, 0], want, rtol=1e-5)
 
 
 def test_one_step_a_window_is_always_straight_and_bounds_must_be_nodes():
     nodes, states, v = along(faster, 4, 4)
-    assert np.max(trajectory.straightness(states, v, nodes, 4)[0]) < 1e-8
-    assert np.min(trajectory.straightness(states, v, nodes, 2)[0]) > 1e-3
+    assert np.max(trajectory.straightness(SCHEDULE, states, v, nodes, 4)[0]) < 1e-8
+    assert np.min(trajectory.straightness(SCHEDULE, states, v, nodes, 2)[0]) > 1e-3
     with pytest.raises(ValueError, match=r"4 steps do not stop at t = 0.875, a bound of 8 windows; change --config"):
-        trajectory.straightness(states, v, nodes, 8)
+        trajectory.straightness(SCHEDULE, states, v, nodes, 8)
 
 
 def test_velocities_of_a_turning_flow_differ_by_the_angle():

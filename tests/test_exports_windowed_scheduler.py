@@ -46,7 +46,7 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 
 def toy_jax(z: jax.Array, t: jax.Array) -> jax.Array:
     """A network of one layer that knows its timestep; NHWC."""
-    return jnp.tanh(z @ MIX + jnp.cos(schedule.timestep(t) / 200)[:, None, None, None])
+    return jnp.tanh(z @ MIX + jnp.cos(NOISE.timestep(t) / 200)[:, None, None, None])
 
 
 def toy_torch(z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_the_table_and_the_nodes_are_ours(name):
         np.testing.assert_array_equal(windowed_scheduler.walk(steps, n) / 1000, windows.sampling_nodes(steps, n))
         scheduler = WindowedFlowScheduler(windows=n)
         scheduler.set_timesteps(steps)
-        np.testing.assert_array_equal(scheduler.timesteps, schedule.timestep(windows.sampling_nodes(steps, n)[:-1]))
+        np.testing.assert_array_equal(scheduler.timesteps, NOISE.timestep(windows.sampling_nodes(steps, n)[:-1]))
         assert scheduler.timesteps.dtype == torch.int64
 
 

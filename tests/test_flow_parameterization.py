@@ -48,7 +48,7 @@ def test_conversions_agree_with_the_definitions():
         t = jnp.asarray([0.0, 0.3, 1.0])
         x0, eps = (jax.random.normal(jax.random.key(i), (3, 6)) for i in (0, 1))
         a, s = SD.alpha(t)[:, None], SD.sigma(t)[:, None]
-        out = {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0}
+        out = {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0, "flow": eps - x0}
         for source, target in itertools.product(DIFFUSION, repeat=2):
             got = convert(source, target, SD, a * x0 + s * eps, out[source], t)
             np.testing.assert_allclose(got, out[target], atol=1e-12)
@@ -69,7 +69,7 @@ def test_the_three_types_agree_at_every_grid_time(n):
     w = Window(*map(jnp.concatenate, zip(locate(GRID_TIMES, n), ends._replace(t=ends.t_e), strict=True)))
     z_s, z_e = _normal(0, len(w.t), 16), _normal(1, len(w.t), 16)
 
-    v = chord(z_s, z_e, w.t_s, w.t_e)
+    v = chord(SD, z_s, z_e, w.t_s, w.t_e)
     z = interpolate("linear", SD, z_s, z_e, w)
     a_s, a_e, s_s, s_e = (np.asarray(f(u), np.float64)[:, None] for f in (SD.alpha, SD.sigma) for u in (w.t_s, w.t_e))
     ends = [np.asarray(x, np.float64) for x in (z_s, z_e)]

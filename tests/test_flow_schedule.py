@@ -25,14 +25,14 @@ def test_timestep_of_every_grid_point_is_its_entry():
     expected = np.concatenate([[0], np.arange(1000)])
     backwards = jnp.float32(1) - jnp.arange(1000, -1, -1, dtype=jnp.float32) * jnp.float32(0.001)  # loses digits
     thirds = jnp.float32(0.25) + jnp.arange(251, dtype=jnp.float32) / 250 * jnp.float32(0.25)
-    np.testing.assert_array_equal(sch.timestep(jnp.asarray(GRID_TIMES)), expected)
-    np.testing.assert_array_equal(sch.timestep(backwards), expected)
-    np.testing.assert_array_equal(sch.timestep(thirds), expected[250:501])
-    assert sch.timestep(0.5).dtype == jnp.float32
+    np.testing.assert_array_equal(SD.timestep(jnp.asarray(GRID_TIMES)), expected)
+    np.testing.assert_array_equal(SD.timestep(backwards), expected)
+    np.testing.assert_array_equal(SD.timestep(thirds), expected[250:501])
+    assert SD.timestep(0.5).dtype == jnp.float32
 
 
 def test_timestep_between_grid_points_is_not_rounded():
-    np.testing.assert_allclose(sch.timestep(jnp.array([0.1234, 0.50005])), [122.4, 499.05], rtol=1e-6)
+    np.testing.assert_allclose(SD.timestep(jnp.array([0.1234, 0.50005])), [122.4, 499.05], rtol=1e-6)
 
 
 @pytest.mark.parametrize("x64, rtol", [(False, 5e-7), (True, 1e-13)])

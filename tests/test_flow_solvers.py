@@ -118,7 +118,7 @@ def test_a_straight_flow_is_solved_exactly_by_one_step(move):
     z, v = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
     t, u = jnp.array([1.0, 0.5, 0.25]), jnp.array([0.5, 0.375, 0.0])
     flow = lambda x, t: v + 0 * x  # noqa: E731
-    np.testing.assert_allclose(move(flow, z, t, u), z + per_example(u - t, z) * v, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(move(SD, flow, z, t, u), z + per_example(u - t, z) * v, rtol=1e-6, atol=1e-6)
 
 
 def test_solve_keeps_every_state_and_takes_nodes_per_example():

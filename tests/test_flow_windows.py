@@ -10,7 +10,7 @@ from tiny import quick_jit
 
 from proreflow_jax.flow import windows as win
 from proreflow_jax.flow.parameterization import ddim_jump
-from proreflow_jax.flow.schedule import make_schedule, timestep
+from proreflow_jax.flow.schedule import make_schedule
 
 SD = make_schedule("scaled_linear", 0.00085, 0.012)
 DIVISORS = [n for n in range(1, 1001) if 1000 % n == 0]
@@ -63,7 +63,7 @@ def test_nodes_lie_on_the_grid_and_keep_the_ends(n, steps):
         nodes = np.asarray(win.nodes(t_s, t_e, steps))
         assert nodes[0] == np.float32(t_s) and nodes[-1] == np.float32(t_e) and nodes.shape == (steps + 1,)
         assert np.all(np.isin(nodes, GRID_TIMES))
-        gaps = -np.diff(np.asarray(timestep(nodes + 0.001)))
+        gaps = -np.diff(np.asarray(SD.timestep(nodes + 0.001)))
         assert gaps.max() - gaps.min() <= 1 and gaps.min() >= 1
 
 
@@ -117,7 +117,7 @@ def test_both_paths_meet_both_ends(path, n):
 def test_the_linear_path_moves_by_the_chord():
     z_s, z_e, w = _pair(4)
     t = 0.3 * w.t_s + 0.7 * w.t_e
-    moved = z_s + win.chord(z_s, z_e, w.t_s, w.t_e) * (t - w.t_s)[:, None, None, None]
+    moved = z_s + win.chord(SD, z_s, z_e, w.t_s, w.t_e) * (t - w.t_s)[:, None, None, None]
     np.testing.assert_allclose(interpolate("linear", SD, z_s, z_e, w._replace(t=t)), moved, atol=1e-5)
 
 

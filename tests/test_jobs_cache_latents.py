@@ -129,7 +129,7 @@ def test_a_cache_is_made_by_the_vae_that_is_named(place, tmp_path):
     [
         ({}, "", "--out is empty"),
         ({}, "images", "holds other files"),
-        ({"data__kind": "prompts"}, "new", "--config.data.kind=prompts has no images"),
+        ({"data__kind": "prompts", "cache__text": False}, "new", "--config.data.kind=prompts has no images"),
         ({"data__kind": "cached"}, "new", "--config.data.kind=cached has no images"),
         ({"cache__batch": 12, "mesh__data": 8}, "new", "--config.cache.batch=12"),
         ({"cache__storage": "int8"}, "new", "--config.cache.storage"),

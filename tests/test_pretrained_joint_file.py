@@ -1,6 +1,7 @@
 """Single files of Stable Diffusion 3 and 3.5 against diffusers' own reader: names, bits, members, text encoders."""
 
 import inspect
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,10 +15,12 @@ pytest.importorskip("diffusers")
 import tiny_sd3  # noqa: E402
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: E402
 from diffusers.loaders import single_file_utils as oracle  # noqa: E402
+from fake_hub import FakeHub, connect  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
+from verb import tiny_config  # noqa: E402
 
 from proreflow_jax import UserError  # noqa: E402
-from proreflow_jax.pretrained import config_fields, joint_file, pipeline, single_file, sources, weights  # noqa: E402
+from proreflow_jax.pretrained import config_fields, joint_file, own_vae, pipeline, single_file, sources, weights  # noqa: E402
 from proreflow_jax.run import find_model  # noqa: E402
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -134,9 +137,8 @@ def test_a_file_without_text_encoders_takes_them_from_the_folder_beside_it(model
     path = write(tmp_path / "model.safetensors", single(folder, without=PARTS[2:]))
     source = sources.open_file(path, folder)
     assert sources.encoders_beside(path) == list(PARTS[2:]) and source.beside == set(PARTS[2:])
-    loaded, own = pipeline.load_pipeline(source), pipeline.load_pipeline(folder)
     for name in PARTS:
-        same(loaded.params[name], own.params[name])
+        same(dict(source.tensors(name)), dict(weights.read_tensors(folder / name)))
     assert source.place("text_encoder") == folder / "text_encoder" and source.place("vae") == path / "vae"
 
 
@@ -246,3 +248,33 @@ def test_a_home_is_found_for_a_member(monkeypatch, tmp_path):
     monkeypatch.setattr(find_model, "Tensors", lambda paths: listed(*FULL["sd3.5-large"]))
     monkeypatch.setattr(sources, "file_family", lambda path: "sd3")
     assert find_model.home(path) == "stabilityai/stable-diffusion-3.5-large"
+
+
+def test_the_hub_gives_a_whole_model_and_what_a_file_lacks(models, tmp_path, monkeypatch):
+    """By a hub id all of it; beside a file without text encoders these alone, no transformer."""
+    folder = models["3.5-medium"]
+    path = write(tmp_path / "model.safetensors", single(folder, without=PARTS[2:]))
+    with FakeHub() as server:
+        server.add_folder("me/sd3", folder)
+        server.add("me/gated", {"model_index.json": b"{}"}, gated=True)
+        connect(monkeypatch, server.url, tmp_path / "home")
+        source = find_model.find_base_model(tiny_config(tmp_path, path, model__like="me/sd3"))
+        assert source.beside == set(PARTS[2:])
+        fetched = {name.split("/")[0] for name in server.fetched("me/sd3") if name.endswith(".safetensors")}
+        assert fetched == set(PARTS[2:])
+        same(dict(source.tensors("text_encoder_3")), dict(weights.read_tensors(folder / "text_encoder_3")))
+        whole = find_model.find_base_model(tiny_config(tmp_path, Path("me/sd3")))
+        for name in components(folder):
+            same(dict(whole.tensors(name)), dict(weights.read_tensors(folder / name)))
+        said = line(find_model.find_base_model, tiny_config(tmp_path, path, model__like="me/gated"))
+        assert "me/gated is gated: accept its terms at" in said and "HF_TOKEN" in said and "--config.model.like" in said
+
+
+def test_another_vae_must_shift_its_latents_alike(models, tmp_path):
+    folder = Path(shutil.copytree(models["3.5-medium"] / "vae", tmp_path / "vae"))
+    fields = json.loads((folder / "config.json").read_text())
+    source = sources.open_folder(models["3.5-large"])
+    assert own_vae.with_own_vae(source, folder).vae is not None
+    (folder / "config.json").write_text(json.dumps(fields | {"shift_factor": 0.1}))
+    said = line(own_vae.with_own_vae, source, folder)
+    assert "shifts its latents by 0.1" in said and "0.0609" in said and "--config.model.vae" in said

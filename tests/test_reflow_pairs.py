@@ -69,7 +69,9 @@ def test_examples_differ_from_each_other_and_between_jobs():
 def test_from_noise_the_bounds_are_the_teachers_own_trajectory(solver):
     made = make(solver=solver)
     assert made["states"].shape == (16, 5, *tiny.LATENT) and not made["first"].any()
-    step = make_step(TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.denoiser, FROZEN.teacher)(z, t, context), solver)
+    step = make_step(
+        TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.denoiser, TOYS.schedule, FROZEN.teacher)(z, t, context), solver
+    )
     context = spoken(made["ids"])
     states = crossed(step, made["states"][:, 0], windows.sampling_nodes(8, 1))
     np.testing.assert_allclose(made["states"], np.moveaxis(states[::2], 0, 1), rtol=1e-4, atol=1e-5)
@@ -110,7 +112,9 @@ def test_from_data_the_second_state_is_the_teachers_at_the_end_of_its_window():
     made = make(start="data")
     assert len(set(made["first"])) > 1
     context = spoken(made["ids"])
-    step = make_step(TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.denoiser, FROZEN.teacher)(z, t, context))
+    step = make_step(
+        TEACHER, TOYS.schedule, lambda z, t: make_predict(TOYS.denoiser, TOYS.schedule, FROZEN.teacher)(z, t, context)
+    )
     begin = 1000 - 250 * made["first"]
     nodes = np.stack([begin - cut for cut in (0, 125, 250)]) / 1000
     states = crossed(step, made["states"][:, 0], nodes)
@@ -168,7 +172,7 @@ def test_guidance_changes_the_pairs_by_its_formula_and_one_does_not():
     np.testing.assert_array_equal(plain, same)
     assert np.abs(plain - strong).max() > 1e-2
     ids = tiny.rows(16)["ids"]
-    predict = make_predict(TOYS.denoiser, FROZEN.teacher)
+    predict = make_predict(TOYS.denoiser, TOYS.schedule, FROZEN.teacher)
     empty = jnp.broadcast_to(FROZEN.empty, ids.shape)
     guided = lambda z, t: predict(z, t, spoken(empty)) + 3.0 * (predict(z, t, spoken(ids)) - predict(z, t, spoken(empty)))
     states = crossed(make_step(TEACHER, TOYS.schedule, guided), strong[:, 0], windows.sampling_nodes(8, 4))

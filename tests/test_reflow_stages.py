@@ -13,7 +13,7 @@ from tiny import quick_jit
 from configs.digits import get_config
 from proreflow_jax.flow import windows
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
-from proreflow_jax.flow.schedule import Schedule, grid_time, make_schedule, timestep
+from proreflow_jax.flow.schedule import NoiseTable, grid_time, make_schedule
 from proreflow_jax.flow.solvers import as_epsilon, make_step
 from proreflow_jax.reflow.pairs import check_identity, identity_gap, make_predict, text_context
 from proreflow_jax.reflow.sampler import check_sampling, decode, sample_latents
@@ -87,14 +87,14 @@ def test_the_identity_holds_where_a_good_network_makes_both_terms_cancel(name):
     assert gap(1, schedule=schedule, denoiser=TOYS.denoiser._replace(apply=level)) <= 1e-5
 
 
-class Late(Schedule):
+class Late(NoiseTable):
     """A schedule whose levels are read one grid step too late: its table and its functions disagree."""
 
     def log_snr(self, t):
         return super().log_snr(jnp.maximum(t - 1e-3, 0))
 
 
-class Cosine(Schedule):
+class Cosine(NoiseTable):
     """A schedule whose functions are those of another table."""
 
     def log_snr(self, t):
@@ -158,7 +158,7 @@ def by_hand(flow, times, predict):
 
 
 def student_predict(z, t):
-    return tiny.toy_unet(FROZEN.teacher, z, timestep(t), contexts()[0].states)
+    return tiny.toy_unet(FROZEN.teacher, z, SCHEDULE.timestep(t), contexts()[0].states)
 
 
 @pytest.mark.parametrize("prediction, path", [("velocity", "linear"), ("diff_eps", "linear"), ("ddim_eps", "first_order")])
@@ -179,7 +179,9 @@ def test_an_untrained_ddim_student_samples_as_its_teacher_does(prediction, kind)
 
 def test_guidance_pushes_away_from_the_negative_prompts():
     context, negative = contexts()
-    denoiser = lambda z, t, c: tiny.toy_unet(FROZEN.teacher, z, timestep(t), jnp.broadcast_to(c.states, context.states.shape))
+    denoiser = lambda z, t, c: tiny.toy_unet(
+        FROZEN.teacher, z, SCHEDULE.timestep(t), jnp.broadcast_to(c.states, context.states.shape)
+    )
     guided = lambda z, t: denoiser(z, t, negative) + 4.0 * (denoiser(z, t, context) - denoiser(z, t, negative))
     flow = Parameterization("ddim_eps", 4)
     want = jax.jit(lambda: by_hand(flow, windows.bounds(4), guided))()
@@ -224,6 +226,6 @@ def test_a_student_step_stays_in_the_window_its_time_lies_in():
 
 def test_a_prediction_is_float32_whatever_it_is_computed_in():
     t, context = jnp.full(4, 0.5), contexts()[0]
-    exact = make_predict(TOYS.denoiser, FROZEN.teacher)(NOISE, t, context)
-    coarse = make_predict(TOYS.denoiser, FROZEN.teacher, "bfloat16")(NOISE, t, context)
+    exact = make_predict(TOYS.denoiser, SCHEDULE, FROZEN.teacher)(NOISE, t, context)
+    coarse = make_predict(TOYS.denoiser, SCHEDULE, FROZEN.teacher, "bfloat16")(NOISE, t, context)
     assert coarse.dtype == jnp.float32 and 1e-4 < np.abs(coarse - exact).max() < 0.2

@@ -344,7 +344,7 @@ def our_latents(experiment: Experiment, given: Drawing, nodes: np.ndarray | None
         return np.asarray(jax.jit(walk)(student.params, start, context, negative))
 
     def from_there(params: Any) -> jax.Array:
-        predict = solvers.guided(make_predict(n.denoiser, params), context, negative, given.guidance)
+        predict = solvers.guided(make_predict(n.denoiser, n.schedule, params), context, negative, given.guidance)
         return solvers.solve(make_step(student.flow, n.schedule, predict), start, nodes.astype(np.float32))
 
     return np.asarray(jax.jit(from_there)(student.params))

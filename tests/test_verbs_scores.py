@@ -146,7 +146,7 @@ def test_they_are_the_numbers_of_images_drawn_and_judged_one_by_one(made, whole)
     split, n, base = coco.open_official(*made.coco, 2017), experiment.networks, experiment.base
     texts, clip = coco.first_captions(split, COUNT), clip_score.load_clip(Path(made.flags["clip"]))
     student = {name: 1.1 * value for name, value in experiment.denoiser.params().items()}
-    predict = lambda z, t, context: make_predict(n.denoiser, student)(z, t, context)
+    predict = lambda z, t, context: make_predict(n.denoiser, n.schedule, student)(z, t, context)
     against = n.condition(base.text, jax.numpy.asarray(base.tokenizer.encode([""])))
     nodes = windows.sampling_nodes(2, 2).astype(np.float32)
 

@@ -85,6 +85,11 @@ def has_images(data: Any) -> bool:
     return data.kind not in (CACHED, *WITHOUT_IMAGES)
 
 
+def has_captions_alone(data: Any) -> bool:
+    """Whether examples are captions and nothing else."""
+    return data.kind in WITHOUT_IMAGES
+
+
 def _call(row: tuple[str, tuple[str, ...]], data: Any) -> Any:
     name, fields = row
     return _function(name)(*(getattr(data, field) for field in fields))

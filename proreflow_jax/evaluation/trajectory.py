@@ -2,7 +2,8 @@
 
 Velocity means dz/dt of the state itself, in the time of `flow.schedule` (1 is noise, 0 is data): `Parameterization.velocity`,
 of a student the velocity in the window that t lies in; of a diffusion model its probability flow a'/a z + (s' - s a'/a) eps.
-The latter grows like t^(-1/2) towards the data, because s does.
+The latter grows like t^(-1/2) towards the data, because s does. Of a rectified flow the time of velocities and integrals is
+its clock, s.
 
 Functions take `predict(z, t)`, `velocity(z, t)` or a solver's `step`, not networks. They give one number per example,
 (b, ...): a caller joins batches and takes mean and spread.
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Key
 from proreflow_jax import UserError
 from proreflow_jax.flow import losses, solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.flow.schedule import GRID, Schedule, per_example, position
+from proreflow_jax.flow.schedule import GRID, RectifiedFlow, Schedule, per_example, position
 
 _TINY = 1e-24  # a mean square below this counts as zero
 
@@ -71,6 +72,7 @@ def trajectory(
 
 
 def straightness(
+    schedule: Schedule,
     states: Float[Array, "steps_plus_1 b *d"],
     velocities: Float[Array, "steps b *d"],
     nodes: Float[np.ndarray, "steps_plus_1"],
@@ -87,11 +89,12 @@ def straightness(
     Raises UserError if a bound is not among the nodes.
     """
     edges, times = _edges(nodes, n), np.asarray(nodes, np.float64)
+    ticks = schedule.clock(times) if isinstance(schedule, RectifiedFlow) else times  # of a table in float64
     absolute, relative = [], []
     for i, j in zip(edges[:-1], edges[1:], strict=True):
         each = lambda t: jnp.full(states.shape[1], t)
-        chord = windows.chord(states[i], states[j], each(times[i]), each(times[j]))
-        weights = jnp.asarray((times[i:j] - times[i + 1 : j + 1]) / (times[i] - times[j]), chord.dtype)
+        chord = windows.chord(schedule, states[i], states[j], each(times[i]), each(times[j]))
+        weights = jnp.asarray((ticks[i:j] - ticks[i + 1 : j + 1]) / (ticks[i] - ticks[j]), chord.dtype)
         apart = jax.vmap(losses.squared_error, (0, None))(velocities[i:j], chord)
         absolute.append(weights @ apart)
         relative.append(absolute[-1] / jnp.maximum(losses.squared_error(chord, jnp.zeros_like(chord)), _TINY))
@@ -146,7 +149,8 @@ def velocity_error(
         z_s, z_e = states[place.k], states[place.k + 1]
         w = jax.tree.map(lambda x: jnp.broadcast_to(x, (b,)), place)
         z = windows.interpolate(path, schedule, z_s, z_e, w)
-        target = windows.chord(z_s, z_e, w.t_s, w.t_e) if path == "linear" else windows.chord(z, z_e, w.t, w.t_e)
+        begin, t = (z_s, w.t_s) if path == "linear" else (z, w.t)
+        target = windows.chord(schedule, begin, z_e, t, w.t_e)
         v = velocity(z, w.t)
         return losses.relative_error(v, target), losses.cosine(v, target)
 

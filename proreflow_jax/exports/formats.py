@@ -50,14 +50,22 @@ def is_flow(scheduler: Mapping[str, Any]) -> bool:
     return scheduler.get("_class_name") == FLOW_MATCH
 
 
+def check_scheduler(base: Mapping[str, Any], kind: str) -> None:
+    """Raises UserError, one line, if a student of a model with this scheduler_config.json is not read by such a scheduler."""
+    if is_flow(base) and kind != "stock":
+        raise UserError(
+            f"--scheduler={kind}: a rectified flow's student is read by the stock scheduler, at more steps than windows too if "
+            "told `sigmas`: leave it out"
+        )
+
+
 def student_scheduler_config(base: Mapping[str, Any], flow: Parameterization, kind: str = "stock") -> dict[str, Any]:
     """scheduler_config.json on the base model's betas, for a student of this prediction type: stock, or ours for any steps.
 
     Of a rectified flow's student the stock scheduler, with the two fields by which it stops at the windows' bounds untold.
     """
+    check_scheduler(base, kind)
     if is_flow(base):
-        if kind != "stock":
-            raise UserError(f"--scheduler={kind}: a rectified flow's student is read by the stock scheduler: leave it out")
         return {**base, **untold_fields(model_shift(base), flow.windows), STUDENT: flow.windows}
     betas = {name: base[name] for name in BETAS if name in base}
     if kind == "stock":

@@ -13,7 +13,17 @@ from proreflow_jax import UserError
 from proreflow_jax.exports.card import add_to_card, make_card, write_card
 from proreflow_jax.exports.card_numbers import carries_numbers, measured_numbers
 from proreflow_jax.exports.card_pictures import copy_pictures
-from proreflow_jax.exports.formats import FILES, OURS, STOCK, WINDOWED, Format, denoiser_file, is_flow, student_scheduler_config
+from proreflow_jax.exports.formats import (
+    FILES,
+    OURS,
+    STOCK,
+    WINDOWED,
+    Format,
+    check_scheduler,
+    denoiser_file,
+    is_flow,
+    student_scheduler_config,
+)
 from proreflow_jax.exports.place import check_replaceable
 from proreflow_jax.flow.parameterization import JUMPS
 from proreflow_jax.pretrained import copying, lora_file, lora_readers, weights
@@ -42,6 +52,7 @@ def export_stage(
     """
     if experiment.base.denoiser_name == "transformer":  # of which every reader takes diffusers' names
         export_format = export_format._replace(names="diffusers")
+    check_scheduler(experiment.base.scheduler, export_format.scheduler)
     if export_format.scheduler == "stock":
         check_export(experiment.config, is_flow(experiment.base.scheduler))
     first(lambda: check_replaceable(target))
@@ -58,7 +69,8 @@ def export_stage(
         return
     size = sum(value.nbytes for value in student.params.values()) / 2**30
     log.info(
-        "%s: writing the %d-window student, %.2g GiB of UNet in float32, as %s", target, stage.windows, size, export_format.form
+        "%s: writing the %d-window student, %.2g GiB of %s in float32, as %s",
+        *(target, stage.windows, size, experiment.base.denoiser_word, export_format.form),
     )
     student = student._replace(params=host_arrays(student.params), factors=host_arrays(student.factors))
     first(lambda: _write(experiment, stage, student, card, target))

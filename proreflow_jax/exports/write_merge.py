@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.exports.card import write_card
 from proreflow_jax.exports.card_base import describe_base
-from proreflow_jax.exports.formats import FILES
+from proreflow_jax.exports.formats import FILES, is_flow
 from proreflow_jax.exports.write import check_copies, holds, write_folder
-from proreflow_jax.flow.schedule import from_config
+from proreflow_jax.flow.schedule import from_config, same_levels
 from proreflow_jax.models.network import make_vae
 from proreflow_jax.pretrained import lora_file, sources, weights
 from proreflow_jax.pretrained.pipeline import make_denoiser, scheduler_config
@@ -88,6 +88,6 @@ def _check_same_diffusion(base: sources.ModelSource, ours: Mapping[str, Any], th
         raise UserError(
             f"{flag} predicts {kinds[0]}, the delta {delta} is of a model that predicts {kinds[1]}: they do not add up"
         )
-    tables = [from_config(config).alphas_cumprod for config in (ours, theirs)]
-    if not np.allclose(*tables, rtol=1e-6, atol=0):
-        raise UserError(f"{flag} has another noise schedule (betas) than the model of the delta {delta}: they do not add up")
+    if not same_levels(from_config(ours), from_config(theirs)):
+        what = "(shift)" if is_flow(ours) and is_flow(theirs) else "(betas)"
+        raise UserError(f"{flag} has another noise schedule {what} than the model of the delta {delta}: they do not add up")

@@ -1,8 +1,8 @@
 """One algebra for everything a network may output.
 
-A diffusion model's output belongs to one time: epsilon, x0 ("sample") or v ("v_prediction"), tied by
+A diffusion model's output belongs to one time: epsilon, x0 ("sample"), v ("v_prediction") or the flow f, tied by
 
-    z = a x0 + s eps,    v = a eps - s x0.
+    z = a x0 + s eps,    v = a eps - s x0,    f = eps - x0.
 
 A student's output belongs to a window [t_s, t_e]: the velocity of the window ("velocity"), the epsilon of one DDIM jump
 across it ("ddim_eps"), or PeRFlow's rescaled noise ("diff_eps"). The two jumps are z_e = l z_s + h out with constants l
@@ -18,19 +18,26 @@ same jump, eps = a_t out + s_t z_t at the state z_t, put into the line above.
 So each prediction type is one affine map v = A(t) z_t + B(t) out. D never vanishes in the window: at t_s it is t_e - t_s,
 at t_e it is l (t_e - t_s). The longer way, z_e first and (z_e - z_t) / (t_e - t) after, is 0/0 at t_e. Losses, samplers
 and teachers all speak velocity and need nothing else.
+
+Of a rectified flow f is the velocity itself, per unit of the clock s, and the output of model and student alike. Epsilon
+says nothing there at t = 1, where z = eps, so no jump in epsilon crosses the first window: the other types are refused.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.schedule import Schedule, as_time, per_example
+from proreflow_jax.flow.schedule import RectifiedFlow, Schedule, as_time, per_example
+from proreflow_jax.flow.stock import FLOW_MATCH
 from proreflow_jax.flow.windows import Window, check_path, locate
 
-DIFFUSION = ("epsilon", "v_prediction", "sample")  # diffusers' prediction_type
+OF_TABLES = ("epsilon", "v_prediction", "sample")  # diffusers' prediction_type
+OF_FLOWS = ("flow",)  # of a model whose schedule is a rectified flow: diffusers has no word for it in a config
+DIFFUSION = OF_TABLES + OF_FLOWS
 STUDENT = ("velocity", "ddim_eps", "diff_eps", "ddim_v")  # a student's prediction types
 JUMPS = {"ddim_eps": "epsilon", "ddim_v": "v_prediction"}  # those of stock schedulers' DDIM step -> diffusers' prediction_type
 
@@ -53,9 +60,9 @@ class Parameterization(NamedTuple):
         linear: v is the chord's velocity, by the derivation on top of this file (diff_eps: PeRFlow, Yan et al. 2024).
         first_order: v = (z_e - z_t) / (t_e - t), where z_e is the DDIM jump from t to t_e; at t_e its limit,
           `flow_velocity`. In float32 A and B keep a relative error below 1e-4, the worst of it one grid step before t_e.
-        Raises UserError for an unknown prediction type or path, and for first_order with anything but ddim_eps and ddim_v.
+        Raises UserError as `check_prediction`.
         """
-        check_prediction(self.prediction, self.path)
+        check_prediction(self.prediction, self.path, schedule)
         t, t_s, t_e = as_time(w.t), as_time(w.t_s), as_time(w.t_e)
         if self.prediction == "velocity":
             return jnp.zeros_like(t), jnp.ones_like(t)
@@ -72,7 +79,7 @@ class Parameterization(NamedTuple):
     def to_velocity(
         self, schedule: Schedule, z: Float[Array, "b *d"], out: Float[Array, "b *d"], w: Window
     ) -> Float[Array, "b *d"]:
-        """The velocity, per unit of t, that a student's output at (z, w.t) means; shape of z. Raises as `affine`."""
+        """The velocity, per unit of the clock, that a student's output at (z, w.t) means; shape of z. Raises as `affine`."""
         A, B = self.affine(schedule, w)
         return per_example(A, z) * z + per_example(B, z) * out
 
@@ -93,31 +100,58 @@ class Parameterization(NamedTuple):
     ) -> Float[Array, "b *d"]:
         """The state at u of the same window, moved from (z, w.t) along the student's path; shape of z. Raises as `affine`.
 
-        linear: z + (u - t) v. first_order: a DDIM step, which stays on that path.
+        linear: z + (u - t) v, on the clock. first_order: a DDIM step, which stays on that path.
         """
-        check_prediction(self.prediction, self.path)
+        check_prediction(self.prediction, self.path, schedule)
         if self.path == "first_order":
             return ddim_jump(schedule, z, convert(JUMPS[self.prediction], "epsilon", schedule, z, out, w.t), w.t, u)
         v = self.to_velocity(schedule, z, out, w)
-        return z + per_example(as_time(u) - as_time(w.t), z) * v
+        return z + per_example(schedule.clock(u) - schedule.clock(w.t), z) * v
 
     def velocity(
         self, schedule: Schedule, z: Float[Array, "b *d"], out: Float[Array, "b *d"], t: Float[Array, "b"]
     ) -> Float[Array, "b *d"]:
-        """dz/dt that any network's output at (z, t) means; shape of z.
+        """dz/dt, on the clock, that any network's output at (z, t) means; shape of z.
 
-        Of a diffusion model `flow_velocity`; of a student `to_velocity` in the window that t lies in.
+        Of a diffusion model `flow_velocity`, or its output as a flow; of a student `to_velocity` in the window that t lies in.
         """
         if self.windows == 0:
+            if isinstance(schedule, RectifiedFlow):
+                return convert(self.prediction, "flow", schedule, z, out, t)
             return flow_velocity(schedule, z, convert(self.prediction, "epsilon", schedule, z, out, t), t)
         return self.to_velocity(schedule, z, out, locate(t, self.windows))
 
 
-def check_prediction(prediction: str, path: str) -> None:
-    """Raises UserError unless `prediction` is a student's prediction type that has a meaning on `path`."""
+def prediction_types(scheduler_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The prediction types that a model with this `scheduler_config.json` may have; the first is that of one that says none."""
+    return OF_FLOWS if scheduler_config.get("_class_name") == FLOW_MATCH else OF_TABLES
+
+
+def check_model(prediction: str, schedule: Schedule) -> None:
+    """Raises UserError unless a diffusion model on this schedule may have this prediction type: of a rectified flow "flow"."""
+    if isinstance(schedule, RectifiedFlow):
+        if prediction not in OF_FLOWS:
+            raise UserError(
+                f"prediction_type {prediction!r} of a rectified flow, must be {OF_FLOWS[0]}: at t = 1 its alpha is 0; "
+                "choose another --config.model"
+            )
+    elif prediction not in OF_TABLES:
+        raise UserError(f"prediction_type {prediction!r} in scheduler_config.json must be one of {', '.join(OF_TABLES)}")
+
+
+def check_prediction(prediction: str, path: str, schedule: Schedule | None = None) -> None:
+    """Raises UserError unless `prediction` is a student's prediction type that has a meaning on `path`.
+
+    schedule: of a rectified flow, the prediction must be velocity and the path linear.
+    """
     if prediction not in STUDENT:
         raise UserError(f"prediction {prediction!r}, must be one of {', '.join(STUDENT)}; change --config.student.prediction")
-    check_path(path)
+    check_path(path, schedule)
+    if isinstance(schedule, RectifiedFlow) and prediction != "velocity":
+        raise UserError(
+            f"prediction {prediction!r} of a rectified flow, must be velocity: at t = 1 its alpha is 0; "
+            "change --config.student.prediction"
+        )
     if path == "first_order" and prediction not in JUMPS:
         known = " or ".join(JUMPS)
         raise UserError(f"path first_order with {prediction}, must be used with {known}; change --config.student.path")
@@ -133,7 +167,8 @@ def convert(
 ) -> Float[Array, "b *d"]:
     """A diffusion model's output at (z, t), of type `source`, as type `target`; shape of z.
 
-    source, target: "epsilon", "sample" (x0) or "v_prediction" (Salimans and Ho 2022, app. D).
+    source, target: "epsilon", "sample" (x0), "v_prediction" (Salimans and Ho 2022, app. D) or "flow" (eps - x0).
+    Of a rectified flow epsilon at t = 1 leaves x0 open, and x0 at t = 0 leaves epsilon open: what is open is 0 there.
     Raises UserError for another name.
     """
     for name in (source, target):
@@ -143,12 +178,25 @@ def convert(
         return out
     a, s = per_example(schedule.alpha(t), z), per_example(schedule.sigma(t), z)
     if source == "epsilon":
-        x0, eps = (z - s * out) / a, out
+        x0, eps = _over(schedule, z - s * out, a), out
     elif source == "sample":
-        x0, eps = out, (z - a * out) / s
+        x0, eps = out, _over(schedule, z - a * out, s)
+    elif source == "flow":
+        x0, eps = z - s * out, z + a * out
+        if not isinstance(schedule, RectifiedFlow):  # where a + s = 1
+            x0, eps = x0 / (a + s), eps / (a + s)
     else:
         x0, eps = a * z - s * out, s * z + a * out
-    return {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0}[target]
+        if isinstance(schedule, RectifiedFlow):
+            x0, eps = x0 / (a * a + s * s), eps / (a * a + s * s)
+    return {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0, "flow": eps - x0}[target]
+
+
+def _over(schedule: Schedule, x: Float[Array, "b *d"], level: Float[Array, "b *ones"]) -> Float[Array, "b *d"]:
+    """x / level; of a rectified flow, where the level vanishes, 0."""
+    if not isinstance(schedule, RectifiedFlow):
+        return x / level
+    return jnp.where(level == 0, 0.0, x / jnp.where(level == 0, 1.0, level))
 
 
 def ddim_jump(
@@ -158,7 +206,13 @@ def ddim_jump(
     t: Float[ArrayLike, "b"],
     u: Float[ArrayLike, "b"],
 ) -> Float[Array, "b *d"]:
-    """One deterministic DDIM step from t to u, z_u = a_u x0 + s_u eps (Song et al. 2021, eq. 12, eta 0); shape of z."""
+    """One deterministic DDIM step from t to u, z_u = a_u x0 + s_u eps (Song et al. 2021, eq. 12, eta 0); shape of z.
+
+    Of a rectified flow the step from t = 1 is that of x0 = 0, as `convert` has it.
+    """
+    if isinstance(schedule, RectifiedFlow):
+        x0 = convert("epsilon", "sample", schedule, z, eps, t)
+        return per_example(schedule.alpha(u), z) * x0 + per_example(schedule.sigma(u), z) * eps
     ell, h = _ddim_coefficients(schedule, t, u)
     return per_example(ell, z) * z + per_example(h, z) * eps
 
@@ -166,10 +220,12 @@ def ddim_jump(
 def flow_velocity(
     schedule: Schedule, z: Float[Array, "b *d"], eps: Float[Array, "b *d"], t: Float[ArrayLike, "b"]
 ) -> Float[Array, "b *d"]:
-    """dz/dt of an epsilon model's probability flow, a'/a z + (s' - s a'/a) eps, per unit of t; shape of z.
+    """dz/dt of an epsilon model's probability flow, a'/a z + (s' - s a'/a) eps, per unit of the clock; shape of z.
 
     It is the derivative of `ddim_jump` in u at u = t (Song et al. 2021, eq. 13-14).
     """
+    if isinstance(schedule, RectifiedFlow):
+        return convert("epsilon", "flow", schedule, z, eps, t)
     A, B = _flow_coefficients(schedule, t)
     return per_example(A, z) * z + per_example(B, z) * eps
 

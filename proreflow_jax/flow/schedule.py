@@ -15,9 +15,16 @@ trained student runs in the stock DDIMScheduler.
 Between two grid points log(a^2 / s^2) follows a monotone cubic Hermite spline (Fritsch and Carlson 1980), so a(t) and
 s(t) are once differentiable from 1/1000 to 1 and the probability flow dz/dt has rates that belong to the values. A grid
 point that has lost a digit in float32 (1000 * 0.003 is not 3) is recognised and read as the grid point.
+
+A rectified flow (Liu et al. 2022; Stable Diffusion 3, Esser et al. 2024) has no table: z = (1 - s) x0 + s eps with
+s(t) = shift t / (1 + (shift - 1) t), and the network is fed 1000 s(t). Its ends are exact: a(1) = 0 and s(0) = 0.
+
+The *clock* of a schedule is the time in which its straight lines are straight: t of a table, s(t) of a rectified flow.
+Every velocity is per unit of the clock. Windows and nodes are laid out in t for both.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +36,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from proreflow_jax import UserError
+from proreflow_jax.flow.stock import FLOW_MATCH, model_shift
 
 GRID = 1000  # grid steps in [0, 1], and entries of the table
 _GRID_TIMES = np.arange(GRID + 1) / GRID
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
-    """The noise levels a(t), s(t) of one trained model. Equal only to itself, hence hashable and fit for a closure.
+class NoiseTable:
+    """The noise levels a(t), s(t) of one trained diffusion model, a^2 + s^2 = 1.
+
+    Equal only to itself, hence hashable and fit for a closure.
 
     Attributes:
       alphas_cumprod: (1000,) float64, falling from nearly 1 to nearly 0, both excluded.
@@ -94,6 +104,64 @@ class Schedule:
         t = as_time(t)
         return jax.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (jnp.ones_like(t),))[1]
 
+    def clock(self, t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """t itself, in at least float32."""
+        return as_time(t)
+
+    def timestep(self, t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """What the network is fed at time t: 1000 t - 1, never below 0; float32, same shape as t."""
+        return jnp.maximum(position(t) - 1, 0).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """The noise levels a(t) = 1 - s(t), s(t) of a model that flows along straight lines from noise to data.
+
+    Attributes:
+      shift: of the change of time (Esser et al. 2024, eq. 23), above 0; 1 is s(t) = t, more gives noisy times more room.
+
+    Raises:
+      UserError: the shift is not above 0, or not finite.
+    """
+
+    shift: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"shift={self.shift!r} must be a number above 0; choose another --config.model.path")
+
+    def alpha(self, t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """a(t) = 1 - s(t), same shape as t; 0 at t = 1, with all its digits near it."""
+        t = as_time(t)
+        return (1 - t) / (1 + (self.shift - 1) * t)
+
+    def sigma(self, t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """s(t), same shape as t; 1 at t = 1 and 0 at t = 0."""
+        t = as_time(t)
+        return jnp.where(t < 1, self.shift * t / (1 + (self.shift - 1) * t), 1.0)
+
+    def log_snr(self, t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """log(a^2 / s^2), same shape as t. Finite: at t = 1 and t = 0 about -175 and 175 (in float32), where it is infinite."""
+        t = as_time(t)
+        least = jnp.finfo(t.dtype).tiny
+        return 2 * (jnp.log(jnp.maximum(1 - t, least)) - jnp.log(jnp.maximum(self.shift * t, least)))
+
+    def rates(self, t: Float[ArrayLike, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """(da/ds, ds/ds) = (-1, 1) per unit of the clock, each of the shape of t."""
+        one = jnp.ones_like(as_time(t))
+        return -one, one
+
+    def clock(self, t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """s(t): in it the lines from noise to data are straight."""
+        return self.sigma(t)
+
+    def timestep(self, t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """What the network is fed at time t: 1000 s(t); float32, same shape as t."""
+        return (GRID * self.sigma(t)).astype(jnp.float32)
+
+
+Schedule = NoiseTable | RectifiedFlow
+
 
 def as_time(t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """t as an array of at least float32: a bfloat16 has no room for 1000 grid points."""
@@ -110,11 +178,6 @@ def position(t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     return jnp.where(whole, nearest + (x - jax.lax.stop_gradient(x)), x)
 
 
-def timestep(t: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
-    """What the network is fed at time t: 1000 t - 1, never below 0; float32, same shape as t."""
-    return jnp.maximum(position(t) - 1, 0).astype(jnp.float32)
-
-
 def grid_time(index: Int[ArrayLike, "..."], dtype: Any = None) -> Float[Array, "..."]:
     """The time index / 1000, same shape as index; read from a table, so that equal indices are equal bits everywhere.
 
@@ -128,7 +191,7 @@ def per_example(t: Float[Array, "b"], z: Float[Array, "b *d"]) -> Float[Array, "
     return jnp.reshape(t, jnp.shape(t) + (1,) * (jnp.ndim(z) - 1))
 
 
-def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int = GRID) -> Schedule:
+def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int = GRID) -> NoiseTable:
     """The schedule of a named beta table, by diffusers' formulas.
 
     Args:
@@ -140,11 +203,7 @@ def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_tr
     Raises:
       UserError: another name, another number of timesteps, or bounds that do not give a falling table.
     """
-    if num_train_timesteps != GRID:
-        raise UserError(
-            f"num_train_timesteps={num_train_timesteps}, must be {GRID}, the time grid of the windows; "
-            "choose another --config.model.path"
-        )
+    _check_grid(num_train_timesteps)
     if beta_schedule == "scaled_linear":
         betas = np.linspace(beta_start**0.5, beta_end**0.5, GRID) ** 2
     elif beta_schedule == "linear":
@@ -157,15 +216,19 @@ def make_schedule(beta_schedule: str, beta_start: float, beta_end: float, num_tr
             f"beta_schedule={beta_schedule!r}, must be scaled_linear, linear or squaredcos_cap_v2; "
             "choose another --config.model.path"
         )
-    return Schedule(np.cumprod(1 - betas))
+    return NoiseTable(np.cumprod(1 - betas))
 
 
 def from_config(scheduler_config: Mapping[str, Any]) -> Schedule:
-    """The schedule that a diffusers `scheduler_config.json` describes.
+    """The schedule that a diffusers `scheduler_config.json` describes: a rectified flow where its class is FLOW_MATCH.
 
     Raises:
-      UserError: a key is missing, or the table is of no use here (trained_betas, rescale_betas_zero_snr).
+      UserError: a key is missing, the table is of no use here (trained_betas, rescale_betas_zero_snr), or a rectified flow
+        moves in another way than by one fixed shift (`stock.model_shift`).
     """
+    if scheduler_config.get("_class_name") == FLOW_MATCH:
+        _check_grid(scheduler_config.get("num_train_timesteps", GRID))
+        return RectifiedFlow(model_shift(scheduler_config))
     if scheduler_config.get("trained_betas") is not None:
         raise UserError(
             "trained_betas in scheduler_config.json must be null: only named beta schedules are read; "
@@ -181,6 +244,22 @@ def from_config(scheduler_config: Mapping[str, Any]) -> Schedule:
     if missing:
         raise UserError(f"scheduler_config.json lacks {', '.join(missing)}; choose another --config.model.path")
     return make_schedule(*(scheduler_config[k] for k in keys))
+
+
+def same_levels(one: Schedule, other: Schedule) -> bool:
+    """Whether two schedules have the same noise levels, up to rounding."""
+    if isinstance(one, RectifiedFlow) or isinstance(other, RectifiedFlow):
+        return one == other
+    return bool(np.allclose(one.alphas_cumprod, other.alphas_cumprod, rtol=1e-6, atol=0))
+
+
+def _check_grid(num_train_timesteps: Any) -> None:
+    """Raises UserError unless a model was trained on as many timesteps as the time grid has steps."""
+    if num_train_timesteps != GRID:
+        raise UserError(
+            f"num_train_timesteps={num_train_timesteps}, must be {GRID}, the time grid of the windows; "
+            "choose another --config.model.path"
+        )
 
 
 def _monotone_slopes(values: np.ndarray) -> np.ndarray:

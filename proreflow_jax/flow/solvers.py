@@ -2,7 +2,8 @@
 
 A step is a function (z, t, u, carry) -> (z_u, carry): z is (b, ...), t and u are (b,), u < t. `solve` scans it over the
 nodes. The carry is the memory of a multistep method: its last prediction of x0 and the time of that prediction. One-step
-methods pass it on. In the coordinates (z/a, s/a) DDIM is Euler's method; the one named euler here is Euler's in t.
+methods pass it on. In the coordinates (z/a, s/a) DDIM is Euler's method; the one named euler here is Euler's on the clock.
+Of a rectified flow both are the same step, z_u = (1 - s_u) x0 + s_u eps = z + (s_u - s_t) (eps - x0).
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization, convert, ddim_jump, flow_velocity
-from proreflow_jax.flow.schedule import Schedule, as_time, per_example
+from proreflow_jax.flow.parameterization import Parameterization, check_model, convert, ddim_jump
+from proreflow_jax.flow.schedule import RectifiedFlow, Schedule, as_time, per_example
 from proreflow_jax.flow.windows import locate
 
 Predict = Callable[[Array, Array], Array]  # (x, t) -> epsilon or velocity: x (b, ...), t (b,)
@@ -32,39 +33,44 @@ def ddim_step(
     return ddim_jump(schedule, z, predict_eps(z, t), t, u)
 
 
-def euler_step(velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]) -> Float[Array, "b *d"]:
-    """One Euler step in t: one call of velocity(z, t) = dz/dt, first order; shape of z. Exact on a straight flow."""
-    return z + per_example(u - t, z) * velocity(z, t)
+def euler_step(
+    schedule: Schedule, velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]
+) -> Float[Array, "b *d"]:
+    """One Euler step on the clock: one call of velocity(z, t), first order; shape of z. Exact on a straight flow."""
+    return z + per_example(schedule.clock(u) - schedule.clock(t), z) * velocity(z, t)
 
 
-def heun_step(velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]) -> Float[Array, "b *d"]:
-    """One Heun step in t: two calls of velocity, second order (Karras et al. 2022, alg. 1); shape of z.
+def heun_step(
+    schedule: Schedule, velocity: Predict, z: Float[Array, "b *d"], t: Float[Array, "b"], u: Float[Array, "b"]
+) -> Float[Array, "b *d"]:
+    """One Heun step on the clock: two calls of velocity, second order (Karras et al. 2022, alg. 1); shape of z.
 
     As there, the step that ends at u = 0 is Euler's: the flow of a diffusion has no useful slope at its clean end.
     The second call is at u: the velocity of a windowed student must then be that of the window which holds t.
     """
+    span = per_example(schedule.clock(u) - schedule.clock(t), z)
     first = velocity(z, t)
-    second = velocity(z + per_example(u - t, z) * first, u)
+    second = velocity(z + span * first, u)
     slope = jnp.where(per_example(u, z) > 0, (first + second) / 2, first)
-    return z + per_example(u - t, z) * slope
+    return z + span * slope
 
 
 def dpmpp_2m_step(
     schedule: Schedule,
-    predict_eps: Predict,
+    predict_x0: Predict,
     z: Float[Array, "b *d"],
     t: Float[Array, "b"],
     u: Float[Array, "b"],
     history: History,
 ) -> tuple[Float[Array, "b *d"], History]:
-    """One DPM-Solver++(2M) step: one call of predict_eps, second order (Lu et al. 2022b, alg. 2); (z_u, new history).
+    """One DPM-Solver++(2M) step: one call of predict_x0, second order (Lu et al. 2022b, alg. 2); (z_u, new history).
 
     Without a step before it (history's time equals t) it is first order, which is DDIM. So is the step that ends at
     u = 0: log(a/s) jumps too far there for a line through two predictions (on a Gaussian mixture, 4 to 32 steps, the
     line made every error larger).
     """
     x0_before, t_before = history
-    x0 = convert("epsilon", "sample", schedule, z, predict_eps(z, t), t)
+    x0 = predict_x0(z, t)
     lam_before, lam, lam_u = (schedule.log_snr(w) / 2 for w in (t_before, t, u))
 
     # D = (1 + 1/(2r)) x0 - 1/(2r) x0_before with r = h_before / h, the line through both predictions
@@ -75,23 +81,30 @@ def dpmpp_2m_step(
 
     # z_u = s_u/s_t z - a_u (exp(-h) - 1) D
     keep, add = schedule.sigma(u) / schedule.sigma(t), -schedule.alpha(u) * jnp.expm1(-h)
+    if isinstance(schedule, RectifiedFlow):
+        keep = jnp.where(t > 0, keep, 1.0)  # a step from s = 0 stays there
     return per_example(keep, z) * z + per_example(add, z) * D, (x0.astype(z.dtype), t)
 
 
-def make_solver_step(name: str, schedule: Schedule, predict_eps: Predict) -> Step:
-    """The step of a named solver for an epsilon model, ready for `solve`.
+def make_solver_step(name: str, schedule: Schedule, predict: Predict, kind: str = "epsilon") -> Step:
+    """The step of a named solver for a diffusion model of prediction_type `kind`, ready for `solve`.
 
-    name: "ddim", "euler", "heun" (two calls of predict_eps a step) or "dpmpp_2m". Raises UserError for another name.
+    name: "ddim", "euler", "heun" (two calls of predict a step) or "dpmpp_2m". Of a rectified flow "ddim" is "euler".
+    Raises UserError for another name, and as `check_model` for another kind.
     """
-
-    def velocity(x: Array, t: Array) -> Array:
-        return flow_velocity(schedule, x, predict_eps(x, t), t)
+    predict_eps = as_epsilon(kind, schedule, predict)
+    velocity = make_velocity(Parameterization(kind), schedule, predict)
+    euler = lambda z, t, u, carry: (euler_step(schedule, velocity, z, t, u), carry)
+    ddim = lambda z, t, u, carry: (ddim_step(schedule, predict_eps, z, t, u), carry)
+    predict_x0 = lambda z, t: convert("epsilon", "sample", schedule, z, predict_eps(z, t), t)
+    if isinstance(schedule, RectifiedFlow):  # epsilon says nothing at t = 1
+        ddim, predict_x0 = euler, lambda z, t: convert(kind, "sample", schedule, z, predict(z, t), t)
 
     steps = {
-        "ddim": lambda z, t, u, carry: (ddim_step(schedule, predict_eps, z, t, u), carry),
-        "euler": lambda z, t, u, carry: (euler_step(velocity, z, t, u), carry),
-        "heun": lambda z, t, u, carry: (heun_step(velocity, z, t, u), carry),
-        "dpmpp_2m": lambda z, t, u, carry: dpmpp_2m_step(schedule, predict_eps, z, t, u, carry),
+        "ddim": ddim,
+        "euler": euler,
+        "heun": lambda z, t, u, carry: (heun_step(schedule, velocity, z, t, u), carry),
+        "dpmpp_2m": lambda z, t, u, carry: dpmpp_2m_step(schedule, predict_x0, z, t, u, carry),
     }
     if name not in steps:
         raise UserError(f"solver {name!r}, must be one of {', '.join(SOLVERS)}; change --config.pairs.solver")
@@ -104,7 +117,7 @@ def make_step(flow: Parameterization, schedule: Schedule, predict: Predict, solv
     A diffusion model moves by `solver`; a student moves along its own path, in the window that t lies in.
     """
     if flow.windows == 0:
-        return make_solver_step(solver, schedule, as_epsilon(flow.prediction, schedule, predict))
+        return make_solver_step(solver, schedule, predict, flow.prediction)
 
     def step(z: Array, t: Array, u: Array, carry: Any) -> tuple[Array, Any]:
         return flow.advance(schedule, z, predict(z, t), locate(t, flow.windows), u), carry
@@ -113,14 +126,13 @@ def make_step(flow: Parameterization, schedule: Schedule, predict: Predict, solv
 
 
 def make_velocity(flow: Parameterization, schedule: Schedule, predict: Predict) -> Predict:
-    """velocity(z, t) = dz/dt of a network behind `predict(z, t)`, as `Parameterization.velocity`."""
+    """velocity(z, t) = dz/dt, on the clock, of a network behind `predict(z, t)`, as `Parameterization.velocity`."""
     return lambda z, t: flow.velocity(schedule, z, predict(z, t), t)
 
 
 def as_epsilon(kind: str, schedule: Schedule, predict: Predict) -> Predict:
-    """A diffusion model of any prediction_type as an epsilon model. Raises UserError for another prediction_type."""
-    if kind not in DIFFUSION:
-        raise UserError(f"prediction_type {kind!r} in scheduler_config.json must be one of {', '.join(DIFFUSION)}")
+    """A diffusion model of any prediction_type as an epsilon model. Raises UserError as `check_model`."""
+    check_model(kind, schedule)
     if kind == "epsilon":
         return predict
     return lambda z, t: convert(kind, "epsilon", schedule, z, predict(z, t), t)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.schedule import GRID, Schedule, as_time, grid_time, per_example, position
+from proreflow_jax.flow.schedule import GRID, RectifiedFlow, Schedule, as_time, grid_time, per_example, position
 
 PATHS = ("linear", "first_order")
 
@@ -40,10 +40,14 @@ def check_windows(n: int) -> None:
         raise UserError(f"{n} windows, must divide {GRID} (1000 % n == 0), for example {near}; change --config.stages")
 
 
-def check_path(path: str) -> None:
-    """Raises UserError unless path names a path inside a window."""
+def check_path(path: str, schedule: Schedule | None = None) -> None:
+    """Raises UserError unless path names a path inside a window; of a rectified flow only linear, which is its DDIM's path."""
     if path not in PATHS:
         raise UserError(f"path {path!r}, must be one of {', '.join(PATHS)}; change --config.student.path")
+    if path == "first_order" and isinstance(schedule, RectifiedFlow):
+        raise UserError(
+            "path first_order of a rectified flow, must be linear: DDIM moves along it; change --config.student.path"
+        )
 
 
 def start_index(k: Int[ArrayLike, "*b"], n: int) -> Int[ArrayLike, "*b"]:
@@ -124,11 +128,23 @@ def sampling_nodes(steps: int, n: int) -> Float[np.ndarray, "steps_plus_1"]:
     return np.concatenate([*inner, [0]]) / GRID
 
 
+def told_sigmas(steps: int, n: int) -> list[float]:
+    """`sigmas` for StableDiffusion3Pipeline, with which a student of n windows takes these steps; see `flow.stock`.
+
+    Unshifted: the scheduler, with the model's shift and no shift_terminal, shifts them. Raises as `sampling_nodes`.
+    """
+    return sampling_nodes(steps, n)[:-1].tolist()
+
+
 def chord(
-    z_s: Float[Array, "b *d"], z_e: Float[Array, "b *d"], t_s: Float[ArrayLike, "b"], t_e: Float[ArrayLike, "b"]
+    schedule: Schedule,
+    z_s: Float[Array, "b *d"],
+    z_e: Float[Array, "b *d"],
+    t_s: Float[ArrayLike, "b"],
+    t_e: Float[ArrayLike, "b"],
 ) -> Float[Array, "b *d"]:
-    """The velocity of a pair, (z_e - z_s) / (t_e - t_s), per unit of t; shape of z (PeRFlow, Yan et al. 2024)."""
-    return (z_e - z_s) / per_example(as_time(t_e) - as_time(t_s), z_s)
+    """The velocity of a pair, (z_e - z_s) / (t_e - t_s) on the schedule's clock; shape of z (PeRFlow, Yan et al. 2024)."""
+    return (z_e - z_s) / per_example(schedule.clock(t_e) - schedule.clock(t_s), z_s)
 
 
 def interpolate(
@@ -136,15 +152,17 @@ def interpolate(
 ) -> Float[Array, "b *d"]:
     """z_t at w.t, on the path from z_s at the window's start to z_e at its end, exact at both ends; shape of z_s.
 
-    path: "linear" is a straight line in t (Liu et al. 2022); "first_order" is a straight line of z/a in s/a, the path
-      that a DDIM step with one constant epsilon takes (Rectified Diffusion, Wang et al. 2024).
-    Raises UserError for another path.
+    path: "linear" is a straight line in the clock, which is t or a rectified flow's s (Liu et al. 2022); "first_order" is a
+      straight line of z/a in s/a, the path that a DDIM step with one constant epsilon takes (Rectified Diffusion, Wang et al.
+      2024).
+    Raises UserError for another path, and for first_order of a rectified flow.
     """
-    check_path(path)
-    t, t_s, t_e = as_time(w.t), as_time(w.t_s), as_time(w.t_e)
+    check_path(path, schedule)
     if path == "linear":
-        done = per_example((t_s - t) / (t_s - t_e), z_s)
+        c, c_s, c_e = (schedule.clock(u) for u in (w.t, w.t_s, w.t_e))
+        done = per_example((c_s - c) / (c_s - c_e), z_s)
         return (1 - done) * z_s + done * z_e
+    t, t_s, t_e = as_time(w.t), as_time(w.t_s), as_time(w.t_e)
     a_s, a_e, a = (schedule.alpha(u) for u in (t_s, t_e, t))
     r_s, r_e, r = (schedule.sigma(u) / schedule.alpha(u) for u in (t_s, t_e, t))
     span = jnp.where(r_s == r_e, 1.0, r_s - r_e)  # the window [0.001, 0] has one noise level: nothing moves

@@ -1,4 +1,4 @@
-"""Encodes a dataset's images once: latents, and text states if wished, as records."""
+"""Encodes a dataset once: its images as latents, its captions as text states if wished; of prompts their text states alone."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -58,8 +58,10 @@ def _folder(config: ConfigDict, out: str) -> paths.Location:
     """Where the cache goes. Raises ValueError, one line, for none, and for a folder that holds something else."""
     if not out:
         raise UserError(f"{OUT} is empty: name the folder of the cache")
-    if not kinds.has_images(config.data):
-        raise UserError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images")
+    captions = kinds.has_captions_alone(config.data)
+    if not kinds.has_images(config.data) and not (captions and config.cache.text):
+        more = ", or cache the prompts' text states by --config.cache.text=True" if captions else ""
+        raise UserError(f"--config.data.kind={config.data.kind} has no images to cache: name a dataset with images{more}")
     folder = paths.parse_path(out, OUT)
     paths.check_reachable(folder)
     first(partial(_check_free, folder))
@@ -74,7 +76,8 @@ def _check_free(folder: paths.Location) -> None:
 
 def check_cacheable(experiment: Experiment) -> None:
     """Raises ValueError, one line, for what cannot be encoded by this model on this mesh."""
-    check_data_resolution(experiment.config, experiment.base.resolution)
+    if kinds.has_images(experiment.config.data):
+        check_data_resolution(experiment.config, experiment.base.resolution)
     mesh.check_split(experiment.config.cache.batch, "--config.cache.batch", experiment.mesh)
 
 
@@ -82,7 +85,8 @@ def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
     """What may not change while a cache is under way, and what its readers compare: the data, the model, the records."""
     c = experiment.config
     data = {f"data.{name}": value for name, value in c.data.items() if f"data.{name}" not in dataset.FREE}
-    settings = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": made_by(experiment.base, c.cache.text)}
+    model = made_by(experiment.base, c.cache.text, kinds.has_images(c.data))
+    settings = {"cache.storage": c.cache.storage, "cache.text": c.cache.text, "model": model}
     shards = {"records": cached.NAME, "examples": examples, "shard_size": c.cache.shard_size}
     return shards | settings | data | dataset.identity(c)
 
@@ -90,12 +94,13 @@ def cache_plan(experiment: Experiment, examples: int) -> dict[str, Any]:
 def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
     """batch -> what is kept of it: one compiled function, its weights on every device.
 
-    batch: image (b, h, w, 3) uint8, ids (b, s), caption (b, n) uint8, which passes by.
+    batch: image (b, h, w, 3) uint8 unless data are prompts, ids (b, s), caption (b, n) uint8, which passes by.
     """
     networks, base, c = experiment.networks, experiment.base, experiment.config.cache
 
     def encode(vae: Params, text: dict[str, Params], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        arrays = dict(zip(kinds.LATENTS, pairs.posterior(networks, vae, batch["image"]), strict=True))
+        posterior = pairs.posterior(networks, vae, batch["image"]) if "image" in batch else ()
+        arrays = dict(zip(kinds.LATENTS, posterior, strict=bool(posterior)))
         if c.text:
             states = text_context(networks.condition, text, batch["ids"])
             arrays |= {name: value for name, value in zip(kinds.TEXTS, states, strict=False) if value is not None}
@@ -121,8 +126,8 @@ def _rows(
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
         items = loader.read_items(source, [int(row) % len(source) for row in rows])
         captions = [item["caption"] for item in items]
-        images = np.stack([item["image"] for item in items])
-        return {"image": images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}
+        images = {"image": np.stack([item["image"] for item in items])} if "image" in items[0] else {}
+        return {**images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}
 
     index = iter(numbers)
     for batch, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers, progress):

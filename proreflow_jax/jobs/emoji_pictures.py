@@ -92,7 +92,7 @@ def make_picture_draw(experiment: Experiment) -> Callable:
 
     @partial(jax.jit, static_argnames=("flow", "plain"))
     def move(params: Any, z: jax.Array, ends: jax.Array, states: Any, scale: Any, *, flow: Any, plain: bool) -> jax.Array:
-        predict = solvers.guided(make_predict(n.denoiser, params, dtype), states, negative, 1 if plain else scale)
+        predict = solvers.guided(make_predict(n.denoiser, n.schedule, params, dtype), states, negative, 1 if plain else scale)
         t, u = (jnp.full(z.shape[0], end) for end in ends)
         return solvers.make_step(flow, n.schedule, predict)(z, t, u, None)[0]
 

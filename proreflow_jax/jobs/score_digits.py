@@ -237,7 +237,7 @@ def make_draw(experiment: Experiment) -> Draw:
 
     @partial(jax.jit, static_argnames="flow")
     def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Parameterization) -> jax.Array:
-        predict = solvers.guided(make_predict(n.denoiser, params, dtype), states, None, 1.0)
+        predict = solvers.guided(make_predict(n.denoiser, n.schedule, params, dtype), states, None, 1.0)
         each = lambda time: jnp.full(z.shape[0], time)
         return solvers.make_step(flow, n.schedule, predict)(z, each(t), each(u), None)[0]
 

@@ -21,13 +21,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.models.network import Params
+from proreflow_jax.models.network import Context, Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import text_context
 from proreflow_jax.run import outlook, train_state
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.pictures import HALVES
 from proreflow_jax.run.stages import PICTURE_KEY, SAMPLES, Stage, run_key
+from proreflow_jax.run.text_states import host_context, spares_encoders
 from proreflow_jax.runtime import mesh, stacks
 from proreflow_jax.runtime.processes import first, first_says, host_arrays, leads
 from proreflow_jax.storage import atomic, paths
@@ -41,7 +42,7 @@ GAP = 4  # white pixels between base model and student
 class StagePictures:
     """Draws one stage's pictures; all processes ask for each. With --config.samples.prompts empty it does nothing.
 
-    It holds the base model's weights only if the student is a LoRA beside them. Make it while the base model is in memory.
+    Beside a LoRA it holds the base model's weights, else its constants. Make it while the base model is in memory.
     """
 
     def __init__(self, experiment: Experiment, stage: Stage) -> None:
@@ -50,7 +51,7 @@ class StagePictures:
         self.on = bool(self._config.prompts)
         if not self.on:
             return
-        self._base: Params = experiment.denoiser.params() if experiment.layout.scale else {}
+        self._base: Params = experiment.denoiser.beside(experiment.layout)
         self._inputs = self._make_inputs()
         steps = max(self._config.steps, stage.student.windows)
         self._draw = self._program(stage.student, steps, self._config.guidance)
@@ -100,6 +101,12 @@ class StagePictures:
         noise = jax.random.normal(run_key(self._experiment.config, PICTURE_KEY, 0), (c.count, *base.latent_shape))
         own = mesh.own_rows(machine, size) % images
         rows = {"noise": np.tile(np.asarray(noise), (len(c.prompts), 1, 1, 1))[own], "ids": ids[own]}
+        if spares_encoders(self._experiment.config, base):
+            read = host_context(base, [c.prompts[row // c.count] for row in own])
+            states = {name: value for name, value in read._asdict().items() if value is not None}
+            placed = mesh.put_batch(machine, {"noise": rows["noise"], **states}, size)
+            empty = jax.device_put(host_context(base, [""]), mesh.replicated(machine))
+            return placed.pop("noise"), Context(**placed), empty
         rows = mesh.put_batch(machine, rows, size)
         text = jax.device_put(base.text, mesh.replicated(machine))
         read = jax.jit(partial(text_context, self._experiment.networks.condition))

@@ -33,8 +33,9 @@ def read_study(record: Mapping[str, Any], picture: str = "") -> Study | None:
 def _settings(s: Mapping[str, Any]) -> str:
     return (
         f"{s['examples']} prompts of the run; mean ± {s['spread']} ({s['seeds']} seeds of the noise); paths of "
-        f"{s['steps']} steps, perturbed samples of {s['perturbed_steps']} DDIM steps; computed in {s['dtype']}. Lines at the "
-        "points are the spread, numbers beside the names are those of the last point. Windows go from noise to data."
+        f"{s['steps']} steps, perturbed samples of {s['perturbed_steps']} {s.get('step', 'DDIM')} steps; computed in "
+        f"{s['dtype']}. Lines at the points are the spread, numbers beside the names are those of the last point. Windows go "
+        "from noise to data."
     )
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.evaluation import figures, trajectory
 from proreflow_jax.flow import solvers, windows
+from proreflow_jax.flow.schedule import RectifiedFlow, Schedule
 from proreflow_jax.jobs.run_page import keep_page
 from proreflow_jax.jobs.study_facts import NUMBERS
 from proreflow_jax.models.network import Params
@@ -71,8 +72,9 @@ def study_flow(experiment: Experiment) -> dict[str, Any]:
             "sizes": list(s.sizes),
             "spread": "standard deviation over seeds",
             "dtype": config.model.sampling_dtype,
+            **({"step": "Euler"} if isinstance(experiment.networks.schedule, RectifiedFlow) else {}),
         },
-        "straightness": _straightness(walks, inputs.nodes, config.stages),
+        "straightness": _straightness(experiment.networks.schedule, walks, inputs.nodes, config.stages),
         "velocity_error": {str(n): _errors(experiment, n, base, student, walks[0], inputs) for n, student in students.items()},
         "discrepancy": _discrepancy(walks[0], inputs.nodes),
         "perturbation": _perturbation(experiment, base, inputs),
@@ -112,7 +114,8 @@ def _in_batches(experiment: Experiment, call: Callable[..., Any], rows: Mapping[
 
 def _predict(experiment: Experiment, params: Params, text: Any, ids: jax.Array) -> solvers.Predict:
     n, dtype = experiment.networks, experiment.config.model.sampling_dtype
-    return solvers.guided(make_predict(n.denoiser, params, dtype), text_context(n.condition, text, ids), None, 1)
+    predict = make_predict(n.denoiser, n.schedule, params, dtype)
+    return solvers.guided(predict, text_context(n.condition, text, ids), None, 1)
 
 
 def _walks(experiment: Experiment, weights: Weights, inputs: StudyInputs) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -142,12 +145,12 @@ def _spread(values: Any) -> dict[str, Any]:
     return {"mean": values.mean(axis=0).tolist(), "spread": values.std(axis=0, ddof=1).tolist()}
 
 
-def _straightness(walks: dict[int, list], nodes: np.ndarray, counts: tuple[int, ...]) -> dict[str, Any]:
+def _straightness(schedule: Schedule, walks: dict[int, list], nodes: np.ndarray, counts: tuple[int, ...]) -> dict[str, Any]:
     """Relative straightness: of a student in its own windows, of the base model in those of every stage and in one."""
 
     def relative(walk: tuple[np.ndarray, np.ndarray], n: int) -> np.ndarray:
         states, velocities = (jnp.asarray(one) for one in walk)
-        return np.mean(trajectory.straightness(states, velocities, nodes, n)[1], axis=0)
+        return np.mean(trajectory.straightness(schedule, states, velocities, nodes, n)[1], axis=0)
 
     rows = [(0, n) for n in (*counts, 1)] + [(n, n) for n in counts]
     return {f"{_name(who)}, {n} windows": _spread([relative(walk, n) for walk in walks[who]]) for who, n in dict.fromkeys(rows)}
@@ -229,7 +232,7 @@ def _draw(experiment: Experiment, numbers: dict[str, Any]) -> None:
         for name in trajectory.KINDS
     ]
     labels = "relative error r of each step's velocity", "distance to the sample without errors (RMS)"
-    title = f"Direction against magnitude, {s.perturbed_steps} DDIM steps, {of}"
+    title = f"Direction against magnitude, {s.perturbed_steps} {numbers['settings'].get('step', 'DDIM')} steps, {of}"
     figures.lines(run / "perturbation.png", lines, *labels, title)
     for n, rows in numbers["velocity_error"].items():
         marks = {k: f"{k + 1}" for k in range(int(n))}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import loader, record_plan, records
+from proreflow_jax.flow.parameterization import OF_FLOWS
 from proreflow_jax.jobs.onlookers import axis, make_onlookers, tracked
 from proreflow_jax.jobs.stage_pictures import StagePictures
 from proreflow_jax.models.network import Params
@@ -37,6 +38,7 @@ from proreflow_jax.run.experiment import (
 )
 from proreflow_jax.run.outlook import TRAIN, Outlook, compiling
 from proreflow_jax.run.stages import TRAIN_KEY, Done, Stage, read_done, run_key, write_done
+from proreflow_jax.run.text_states import WithText, host_context, spares_encoders
 from proreflow_jax.runtime import mesh, stopping
 from proreflow_jax.runtime.checkpoint import Checkpoints, Restored, digest, fold
 from proreflow_jax.runtime.damage import Damaged
@@ -134,16 +136,23 @@ def _source(experiment: Experiment, stage: Stage) -> loader.Source:
         return open_source(experiment.config, experiment.base)
     folder = paths.local_copy(stage.folder / "pairs")
     record_plan.check_plan(folder, stage_plan(experiment, stage, handed_on(experiment, stage.maker), PLANNED))
-    return records.PairRecords(folder, verify=leads())
+    made = records.PairRecords(folder, verify=leads())
+    if not spares_encoders(experiment.config, experiment.base):
+        return made
+    return WithText(made, open_source(experiment.config, experiment.base), experiment.config.seed)
 
 
 def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
-    networks = experiment.networks
-    ids = jnp.asarray(experiment.base.tokenizer.encode(IDENTITY_PROMPTS))
+    networks, base = experiment.networks, experiment.base
+    if spares_encoders(experiment.config, base):
+        context = host_context(base, IDENTITY_PROMPTS)
+    else:
+        ids = jnp.asarray(base.tokenizer.encode(IDENTITY_PROMPTS))
+        context = jax.jit(partial(text_context, networks.condition))(base.text, ids)
     gap = check_identity(
         parent.params,
-        jax.jit(partial(text_context, networks.condition))(experiment.base.text, ids),
-        experiment.base.latent_shape,
+        context,
+        base.latent_shape,
         run_key(experiment.config, TRAIN_KEY, 0),
         denoiser=networks.denoiser,
         schedule=networks.schedule,
@@ -151,7 +160,8 @@ def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
         student=stage.student,
     )
     if gap is not None:
-        log.info("step-0 identity: the untrained student is its teacher, one DDIM step a window (gap %.1e)", gap)
+        kind = "Euler" if experiment.flow.prediction in OF_FLOWS else "DDIM"
+        log.info("step-0 identity: the untrained student is its teacher, one %s step a window (gap %.1e)", kind, gap)
 
 
 def make_train_step(experiment: Experiment, stage: Stage, parent: Weights) -> Callable[[Any, Any], tuple[Any, Any]]:
@@ -255,7 +265,7 @@ def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable
     of_weights = partial(reflow_loss, flow=stage.student, networks=networks, loss=stage.loss)
 
     def draw(frozen: pairs.Frozen, batch: dict, key: jax.Array) -> dict:
-        return examples(frozen, crossed(frozen, batch) if stage.online else batch, key)
+        return examples(frozen, crossed(frozen, batch) if stage.online else pairs.spoken(frozen, batch, networks), key)
 
     return draw, lambda trained, base, examples: of_weights(whole(trained, base), examples)
 

@@ -3,7 +3,7 @@
 `plan` compiles them for TPU slices, `bench` runs them on the machine at hand.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from proreflow_jax import UserError
 from proreflow_jax.data import kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
+from proreflow_jax.models.network import Context
 from proreflow_jax.perf import flops, resident
 from proreflow_jax.perf.resident import BATCH, ENCODERS, STATE, STUDENT
 from proreflow_jax.reflow.pairs import Frozen
@@ -164,13 +165,15 @@ def frozen_shapes(experiment: Experiment, stage: Stage, teacher: bool, with_vae:
     whole = partial(_everywhere, experiment)
     denoiser = resident.denoiser_shapes(experiment)
     text = {name: encoder.shapes for name, encoder in base.networks.items() if name in base.text}
+    spared = base.denoiser_name == "transformer" and _cached_text(config)  # as `text_states.spares_encoders`
     return Frozen(
-        text=whole(text),
+        text={} if spared else whole(text),
         vae=whole(base.vae.shapes) if with_vae else {},
         teacher=denoiser if teacher else {},
         empty=_shape(mesh.replicated(experiment.mesh), (base.tokenizer.length,), np.int32),
         key=_key(experiment, stage),
-        base=denoiser if config.student.lora.rank else {},
+        base=train_state.beside_trained(experiment.layout, denoiser),
+        unprompted=whole(_context_shapes(experiment, 1)) if spared else None,
     )
 
 
@@ -183,21 +186,36 @@ def prompt_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStr
         rows["image"] = split((b, base.resolution, base.resolution, 3), np.uint8)
     elif config.pairs.start == "data":
         rows |= {name: split((b, *base.latent_shape), jnp.dtype(config.cache.storage)) for name in kinds.LATENTS}
-    if kinds.has_latents(config.data) and config.cache.text:
-        states = jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct(rows["ids"].shape, np.int32))
-        texts = {name: value for name, value in zip(kinds.TEXTS, states, strict=False) if value is not None}
-        rows |= {name: split(value.shape, jnp.dtype(config.cache.storage)) for name, value in texts.items()}
-    return rows
+    return rows | (_text_shapes(experiment, b) if _cached_text(config) else {})
+
+
+def _cached_text(config: ConfigDict) -> bool:
+    return kinds.has_latents(config.data) and config.cache.text
+
+
+def _context_shapes(experiment: Experiment, b: int) -> Context:
+    base = experiment.base
+    return jax.eval_shape(base.condition, base.text, jax.ShapeDtypeStruct((b, base.tokenizer.length), np.int32))
+
+
+def _text_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of the text states that a cache holds."""
+    split, dtype = partial(_shape, mesh.batch_sharding(experiment.mesh)), jnp.dtype(experiment.config.cache.storage)
+    states = zip(kinds.TEXTS, _context_shapes(experiment, b), strict=False)
+    return {name: split(value.shape, dtype) for name, value in states if value is not None}
 
 
 def record_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of pair records, as of `data.records`."""
     config, split = experiment.config, partial(_shape, mesh.batch_sharding(experiment.mesh))
     b, bounds = config.train.batch, record_bounds(config, stage)
+    spared = experiment.base.denoiser_name == "transformer" and _cached_text(config)
+    texts = _text_shapes(experiment, b) if spared else {}  # read beside the records
     return {
         "states": split((b, bounds, *experiment.base.latent_shape), jnp.dtype(config.pairs.storage)),
         "first": split((b,), np.int32),
         "ids": split((b, experiment.base.tokenizer.length), np.int32),
+        **texts,
     }
 
 
@@ -211,7 +229,7 @@ def storage(experiment: Experiment, stage: Stage) -> dict[str, int]:
     config = experiment.config
     record = {name: shape.shape[1:] for name, shape in record_shapes(experiment, stage).items()}
     width = {"states": jnp.dtype(config.pairs.storage).itemsize, "first": 4, "ids": 4}
-    one = sum(width[name] * int(np.prod(shape)) for name, shape in record.items())
+    one = sum(width[name] * int(np.prod(shape)) for name, shape in record.items() if name in width)
     stored = 0 if stage.online else config.pairs.examples
     state = sum(leaf.dtype.itemsize * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(experiment.layout.target))
     return {"pairs": one * stored, "checkpoints": state * config.checkpoint.keep}
@@ -225,9 +243,9 @@ def _shape(place: NamedSharding, shape: tuple[int, ...], dtype: Any) -> jax.Shap
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-def _everywhere(experiment: Experiment, tree: Mapping[str, Any]) -> Any:
+def _everywhere(experiment: Experiment, tree: Any) -> Any:
     whole = NamedSharding(experiment.mesh, PartitionSpec())
-    return jax.tree.map(lambda shape: _shape(whole, shape.shape, shape.dtype), dict(tree))
+    return jax.tree.map(lambda shape: _shape(whole, shape.shape, shape.dtype), tree)
 
 
 def _key(experiment: Experiment, stage: Stage) -> jax.ShapeDtypeStruct:

@@ -32,7 +32,11 @@ Classes = Mapping[str, Any]  # class -> tree of shapes with shardings
 
 def frozen_classes(frozen: Frozen) -> dict[str, Any]:
     """The frozen arrays of a step by class."""
-    return {TEACHER: frozen.teacher, BASE: frozen.base, ENCODERS: (frozen.text, frozen.vae, frozen.empty, frozen.key)}
+    return {
+        TEACHER: frozen.teacher,
+        BASE: frozen.base,
+        ENCODERS: (frozen.text, frozen.vae, frozen.empty, frozen.key, frozen.unprompted),
+    }
 
 
 def beside_pairs(experiment: Experiment, by_base: bool) -> dict[str, Any]:

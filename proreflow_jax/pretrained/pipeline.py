@@ -58,6 +58,11 @@ class Pipeline(NamedTuple):
         return self.networks[self.denoiser_name]
 
     @property
+    def denoiser_word(self) -> str:
+        """How messages call the network that is distilled."""
+        return "UNet" if self.denoiser_name == "unet" else self.denoiser_name
+
+    @property
     def vae(self) -> Network:
         """Images <-> latents."""
         return self.networks["vae"]
@@ -144,6 +149,14 @@ def read_denoiser(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]
     return weights.place(source.tensors(name), shapes, shardings, f"{source.origin / name}")
 
 
+def read_constants(base: Pipeline, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """The denoiser's constants alone, likewise; {} of a UNet. Raises UserError as `load_pipeline`."""
+    network, tensors = base.denoiser, base.source.tensors(base.denoiser_name)
+    alone = {name: tensors[name] for name in network.constants}
+    shapes = {name: network.shapes[name] for name in network.constants}
+    return weights.place(alone, shapes, shardings, f"{base.source.origin / base.denoiser_name}") if alone else {}
+
+
 def outline_pipeline(
     source: sources.ModelSource,
     prediction_type: str = "",
@@ -213,6 +226,12 @@ def _conditioner(
     target_size: tuple[int, int],
 ) -> Conditioner:
     if "transformer" in networks:
+        for name, value in {"original_size": original_size, "crop": crop, "target_size": target_size}.items():
+            if any(value):
+                raise UserError(
+                    f"--config.conditioning.{name}={value}: {source.origin} is a Stable Diffusion 3, which is told no sizes: "
+                    "leave it out"
+                )
         width, tokens = networks["transformer"].config["joint_attention_dim"], LENGTH if T5 in networks else 1
         return make_joint_conditioner(_encoders(networks), width, tokens)
     own = (_pixels(networks),) * 2

@@ -68,7 +68,7 @@ def draw_examples(
       window: a `Window`, one of each record's, at a time inside it.
       z: the state at that time, on the path between the record's states at the window's bounds.
       v: the velocity there that a perfect student has.
-      context: the conditioning of the UNet.
+      context: the conditioning of the denoiser.
     """
     pick, times = jax.random.split(key)
     b, bounds = pairs["states"].shape[:2]
@@ -80,7 +80,7 @@ def draw_examples(
     w = draw_times(times, k, flow.windows, loss.window_start_prob, loss.start_steps)
     z = windows.interpolate(flow.path, networks.schedule, z_s, z_e, w)
     v = target_velocity(flow, networks.schedule, z_s, z_e, z, w)
-    context = row_context(networks.condition, frozen.text, frozen.empty, pairs)
+    context = row_context(networks.condition, frozen, pairs)
     return jax.lax.stop_gradient({"z": z, "window": w, "v": v, "context": context})
 
 
@@ -89,7 +89,7 @@ def target_velocity(flow: Parameterization, schedule: Schedule, z_s: Array, z_e:
 
     That epsilon is the same at every t, whatever the student's prediction type.
     """
-    chord = windows.chord(z_s, z_e, w.t_s, w.t_e)
+    chord = windows.chord(schedule, z_s, z_e, w.t_s, w.t_e)
     if flow.path == "linear":
         return chord
     jump = flow._replace(prediction="ddim_eps")
@@ -106,7 +106,7 @@ def reflow_loss(
     in which units alpha is and whether large errors are bent.
     """
     z, w, schedule = examples["z"], examples["window"], networks.schedule
-    out = make_predict(networks.denoiser, params, loss.dtype)(z, w.t, examples["context"])
+    out = make_predict(networks.denoiser, schedule, params, loss.dtype)(z, w.t, examples["context"])
 
     v, target = flow.to_velocity(schedule, z, out, w), examples["v"]
     if loss.space == "output":

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from proreflow_jax import UserError
 from proreflow_jax.flow import solvers
 from proreflow_jax.flow import windows as windowing
-from proreflow_jax.flow.parameterization import JUMPS, Parameterization
-from proreflow_jax.flow.schedule import GRID, Schedule, per_example, timestep
+from proreflow_jax.flow.parameterization import JUMPS, OF_FLOWS, Parameterization
+from proreflow_jax.flow.schedule import GRID, RectifiedFlow, Schedule, per_example
 from proreflow_jax.models.network import Conditioner, Context, Network, Params, cast
 
 STARTS = ("noise", "data")
@@ -42,7 +42,7 @@ class Networks(NamedTuple):
     """The networks of a model and the numbers around them; functions only, parameters travel as `Frozen`."""
 
     denoiser: Network
-    condition: Conditioner  # ids -> the UNet's conditioning
+    condition: Conditioner  # ids -> the denoiser's conditioning
     vae: Network
     schedule: Schedule
     scaling: float  # diffusion works on latents times this
@@ -56,7 +56,8 @@ class Frozen(NamedTuple):
     teacher: Params  # {} where no pairs are made
     empty: Int[Array, " s"]  # ids of the empty prompt
     key: Key[Array, ""]  # of the pairs
-    base: Params = {}  # beside which low-rank factors are trained; {} where all weights are
+    base: Params = {}  # beside what is trained: all weights beside low-rank factors, else the denoiser's constants
+    unprompted: Context | None = None  # the empty prompt's, (1, ...), where batches bring their text states and `text` is {}
 
 
 def cross_windows(
@@ -79,9 +80,9 @@ def cross_windows(
     rows = dropped(frozen, batch, drop, networks)
     noise = jax.vmap(lambda k: jax.random.normal(k, recipe.latent))(keys[:, 1])
 
-    predict = make_predict(networks.denoiser, frozen.teacher, recipe.dtype)
-    empty = text_context(networks.condition, frozen.text, frozen.empty[None]) if recipe.guidance != 1 else None
-    context = row_context(networks.condition, frozen.text, frozen.empty, rows)
+    predict = make_predict(networks.denoiser, networks.schedule, frozen.teacher, recipe.dtype)
+    empty = empty_context(networks.condition, frozen) if recipe.guidance != 1 else None
+    context = row_context(networks.condition, frozen, rows)
     guided = solvers.guided(predict, context, empty, recipe.guidance)
     step = solvers.make_step(flow, networks.schedule, guided, recipe.solver)
 
@@ -99,11 +100,18 @@ def dropped(frozen: Frozen, batch: Mapping[str, Array], drop: Bool[Array, " b"],
     """ids, and text and pooled where the batch has them. Rows that drop their prompt get the empty prompt's."""
     rows = {"ids": jnp.where(drop[:, None], frozen.empty, batch["ids"])}
     if "text" in batch:
-        empty = text_context(networks.condition, frozen.text, frozen.empty[None])
+        empty = empty_context(networks.condition, frozen)
         rows["text"] = jnp.where(drop[:, None, None], empty.states, batch["text"].astype(empty.states.dtype))
         if empty.pooled is not None:
             rows["pooled"] = jnp.where(drop[:, None], empty.pooled, batch["pooled"].astype(empty.pooled.dtype))
     return rows
+
+
+def spoken(frozen: Frozen, batch: Mapping[str, Array], networks: Networks) -> dict[str, Array]:
+    """Pair records, with the empty prompt's text states where `ids` say that the prompt was dropped."""
+    if "text" not in batch:
+        return dict(batch)
+    return {**batch, **dropped(frozen, batch, jnp.all(batch["ids"] == frozen.empty, axis=1), networks)}
 
 
 def whole_trajectory(step: solvers.Step, noise: Float[Array, "b h w c"], recipe: PairRecipe) -> Float[Array, "b bounds h w c"]:
@@ -165,32 +173,38 @@ def check_pair_steps(recipe: PairRecipe, flow: Parameterization) -> None:
 
 
 def make_predict(
-    denoiser: Network, params: Params, dtype: str = "float32"
+    denoiser: Network, schedule: Schedule, params: Params, dtype: str = "float32"
 ) -> Callable[[Float[Array, "b h w c"], Float[Array, " b"], Context], Float[Array, "b h w c"]]:
-    """predict(z, t, context) of a UNet, for `solvers.guided`; computed in `dtype`, returned as float32."""
+    """predict(z, t, context) of a denoiser that is fed the schedule's timestep, for `solvers.guided`.
+
+    Computed in `dtype`, returned as float32.
+    """
     weights = params if dtype == "float32" else cast(params, jnp.dtype(dtype))
 
     def predict(z: Array, t: Array, context: Context) -> Array:
-        return denoiser.apply(weights, z.astype(dtype), timestep(t), *context.cast(dtype)).astype(z.dtype)
+        return denoiser.apply(weights, z.astype(dtype), schedule.timestep(t), *context.cast(dtype)).astype(z.dtype)
 
     return predict
 
 
 def text_context(condition: Conditioner, params: Mapping[str, Params], ids: Int[Array, "b s"]) -> Context:
-    """The UNet's conditioning by prompts; no gradient flows into it. params: of the text encoders, by component."""
+    """The denoiser's conditioning by prompts; no gradient flows into it. params: of the text encoders, by component."""
     return jax.lax.stop_gradient(condition(params, ids))
 
 
-def row_context(
-    condition: Conditioner, params: Mapping[str, Params], empty: Int[Array, " s"], rows: Mapping[str, Array]
-) -> Context:
-    """The UNet's conditioning by the prompts of a batch: from the rows' text states, or else from their ids.
+def empty_context(condition: Conditioner, frozen: Frozen) -> Context:
+    """The conditioning by the empty prompt, (1, ...)."""
+    return text_context(condition, frozen.text, frozen.empty[None]) if frozen.unprompted is None else frozen.unprompted
 
-    rows: ids (b, s), or text (b, s, d) with SDXL's pooled (b, p). empty: ids of the empty prompt.
+
+def row_context(condition: Conditioner, frozen: Frozen, rows: Mapping[str, Array]) -> Context:
+    """The denoiser's conditioning by the prompts of a batch: from the rows' text states, or else from their ids.
+
+    rows: ids (b, s), or text (b, s, d) with the pooled (b, p) of SDXL and SD 3.
     """
     if "text" not in rows:
-        return text_context(condition, params, rows["ids"])
-    one = text_context(condition, params, empty[None])  # its sizes are every row's
+        return text_context(condition, frozen.text, rows["ids"])
+    one = empty_context(condition, frozen)  # its sizes are every row's
     context = Context(rows["text"], rows.get("pooled"), None).cast(one.states.dtype)
     sizes = None if one.time_ids is None else jnp.repeat(one.time_ids, len(context.states), axis=0)
     return jax.lax.stop_gradient(context._replace(time_ids=sizes))
@@ -205,31 +219,48 @@ def identity_gap(
     schedule: Schedule,
     student: Parameterization,
 ) -> Float[Array, ""]:
-    """Largest difference, over all windows, between the untrained student's step and one DDIM step of its teacher.
+    """Largest difference, over all windows, between the untrained student's step and one stock step of its teacher.
 
-    Relative to the first term of z_e = l z + h out, since the two may cancel. The teacher's coefficients are diffusers'
-    ("trailing" spacing, set_alpha_to_one=False), from the table in float64. Both sides share one network call a window; a
-    second comparison is that the network's timestep is the table's entry.
+    The stock step is `stock_steps`. Relative to the first term of z_e = l z + h out, since the two may cancel. Both sides
+    share one network call a window; a second comparison is that the network's timestep is the stock scheduler's, a rectified
+    flow's in units of 1000.
     """
-    n, width = student.windows, GRID // student.windows
-    begin = 999 - width * np.arange(n)
+    n = student.windows
+    entry, keep, add = stock_steps(schedule, student)
+    unit = GRID if isinstance(schedule, RectifiedFlow) else 1
+
+    def gap(row: tuple[Array, ...]) -> Float[Array, ""]:
+        k, entry, ell, h = row
+        w = windowing.at_start(jnp.broadcast_to(k, z.shape[:1]), n)
+        out = make_predict(denoiser, schedule, params)(z, w.t, context)
+        theirs = ell * z + h * out
+        ours = student.advance(schedule, z, out, w, w.t_e)
+        norm = lambda x: jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=1)
+        late = jnp.abs(schedule.timestep(w.t) - entry) / unit
+        return jnp.max(jnp.maximum(norm(ours - theirs) / (ell * norm(z)), late))
+
+    steps = (np.arange(n), entry, keep.astype(np.float32), add.astype(np.float32))
+    return jnp.max(jax.lax.map(gap, jax.tree.map(jnp.asarray, steps)))
+
+
+def stock_steps(schedule: Schedule, student: Parameterization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(timestep, l, h), (n,) each, of diffusers' step z_e = l z + h out over each of the student's windows, in float64.
+
+    Of a table DDIM's ("trailing" spacing, set_alpha_to_one=False), with the output read as the type that the student kept; of
+    a rectified flow Euler's between the shifted bounds.
+    """
+    if isinstance(schedule, RectifiedFlow):
+        t = windowing.bounds(student.windows)
+        s = schedule.shift * t / (1 + (schedule.shift - 1) * t)
+        return GRID * s[:-1], np.ones(student.windows), np.diff(s)
+    width = GRID // student.windows
+    begin = 999 - width * np.arange(student.windows)
     a_s, a_e = schedule.alphas_cumprod[begin], schedule.alphas_cumprod[np.maximum(begin - width, 0)]
     keep = np.sqrt(a_e / a_s)
     add = np.sqrt(1 - a_e) - keep * np.sqrt(1 - a_s)
     if JUMPS.get(student.prediction) == "v_prediction":  # eps = sqrt(a_s) out + sqrt(1 - a_s) z
         keep, add = keep + add * np.sqrt(1 - a_s), add * np.sqrt(a_s)
-
-    def gap(row: tuple[Array, ...]) -> Float[Array, ""]:
-        k, entry, ell, h = row
-        w = windowing.at_start(jnp.broadcast_to(k, z.shape[:1]), n)
-        out = make_predict(denoiser, params)(z, w.t, context)
-        theirs = ell * z + h * out
-        ours = student.advance(schedule, z, out, w, w.t_e)
-        norm = lambda x: jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=1)
-        return jnp.max(jnp.maximum(norm(ours - theirs) / (ell * norm(z)), jnp.abs(timestep(w.t) - entry)))
-
-    steps = (np.arange(n), begin, keep.astype(np.float32), add.astype(np.float32))
-    return jnp.max(jax.lax.map(gap, jax.tree.map(jnp.asarray, steps)))
+    return begin, keep, add
 
 
 def check_identity(
@@ -243,19 +274,22 @@ def check_identity(
     base: Parameterization,
     student: Parameterization,
 ) -> float | None:
-    """The step-0 identity: an untrained student with its teacher's prediction type is that teacher, one DDIM step a window.
+    """The step-0 identity: an untrained student with its teacher's prediction type is that teacher, one stock step a window.
 
-    It holds for ddim_eps of an epsilon model and ddim_v of a v_prediction model. Returns the gap, or None for other pairs.
+    It holds for ddim_eps of an epsilon model and ddim_v of a v_prediction model, with DDIM, and for velocity of a rectified
+    flow, with Euler. Returns the gap, or None for other pairs.
     Raises UserError if the gap exceeds 1e-5: schedule, time or prediction type are wrong, and training is money lost.
     """
-    if JUMPS.get(student.prediction) != base.prediction:
+    flows = base.prediction in OF_FLOWS and student.prediction == "velocity"
+    if not flows and JUMPS.get(student.prediction) != base.prediction:
         return None
     z = jax.random.normal(key, (context.states.shape[0], *latent))
     gap = jax.jit(lambda p, x, c: identity_gap(p, x, c, denoiser=denoiser, schedule=schedule, student=student))
     value = float(gap(params, z, context))
     if not value <= TOLERANCE:
         raise UserError(
-            f"step-0 identity: the untrained student differs from its teacher's DDIM step by {value:.1e}, must be at most "
+            f"step-0 identity: the untrained student differs from its teacher's {'Euler' if flows else 'DDIM'} step by "
+            f"{value:.1e}, must be at most "
             f"{TOLERANCE:.0e}: look at scheduler/scheduler_config.json and weights of --config.model.path"
         )
     return value

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from proreflow_jax.flow.losses import squared_error
-from proreflow_jax.flow.schedule import Schedule, grid_time, per_example, timestep
+from proreflow_jax.flow.schedule import Schedule, grid_time, per_example
 from proreflow_jax.models.network import Network, Params
 
 DENOISER, TEXT = "unet/", "text_encoder/"  # prefixes of the two networks that are trained as one flat dict
@@ -76,7 +76,7 @@ def draw_noise(
     z = per_example(schedule.alpha(t), x0) * x0 + per_example(schedule.sigma(t), x0) * eps
     ids = jnp.where(jax.random.bernoulli(drops, drop, (b, 1)), empty, draw_wording(batch["ids"], jax.random.fold_in(drops, 1)))
     weight = {"weight": jnp.minimum(1.0, most_snr * jnp.exp(-schedule.log_snr(t)))} if most_snr else {}
-    return {"z": z, "timestep": timestep(t), "eps": eps, "ids": ids, **weight}
+    return {"z": z, "timestep": schedule.timestep(t), "eps": eps, "ids": ids, **weight}
 
 
 def draw_wording(ids: Int[Array, "b k s"], key: Key[Array, ""]) -> Int[Array, "b s"]:

@@ -37,16 +37,16 @@ def sample_latents(
     """Latents at t = 0 from noise at t = 1, still scaled.
 
     Args:
-      params: of the UNet.
+      params: of the denoiser.
       noise: unit normal; with skip the state at the time where the first step that is taken begins (`noised`).
       context, negative: conditioning by the prompts and by the negative prompts (one for all, or one each).
       steps: network evaluations per image (twice that with guidance, one batched call a step).
       guidance: scale; the Python number 1 turns it off.
       solver: of a diffusion model; a student moves along its own path.
-      dtype: of the UNet's computation; the states stay float32.
+      dtype: of the denoiser's computation; the states stay float32.
       skip: of the steps, how many at the noisy end are left out: image-to-image.
     """
-    predict = solvers.guided(make_predict(denoiser, params, dtype), context, negative, guidance)
+    predict = solvers.guided(make_predict(denoiser, schedule, params, dtype), context, negative, guidance)
     return solvers.solve(solvers.make_step(flow, schedule, predict, solver), noise, sampling_times(steps, flow)[skip:])
 
 
@@ -74,7 +74,7 @@ def sample_step(
 
     carry: the solver's memory, of the step before; of the first step (zeros like z, the first time of each row).
     """
-    predict = solvers.guided(make_predict(denoiser, params, dtype), context, negative, guidance)
+    predict = solvers.guided(make_predict(denoiser, schedule, params, dtype), context, negative, guidance)
     t, u = (jnp.broadcast_to(time, z.shape[:1]) for time in times)
     return solvers.make_step(flow, schedule, predict, solver)(z, t, u, carry)
 

@@ -56,7 +56,8 @@ def make_instruments(experiment: Experiment) -> Instruments:
     def walk(
         params: Params, z: jax.Array, context: Any, flow: Parameterization, nodes: tuple[float, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        predict = solvers.guided(make_predict(networks.denoiser, params, config.model.sampling_dtype), context, None, 1)
+        predict = make_predict(networks.denoiser, networks.schedule, params, config.model.sampling_dtype)
+        predict = solvers.guided(predict, context, None, 1)
         return trajectory.trajectory(flow, networks.schedule, predict, z, np.asarray(nodes))
 
     return Instruments(
@@ -104,7 +105,7 @@ def measure_student(
     count, nodes = e.study.examples, windows.sampling_nodes(e.study.steps, max(flow.windows, 1))
     context = instruments.context(experiment.base.text, jnp.asarray(inputs.ids[:count]))
     walked = instruments.walk(params, inputs.noise[:count], context, flow=flow, nodes=tuple(nodes.tolist()))
-    bends = trajectory.straightness(*walked, nodes, max(flow.windows, 1))[1]
+    bends = trajectory.straightness(experiment.networks.schedule, *walked, nodes, max(flow.windows, 1))[1]
     return {"steps": scores, "bend": np.mean(bends, axis=0).tolist()}, images
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from proreflow_jax.flow.stock import FLOW_MATCH, model_shift
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.pretrained.sources import TEXT_ENCODERS
 from proreflow_jax.runtime.digest import digest, fold
@@ -21,10 +22,17 @@ def base_identity(base: Pipeline) -> dict[str, str]:
     parts = {name: atomic.json_digest(_described(network.config)) for name, network in base.networks.items()}
     for name in ("vae", *base.text):
         parts[name] = atomic.json_digest([parts[name], fold(digest(base.params[name]))])
-    parts["schedule"] = atomic.json_digest({name: base.scheduler.get(name) for name in SCHEDULE})
+    parts["schedule"] = atomic.json_digest(_schedule(base.scheduler))
     parts["tokenizer"] = atomic.json_digest([_files(base.source.folder / name) for name in _tokenizers(base)])
     parts["index"] = atomic.json_digest(base.source.index.get("force_zeros_for_empty_prompt", False))
     return {f"base.{name}": value for name, value in parts.items()}
+
+
+def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a scheduler's config decides the noise levels: of a rectified flow its shift alone."""
+    if config.get("_class_name") == FLOW_MATCH:
+        return {"shift": model_shift(config)}
+    return {name: config.get(name) for name in SCHEDULE}
 
 
 def _tokenizers(base: Pipeline) -> list[str]:

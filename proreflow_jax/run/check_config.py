@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.data import kinds, record_plan
 from proreflow_jax.flow import solvers
-from proreflow_jax.flow.parameterization import JUMPS, check_prediction
+from proreflow_jax.flow.parameterization import JUMPS, OF_FLOWS, check_prediction
 from proreflow_jax.models.attention_kernels import FORMS
 from proreflow_jax.models.layers import POLICIES
 from proreflow_jax.reflow import train_step
@@ -92,6 +92,11 @@ def check_data_resolution(config: ConfigDict, side: int) -> None:
 def check_student(config: ConfigDict, kind: str) -> None:
     """Raises ValueError if the student would be read as another type of diffusion model than its base is (`kind`)."""
     fits = next((prediction for prediction, trained in JUMPS.items() if trained == kind), "velocity")
+    if kind in OF_FLOWS and config.student.prediction != fits:
+        raise UserError(
+            f"--config.student.prediction={config.student.prediction}: the base model is a rectified flow, whose students "
+            f"predict velocity alone: take --config.student.prediction={fits}"
+        )
     if JUMPS.get(config.student.prediction, kind) != kind:
         raise UserError(
             f"--config.student.prediction={config.student.prediction}: the base model predicts {kind}, its weights would "

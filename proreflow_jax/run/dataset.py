@@ -33,7 +33,17 @@ def open_source(config: ConfigDict, base: Pipeline) -> Source:
     source = kinds.open_data(data)
     if kinds.has_latents(data):
         check_cache(records.read_plan(data.path), base, data.path)
+        if config.pairs.start == "data" and kinds.LATENTS[0] not in cached_fields(config):
+            raise UserError(f"{data.path} is a cache of text without latents: take --config.pairs.start=noise, or cache images")
     return source
+
+
+def cached_fields(config: ConfigDict) -> tuple[str, ...]:
+    """What examples of a cache hold beside their caption, of kinds.LATENTS and kinds.TEXTS; () of data that are no cache."""
+    if not kinds.has_latents(config.data):
+        return ()
+    plan = records.read_plan(_here(config.data).path)
+    return (kinds.LATENTS if "latent" in plan.get("model", {}) else ()) + (kinds.TEXTS if plan.get("cache.text") else ())
 
 
 def check_source(config: ConfigDict, base: Pipeline) -> None:
@@ -81,9 +91,9 @@ def read_captions(config: ConfigDict, source: Source, numbers: Iterable[int]) ->
     return [item["caption"] for item in read_items(source, epoch_places(numbers, config.seed, len(source)))]
 
 
-def made_by(base: Pipeline, text: bool) -> dict[str, Any]:
-    """What a cache of this model depends on: shape of latents, autoencoder; with `text` also tokenizer and text encoders."""
-    facts = {"latent": list(base.latent_shape), "vae": fold(digest(base.params["vae"]))}
+def made_by(base: Pipeline, text: bool, latents: bool = True) -> dict[str, Any]:
+    """What a cache of this model depends on: shape of latents and autoencoder; tokenizer and text encoders."""
+    facts = {"latent": list(base.latent_shape), "vae": fold(digest(base.params["vae"]))} if latents else {}
     if text:
         ids = base.tokenizer.encode(PROBES)
         facts |= {"tokenizer": hashlib.sha256(ids.tobytes()).hexdigest(), "text": fold(digest(base.text))}
@@ -94,7 +104,7 @@ def check_cache(plan: dict[str, Any], base: Pipeline, path: str) -> None:
     """Raises ValueError, one line, if a cache (by its plan) is not what this base model would make."""
     words = {"latent": "the latents' shape", "vae": "the autoencoder", "tokenizer": "the tokenizer", "text": "a text encoder"}
     recorded = plan.get("model", {})
-    for name, value in made_by(base, "text" in recorded).items():
+    for name, value in made_by(base, "text" in recorded, "latent" in recorded or "text" not in recorded).items():
         if recorded.get(name) != value:
             raise UserError(
                 f"{path} was cached with another base model, {words[name]} differs: make the cache anew with this block "

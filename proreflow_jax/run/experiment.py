@@ -18,7 +18,8 @@ from proreflow_jax.reflow.pairs import Frozen, Networks
 from proreflow_jax.reflow.train_step import TrainState, averaged
 from proreflow_jax.run import dataset, taught
 from proreflow_jax.run.stages import DONE, Done, Stage, read_done, seed_key
-from proreflow_jax.run.train_state import StateLayout, whole_weights
+from proreflow_jax.run.text_states import host_context, spares_encoders
+from proreflow_jax.run.train_state import StateLayout, beside_trained, trainable, whole_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import Checkpoints
 from proreflow_jax.runtime.damage import Damaged
@@ -38,14 +39,20 @@ TRAINED = (*PLANNED, "loss", "train", "optimizer")  # blocks that a student depe
 class BaseDenoiser:
     """The base model's denoiser on its devices: read when asked for, kept until it is freed, read again if asked again."""
 
-    def __init__(self, read: Callable[[], Params]) -> None:
-        self._read, self._params, self._digest = read, None, ""
+    def __init__(self, read: Callable[[], Params], read_constants: Callable[[], Params] = dict) -> None:
+        self._read, self._read_constants = read, read_constants
+        self._params, self._digest = None, ""
 
     def params(self) -> Params:
         """The weights by torch names, float32."""
         if self._params is None:
             self._params = self._read()
         return self._params
+
+    def beside(self, layout: StateLayout) -> Params:
+        """`beside_trained`, of which the constants alone are read alone where the weights are not in memory."""
+        alone = self._params is None and not layout.scale
+        return beside_trained(layout, self._read_constants() if alone else self.params())
 
     def digest(self) -> str:
         """The digest of the weights, worked out once."""
@@ -114,10 +121,7 @@ def load_weights(experiment: Experiment, stage: Stage | None) -> Weights:
     except (Damaged, MissingFile) as error:
         again = f"distill, or train --stage={stage.windows}, goes back to the newest good step and trains the rest again"
         raise UserError(f"{error}: {again}") from None
-    if not layout.scale:
-        return Weights(trained, done.flow, done.digest)
-    params = jax.jit(partial(whole_weights, layout))(trained, experiment.denoiser.params())
-    return Weights(params, done.flow, done.digest, trained)
+    return Weights(_whole(experiment, trained), done.flow, done.digest, trained if layout.scale else {})
 
 
 def newest_weights(experiment: Experiment, stage: Stage) -> tuple[Weights, int]:
@@ -140,8 +144,15 @@ def newest_weights(experiment: Experiment, stage: Stage) -> tuple[Weights, int]:
     if restored.meta["lineage"]["windows"] != stage.windows:
         raise UserError(f"{stage.folder / 'checkpoints'} holds another stage's steps: put this stage's own back")
     trained = averaged(restored.state)
-    whole = jax.jit(partial(whole_weights, layout))(trained, experiment.denoiser.params()) if layout.scale else trained
-    return Weights(whole, stage.student, fold(digest(trained)), trained if layout.scale else {}), restored.step
+    factors = trained if layout.scale else {}
+    return Weights(_whole(experiment, trained), stage.student, fold(digest(trained)), factors), restored.step
+
+
+def _whole(experiment: Experiment, trained: Params) -> Params:
+    """The denoiser's weights by what was trained: the very arrays, but for a LoRA's sum."""
+    layout, beside = experiment.layout, experiment.denoiser.beside(experiment.layout)
+    whole = partial(whole_weights, layout)
+    return jax.jit(whole)(trained, beside) if layout.scale else whole(trained, beside)
 
 
 def _weights_alone(layout: StateLayout) -> TrainState:
@@ -173,21 +184,23 @@ def handed_on(experiment: Experiment, stage: Stage | None) -> str:
 def first_weights(experiment: Experiment, parent: Weights) -> Params:
     """What training starts from: the parent's weights; of a LoRA its factors, or new ones that add nothing."""
     if not experiment.layout.scale:
-        return parent.params
+        return {name: parent.params[name] for name in experiment.layout.shapes}
     lora, key = experiment.config.student.lora, seed_key(experiment.config.seed)
-    return parent.factors or lora_factors.init(experiment.networks.denoiser.shapes, lora.layers, lora.rank, key)
+    return parent.factors or lora_factors.init(trainable(experiment.networks.denoiser), lora.layers, lora.rank, key)
 
 
 def frozen_arrays(experiment: Experiment, stage: Stage, teacher: Params, with_vae: bool) -> Frozen:
     """The arrays that a stage's jobs read and never change, on every device. teacher: {} where no pairs are made."""
     base, put = experiment.base, partial(jax.device_put, device=mesh.replicated(experiment.mesh))
+    spared = spares_encoders(experiment.config, base)
     return Frozen(
-        text=put(base.text),
+        text={} if spared else put(base.text),
         vae=put(base.params["vae"]) if with_vae else {},
         teacher=teacher,
         empty=put(base.tokenizer.encode([""])[0]),
         key=stage.pair_key,
-        base=experiment.denoiser.params() if experiment.layout.scale else {},
+        base=experiment.denoiser.beside(experiment.layout),
+        unprompted=put(host_context(base, [""])) if spared else None,
     )
 
 
@@ -264,7 +277,8 @@ def _check_start(experiment: Experiment, stage: Stage, place: Location, parent: 
     if stage.parent is not None:
         raise UserError(f"{place}: this student began as another one than {stage.parent.done} names: put its own parent back")
     raise UserError(
-        f"{place}: this student began as other weights than the UNet of --config.model.path={experiment.config.model.path}: "
+        f"{place}: this student began as other weights than the {experiment.base.denoiser_word} of --config.model.path="
+        f"{experiment.config.model.path}: "
         "name its own base model there, or, if stages came before it, all of them by --config.stages"
     )
 

@@ -15,6 +15,7 @@ from PIL import Image
 from proreflow_jax import UserError
 from proreflow_jax.data.images import LINE_LIMIT, square
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
+from proreflow_jax.flow.schedule import GRID, RectifiedFlow
 from proreflow_jax.flow.solvers import SOLVERS
 from proreflow_jax.models.network import Context, Params
 from proreflow_jax.pretrained.pipeline import Pipeline
@@ -31,7 +32,10 @@ from proreflow_jax.runtime.metrics import check_finite_rows
 BASE_STEPS = 50
 OUTPUTS = ("pil", "array", "latent")
 RANGES = {"steps": (0, 1000), "guidance": (-1000, 1000), "count": (1, 4096), "seed": (0, LARGEST), "strength": (0, 1)}
-TOOL = ("Euler", "Simple")  # sampler and schedule type of A1111 that make DDIM's steps (docs/take-it-to-your-tool.md)
+TOOL = (
+    "Euler",
+    "Simple",
+)  # A1111's sampler and schedule type that make DDIM's steps, or Euler's of a flow (docs/take-it-to-your-tool.md)
 Latents = Float[Array, "b h w c"]
 Texts = str | Sequence[str]
 
@@ -66,13 +70,13 @@ class ImageModel:
       name: how the model is called in the pictures' records.
       digest: of its weights.
       flow: how its output is read; `flow.windows` is 0 for a diffusion model.
-      base: the pipeline around the UNet: tokenizer, text encoders, VAE.
-      networks: UNet, conditioning, VAE and schedule as functions.
-      params: the UNet's weights by torch names.
+      base: the pipeline around the denoiser: tokenizer, text encoders, VAE.
+      networks: denoiser, conditioning, VAE and schedule as functions.
+      params: the denoiser's weights by torch names.
     """
 
     def __init__(self, base: Pipeline, networks: Networks, weights: Weights, name: str, dtype: str = "float32") -> None:
-        """dtype: of the UNet's computation, "float32" or "bfloat16"."""
+        """dtype: of the denoiser's computation, "float32" or "bfloat16"."""
         check_choice(dtype, DTYPES, "dtype")
         self.base, self.networks, self.name, self.dtype = base, networks, name, dtype
         self.params, self.flow, self.digest = weights.params, weights.flow, weights.digest
@@ -90,12 +94,12 @@ class ImageModel:
         return cls(experiment.base, experiment.networks, weights, name, experiment.config.model.sampling_dtype)
 
     def with_weights(self, params: Params, flow: Parameterization | None = None, name: str = "own weights") -> "ImageModel":
-        """The same with another UNet's weights, by the same names; flow: how its output is read, None: as this one's."""
+        """The same with other weights of the denoiser, by the same names; flow: how its output is read, None: as this one's."""
         weights = Weights(params, self.flow if flow is None else flow, fold(digest(params)))
         return ImageModel(self.base, self.networks, weights, name, self.dtype)
 
     def context(self, texts: Texts) -> Context:
-        """The UNet's conditioning by prompts, one row a text."""
+        """The denoiser's conditioning by prompts, one row a text."""
         return self._read(self._text, self.base.tokenizer.encode(check_texts(texts, "texts")))
 
     def decode(self, latents: Latents) -> UInt8[np.ndarray, "b height width 3"]:
@@ -210,7 +214,10 @@ class ImageModel:
         """How the steps were made; "tool": sampler and schedule type of A1111 that make the same steps, if there are any."""
         flow = self.flow
         how = flow._asdict() if flow.windows else {"prediction": flow.prediction, "solver": request.solver}
-        jumps = flow.prediction in JUMPS and request.steps == flow.windows if flow.windows else request.solver == "ddim"
+        if isinstance(self.networks.schedule, RectifiedFlow):  # Simple takes every (1000 / steps)-th of 1000 shifted sigmas
+            jumps = GRID % request.steps == 0 and (request.solver in ("ddim", "euler") or bool(flow.windows))
+        else:
+            jumps = flow.prediction in JUMPS and request.steps == flow.windows if flow.windows else request.solver == "ddim"
         return {**how, "dtype": self.dtype} | ({"tool": TOOL} if jumps else {})
 
 

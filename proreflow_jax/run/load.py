@@ -40,7 +40,7 @@ def load(
       source: a run's folder, or one of its stages (runs/x/stage-4, or as `distill` returns them); a folder that `export`
         wrote; a diffusers folder, a .safetensors file, or a hub id. A student is read as its records say. Local, or gs://.
       stage: of a run: the windows of the student's stage, 0 for the base model; None: the last that is done.
-      dtype: of the UNet's computation, "float32" or "bfloat16"; "": as a run's config says, else float32.
+      dtype: of the denoiser's computation, "float32" or "bfloat16"; "": as a run's config says, else float32.
       revision: of a hub id: branch, tag or commit.
       like: of a single file: folder or hub id with configs and tokenizer; "": its family's own, on the hub.
       vae: another VAE: its folder, a model with a vae/, a .safetensors file or a hub id; "": the model's own.

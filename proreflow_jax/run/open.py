@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.flow.parameterization import DIFFUSION, Parameterization, check_prediction
-from proreflow_jax.flow.schedule import Schedule, from_config
+from proreflow_jax.flow.parameterization import OF_FLOWS, OF_TABLES, Parameterization, check_prediction, prediction_types
+from proreflow_jax.flow.schedule import RectifiedFlow, Schedule, from_config
 from proreflow_jax.flow.windows import check_windows
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.pretrained import pipeline, sources
-from proreflow_jax.pretrained.pipeline import Pipeline, read_denoiser
+from proreflow_jax.pretrained.pipeline import Pipeline, read_constants, read_denoiser
 from proreflow_jax.reflow.loss import check_loss
 from proreflow_jax.reflow.pairs import Networks
 from proreflow_jax.run import dataset
@@ -49,7 +49,8 @@ def open_experiment(
         machine = mesh.make_mesh(1, 1, 1, [device])
     paths.check_reachable(_checked(config, machine))
     base = load_base_model(config, machine)
-    denoiser = BaseDenoiser(lambda: read_denoiser(base, parameter_shardings(config, machine, base.denoiser.shapes)))
+    places = parameter_shardings(config, machine, base.denoiser.shapes)
+    denoiser = BaseDenoiser(partial(read_denoiser, base, places), partial(read_constants, base, places))
     denoiser.params()  # a model that does not fit is refused here
     return _opened(config, machine, base, denoiser, cache(partial(base_identity, base)), base_alone=base_alone, checked=checked)
 
@@ -150,8 +151,14 @@ def base_flow(config: ConfigDict, base: Pipeline) -> Parameterization:
                 f"{sources.PATH}={config.model.path} is a student of {windows} windows by its own words, and its "
                 f"{sealed.RECORD} is missing, which says how it is read: put that back, or export it again"
             )
-        flow = Parameterization(scheduler.get("prediction_type", "epsilon"))
-        check_choice(flow.prediction, DIFFUSION, "prediction_type in the base model's scheduler_config.json")
+        known = prediction_types(scheduler)
+        if config.model.prediction_type and known == OF_FLOWS:
+            raise UserError(
+                f"--config.model.prediction_type={config.model.prediction_type}: {config.model.path} is a rectified flow, "
+                "which predicts its velocity alone: leave it out"
+            )
+        flow = Parameterization(scheduler.get("prediction_type", known[0]))
+        check_choice(flow.prediction, known, "prediction_type in the base model's scheduler_config.json")
         return flow
     where = f"{sources.PATH}={config.model.path}"
     try:
@@ -181,7 +188,7 @@ def _check_from_student(config: ConfigDict, flow: Parameterization, card: Mappin
 
 def _check_noise_levels(source: sources.ModelSource, schedule: Schedule) -> None:
     """Raises UserError, one line, if a single file's own table of noise levels is another than its config's."""
-    levels = source.noise_levels()
+    levels = None if isinstance(schedule, RectifiedFlow) else source.noise_levels()
     if levels is not None and not np.allclose(levels, schedule.alphas_cumprod, rtol=1e-2, atol=1e-3):
         own, other = (f"{table[0]:.4g} to {table[-1]:.4g}" for table in (levels, schedule.alphas_cumprod))
         zero = ", which ends in pure noise (zero terminal SNR, refused here)" if levels[-1] < 1e-6 else ""
@@ -222,7 +229,7 @@ def _reading(config: ConfigDict, machine: Mesh) -> dict[str, Any]:
     """The config's words on how a model is read, as `pipeline` takes them."""
     kind, sizes = config.model.prediction_type, config.conditioning
     if kind:
-        check_choice(kind, DIFFUSION, "--config.model.prediction_type")
+        check_choice(kind, OF_TABLES, "--config.model.prediction_type")
     for name, value in sizes.items():
         if len(value) != 2 or any(type(side) is not int or side < 0 for side in value):
             raise UserError(f"--config.conditioning.{name}={value} must be two numbers of pixels, at least 0")

@@ -37,6 +37,7 @@ class StateLayout(NamedTuple):
     optimizer: Any  # optax chain of a stage
     average: bool  # whether the state has an average of the weights
     scale: float  # what a LoRA's product counts; 0: all weights are trained
+    constants: frozenset[str]  # of the denoiser's arrays, those that no training changes: they stay the base model's
     table: Table  # what is trained, as stacks
     frozen_tables: dict[str, Table]  # frozen networks as stacks, by component
     teacher_dtype: str
@@ -45,7 +46,7 @@ class StateLayout(NamedTuple):
 def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Network]) -> StateLayout:
     """The layout of a config on a mesh. Raises UserError for a LoRA's regex without a layer, and for bad sharding rules."""
     lora, denoiser = config.student.lora, networks[denoiser_name(networks)]
-    shapes = _factor_shapes(denoiser.shapes, lora) if lora.rank else denoiser.shapes
+    shapes = _factor_shapes(trainable(denoiser), lora) if lora.rank else trainable(denoiser)
     chain = train_step.make_optimizer({**config.optimizer, "steps": config.train.steps})
     average = config.train.ema > 0
     whole = jax.eval_shape(lambda p: init_state(p, chain, average), shapes)
@@ -58,10 +59,16 @@ def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Netwo
         optimizer=chain,
         average=average,
         scale=lora_factors.scale_of(lora.rank, lora.alpha) if lora.rank else 0.0,
+        constants=denoiser.constants,
         table=stacks.stack_table(shapes, {name: (where[name].spec, decays[name]) for name in shapes}),
         frozen_tables=_frozen_tables(networks, parameter_shardings(config, machine, denoiser.shapes)),
         teacher_dtype=config.model.teacher_dtype,
     )
+
+
+def trainable(network: Network) -> Shapes:
+    """Shapes of a network's weights without its constants, such as a table of positions: no moments, no average, no decay."""
+    return {name: shape for name, shape in network.shapes.items() if name not in network.constants}
 
 
 def _factor_shapes(weights: Shapes, lora: ConfigDict) -> Shapes:
@@ -94,8 +101,18 @@ def fresh_state(layout: StateLayout, start: Params) -> TrainState:
 
 
 def whole_weights(layout: StateLayout, trained: Params, base: Params) -> Params:
-    """What is trained -> the denoiser's weights: the one function in front of `apply` that makes a student a LoRA."""
-    return lora_factors.add(base, trained, layout.scale) if layout.scale else trained
+    """What is trained -> the denoiser's weights: the one function in front of `apply` that makes a student a LoRA.
+
+    base: `beside_trained` of the base model's weights.
+    """
+    if layout.scale:
+        return lora_factors.add(base, trained, layout.scale)
+    return {**trained, **{name: base[name] for name in layout.constants}} if layout.constants else trained
+
+
+def beside_trained(layout: StateLayout, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The base model's arrays that are needed beside what is trained: all beside a LoRA's factors, else the constants."""
+    return dict(base) if layout.scale else {name: base[name] for name in layout.constants}
 
 
 def stacked(layout: StateLayout, state: TrainState) -> TrainState:
