@@ -163,30 +163,31 @@ def narrow(
     q: narrow_kernel.Parts,
     k: narrow_kernel.Parts,
     v: narrow_kernel.Parts,
-    norms: narrow_kernel.Norms,
+    layers: narrow_kernel.Layers,
     parts: tuple[narrow_kernel.Part, ...],
     compute: Compute,
 ) -> narrow_kernel.Parts:
     """`narrow_kernel.attend`, each device on its own rows and heads; interpreted off TPU."""
     setting = narrow_kernel.Setting(parts, compute.platform != "tpu")
-    attend = lambda q, k, v, norms: narrow_kernel.attend(q, k, v, norms, setting)
-    return _on_each(compute, q[0], lambda _: attend, norms)(q, k, v)
+    attend = lambda *arrays: narrow_kernel.attend(*arrays, setting)
+    return _on_each(compute, q[0], lambda _: attend, layers)(q, k, v)
 
 
-def _on_each(compute: Compute, like: Array, make: Callable[[int], Callable[..., Any]], *whole: Any) -> Callable[..., Any]:
+def _on_each(compute: Compute, like: Array, make: Callable[[int], Callable[..., Any]], *columns: Any) -> Callable[..., Any]:
     """make(devices of the heads) as a function of arrays (b, h, ..), of which each device has its rows and heads.
 
-    whole: further arguments, which every device has.
+    columns: further arguments, (h, ..), of which each device has its heads.
     """
     mesh = compute.mesh
     if mesh is None or mesh.size == 1:
-        return lambda *split: make(1)(*split, *whole)
+        return lambda *split: make(1)(*split, *columns)
     rows = ("data", "fsdp") if like.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
     ways = mesh.shape["tensor"] if like.shape[1] % mesh.shape["tensor"] == 0 else 1
-    spec = PartitionSpec(rows, "tensor" if ways > 1 else None)
-    specs = lambda split: (*(spec for _ in split), *(PartitionSpec() for _ in whole))
+    heads = "tensor" if ways > 1 else None
+    spec, column = PartitionSpec(rows, heads), PartitionSpec(heads)
+    specs = lambda split: (*(spec for _ in split), *(column for _ in columns))
     run = lambda *split: jax.shard_map(make(ways), mesh=mesh, in_specs=specs(split), out_specs=spec, check_vma=False)
-    return lambda *split: run(*split)(*split, *whole)
+    return lambda *split: run(*split)(*split, *columns)
 
 
 def _kernel(heads: int, like: Array, interpret: bool) -> Callable[[Array, Array, Array], Array]:

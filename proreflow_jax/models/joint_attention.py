@@ -91,13 +91,15 @@ class JointAttention(nnx.Module):
         streams = self._streams(x, text)
         full = lambda h: jnp.pad(h, ((0, 0), (0, narrow_kernel.filled(h.shape[1]) - h.shape[1]), (0, 0)))
         parts = [[_heads(layer, full(h), self.heads) for layer in layers] for h, layers, _ in streams]
-        weights = [[norm.scale[...].astype(jnp.float32)[:, None] for norm in norms[:2] if norm] for *_, norms in streams]
+        (q, k, v), biases = (zip(*column, strict=True) for column in zip(*(zip(*part, strict=True) for part in parts), strict=True))
+        weight = lambda norm: jnp.broadcast_to(norm.scale[...].astype(jnp.float32)[:, None], (self.heads, self.width, 1))
+        norms = [tuple(weight(norm) for norm in row if norm) for row in zip(*(norms for *_, norms in streams), strict=True)]
         lasts = [1] if text is None else [1, self.repeated]
-        tokens = [narrow_kernel.Part(h.shape[1], last) for (h, *_), last in zip(streams, lasts, strict=True)]
-        q, k, v = zip(*parts, strict=True)
-        norms = tuple(weight for pair in zip(*weights, strict=True) for weight in pair)
-        out = attention_kernels.narrow(q, k, v, norms, tuple(tokens), self.compute)
-        image, *words = (_joined(layer, h[..., : part.tokens]) for layer, h, part in zip(self._outputs(), out, tokens, strict=False))
+        tokens = tuple(narrow_kernel.Part(h.shape[1], last) for (h, *_), last in zip(streams, lasts, strict=True))
+        layers = narrow_kernel.Layers(sum(biases, ()), sum(norms, ()))
+        out = attention_kernels.narrow(q, k, v, layers, tokens, self.compute)
+        rows = zip(self._outputs(), out, tokens, strict=False)  # the last block drops its text's
+        image, *words = (_joined(layer, heads[..., : part.tokens]) for layer, heads, part in rows)
         return image, words[0] if words else None
 
     def _outputs(self) -> list[nnx.Linear]:
@@ -107,11 +109,10 @@ class JointAttention(nnx.Module):
         return x if norm is None else norm(x.reshape(*x.shape[:2], self.heads, -1)).reshape(x.shape)
 
 
-def _heads(layer: nnx.Linear, x: Float[Array, "b s c"], heads: int) -> Heads:
-    """A projection, its heads in front and its tokens in lanes."""
+def _heads(layer: nnx.Linear, x: Float[Array, "b s c"], heads: int) -> tuple[Heads, Float[Array, "h d 1"]]:
+    """A projection without its bias, its heads in front and its tokens in lanes; and the bias in float32."""
     w, bias = weights_of(layer, x)
-    out = jnp.einsum("bsc,chd->bhds", x, w.reshape(x.shape[-1], heads, -1), preferred_element_type=jnp.float32)
-    return (out + bias.reshape(heads, -1, 1)).astype(x.dtype)
+    return jnp.einsum("bsc,chd->bhds", x, w.reshape(x.shape[-1], heads, -1)), bias.astype(jnp.float32).reshape(heads, -1, 1)
 
 
 def _joined(layer: nnx.Linear, x: Heads) -> Float[Array, "b s c"]:

@@ -5,8 +5,9 @@ Pallas' splash attention has it, all of them are filled up to 128. Scores are ma
 run over sublanes, and no block of scores is ever turned around. Softmax is in powers of 2.
 
 A sequence may lie in several arrays (image, text): they see each other, and nothing is put side by side in memory. One grid
-step holds one head of one row whole in VMEM, forward and backward; the backward makes all gradients of it. The norms of
-queries and keys belong to the kernel, where they cost next to nothing; around it each is a pass over memory.
+step holds one head of one row whole in VMEM, forward and backward; the backward makes all gradients of it. The projections'
+biases and the norms of queries and keys belong to the kernel, where they cost next to nothing; around it each is a pass over
+memory, and so is each sum that their gradients are.
 
 Scores that are known to be small need no maximum (`SMALL`), without which the matrix unit waits less: 30 % of the forward.
 """
@@ -35,7 +36,14 @@ HIDDEN = -(2.0**15)  # bias of a key that nobody sees: 2 to its power is 0
 SMALL = 96.0  # of any score, as 2 to its power and the sum of 2**13 of them are floats, and their quotients exact to the last bits
 EPSILON = 1e-6  # of the norms
 Parts = tuple[Float[Array, "b h d _"], ...]
-Norms = tuple[Float[Array, "d 1"], ...]  # weights in float32
+Columns = tuple[Float[Array, "h d 1"], ...]  # in float32, of every head
+
+
+class Layers(NamedTuple):
+    """What belongs to the projections of every part's queries, keys and values."""
+
+    biases: Columns  # of queries, keys, values: three times as many as parts
+    norms: Columns  # weights of the RMS norms of queries, then keys: twice as many as parts; (): none
 
 
 class Part(NamedTuple):
@@ -62,42 +70,42 @@ def filled(tokens: int) -> int:
     return -(-tokens // LANES) * LANES
 
 
-def attend(q: Parts, k: Parts, v: Parts, norms: Norms, setting: Setting) -> Parts:
+def attend(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> Parts:
     """Softmax attention of all parts over all parts, each (b, h, d, s) of whole lanes; the same shapes.
 
-    norms: weights (d, 1) of the RMS norms of each part's queries, then of each part's keys; (): none.
-    What lies behind a part's tokens is seen by nobody, and comes out as anything finite. Scores and softmax are in float32.
+    q, k, v: projections without their biases. What lies behind a part's tokens is seen by nobody, and comes out as anything
+    finite. Scores and softmax are in float32.
     """
-    return _attend(q, k, v, norms, setting)
+    return _attend(q, k, v, layers, setting)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Parts, k: Parts, v: Parts, norms: Norms, setting: Setting) -> Parts:
-    return _forward(q, k, v, norms, setting)[0]
+def _attend(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> Parts:
+    return _forward(q, k, v, layers, setting)[0]
 
 
-def _forward(q: Parts, k: Parts, v: Parts, norms: Norms, setting: Setting) -> tuple[Parts, tuple[Array, ...]]:
+def _forward(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> tuple[Parts, tuple[Array, ...]]:
     n, rows = len(q), [jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32) for x in q]
-    scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k)]
-    out = _call(partial(_forward_body, setting.parts), "narrow_mha_fwd", [*q, *k, *v], norms, [*q, *rows], scratch, setting)
+    scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k, *v)]
+    out = _call(partial(_forward_body, setting.parts), "narrow_mha_fwd", [*q, *k, *v], layers, [*q, *rows], scratch, setting)
     return tuple(out[:n]), tuple(out[n:])
 
 
-def _keep(q: Parts, k: Parts, v: Parts, norms: Norms, setting: Setting) -> tuple[Parts, Any]:
-    out, sums = jax.tree.map(lambda x: checkpoint_name(x, ATTENTION), _forward(q, k, v, norms, setting))
-    return out, (q, k, v, norms, out, sums)
+def _keep(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> tuple[Parts, Any]:
+    out, sums = jax.tree.map(lambda x: checkpoint_name(x, ATTENTION), _forward(q, k, v, layers, setting))
+    return out, (q, k, v, layers, out, sums)
 
 
-def _gradients(setting: Setting, kept: Any, gradient: Parts) -> tuple[Parts, Parts, Parts, Norms]:
-    q, k, v, norms, out, sums = kept
+def _gradients(setting: Setting, kept: Any, gradient: Parts) -> tuple[Parts, Parts, Parts, Layers]:
+    q, k, v, layers, out, sums = kept
     n, inputs = len(q), [*q, *k, *v, *out, *gradient, *sums]
-    weights = [jax.ShapeDtypeStruct((*q[0].shape[:2], *w.shape), jnp.float32) for w in norms]
-    scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k)]
+    columns = [jax.ShapeDtypeStruct((len(q[0]), *w.shape), jnp.float32) for w in jax.tree.leaves(layers)]
+    scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k, *v)]
     scratch += [pltpu.VMEM((size, x.shape[3]), jnp.float32) for size in (q[0].shape[2], 1) for x in q]
     body = partial(_backward_body, setting.parts)
-    results = _call(body, "narrow_mha_bwd", inputs, norms, [*q, *k, *v, *weights], scratch, setting)
+    results = _call(body, "narrow_mha_bwd", inputs, layers, [*q, *k, *v, *columns], scratch, setting)
     dq, dk, dv = (tuple(results[i * n : i * n + n]) for i in range(3))
-    return dq, dk, dv, tuple(x.sum(axis=(0, 1)) for x in results[3 * n :])
+    return dq, dk, dv, jax.tree.unflatten(jax.tree.structure(layers), [x.sum(axis=0) for x in results[3 * n :]])
 
 
 _attend.defvjp(_keep, _gradients)
@@ -107,37 +115,35 @@ def _call(
     body: Callable[..., None],
     name: str,
     inputs: list[Any],
-    norms: Norms,
+    layers: Layers,
     outputs: list[Any],
     scratch: list[Any],
     setting: Setting,
 ) -> Sequence[Any]:
     """A kernel with one head of one row a grid step."""
     own = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h: (b, h, 0, 0))
-    shared = lambda x: pl.BlockSpec(x.shape, lambda b, h: (0, 0))
+    column = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda b, h: (h, 0, 0))
+    columns = jax.tree.leaves(layers)
     return pl.pallas_call(
-        partial(body, len(norms) > 0),
+        partial(body, len(layers.norms) > 0),
         grid=inputs[0].shape[:2],
-        in_specs=[*map(own, inputs), *map(shared, norms)],
+        in_specs=[*map(own, inputs), *map(column, columns)],
         out_specs=[*map(own, outputs)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=MEMORY),
         interpret=setting.interpret,
         name=name,
-    )(*inputs, *norms)
+    )(*inputs, *columns)
 
 
 def _forward_body(parts: tuple[Part, ...], normed: bool, *refs: Any) -> None:
-    """refs: q, k, v, the norms' weights; outputs, logarithms of the sums; scratch: normed q and k. Of each every part's."""
-    n, groups = len(parts), _grouped(refs, len(parts))
-    q, k, v, *rest = groups
-    of_q, of_k = rest[:2] if normed else ((None,) * n, (None,) * n)
-    out, sums, query, key = rest[2 * normed :]
+    """refs: q, k, v, `Layers`; outputs, logarithms of the sums; scratch: q, k, v as they are used. Of each every part's."""
+    n = len(parts)
+    q, k, v, *rest = _grouped(refs, n)
+    out, sums, query, key, value = rest[3 + 2 * normed :]
     width = q[0].shape[0]
-    for j in range(n):
-        query[j][...] = _normed(q[j][...], of_q[j], _scale(width))[0].astype(q[j].dtype)
-        key[j][...] = _normed(k[j][...], of_k[j], 1.0)[0].astype(k[j].dtype)
+    _prepare((q, k, v), rest, normed, (query, key, value))
 
     def block(i: int, small: bool, at: Any) -> None:
         one = lambda rows, value: jnp.full((rows, at.size), value, jnp.float32)
@@ -146,7 +152,7 @@ def _forward_body(parts: tuple[Part, ...], normed: bool, *refs: Any) -> None:
 
         def step(j: int, here: Any, start: Any, carry: Any) -> Any:
             scores = _dot(key[j][:, here], here_q, 0, 0) + _bias(parts[j], k[j].shape[1], here.size, start)
-            return (_add_small if small else _add)(scores, v[j][:, here], *carry)
+            return (_add_small if small else _add)(scores, value[j][:, here], *carry)
 
         for j in range(n):
             carry = _over(k[j].shape[1], partial(step, j), carry)
@@ -184,25 +190,24 @@ def _longest(parts: tuple[Any, ...]) -> Float[Array, ""]:
 
 
 def _backward_body(parts: tuple[Part, ...], normed: bool, *refs: Any) -> None:
-    """refs: q, k, v, outputs, their gradients, logarithms of the sums, the norms' weights; gradients of q, k, v, weights;
-    scratch: normed q and k, gradient of q in float32, sums of outputs times their gradients. Of each every part's.
+    """refs: q, k, v, outputs, their gradients, logarithms of the sums, `Layers`; gradients of q, k, v, `Layers`; scratch: q, k, v
+    as they are used, gradient of q in float32, sums of outputs times their gradients. Of each every part's.
     """
-    n = len(parts)
+    n, columns = len(parts), 3 + 2 * normed
     q, k, v, out, gradient, sums, *rest = _grouped(refs, n)
-    of_q, of_k = rest[:2] if normed else ((None,) * n, (None,) * n)
-    dq, dk, dv, *rest = rest[2 * normed :]
-    d_of_q, d_of_k = rest[:2] if normed else ((None,) * n, (None,) * n)
-    query, key, found, inner = rest[2 * normed :]
+    dq, dk, dv, *found_columns = rest[columns : 2 * columns + 3]
+    query, key, value, found, inner = rest[2 * columns + 3 :]
     width, dtype = q[0].shape[0], q[0].dtype
+    norms = rest[3:columns] if normed else ((None,) * n,) * 2
+    _prepare((q, k, v), rest, normed, (query, key, value))
     for i in range(n):
-        query[i][...] = _normed(q[i][...], of_q[i], _scale(width))[0].astype(dtype)
-        key[i][...] = _normed(k[i][...], of_k[i], 1.0)[0].astype(dtype)
         product = out[i][...].astype(jnp.float32) * gradient[i][...].astype(jnp.float32)
         inner[i][...] = product.sum(axis=0, keepdims=True)
         found[i][...] = jnp.zeros(found[i].shape, jnp.float32)
 
-    def block(j: int, here: Any, start: Any, of_weight: Any) -> Any:
-        one, value = key[j][:, here], v[j][:, here]
+    def block(j: int, here: Any, start: Any, sums_so_far: Any) -> Any:
+        of_key, of_value, of_weight = sums_so_far
+        one, other_value = key[j][:, here], value[j][:, here]
         bias = _bias(parts[j], k[j].shape[1], here.size, start)
 
         def step(i: int, at: Any, _: Any, carry: Any) -> Any:
@@ -210,26 +215,38 @@ def _backward_body(parts: tuple[Part, ...], normed: bool, *refs: Any) -> None:
             other, grad = query[i][:, at], gradient[i][:, at]
             weights = jnp.exp2(_dot(one, other, 0, 0) + bias - sums[i][:, at])
             values += _dot(grad, weights.astype(dtype), 1, 1)
-            of_scores = (weights * (_dot(value, grad, 0, 0) - inner[i][:, at])).astype(dtype)
+            of_scores = (weights * (_dot(other_value, grad, 0, 0) - inner[i][:, at])).astype(dtype)
             found[i][:, at] += _dot(one, of_scores, 1, 0)
             return keys + _dot(other, of_scores, 1, 1), values
 
         carry: Any = (jnp.zeros((width, here.size), jnp.float32),) * 2
         for i in range(n):
             carry = _over(q[i].shape[1], partial(step, i), carry)
-        before, weight = _unnormed(carry[0] * math.log(2), k[j][:, here], of_k[j], 1.0)
+        before, weight = _unnormed(carry[0] * math.log(2), k[j][:, here], rest[1][j], norms[1][j], 1.0)
         dk[j][:, here], dv[j][:, here] = before.astype(dtype), carry[1].astype(dtype)
-        return of_weight + weight
+        return of_key + _total(before), of_value + _total(carry[1]), of_weight + weight
 
-    for j in range(n):
-        of_weight = _over(k[j].shape[1], partial(block, j), jnp.zeros((width, 1), jnp.float32))
-        if normed:
-            d_of_k[j][...] = of_weight
-    for i in range(n):
-        before, weight = _unnormed(found[i][...] * math.log(2), q[i][...], of_q[i], _scale(width))
-        dq[i][...] = before.astype(dtype)
-        if normed:
-            d_of_q[i][...] = weight
+    nothing = (jnp.zeros((width, 1), jnp.float32),) * 3
+    sums_of = [_over(k[j].shape[1], partial(block, j), nothing) for j in range(n)]
+    for j, (of_key, of_value, of_key_norm) in enumerate(sums_of):
+        before, of_query_norm = _unnormed(found[j][...] * math.log(2), q[j][...], rest[0][j], norms[0][j], _scale(width))
+        dq[j][...] = before.astype(dtype)
+        found_of_part = _total(before), of_key, of_value, of_query_norm, of_key_norm
+        for column, value_of in zip(found_columns, found_of_part, strict=False):
+            column[j][...] = value_of
+
+
+def _prepare(raw: Any, columns: Any, normed: bool, used: Any) -> None:
+    """Queries, keys and values with their biases, through their norms, queries scaled: each part's into `used`."""
+    width = raw[0][0].shape[0]
+    for i, scale in enumerate((_scale(width), 1.0, None)):
+        for j, x in enumerate(raw[i]):
+            weight = columns[3 + i][j] if normed and scale is not None else None
+            used[i][j][...] = _normed(x[...], columns[i][j], weight, scale or 1.0).astype(x.dtype)
+
+
+def _total(x: Array) -> Float[Array, "d 1"]:
+    return x.sum(axis=1, keepdims=True)
 
 
 def _scale(width: int) -> float:
@@ -237,25 +254,25 @@ def _scale(width: int) -> float:
     return width**-0.5 / math.log(2)
 
 
-def _normed(x: Array, weight: Any, scale: float) -> tuple[Array, Array | None]:
-    """(x through its norm times scale, 1 / its root mean square), in float32; without a weight there is no norm."""
-    x = x.astype(jnp.float32)
-    if weight is None:
-        return x * scale, None
-    root = lax.rsqrt(jnp.square(x).mean(axis=0, keepdims=True) + EPSILON)
-    return x * root * (weight[...] * scale), root
+def _normed(x: Array, bias: Any, weight: Any, scale: float) -> Array:
+    """x + bias through its norm, times scale, in float32; without a weight there is no norm."""
+    x = x.astype(jnp.float32) + bias[...]
+    return x * scale if weight is None else x * _root(x) * (weight[...] * scale)
 
 
-def _unnormed(gradient: Array, x: Array, weight: Any, scale: float) -> tuple[Array, Any]:
+def _unnormed(gradient: Array, x: Array, bias: Any, weight: Any, scale: float) -> tuple[Array, Any]:
     """The gradients of x and the weight (d, 1), 0.0 without one, by that of `_normed`."""
-    x = x.astype(jnp.float32)
+    gradient = gradient * scale
     if weight is None:
-        return gradient * scale, 0.0
-    root = lax.rsqrt(jnp.square(x).mean(axis=0, keepdims=True) + EPSILON)
-    unit, gradient = x * root, gradient * scale
-    of_unit = gradient * weight[...]
-    before = root * (of_unit - unit * (of_unit * unit).mean(axis=0, keepdims=True))
-    return before, (gradient * unit).sum(axis=1, keepdims=True)
+        return gradient, 0.0
+    x = x.astype(jnp.float32) + bias[...]
+    root = _root(x)
+    unit, of_unit = x * root, gradient * weight[...]
+    return root * (of_unit - unit * (of_unit * unit).mean(axis=0, keepdims=True)), _total(gradient * unit)
+
+
+def _root(x: Array) -> Array:
+    return lax.rsqrt(jnp.square(x).mean(axis=0, keepdims=True) + EPSILON)
 
 
 def _grouped(refs: tuple[Any, ...], count: int) -> Iterator[tuple[Any, ...]]:

@@ -28,9 +28,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 1.503e9, 200e9, narrow=(3000, 6830)),
-    "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 1.751e9, 600e9, narrow=(1390, 3400)),
-    "v6e": Chip(int(31.24 * GIB), 918e12, 1638e9, 1.751e9, 448e9, lanes=256, narrow=(1775, 4210)),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 1.503e9, 200e9, narrow=(3015, 6920)),
+    "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 1.751e9, 600e9, narrow=(1415, 3460)),
+    "v6e": Chip(int(31.24 * GIB), 918e12, 1638e9, 1.751e9, 448e9, lanes=256, narrow=(1765, 4235)),
 }
 SLICES = {
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
