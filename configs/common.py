@@ -23,6 +23,10 @@ SHARDING_RULES = (
 )
 
 
+# A LoRA's layers in an MMDiT: attention of image and text. A UNet's are `student.lora.layers` below.
+JOINT_LAYERS = r"attn2?\.(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out)\.weight$"
+
+
 def asset(name: str) -> str:
     """The path of what comes with the package, wherever that is installed: assets/<name>."""
     return str(files("proreflow_jax") / "assets" / name)

@@ -35,7 +35,7 @@ says, and dynamic shifting is refused. A student predicts the velocity, so its e
 
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
+from configs.common import JOINT_LAYERS, optimizer, stable_diffusion
 
 
 def get_config() -> ConfigDict:
@@ -47,9 +47,7 @@ def get_config() -> ConfigDict:
     c.data.resolution = 1024  # pixels a side, the model's own
     c.cache.text = True  # the text encoders' states are what the cache is for
     c.student.prediction = "velocity"  # the base is a flow and says the same: the untrained student is N Euler steps of it
-    c.student.lora.layers = (  # regex: all of the family's attention, image and text
-        r"attn2?\.(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out)\.weight$"
-    )
+    c.student.lora.layers = JOINT_LAYERS  # regex: all of the family's attention, image and text
 
     c.pairs.examples = 32_768  # records a stage; 8 windows each are a quarter of a million pairs in the first stage
     c.pairs.shard_size = 128  # records a shard, 604 MB; a kill costs at most one shard

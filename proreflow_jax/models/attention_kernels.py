@@ -47,8 +47,8 @@ def choose_attention(
     """The form of one attention of `tokens` queries, with `width` numbers a head and `batch` rows over all devices.
 
     "auto": the platform's own form for self-attention from FUSED_TOKENS where it takes that width and dtype, else whole
-    scores; blocks where these exceed SMALL_SCORES on a device. `narrow`: "splash" is `narrow_kernel` there. A kernel named in the config is taken in auto's place; "xla",
-    "chunked" and "cached" are taken everywhere.
+    scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla",
+    "chunked" and "cached" are taken everywhere. `narrow`: "splash" stands for `narrow_kernel`.
     """
     form = compute.attention
     if form in ("xla", "chunked", "cached"):

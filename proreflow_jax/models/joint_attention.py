@@ -91,7 +91,9 @@ class JointAttention(nnx.Module):
         streams = self._streams(x, text)
         full = lambda h: jnp.pad(h, ((0, 0), (0, narrow_kernel.filled(h.shape[1]) - h.shape[1]), (0, 0)))
         parts = [[_heads(layer, full(h), self.heads) for layer in layers] for h, layers, _ in streams]
-        (q, k, v), biases = (zip(*column, strict=True) for column in zip(*(zip(*part, strict=True) for part in parts), strict=True))
+        (q, k, v), biases = (
+            zip(*column, strict=True) for column in zip(*(zip(*part, strict=True) for part in parts), strict=True)
+        )
         weight = lambda norm: jnp.broadcast_to(norm.scale[...].astype(jnp.float32)[:, None], (self.heads, self.width, 1))
         norms = [tuple(weight(norm) for norm in row if norm) for row in zip(*(norms for *_, norms in streams), strict=True)]
         lasts = [1] if text is None else [1, self.repeated]

@@ -33,7 +33,7 @@ MOST = 9 * 1024  # tokens of a head that lie in VMEM whole, forward and backward
 MEMORY = 48 << 20  # bytes of VMEM that a kernel may take
 BLOCK = 1024  # keys and queries of a block of scores at most
 HIDDEN = -(2.0**15)  # bias of a key that nobody sees: 2 to its power is 0
-SMALL = 96.0  # of any score, as 2 to its power and the sum of 2**13 of them are floats, and their quotients exact to the last bits
+SMALL = 96.0  # of any score: 2 to the power of it, and the sum of MOST of them, are floats
 EPSILON = 1e-6  # of the norms
 Parts = tuple[Float[Array, "b h d _"], ...]
 Columns = tuple[Float[Array, "h d 1"], ...]  # in float32, of every head
@@ -190,8 +190,8 @@ def _longest(parts: tuple[Any, ...]) -> Float[Array, ""]:
 
 
 def _backward_body(parts: tuple[Part, ...], normed: bool, *refs: Any) -> None:
-    """refs: q, k, v, outputs, their gradients, logarithms of the sums, `Layers`; gradients of q, k, v, `Layers`; scratch: q, k, v
-    as they are used, gradient of q in float32, sums of outputs times their gradients. Of each every part's.
+    """refs: q, k, v, outputs, their gradients, logarithms of the sums, `Layers`; gradients of q, k, v, `Layers`; scratch: q,
+    k, v as they are used, gradient of q in float32, sums of outputs times their gradients. Of each every part's.
     """
     n, columns = len(parts), 3 + 2 * normed
     q, k, v, out, gradient, sums, *rest = _grouped(refs, n)

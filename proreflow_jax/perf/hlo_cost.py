@@ -53,6 +53,7 @@ _FREE_CALLS = (
     "AssumeGatherIndicesInBound",
     "ConcatBitcast",
 )
+NARROW = "narrow_mha"  # begins the names of models/narrow_kernel.py's kernels
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of a splash kernel, by a part of its name
 _BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends inside a kernel's metadata
 
@@ -264,7 +265,7 @@ def _narrow(op: Op, types: dict[str, str], chip: Chip) -> float | None:
 
     Its rows of sums, (b, heads, 1, s), say how long its parts are together: every token sees all.
     """
-    if not op.name.startswith("narrow_mha"):
+    if not op.name.startswith(NARROW):
         return None
     arrays = hlo_shapes(" ".join([op.type, *(types.get(name, "") for name in op.operands)]))
     rows = [shape for dtype, shape in arrays if dtype == "f32" and len(shape) == 4 and shape[2] == 1]
