@@ -15,12 +15,16 @@ DECAY_RULES = (
 # Where a layer lies: the first regex found in a name decides. Attention's heads and the feed-forward's inner width are cut over
 # tensor, by a layer's outputs ("column") and the next one's inputs ("row"); fsdp takes the largest dimension that is left.
 SHARDING_RULES = (
-    (r"attn\d\.to_(q|k|v)\.", "column"),
-    (r"attn\d\.to_out\.0\.", "row"),
-    (r"ff\.net\.0\.proj\.", "column"),
-    (r"ff\.net\.2\.", "row"),
+    (r"attn\d?\.(to_(q|k|v)|add_(q|k|v)_proj)\.", "column"),  # add_, to_add_out, ff_context: of an MMDiT's text
+    (r"attn\d?\.(to_out\.0|to_add_out)\.", "row"),
+    (r"ff(_context)?\.net\.0\.proj\.", "column"),
+    (r"ff(_context)?\.net\.2\.", "row"),
     (r".*", "fsdp"),
 )
+
+
+# A LoRA's layers in an MMDiT: attention of image and text. A UNet's are `student.lora.layers` below.
+JOINT_LAYERS = r"attn2?\.(to_(q|k|v|out\.0)|add_(q|k|v)_proj|to_add_out)\.weight$"
 
 
 def asset(name: str) -> str:

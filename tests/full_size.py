@@ -78,6 +78,26 @@ SD_35_MEDIUM = dict(
     qk_norm="rms_norm",
     sample_size=128,
 )
+VAE_SD3 = VAE | dict(
+    latent_channels=16,
+    sample_size=1024,
+    scaling_factor=1.5305,
+    shift_factor=0.0609,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+T5_XXL = dict(
+    architectures=["T5EncoderModel"],
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    vocab_size=32128,
+    feed_forward_proj="gated-gelu",
+    relative_attention_num_buckets=32,
+    relative_attention_max_distance=128,
+)
 VAE_XL = VAE | dict(force_upcast=True, sample_size=1024, scaling_factor=0.13025)
 TEXT = dict(bos_token_id=0, eos_token_id=2, pad_token_id=1, layer_norm_eps=1e-5, max_position_embeddings=77, vocab_size=49408)
 COLUMNS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim", "hidden_act")

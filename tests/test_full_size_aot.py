@@ -1,4 +1,4 @@
-"""SD 1.5 and SDXL through the real TPU compiler: does it fit, how many cycles, of what. Nothing runs, no weights are needed.
+"""SD 1.5, SDXL and SD 3.5 medium through the real TPU compiler: does it fit, how many cycles, of what. Nothing runs, no weights are needed.
 
 Minutes to tens of minutes each on two cores: `make test-aot`. Skipped where libtpu is not installed.
 """
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tpu_program as tpu
-from full_size import BIG_G, CLIP_L, SD_15, SDXL, VAE, VAE_XL
+from full_size import BIG_G, CLIP_L, SD_15, SD_35_MEDIUM, SDXL, T5_XXL, VAE, VAE_SD3, VAE_XL
 
 from configs.sd15 import get_config as sd15
+from configs.sd35_medium import get_config as sd35_medium
 from configs.sdxl import get_config as sdxl
 from proreflow_jax.models import network
 from proreflow_jax.models.layers import Compute
@@ -27,7 +28,16 @@ SCHEDULER = dict(_class_name="DDIMScheduler", **BETAS)
 MODELS = {
     "sd15": dict(unet=SD_15, vae=VAE, text_encoder=CLIP_L),
     "sdxl": dict(unet=SDXL, vae=VAE_XL, text_encoder=CLIP_L, text_encoder_2=BIG_G),
+    "sd35_medium": dict(
+        transformer=SD_35_MEDIUM,
+        vae=VAE_SD3,
+        text_encoder=CLIP_L | dict(architectures=["CLIPTextModelWithProjection"]),
+        text_encoder_2=BIG_G,
+        text_encoder_3=T5_XXL,
+    ),
 }
+SD35_STATE = 2_243_171_520  # weights that are trained; the table of positions is not
+FLOW = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0)
 ONLINE = {  # a step that makes its own pairs from cached latents: K = 4 teacher forwards an image
     "pairs.mode": "online",
     "pairs.start": "data",
@@ -38,25 +48,26 @@ ONLINE = {  # a step that makes its own pairs from cached latents: K = 4 teacher
 
 def outline(folder: Path, name: str) -> str:
     """The config.json files of a model, and nothing else."""
-    kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    index = {"_class_name": "StableDiffusionXLPipeline" if name == "sdxl" else "StableDiffusionPipeline"}
+    kinds = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "transformer": "SD3Transformer2DModel"}
+    pipelines = {"sdxl": "StableDiffusionXLPipeline", "sd35_medium": "StableDiffusion3Pipeline"}
+    index = {"_class_name": pipelines.get(name, "StableDiffusionPipeline")}
+    scheduler = FLOW if name == "sd35_medium" else SCHEDULER
     for part, config in MODELS[name].items():
         kind = kinds.get(part) or config["architectures"][0]
         index[part] = ["diffusers" if part in kinds else "transformers", kind]
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config | {"_class_name": kind}))
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", scheduler["_class_name"]]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return str(folder)
 
 
-def step(config, model: str, slice: str, **fields: object) -> dict:
+def step(config, model: str, slice: str, online: bool = True, **fields: object) -> dict:
     """What `plan` says of the first stage's train step."""
-    config = check_config.changed(
-        config, {"model.path": model, **ONLINE, **{k.replace("__", "."): v for k, v in fields.items()}}
-    )
+    change = {"model.path": model, **(ONLINE if online else {}), **{k.replace("__", "."): v for k, v in fields.items()}}
+    config = check_config.changed(config, change)
     tpu_compile.prepare_compiler()
     place = estimate.target(slice, "~/.cache/proreflow_jax/plan")
     found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
@@ -101,3 +112,14 @@ def test_sdxl_online_step_fits(tmp_path, slice, batch):
     found = step(sdxl(), outline(tmp_path / "sdxl", "sdxl"), slice, train__batch=batch)
     assert found["fits"]
     assert 1 <= of_ideal(found, 2_567_463_684, chips.chip_count(slice)) < 1.1
+
+
+@pytest.mark.parametrize(("slice", "least"), [("v5e:4x4", 0.45), ("v5p:2x2x2", 0.45), ("v6e:4x4", 0.25)])
+def test_sd35_medium_step(tmp_path, slice, least):
+    """Stored pairs and cached text states with T5's, 4 images a chip."""
+    parts = 128 // 4 // chips.chip_count(slice)
+    model = outline(tmp_path / "sd35_medium", "sd35_medium")
+    found = step(sd35_medium(), model, slice, online=False, train__accumulation=parts)
+    assert found["fits"] and found["at_once"] == 4 and found["not_estimated"] == {}
+    assert 1 <= of_ideal(found, SD35_STATE, chips.chip_count(slice)) < 1.1
+    assert found["utilisation"] >= least

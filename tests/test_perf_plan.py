@@ -100,6 +100,15 @@ def test_splash_attention_has_its_floor_and_any_other_kernel_its_name():
         assert hlo_cost.cost(text, CHIP).cycles["kernels"] == pytest.approx(products / 2 * cost.cycles["kernels"])
 
 
+def test_the_kernel_of_narrow_heads_costs_what_its_schedule_says():
+    parts = ", ".join(f"bf16[3,24,64,{s}]{{3,2,1,0}}, f32[3,24,1,{s}]{{3,2,1,0}}" for s in (4096, 128))
+    text = lambda name: PROGRAM.replace("%my_kernel.2 = f32[4,1024]{1,0}", f"%narrow_mha_{name}.2 = ({parts})")
+    splash, fwd, bwd = (hlo_cost.cost(t, CHIP) for t in (PROGRAM, text("fwd"), text("bwd")))
+    assert (fwd.kernels["narrow_mha_fwd"], fwd.unknown) == (1, {})
+    added = [cost.cycles["kernels"] - splash.cycles["kernels"] for cost in (fwd, bwd)]
+    assert added == pytest.approx([3 * 24 * 4.224**2 * cycles for cycles in CHIP.narrow])
+
+
 def test_seconds_are_cycles_by_the_clock_and_only_streaming_is_thought_faster():
     cost = hlo_cost.Cost({"convolutions": 1.503e9, "copies": 2.2 * 1.503e9}, {}, {}, 0.0, 0)
     assert cost.seconds(CHIP) == pytest.approx((3.2, 2.0))

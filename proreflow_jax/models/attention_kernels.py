@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from proreflow_jax.models import narrow_kernel
 from proreflow_jax.models.layers import ATTENTION, Compute
 
 FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "splash")
@@ -40,12 +41,14 @@ MARKS = 3  # lanes of one bias: 3 x 8 bits of bfloat16 make up a float32
 CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
 
 
-def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any) -> str:
+def choose_attention(
+    compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any, *, narrow: bool = False
+) -> str:
     """The form of one attention of `tokens` queries, with `width` numbers a head and `batch` rows over all devices.
 
     "auto": the platform's own form for self-attention from FUSED_TOKENS where it takes that width and dtype, else whole
     scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla",
-    "chunked" and "cached" are taken everywhere.
+    "chunked" and "cached" are taken everywhere. `narrow`: "splash" stands for `narrow_kernel`.
     """
     form = compute.attention
     if form in ("xla", "chunked", "cached"):
@@ -54,7 +57,7 @@ def choose_attention(compute: Compute, tokens: int, keys: int, heads: int, width
         return "xla"
     fits = {
         "cached": True,
-        "splash": lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
+        "splash": narrow_kernel.fits(width, tokens) if narrow else lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
         "cudnn": width % CUDNN_STEP == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
     }
     fused = FUSED.get(compute.platform, "") if form == "auto" else form
@@ -72,14 +75,6 @@ def lanes(width: int) -> int:
 def block(tokens: int, most: int = BLOCK) -> int:
     """The largest block of whole lanes up to `most` that divides the tokens; 0: none."""
     return max((size for size in range(LANES, most + 1, LANES) if tokens % size == 0), default=0)
-
-
-def filled(tokens: int) -> int:
-    """The least number of tokens from `tokens` on that long blocks divide, of BLOCK / 2 or more: 1,357 -> 1,536."""
-    tokens = lanes(tokens)
-    while tokens > BLOCK and block(tokens) < BLOCK // 2:
-        tokens += LANES
-    return tokens
 
 
 def marked(
@@ -160,15 +155,39 @@ def splash(
     q: Float[Array, "b h s l"], k: Float[Array, "b h s l"], v: Float[Array, "b h s l"], compute: Compute
 ) -> Float[Array, "b h s l"]:
     """Pallas' TPU kernel on queries that are scaled already, each device on its own rows and heads; interpreted off TPU."""
-    b, heads = q.shape[:2]
-    mesh, interpret = compute.mesh, compute.platform != "tpu"
+    heads, interpret = q.shape[1], compute.platform != "tpu"
+    return _on_each(compute, q, lambda ways: _kernel(heads // ways, q, interpret))(q, k, v)
+
+
+def narrow(
+    q: narrow_kernel.Parts,
+    k: narrow_kernel.Parts,
+    v: narrow_kernel.Parts,
+    layers: narrow_kernel.Layers,
+    parts: tuple[narrow_kernel.Part, ...],
+    compute: Compute,
+) -> narrow_kernel.Parts:
+    """`narrow_kernel.attend`, each device on its own rows and heads; interpreted off TPU."""
+    setting = narrow_kernel.Setting(parts, compute.platform != "tpu")
+    attend = lambda *arrays: narrow_kernel.attend(*arrays, setting)
+    return _on_each(compute, q[0], lambda _: attend, layers)(q, k, v)
+
+
+def _on_each(compute: Compute, like: Array, make: Callable[[int], Callable[..., Any]], *columns: Any) -> Callable[..., Any]:
+    """make(devices of the heads) as a function of arrays (b, h, ..), of which each device has its rows and heads.
+
+    columns: further arguments, (h, ..), of which each device has its heads.
+    """
+    mesh = compute.mesh
     if mesh is None or mesh.size == 1:
-        return _kernel(heads, q, interpret)(q, k, v)
-    rows = ("data", "fsdp") if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    ways = mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1
-    spec = PartitionSpec(rows, "tensor" if ways > 1 else None)
-    kernel = _kernel(heads // ways, q, interpret)
-    return jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+        return lambda *split: make(1)(*split, *columns)
+    rows = ("data", "fsdp") if like.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    ways = mesh.shape["tensor"] if like.shape[1] % mesh.shape["tensor"] == 0 else 1
+    heads = "tensor" if ways > 1 else None
+    spec, column = PartitionSpec(rows, heads), PartitionSpec(heads)
+    specs = lambda split: (*(spec for _ in split), *(column for _ in columns))
+    run = lambda *split: jax.shard_map(make(ways), mesh=mesh, in_specs=specs(split), out_specs=spec, check_vma=False)
+    return lambda *split: run(*split)(*split, *columns)
 
 
 def _kernel(heads: int, like: Array, interpret: bool) -> Callable[[Array, Array, Array], Array]:

@@ -1,7 +1,7 @@
 """Attention of the MMDiT: image patches and text tokens, each projected by weights of its own, see each other and themselves.
 
-A sequence of both, the image first, has no length that a kernel's blocks divide. It is filled up where the kernel is splash;
-nobody sees the filler (`attention_kernels.HIDDEN`), and its own rows are cut off.
+On a TPU both go into `narrow_kernel` as they are, tokens in lanes, and their norms with them. Elsewhere they lie side by side,
+the image first.
 
 Equal tokens stay equal, since nothing tells where a text token stands. So the last text token may stand for `repeated` equal
 ones: softmax weighs it by their number, which is a bias of log(repeated) on its scores. That is exact, and Stable Diffusion 3
@@ -10,17 +10,16 @@ without T5 reads 256 rows of zeros.
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from proreflow_jax.models import attention, attention_kernels
-from proreflow_jax.models.layers import PLAIN, Compute
+from proreflow_jax.models import attention, attention_kernels, narrow_kernel
+from proreflow_jax.models.layers import PLAIN, Compute, weights_of
+from proreflow_jax.models.narrow_kernel import EPSILON
 
-EPSILON = 1e-6  # of the norms of queries and keys
-Heads = Float[Array, "b h s l"]
+Heads = Float[Array, "b h d s"]
 
 
 class JointAttention(nnx.Module):
@@ -59,11 +58,10 @@ class JointAttention(nnx.Module):
     ) -> tuple[Float[Array, "b s c"], Float[Array, "b t c"] | None]:
         """(image rows, text rows); the latter are None in the last block and where there is no text."""
         tokens = x.shape[1] + (0 if text is None else text.shape[1])
-        full = attention_kernels.filled(tokens)  # without whole blocks no platform takes its kernel
-        form = attention_kernels.choose_attention(self.compute, full, full, self.heads, self.width, x.shape[0], x.dtype)
-        if form == "splash" and attention_kernels.lanes(self.width) - self.width >= attention_kernels.MARKS:
-            return self._splash(x, text)
-        return self._whole(x, text, "chunked" if form == "splash" else form)  # full lanes have no room for biases
+        form = attention_kernels.choose_attention(
+            self.compute, tokens, tokens, self.heads, self.width, x.shape[0], x.dtype, narrow=True
+        )
+        return self._narrow(x, text) if form == "splash" else self._whole(x, text, form)
 
     def _streams(self, x: Array, text: Array | None) -> list[tuple[Array, list[nnx.Linear], list[nnx.RMSNorm | None]]]:
         """(tokens, layers of q, k, v, norms of q, k, v) of each stream."""
@@ -80,45 +78,46 @@ class JointAttention(nnx.Module):
             for h, layers, norms in self._streams(x, text)
         ]
         q, k, v = (jnp.concatenate(rows, axis=1) for rows in zip(*parts, strict=True))
-        bias = self._bias(q.shape[1], q.shape[1], text)
+        bias = None
+        if text is not None and self.repeated > 1:
+            bias = np.zeros(q.shape[1], np.float32)
+            bias[-1] = math.log(self.repeated)
         out = attention.heads_attention(q, k, v, self.heads, form=form, bias=bias)
         image, words = out[:, : x.shape[1]], out[:, x.shape[1] :]
         return self.to_out[0](image), self.to_add_out(words) if hasattr(self, "to_add_out") and text is not None else None
 
-    def _splash(self, x: Array, text: Array | None) -> tuple[Array, Array | None]:
-        """Heads in full lanes, tokens in full blocks."""
-        parts = [
-            [self._padded(layer, h, norm, i == 0) for i, (layer, norm) in enumerate(zip(layers, norms, strict=True))]
-            for h, layers, norms in self._streams(x, text)
-        ]
-        tokens = sum(part[0].shape[2] for part in parts)
-        full = attention_kernels.filled(tokens)
-        fill = jnp.zeros((*parts[0][0].shape[:2], full - tokens, parts[0][0].shape[3]), x.dtype)
-        q, k, v = (jnp.concatenate([*rows, fill], axis=2) for rows in zip(*parts, strict=True))
-        if (bias := self._bias(tokens, full, text)) is not None:
-            q, k = attention_kernels.marked(q, k, bias, self.width)
-        out = attention_kernels.splash(q, k, v, self.compute)
-        image, words = out[:, :, : x.shape[1]], out[:, :, x.shape[1] : tokens]
-        joined = attention.joined_heads(self.to_out[0], image, self.width)
-        return joined, attention.joined_heads(self.to_add_out, words, self.width) if hasattr(self, "to_add_out") else None
+    def _narrow(self, x: Array, text: Array | None) -> tuple[Array, Array | None]:
+        """Heads of tokens in full lanes, each stream in arrays of its own."""
+        streams = self._streams(x, text)
+        full = lambda h: jnp.pad(h, ((0, 0), (0, narrow_kernel.filled(h.shape[1]) - h.shape[1]), (0, 0)))
+        parts = [[_heads(layer, full(h), self.heads) for layer in layers] for h, layers, _ in streams]
+        (q, k, v), biases = (
+            zip(*column, strict=True) for column in zip(*(zip(*part, strict=True) for part in parts), strict=True)
+        )
+        weight = lambda norm: jnp.broadcast_to(norm.scale[...].astype(jnp.float32)[:, None], (self.heads, self.width, 1))
+        norms = [tuple(weight(norm) for norm in row if norm) for row in zip(*(norms for *_, norms in streams), strict=True)]
+        lasts = [1] if text is None else [1, self.repeated]
+        tokens = tuple(narrow_kernel.Part(h.shape[1], last) for (h, *_), last in zip(streams, lasts, strict=True))
+        layers = narrow_kernel.Layers(sum(biases, ()), sum(norms, ()))
+        out = attention_kernels.narrow(q, k, v, layers, tokens, self.compute)
+        rows = zip(self._outputs(), out, tokens, strict=False)  # the last block drops its text's
+        image, *words = (_joined(layer, heads[..., : part.tokens]) for layer, heads, part in rows)
+        return image, words[0] if words else None
 
-    def _bias(self, tokens: int, full: int, text: Array | None) -> np.ndarray | None:
-        """What is added to all scores of each key; None: nothing anywhere."""
-        bias = np.zeros(full, np.float32)
-        bias[tokens:] = attention_kernels.HIDDEN
-        if text is not None:
-            bias[tokens - 1] = math.log(self.repeated)
-        return bias if bias.any() else None
+    def _outputs(self) -> list[nnx.Linear]:
+        return [self.to_out[0], *([self.to_add_out] if hasattr(self, "to_add_out") else [])]
 
     def _normed(self, x: Float[Array, "b s c"], norm: nnx.RMSNorm | None) -> Float[Array, "b s c"]:
         return x if norm is None else norm(x.reshape(*x.shape[:2], self.heads, -1)).reshape(x.shape)
 
-    def _padded(self, layer: nnx.Linear, x: Float[Array, "b s c"], norm: nnx.RMSNorm | None, query: bool) -> Heads:
-        """A projection as heads in full lanes, through its norm; queries are scaled on the way."""
-        scale = self.width**-0.5 if query else 1.0
-        if norm is None:
-            return attention.padded_heads(layer, x, self.heads, scale)
-        h = attention.padded_heads(layer, x, self.heads).astype(jnp.float32)
-        weight = attention.pad_lanes(scale * norm.scale[...].astype(jnp.float32))
-        mean = jnp.square(h).sum(axis=-1, keepdims=True) / self.width  # the lanes behind the width are zeros
-        return (h * jax.lax.rsqrt(mean + EPSILON) * weight).astype(x.dtype)
+
+def _heads(layer: nnx.Linear, x: Float[Array, "b s c"], heads: int) -> tuple[Heads, Float[Array, "h d 1"]]:
+    """A projection without its bias, its heads in front and its tokens in lanes; and the bias in float32."""
+    w, bias = weights_of(layer, x)
+    return jnp.einsum("bsc,chd->bhds", x, w.reshape(x.shape[-1], heads, -1)), bias.astype(jnp.float32).reshape(heads, -1, 1)
+
+
+def _joined(layer: nnx.Linear, x: Heads) -> Float[Array, "b s c"]:
+    """A projection of such heads back to tokens."""
+    w, bias = weights_of(layer, x)
+    return jnp.einsum("bhds,hdc->bsc", x, w.reshape(*x.shape[1:3], -1)) + bias

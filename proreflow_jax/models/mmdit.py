@@ -13,11 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from proreflow_jax import UserError
 from proreflow_jax.models.joint_attention import JointAttention
-from proreflow_jax.models.layers import PLAIN, Compute, Constant, TimestepEmbedding, gelu_tanh, layer_norm, rerun, sinusoid
+from proreflow_jax.models.layers import (
+    ATTENTION,
+    PLAIN,
+    Compute,
+    Constant,
+    TimestepEmbedding,
+    gelu_tanh,
+    layer_norm,
+    rerun,
+    sinusoid,
+)
 
 KNOWN = {  # field -> the values this architecture has, diffusers' default first; (): any size
     **dict.fromkeys(("sample_size", "patch_size", "in_channels", "out_channels", "num_layers"), ()),
@@ -144,7 +155,8 @@ class Modulation(nnx.Module):
         self.linear = nnx.Linear(width, parts * width, rngs=rngs)
 
     def __call__(self, embedding: Float[Array, "b c"]) -> list[Float[Array, "b 1 c"]]:
-        return jnp.split(self.linear(jax.nn.silu(embedding))[:, None], self.parts, axis=-1)
+        rows = checkpoint_name(self.linear(jax.nn.silu(embedding)), ATTENTION)  # small, and all weights are read for them
+        return jnp.split(rows[:, None], self.parts, axis=-1)
 
 
 def modulated(x: Float[Array, "b s c"], shift: Float[Array, "b 1 c"], scale: Float[Array, "b 1 c"]) -> Float[Array, "b s c"]:
@@ -201,7 +213,8 @@ class JointBlock(nnx.Module):
         x = x + gate * image
         if self.dual:
             x = x + gate_own * own
-        x = x + gate_ff * self.ff(modulated(x, shift_ff, scale_ff))
+        ahead = checkpoint_name(self.ff(modulated(x, shift_ff, scale_ff)), ATTENTION)  # which the gate's gradient reads
+        x = x + gate_ff * ahead
         if self.last:
             return x, text
         text = text + of_text[2] * words

@@ -3,6 +3,9 @@
 Memory is the limit that XLA's TPU compiler sets for a program (from its error message), a little less than the marketed 16, 95
 and 32 GB. FLOP/s, memory bandwidth and links (all links of a chip together) are published numbers. Clocks turn the compiler's
 cycles into seconds.
+
+`narrow` is read from the kernel's last schedule by libtpu 0.0.51, 4,096 + 128 tokens in two arrays, scores small; a v5p has two
+cores that share the heads.
 """
 
 from typing import NamedTuple
@@ -21,12 +24,13 @@ class Chip(NamedTuple):
     clock: float = 0.0  # Hz of the compiler's cycles; 0: not a TPU
     links: float = 0.0  # bytes/s to the other chips of a slice
     lanes: int = 128  # a matrix unit's side, to which a head's width is filled up
+    narrow: tuple[float, float] = (0.0, 0.0)  # cycles of narrow_kernel a million scores, forward and backward, heads of 64
 
 
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 1.503e9, 200e9),
-    "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 1.751e9, 600e9),
-    "v6e": Chip(int(31.24 * GIB), 918e12, 1638e9, 1.751e9, 448e9, lanes=256),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 1.503e9, 200e9, narrow=(3015, 6920)),
+    "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 1.751e9, 600e9, narrow=(1415, 3460)),
+    "v6e": Chip(int(31.24 * GIB), 918e12, 1638e9, 1.751e9, 448e9, lanes=256, narrow=(1765, 4235)),
 }
 SLICES = {
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),

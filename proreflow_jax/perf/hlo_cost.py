@@ -2,7 +2,8 @@
 
 The compiler writes "estimated_cycles" beside every operation that it schedules. Operations inside a fusion belong to it. A
 loop's body is written once and counts as often as the loop's condition says. Pallas kernels have no estimate: splash attention
-counts as its floor (matrix products at peak, a head's width filled up to the matrix unit), others are listed by name.
+counts as its floor (matrix products at peak, a head's width filled up to the matrix unit), `narrow_kernel` as its last schedule
+(`chips`), others are listed by name.
 Transfers between chips have no estimate either: their bytes are counted, and most of their time hides behind the work. Other
 data movement without an estimate counts as the time of reading and writing the data.
 """
@@ -52,6 +53,7 @@ _FREE_CALLS = (
     "AssumeGatherIndicesInBound",
     "ConcatBitcast",
 )
+NARROW = "narrow_mha"  # begins the names of models/narrow_kernel.py's kernels
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of a splash kernel, by a part of its name
 _BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends inside a kernel's metadata
 
@@ -165,7 +167,7 @@ def cost(text: str, chip: Chip) -> Cost:
             cycles[kind] += times * op.cycles
         elif op.kind == "custom-call":
             if op.target not in _FREE_CALLS:
-                known = _splash(op, types, chip)
+                known = _splash(op, types, chip) or _narrow(op, types, chip)
                 label = _label(op)
                 (kernels if known else unknown)[label] += times
                 cycles["kernels"] += times * (known or 0.0)
@@ -256,3 +258,16 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     filled = -(-q[-1] // chip.lanes) * chip.lanes
     flops = 2 * products * math.prod(q[:-1]) * k[-2] * filled
     return flops / chip.peak * chip.clock
+
+
+def _narrow(op: Op, types: dict[str, str], chip: Chip) -> float | None:
+    """Cycles of models/narrow_kernel.py by its schedule; None for any other custom call, and where that is not known.
+
+    Its rows of sums, (b, heads, 1, s), say how long its parts are together: every token sees all.
+    """
+    if not op.name.startswith(NARROW):
+        return None
+    arrays = hlo_shapes(" ".join([op.type, *(types.get(name, "") for name in op.operands)]))
+    rows = [shape for dtype, shape in arrays if dtype == "f32" and len(shape) == 4 and shape[2] == 1]
+    scores = math.prod(rows[0][:2]) * sum(shape[3] for shape in rows) ** 2
+    return scores / 1e6 * chip.narrow["_bwd" in op.name] or None

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.perf import resident
+from proreflow_jax.perf import hlo_cost, resident
 from proreflow_jax.perf.chips import GIB
 from proreflow_jax.perf.estimate import Target
 
@@ -68,8 +68,11 @@ def _time(result: Mapping[str, Any]) -> list[str]:
     if result["sent_bytes"]:
         sent = f"{scaled(result['sent_bytes'], UNITS)} a chip, {seconds(result['sent_seconds'])} at the links' full rate"
         lines.append(f"  between  {sent}, mostly behind the work, not in the time above")
-    if result["kernels_at_their_floor"]:
-        lines.append(f"  floors   {_counted(result['kernels_at_their_floor'])}: counted at the chip's peak, not estimated")
+    ours = {name: count for name, count in result["kernels_at_their_floor"].items() if name.startswith(hlo_cost.NARROW)}
+    if floors := {name: count for name, count in result["kernels_at_their_floor"].items() if name not in ours}:
+        lines.append(f"  floors   {_counted(floors)}: counted at the chip's peak, not estimated")
+    if ours:
+        lines.append(f"  kernels  {_counted(ours)}: counted by their last schedule")
     if result["not_estimated"] or result["loops_of_unknown_length"]:
         loops = result["loops_of_unknown_length"]
         unknown = result["not_estimated"] | ({"loops counted once": loops} if loops else {})
