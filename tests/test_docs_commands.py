@@ -41,6 +41,7 @@ LEFT_OUT = {  # verbs and words that a trial on the tiny model cannot carry out 
     "--check": "torch beside it (tests/test_verbs_exports.py)",
     "start=data": "a dataset (tests/test_verbs_data.py)",
     "reproduce:": "a grid's config (tests/test_verbs_reproduce.py)",
+    "MY_SD3": "another kind of network (tests/test_verbs_sd3.py)",
     "make_emoji": "packages of pictures (tests/test_verbs_emoji.py)",
 }
 

@@ -30,13 +30,16 @@ def test_a_config_that_is_not_json_is_named(tmp_path):
         ("models/unet.py", ("unet",)),
         ("models/vae.py", ("vae",)),
         ("models/clip.py", ("text_encoder",)),
+        ("models/mmdit.py", ("transformer",)),
+        ("models/t5.py", ("text_encoder_3",)),
+        ("flow/stock.py", ("scheduler",)),
         ("models/clip_image.py", ("image_encoder",)),
         ("models/network.py", ("unet", "text_encoder")),
         ("flow/schedule.py", ("scheduler",)),
         ("pretrained/tokenizer.py", ("tokenizer", "text_encoder")),
         ("pretrained/single_file.py", ("unet", "vae", "text_encoder")),
         ("pretrained/original_names.py", ("unet", "vae", "text_encoder", "transformer", "text_encoder_3")),
-        ("pretrained/pipeline.py", ("unet", "vae", "text_encoder", "model_index")),
+        ("pretrained/pipeline.py", ("unet", "transformer", "vae", "text_encoder", "model_index")),
     ],
 )
 def test_every_field_that_is_read_has_a_kind(file, components):
@@ -44,7 +47,7 @@ def test_every_field_that_is_read_has_a_kind(file, components):
     text = (ROOT / file).read_text(encoding="utf-8")
     read = set(re.findall(r"(?:config|encoder|index|unet)(?:\.get\(|\[)\"(\w+)\"", text))
     known = {field for component in components for field in config_fields.TABLE[component]}
-    assert read - known <= {"addition_embed_type", "trained_betas", "unet", "vae"}
+    assert read - known <= {"addition_embed_type", "trained_betas", "unet", "vae", "_class_name"}
 
 
 def test_null_is_the_default_only_where_diffusers_has_it_so(tmp_path):

@@ -179,7 +179,7 @@ def test_only_an_sdxl_that_predicts_v_carries_the_mark_that_uis_know_it_by(famil
     networks = {"unet": SimpleNamespace(config={})}
     whole = SimpleNamespace(config=lambda component: {})
     source = SimpleNamespace(family=family, file=None, student={}, cut=(), whole=whole)
-    base = SimpleNamespace(source=source, params={}, networks=networks, text={})
+    base = SimpleNamespace(source=source, params={}, networks=networks, denoiser_name="unet", text={})
     assert set(write.single_file(SimpleNamespace(base=base, flow=Parameterization(kind)), {})) == marks
 
 

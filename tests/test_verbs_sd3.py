@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import made_coco
 import numpy as np
 import pytest
 import tiny
@@ -28,15 +29,19 @@ from test_pretrained_joint_file import with_identity  # noqa: E402
 
 import proreflow_jax  # noqa: E402
 from proreflow_jax.data import records  # noqa: E402
+from proreflow_jax.evaluation import judges  # noqa: E402
 from proreflow_jax.exports import formats, replay_in_diffusers  # noqa: E402
 from proreflow_jax.flow import windows  # noqa: E402
 from proreflow_jax.jobs import train  # noqa: E402
+from proreflow_jax.jobs.gallery import Ask, open_gallery  # noqa: E402
 from proreflow_jax.models.network import Context  # noqa: E402
 from proreflow_jax.pretrained import lora_file, weights  # noqa: E402
 from proreflow_jax.reflow import pairs  # noqa: E402
 from proreflow_jax.run import experiment as experiments  # noqa: E402
 from proreflow_jax.run import outlook, pictures, text_states  # noqa: E402
 from proreflow_jax.run.load import open_run  # noqa: E402
+from proreflow_jax.run.read_config import read_config  # noqa: E402
+from proreflow_jax.run.stages import PAIR_KEY, run_key  # noqa: E402
 from proreflow_jax.runtime import mesh  # noqa: E402
 from proreflow_jax.storage import paths  # noqa: E402
 from proreflow_jax.storage.atomic import read_json  # noqa: E402
@@ -331,7 +336,8 @@ def test_a_lora_that_was_trained_is_the_student_exactly(models, tmp_path, member
     base, student = (weights.read_tensors(folder / "transformer") for folder in (ours.model, tmp_path / "diffusers"))
     stored = weights.Tensors([tmp_path / "lora" / formats.FILES["lora"]])
     factors = lora_file.from_peft(stored, base, "transformer")
-    assert {n for n in base if not np.array_equal(base[n], student[n])} == factors.keys()
+    unread = f"transformer_blocks.{2 if member == '3.5-medium' else 1}.attn.add_q_proj.weight"  # of the last block's text
+    assert {n for n in base if not np.array_equal(base[n], student[n])} == factors.keys() - {unread}
     assert any("add_k_proj" in name for name in factors) and (member == "3-medium") != any("attn2" in n for n in factors)
     for name, value in lora_file.apply_factors(base, factors).items():
         np.testing.assert_allclose(value, student[name], rtol=1e-5, atol=1e-6)
@@ -341,21 +347,22 @@ def test_a_lora_that_was_trained_is_the_student_exactly(models, tmp_path, member
 def test_a_run_that_was_stopped_goes_on_bit_equal(distilled, tmp_path, monkeypatch):
     whole = distilled("3-medium")
     ours = Run("3-medium", whole.model, tmp_path)
-    fields, saved = {"checkpoint__every": 1}, []
+    fields, stage = {"checkpoint__every": 1}, tmp_path / "runs" / "tiny" / "stage-2"
 
     def stop(self: outlook.Outlook) -> None:
-        saved.append(1)
-        if len(saved) == 3:  # the shard of pairs, and two checkpoints
+        if list(stage.glob("checkpoints/1*")):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(outlook.Outlook, "keep", stop)
         assert run("distill", *ours.words(**fields)).code == 130
-    done = tmp_path / "runs" / "tiny" / "stage-2" / "DONE.json"
-    assert not done.exists()
+    assert not (stage / "DONE.json").exists()
     ended = run("distill", *ours.words(**fields))
     assert ended.code == 0 and "of 3 steps done" in ended.err and "training, 0 of 3" not in ended.err, ended.err
-    assert read_json(done)["digest"] == read_json(whole.folder / "runs" / "tiny" / "stage-2" / "DONE.json")["digest"]
+    assert (
+        read_json(stage / "DONE.json")["digest"]
+        == read_json(whole.folder / "runs" / "tiny" / "stage-2" / "DONE.json")["digest"]
+    )
 
 
 def losses(folder: Path, name: str) -> list[float]:
@@ -396,7 +403,9 @@ def test_cached_text_keeps_every_text_encoder_off_the_devices(models, tmp_path, 
     ]
     assert np.abs(drawn[0] - drawn[1]).max() <= 2
     words = ours.words(name="data", **fields | {"pairs__start": "data"}, **data)
-    one_line("make_pairs", [*words, "--stage=2"], "cache of text without latents", "--config.pairs.start=noise")
+    ended = run("distill", *words)
+    last = ended.err.splitlines()[-1]
+    assert ended.code == 2 and "cache of text without latents" in last and "--config.pairs.start=noise" in last
 
 
 @pytest.mark.slow
@@ -416,7 +425,36 @@ def test_pairs_start_from_noised_images_and_from_their_cache(models, tmp_path):
     np.testing.assert_allclose(made["cached"]["states"], made["images"]["states"], rtol=1e-4, atol=1e-5)
     first = made["images"]["first"]
     assert set(first) == {0, 1}
-    key = ours.open("images").stages[0].pair_key
+    key = run_key(read_config("digits"), PAIR_KEY, 2)
     noise = lambda i: jax.random.normal(jax.random.split(jax.random.fold_in(key, i), 4)[1], tiny_sd3.LATENT)
     for i in np.flatnonzero(first == 0):
         np.testing.assert_array_equal(made["images"]["states"][i, 0], noise(int(i)))
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_studied_shown_and_opened_from_python(distilled, tmp_path, monkeypatch):
+    ours, coco = distilled("3-medium"), tmp_path / "coco"
+    captions, images = made_coco.write_coco(coco)
+    (coco / "inception.safetensors").touch()
+    monkeypatch.setattr(judges, "feature_network", made_coco.small_network)
+    fields = {"protocol": "coco2017-5k", "captions": captions, "images": images, "inception": coco / "inception.safetensors"}
+    fields |= {"examples": 8, "batch": 8, "seeds": "(0,)", "teacher_steps": "(2,)", "student_steps": "((2, 2), (2, 4))"}
+    fields |= {"study.examples": 4, "study.seeds": 2, "study.steps": 8, "study.perturbed_steps": 4, "study.sizes": "(0.1, 0.5)"}
+    ended = run("evaluate", *ours.words(**{f"evaluate__{name}": value for name, value in fields.items()}), "--study")
+    assert ended.code == 0, ended.err
+    rows = read_json(ours.folder / "runs" / "tiny" / "scores.json")["rows"]
+    assert [row["steps"] for row in rows] == [2, 2, 4] and all(row["fid"]["0"] > 0 for row in rows)
+    study = read_json(ours.folder / "runs" / "tiny" / "study.json")
+    assert study["settings"]["step"] == "Euler" and "Euler steps" in (ours.folder / "runs" / "tiny" / "report.html").read_text()
+
+    gallery = open_gallery(str(ours.folder / "runs" / "tiny"))
+    ask = Ask("a three", "student of 2 windows", "base model", steps="2", teacher_steps=4.0, guidance=1, teacher_guidance="2.5")
+    answer = gallery.draw(ask._replace(negative="five", seed="3"))
+    model = proreflow_jax.load(ours.folder / "runs" / "tiny" / "stage-2")
+    (picture,) = model("a three", seed=3)
+    assert answer.refusal == "" and np.array_equal(np.asarray(answer.student.image), np.asarray(picture))
+    proreflow_jax.save_pictures([picture], tmp_path / "three.png")
+    assert pictures.records(Image.open(tmp_path / "three.png"))[0]["digest"] == model.digest
+
+    refused = run("evaluate", *ours.words(evaluate__protocol="emoji"))
+    assert refused.code == 2 and len(refused.err.splitlines()) == 1 and "emoji" in refused.err

@@ -61,6 +61,8 @@ def _open_folder(path: Path, source: ModelSource, with_weights: bool) -> OwnVae:
         skip = lambda name: not name.startswith("vae/") or not is_read(folder.parent, name, with_weights)
         sealed.check_undamaged(folder.parent, sealed.read_record(folder.parent), config_fields.DAMAGED, skip)
     stated = config_fields.read_config(folder, "vae")
+    if source.denoiser_name == "unet":
+        config_fields.check_unshifted(stated, folder / CONFIG)
     root = folder.parent if (folder.parent / INDEX).is_file() else folder
     return OwnVae(path, _in_words_of(stated, _own_config(source)), stated, folder, root)
 
