@@ -2,10 +2,11 @@
 
     proreflow reproduce --config=reproduce --workers=2         # hours; stop and go on as you like
     proreflow reproduce --config=reproduce:quick --workers=2   # under 20 minutes: five methods
-    proreflow distill --config=reproduce:ProReflow-II          # one method by the verbs
+    proreflow reproduce --config=reproduce:flow --workers=2    # beyond UNets: the MMDiT of digits_flow_base
+    proreflow distill --config=reproduce:ProReflow-II          # one method by the verbs; of the MMDiT flow-ProReflow-II
 
 A method is a set of fields in which it differs; all else is equal: data, network, optimizer, batch, seeds. Compute is counted
-in forwards of the UNet on one image: a teacher's as they are, an update as three for each of its images (forward and backward).
+in forwards of the network on one image: a teacher's as they are, an update as three for each of its images (both ways).
 Each stage of a method gets an equal share of it, and there `pair_share` goes to the teacher, the rest to updates.
 """
 
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs.common import optimizer, stable_diffusion
 from configs.digits import get_config as digits
+from configs.digits_flow import get_config as digits_flow
 
 STEPS = 32  # of the diffusion teacher from noise to data, in every method [paper]
 PAPER = {  # the paper's words where it has any
@@ -151,26 +153,48 @@ LAB_FIGURES = (
     ("settings.png", ("ProReflow-II", *(f"ProReflow-II-{name}" for name in CHAIN), *(f"chain-without-{name}" for name in CHAIN),
                       "chain")),
 )  # fmt: skip
+FLOW = ("reflow-1", "PeRFlow-4-velocity", "direct-4", "direct-2", "ProReflow-I", "ProReflow-II", "chain")  # of velocities alone
+FLOW_EFFECTS = (
+    ("windows, not one", "PeRFlow-4-velocity", "reflow-1"),
+    ("ProReflow-II against one-window reflow", "ProReflow-II", "reflow-1"),
+    ("ProReflow-II against PeRFlow", "ProReflow-II", "PeRFlow-4-velocity"),
+    ("the chain against one stage", "chain", "direct-2"),
+)
 QUICK = ("PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "ProReflow-I", "ProReflow-II", "direct-2")
 
 
 def get_config(form: str = "full") -> ConfigDict:
-    """The digits' grid, "full" or "quick"; "lab", the fastest; or the demo's config as one of their methods, by its name."""
+    """The digits' grid, "full" or "quick"; "flow", that of their MMDiT; "lab", the fastest; or one method's name.
+
+    A method's name gives the demo's config as that method; behind "flow-" the MMDiT's.
+    """
     if form == "lab":
         return _lab()
-    c = digits()
     table = {name: fields for _, name, fields in (*_lab_methods(), *METHODS)}
-    if form not in ("full", "quick", *table):
-        raise ValueError(f"{form!r} after configs/reproduce.py: must be full, quick, lab, or one of {', '.join(table)}")
-    c.name = {"full": "reproduce", "quick": "reproduce-quick"}.get(form, form)  # run folder below `root`
+    flows = {f"flow-{name}": table[name] for name in FLOW}
+    forms = {"full": "reproduce", "quick": "reproduce-quick", "flow": "reproduce-flow"}
+    if form not in (*forms, *table, *flows):
+        known = ", ".join((*table, *flows))
+        raise ValueError(f"{form!r} after configs/reproduce.py: must be full, quick, lab, flow, or one of {known}")
+    c = digits_flow() if form == "flow" or form in flows else digits()
+    c.name = forms.get(form, form)  # run folder below `root`
     c.train.batch = 32  # images of an update: at this compute many small updates beat few large ones
     c.evaluate.batch = 250  # images drawn at once; divides evaluate.examples
-    if form in table:
-        return _with(c, table[form])
-
-    _grid(c, [row for row in METHODS if form == "full" or row[1] in QUICK], EFFECTS)
-    c.reproduce.budgets = (100_000 if form == "full" else 25_000,)  # forwards of each method and seed, the teacher's included
+    if form not in forms:
+        return _with(c, (table | flows)[form])
+    if form == "flow":
+        rows = {row[1]: row for row in (*_lab_methods(), *METHODS) if row[1] in FLOW}
+        _grid(c, [(group, name, _unbudgeted(fields)) for group, name, fields in rows.values()], (*EFFECTS, *FLOW_EFFECTS))
+        c.reproduce.references = ("ProReflow-II", "reflow-1")  # methods that the others are compared with
+    else:
+        _grid(c, [row for row in METHODS if form == "full" or row[1] in QUICK], EFFECTS)
+    c.reproduce.budgets = (25_000 if form == "quick" else 100_000,)  # forwards of a method and seed, the teacher's included
     return c
+
+
+def _unbudgeted(fields: dict[str, Any]) -> dict[str, Any]:
+    """A method of the lab at the grid's own budgets."""
+    return {field: value for field, value in fields.items() if field != "reproduce.budgets"}
 
 
 def _grid(c: ConfigDict, methods: Sequence[tuple], effects: Sequence[tuple]) -> None:

@@ -1,5 +1,6 @@
 """Train a small text-to-image latent diffusion model of Stable Diffusion's shape: autoencoder, then UNet and text encoder.
 
+With --config=digits_flow_base it is of Stable Diffusion 3's: an MMDiT that is trained as a rectified flow, two text encoders.
 The result is a diffusers folder. Run the same command again to resume; report.html in the run's folder shows how it goes. With
 --snapshot the averages of the newest checkpoints are written, also while the training is under way.
 """

@@ -24,7 +24,9 @@ def reproduce(config: ConfigDict, workers: int) -> None:
     from proreflow_jax.reproduction.lab import LAB
 
     if "reproduce" not in config:
-        raise UserError("the config has no block `reproduce`: take --config=reproduce, or reproduce:quick or reproduce:lab")
+        raise UserError(
+            "the config has no block `reproduce`: take --config=reproduce, or reproduce:quick, reproduce:flow or reproduce:lab"
+        )
     testbed = {"digits": DIGITS, "mixture": LAB}.get(config.data.kind, DIGITS)  # which refuses other kinds
     experiment = testbed.open(config)
     check_grid(experiment, testbed, workers)

@@ -17,8 +17,8 @@ pipeline_tag: text-to-image
 
 # Emoji
 
-A small text-to-image latent diffusion model of Stable Diffusion's shape, trained from scratch on emoji of 64 x 64 pixels by
-`proreflow pretrain --config=emoji_base`. `StableDiffusionPipeline.from_pretrained` opens it. Prompts
+A small text-to-image latent diffusion model of {shape}'s shape, trained from scratch on emoji of 64 x 64 pixels by
+`proreflow pretrain --config={config}`. `{opener}.from_pretrained` opens it. Prompts
 it knows: "a waffle, noto style", "a waffle", keywords. Styles: the first column, with spaces for hyphens ("fluent 3d").
 
 Trained on these pictures, resized and put on white:
@@ -28,6 +28,10 @@ Trained on these pictures, resized and put on white:
 CC-BY-4.0 asks to name the authors where pictures, or works made from them, are passed on. Names and keywords of the emoji:
 emojibase-data (MIT, Miles Johnson).
 """
+SHAPES = {  # words of the card, by the component that is distilled
+    "unet": {"shape": "Stable Diffusion", "config": "emoji_base", "opener": "StableDiffusionPipeline"},
+    "transformer": {"shape": "Stable Diffusion 3", "config": "digits_flow_base", "opener": "StableDiffusion3Pipeline"},
+}
 
 
 def load_training_set(data: Any) -> tuple[UInt8[np.ndarray, "n size size 3"], list[Sequence[str]]]:
@@ -79,6 +83,6 @@ def _find(kind: str) -> tuple[Callable[[Any], tuple[np.ndarray, list[Sequence[st
     return sets[kind]
 
 
-def card(kind: str) -> str:
-    """What a model trained on the pictures must say of them, in Markdown; "": nothing."""
-    return EMOJI_CARD.format(credits=emoji_packages.credits_table()) if kind == "emoji" else ""
+def card(kind: str, denoiser: str = "unet") -> str:
+    """What a model trained on the pictures must say of them, in Markdown; "": nothing. denoiser: the model's component."""
+    return EMOJI_CARD.format(credits=emoji_packages.credits_table(), **SHAPES[denoiser]) if kind == "emoji" else ""

@@ -1,4 +1,4 @@
-"""Trains a small latent diffusion model from scratch: autoencoder, then UNet and text encoder."""
+"""Trains a small latent diffusion model from scratch: autoencoder, then denoiser and text encoders."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import loader, training_set
-from proreflow_jax.flow.schedule import Schedule, make_schedule
-from proreflow_jax.jobs import pretrain_pictures
+from proreflow_jax.jobs import pretrain_networks, pretrain_pictures
 from proreflow_jax.jobs.pretrain_facts import DIFFUSION, VAE
+from proreflow_jax.jobs.pretrain_networks import Diffusion, fitting, latent_factors, make_autoencoder, make_diffusion
 from proreflow_jax.jobs.pretrain_page import PretrainPage
-from proreflow_jax.models.layers import Compute
-from proreflow_jax.models.network import Network, Params, make_text_encoder, make_unet, make_vae
+from proreflow_jax.models.network import Network, Params
 from proreflow_jax.pretrained import copying, pipeline, tokenizer, write_pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.reflow.train_step import TrainState, averaged, init_state, make_optimizer, state_shardings, train_step
@@ -32,7 +30,7 @@ from proreflow_jax.storage import atomic, paths, sealed
 
 log = logging.getLogger(__name__)
 REPLICATED = [(".*", jax.sharding.PartitionSpec())]
-LATENTS = "latents.json"  # in the run's folder: the factor that gives latents unit variance
+LATENTS = "latents.json"  # in the run's folder: the factors of the autoencoder's config.json that its training decides
 
 
 class Rows:
@@ -66,6 +64,7 @@ def pretrain(config: ConfigDict, out: str, snapshot: bool = False) -> None:
         raise UserError("--out is empty: name the diffusers folder to write")
     if paths.parse_local(out, "--out").exists():
         raise UserError(f"{out} exists already: choose another --out")
+    tokenizers = pretrain_networks.TOKENIZERS[pretrain_networks.kind(config)]
     pretrain_pictures.check_pictures(config)
     run = paths.parse_local(config.root, "--config.root") / paths.check_name(config.name)
     start = pipeline.load_pipeline(paths.parse_local(config.start, "--config.start")) if config.start else None
@@ -75,41 +74,41 @@ def pretrain(config: ConfigDict, out: str, snapshot: bool = False) -> None:
     with job_lock(run):
         page = PretrainPage(config, run, out)
         images, texts = training_set.load_training_set(config.data)
-        vae, sheet = _vae(config), pretrain_pictures.choose_sheet(config, images, texts)
+        vae, sheet = make_autoencoder(config), pretrain_pictures.choose_sheet(config, images, texts)
         if sheet:
             pretrain_pictures.write_record(run, config, sheet)
         vae_looks = page.onlookers(VAE, sheet, sheet and pretrain_pictures.reconstruction(vae, sheet))
-        vae_params = _fitting(start, "vae", vae) if start else _train_vae(config, vae, images, run, vae_looks)
+        vae_params = fitting(start, "vae", vae) if start else _train_vae(config, vae, images, run, vae_looks)
         mean, std = _latents(vae, vae_params, images)
-        scaling = start.scaling if start else float(1.0 / np.sqrt(mean.var() + (std**2).mean()))
+        factors = _start_factors(start) if start else latent_factors(config, mean, std)
+        scaling, shift = factors["scaling_factor"], factors.get("shift_factor", 0.0)
         log.info("latents %s, scaling factor %.4f", mean.shape[1:], scaling)
-        atomic.write_json(run / LATENTS, {"scaling_factor": scaling})
+        atomic.write_json(run / LATENTS, factors)
 
-        prompts = _tokenizer(config, texts, run / "tokenizer")
+        prompts = _tokenizer(config, texts, [run / name for name in tokenizers])
         ids = prompts.encode([text for wordings in texts for text in wordings]).reshape(len(texts), -1, prompts.length)
-        rows = Rows({"mean": mean * scaling, "std": std * scaling, "ids": ids})
-        networks, empty = _diffusion_networks(config, run), prompts.encode([""])[0]
+        rows = Rows({"mean": (mean - shift) * scaling if shift else mean * scaling, "std": std * scaling, "ids": ids})
+        diffusion, empty = make_diffusion(config, run), prompts.encode([""])[0]
         draw = None
         if sheet:
-            decoder = pretrain_pictures.Decoder(vae, vae_params, scaling)
-            captions = prompts.encode(list(sheet.prompts))
-            draw = pretrain_pictures.prompted(config, networks, decoder, _schedule(config), captions, empty)
-        begin = _begin(start, networks) if start else None
+            decoder = pretrain_pictures.Decoder(make_autoencoder(config, factors), vae_params, scaling)
+            draw = pretrain_pictures.prompted(config, diffusion, decoder, prompts.encode(list(sheet.prompts)), empty)
+        begin = _begin(start, diffusion) if start else None
         looks = page.onlookers(DIFFUSION, sheet, draw)
-        params = _train_diffusion(config, networks, rows, empty, run, begin=begin, onlookers=looks)
+        params = _train_diffusion(config, diffusion, rows, empty, run, begin=begin, onlookers=looks)
         write_model(config, run, out, {"vae": vae_params, **params})
         page.written()
 
 
 def write_model(config: ConfigDict, run: Path, out: str, params: Mapping[str, Params]) -> None:
-    """Writes the diffusers folder `out` with the run's tokenizer and scaling factor; parameters by component."""
-    vae, (unet, text_encoder) = _vae(config), _diffusion_networks(config, run)
-    configs = {"vae": vae.config | atomic.read_json(run / LATENTS), "unet": unet.config, "text_encoder": text_encoder.config}
-    scheduler = write_pipeline.scheduler_config(config.schedule)
+    """Writes the diffusers folder `out` with the run's tokenizers and the latents' factors; parameters by component."""
+    diffusion, vae = make_diffusion(config, run), make_autoencoder(config, atomic.read_json(run / LATENTS))
+    configs = {"vae": vae.config, **{name: network.config for name, network in diffusion.networks.items()}}
     with atomic.atomic_folder(out) as draft:
-        write_pipeline.write_pipeline(draft, configs, params, scheduler, np.dtype(config.dtype))
-        copying.copy_component(run, "tokenizer", draft)
-        if card := training_set.card(config.data.kind):
+        write_pipeline.write_pipeline(draft, configs, params, diffusion.scheduler, np.dtype(config.dtype))
+        for name in pretrain_networks.TOKENIZERS[diffusion.name]:
+            copying.copy_component(run, name, draft)
+        if card := training_set.card(config.data.kind, diffusion.name):
             (draft / "README.md").write_text(card, encoding="utf-8")
         if lines := training_set.known_prompts(config.data):
             (draft / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -121,47 +120,29 @@ def averages(config: ConfigDict, run: Path, start: pipeline.Pipeline | None) -> 
     """{component: parameters} of the newest checkpoints. Raises FileNotFoundError if there are none yet."""
     if not (run / LATENTS).is_file():
         raise MissingFile(f"{run} has no diffusion training yet: take the snapshot after its first checkpoint")
-    vae, networks = _vae(config), _diffusion_networks(config, run)
-    trained = _fitting(start, "vae", vae) if start else averaged(_newest(config, _vae_training(config, vae, run)))
-    joint = averaged(_newest(config, _diffusion_training(config, *networks, run)))
-    return jax.device_get({"vae": trained, **_apart(joint)})
+    vae, diffusion = make_autoencoder(config), make_diffusion(config, run)
+    trained = fitting(start, "vae", vae) if start else averaged(_newest(config, _vae_training(config, vae, run)))
+    joint = averaged(_newest(config, _diffusion_training(config, diffusion, run)))
+    return jax.device_get({"vae": trained, **diffusion.apart(joint)})
 
 
-def _vae(config: ConfigDict) -> Network:
-    return make_vae(write_pipeline.vae_config(config.vae, config.data.resolution), Compute(config.attention))
+def _start_factors(start: pipeline.Pipeline) -> dict[str, float]:
+    """The latents' factors of the model to start from."""
+    shift = start.vae.config.get("shift_factor")
+    return {"scaling_factor": start.scaling} | ({} if shift is None else {"shift_factor": shift})
 
 
-def _diffusion_networks(config: ConfigDict, run: Path) -> tuple[Network, Network]:
-    """UNet and text encoder, for the tokenizer of the run."""
-    text = write_pipeline.text_config(config.text, tokenizer.vocabulary_size(run / "tokenizer"))
-    unet = write_pipeline.unet_config(config.unet, config.text, _latent_shape(config))
-    return make_unet(unet, Compute(config.attention)), make_text_encoder(text)
-
-
-def _latent_shape(config: ConfigDict) -> tuple[int, int, int]:
-    side = config.data.resolution // 2 ** (len(config.vae.block_out_channels) - 1)
-    return (side, side, config.vae.latent_channels)
-
-
-def _tokenizer(config: ConfigDict, texts: Sequence[Sequence[str]], folder: Path) -> tokenizer.PromptTokenizer:
-    """The run's tokenizer: copied from the model to start from, or learned on the captions."""
+def _tokenizer(config: ConfigDict, texts: Sequence[Sequence[str]], folders: Sequence[Path]) -> tokenizer.PromptTokenizer:
+    """The run's tokenizers side by side: copied from the model to start from, or learned on the captions, all alike."""
     if config.start:
-        copying.copy_component(paths.parse_local(config.start, "--config.start"), "tokenizer", folder.parent)
+        for folder in folders:
+            copying.copy_component(paths.parse_local(config.start, "--config.start"), folder.name, folder.parent)
     else:
         every = sorted({text for wordings in texts for text in wordings})
-        tokenizer.write_tokenizer(folder, *tokenizer.learn(every, config.text.merges), config.text.length)
-    return tokenizer.load_tokenizer(folder)
-
-
-def _fitting(start: pipeline.Pipeline, name: str, network: Network) -> Params:
-    """The parameters of one component of the model to start from. Raises ValueError if the config has another network."""
-    theirs = {n: np.shape(value) for n, value in start.params[name].items()}
-    ours = {n: shape.shape for n, shape in network.shapes.items()}
-    if differ := sorted(n for n in {*theirs, *ours} if theirs.get(n) != ours.get(n)):
-        raise UserError(
-            f"--config.start={start.source.folder}: its {name} is not the config's, look at {', '.join(differ[:3])}"
-        )
-    return {n: jnp.asarray(value) for n, value in start.params[name].items()}
+        learned = tokenizer.learn(every, config.text.merges)
+        for folder in folders:
+            tokenizer.write_tokenizer(folder, *learned, config.text.length)
+    return tokenizer.load_tokenizer(*folders)
 
 
 def _vae_training(config: ConfigDict, vae: Network, run: Path) -> Training:
@@ -169,7 +150,7 @@ def _vae_training(config: ConfigDict, vae: Network, run: Path) -> Training:
 
 
 def _train_vae(config: ConfigDict, vae: Network, images: np.ndarray, run: Path, onlookers: loop.Onlookers) -> Params:
-    draw = partial(pretraining.draw_autoencoder, latent=_latent_shape(config))
+    draw = partial(pretraining.draw_autoencoder, latent=pretrain_networks.latent_shape(config))
     loss = partial(pretraining.autoencoder_loss, vae=vae, kl_weight=config.vae.kl_weight)
     state = _fit(config, _vae_training(config, vae, run), Rows({"image": images}), draw, loss, onlookers=onlookers)
     return jax.device_get(averaged(state))
@@ -185,28 +166,18 @@ def _latents(vae: Network, params: Params, images: np.ndarray, batch: int = 256)
     return mean, std
 
 
-def _diffusion_training(config: ConfigDict, unet: Network, text_encoder: Network, run: Path) -> Training:
-    def init(key: jax.Array) -> Params:
-        first, second = jax.random.split(key)
-        return pretraining.joined({pretraining.DENOISER: unet.init(first), pretraining.TEXT: text_encoder.init(second)})
-
-    return Training(run / DIFFUSION, init, config.diffusion, config.diffusion.ema)
+def _diffusion_training(config: ConfigDict, diffusion: Diffusion, run: Path) -> Training:
+    return Training(run / DIFFUSION, diffusion.init, config.diffusion, config.diffusion.ema)
 
 
-def _schedule(config: ConfigDict) -> Schedule:
-    s = config.schedule
-    return make_schedule(s.beta_schedule, s.beta_start, s.beta_end)
-
-
-def _begin(start: pipeline.Pipeline, networks: tuple[Network, Network]) -> Params:
-    """UNet and text encoder of the model to start from, as they are trained."""
-    named = dict(zip(("unet", "text_encoder"), networks, strict=True))
-    return pretraining.joined({f"{name}/": _fitting(start, name, network) for name, network in named.items()})
+def _begin(start: pipeline.Pipeline, diffusion: Diffusion) -> Params:
+    """Denoiser and text encoders of the model to start from, as they are trained."""
+    return diffusion.join({name: fitting(start, name, network) for name, network in diffusion.networks.items()})
 
 
 def _train_diffusion(
     config: ConfigDict,
-    networks: tuple[Network, Network],
+    diffusion: Diffusion,
     rows: Rows,
     empty: np.ndarray,
     run: Path,
@@ -214,17 +185,9 @@ def _train_diffusion(
     begin: Params | None,
     onlookers: loop.Onlookers,
 ) -> dict[str, Params]:
-    c, (unet, text_encoder) = config.diffusion, networks
-    drop = dict(empty=jnp.asarray(empty), drop=c.prompt_dropout)
-    draw = partial(pretraining.draw_noise, schedule=_schedule(config), most_snr=c.most_snr, **drop)
-    loss = partial(pretraining.noise_loss, denoiser=unet, text_encoder=text_encoder)
-    training = _diffusion_training(config, unet, text_encoder, run)
-    state = _fit(config, training, rows, draw, loss, begin, onlookers=onlookers)
-    return jax.device_get(_apart(averaged(state)))
-
-
-def _apart(joint: Params) -> dict[str, Params]:
-    return {"unet": pretraining.part(joint, pretraining.DENOISER), "text_encoder": pretraining.part(joint, pretraining.TEXT)}
+    draw, loss = pretrain_networks.draw_and_loss(config, diffusion, empty)
+    state = _fit(config, _diffusion_training(config, diffusion, run), rows, draw, loss, begin, onlookers=onlookers)
+    return jax.device_get(diffusion.apart(averaged(state)))
 
 
 def _fresh(config: ConfigDict, training: Training) -> Callable[..., TrainState]:

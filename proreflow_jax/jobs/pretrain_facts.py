@@ -81,7 +81,7 @@ def _stage(
 
 def _progress(fields: Mapping[str, Any], stages: Mapping[str, Stage], standing: Standing) -> dict[str, Any]:
     """In the words of progress.json."""
-    cost = {DIFFUSION: fields["diffusion.batch"] * outlook.BACKWARD}  # of the UNet alone
+    cost = {DIFFUSION: fields["diffusion.batch"] * outlook.BACKWARD}  # of the denoiser alone
     parts = [_part(stage) | {"cost": cost.get(name, 0)} for name, stage in stages.items()]
     now = next((part for part in parts if part["done"] < part["total"]), parts[-1])
     todo = [stage for stage in stages.values() if not stage.done]

@@ -19,10 +19,9 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.flow.schedule import Schedule
+from proreflow_jax.jobs.pretrain_networks import Diffusion
 from proreflow_jax.jobs.stage_pictures import GAP, RECORD, write_picture
-from proreflow_jax.models.network import Context, Network, Params
+from proreflow_jax.models.network import Network, Params
 from proreflow_jax.reflow import pretraining, sampler
 from proreflow_jax.run.errors import message
 from proreflow_jax.run.ranges import check_range
@@ -84,25 +83,20 @@ class Decoder(NamedTuple):
 
 
 def prompted(
-    config: ConfigDict,
-    networks: tuple[Network, Network],
-    decoder: Decoder,
-    schedule: Schedule,
-    ids: Int[np.ndarray, "b s"],
-    empty: Int[np.ndarray, " s"],
+    config: ConfigDict, diffusion: Diffusion, decoder: Decoder, ids: Int[np.ndarray, "b s"], empty: Int[np.ndarray, " s"]
 ) -> Draw:
-    """What UNet and text encoder draw from captions; ids of these and of the empty prompt."""
-    unet, text_encoder = networks
-    side = unet.config["sample_size"]
-    noise = jax.random.normal(run_key(config, PICTURE_KEY, 0), (len(ids), side, side, unet.config["in_channels"]))
+    """What denoiser and text encoders draw from captions; ids of these and of the empty prompt."""
+    denoiser = diffusion.denoiser
+    side = denoiser.config["sample_size"]
+    noise = jax.random.normal(run_key(config, PICTURE_KEY, 0), (len(ids), side, side, denoiser.config["in_channels"]))
     guidance = 1 if config.samples.guidance == 1 else config.samples.guidance
-    options = dict(denoiser=unet, schedule=schedule, flow=Parameterization("epsilon"), guidance=guidance)
+    options = dict(denoiser=denoiser, schedule=diffusion.schedule, flow=diffusion.flow, guidance=guidance)
 
     @jax.jit
     def images(joint: Params, vae_params: Params) -> jax.Array:
-        text = pretraining.part(joint, pretraining.TEXT)
-        read = lambda words: Context(text_encoder.apply(text, jnp.asarray(words)).last)
-        trained = pretraining.part(joint, pretraining.DENOISER)
+        params = diffusion.apart(joint)
+        read = lambda words: diffusion.condition(params, jnp.asarray(words))
+        trained = params[diffusion.name]
         latents = sampler.sample_latents(trained, noise, read(ids), read(empty[None]), steps=config.samples.steps, **options)
         return sampler.decode(decoder.vae, vae_params, latents, decoder.scaling)
 

@@ -15,7 +15,8 @@ from proreflow_jax.run.read_config import read_config
 
 OWN = ("name", "root")  # fields that every run sets
 STAGES, PRETRAINING, GRID = "stages", "diffusion.steps", "reproduce.methods"  # fields that tell what a config is for
-FORMS = ("reproduce", "reproduce:quick", "reproduce:lab")  # of a grid; its other words are single methods
+FLOW = "flow.shift"  # likewise: a base model's training as a rectified flow, whose blocks are not those of a UNet's
+FORMS = ("reproduce", "reproduce:quick", "reproduce:lab", "reproduce:flow")  # of a grid; its other words are single methods
 LONGEST = 200  # letters of a value
 
 
@@ -55,16 +56,16 @@ def _changes(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[Chan
 
 def _kind(fields: Mapping[str, Any]) -> str:
     """A field that tells what a config is for."""
-    return next((field for field in (PRETRAINING, GRID) if field in fields), STAGES)
+    return next((field for field in (FLOW, PRETRAINING, GRID) if field in fields), STAGES)
 
 
 @cache
 def defaults(kind: str = STAGES) -> dict[str, dict[str, Any]]:
-    """{name: fields} of the package's own configs of a kind: of stages, of a base model's training, or of a grid."""
+    """{name: fields} of the package's own configs of a kind: of stages, of a base model's training (two), or of a grid."""
     names = FORMS if kind == GRID else [name for name in config_files.own_names() if name not in FORMS]
     configs = {name: read_config(name) for name in names}
     fields = {name: {f: plain(v) for f, v in flat(config).items()} for name, config in configs.items()}
-    return {name: values for name, values in fields.items() if kind in values}
+    return {name: values for name, values in fields.items() if kind in values and kind == _kind(values)}
 
 
 def plain(value: Any) -> Any:

@@ -47,7 +47,10 @@ RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole 
     (r"lab\.\w*seed", (0, LARGEST)),
     (r"(.*\.)?schedule\.beta_\w+", (0, 1)),
     (r"text\.merges", (0, 2**20)),
-    (r"(vae|unet|text|lab)\.(?!\w+_types)\w+", (1, ROWS)),
+    (r"flow\.(shift|logit_std)", (1e-3, 1e3)),
+    (r"flow\.logit_mean", (-1e2, 1e2)),
+    (r"transformer\.dual_attention_layers", (0, ROWS)),
+    (r"(vae|unet|transformer|text|text_2|lab)\.(?!\w+_types)\w+", (1, ROWS)),
 )
 
 
