@@ -19,7 +19,10 @@ from proreflow_jax.run.stages import check_counts
 from proreflow_jax.runtime import mesh
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGE = ("sd15", "sd21", "sdxl", "finetune")
+FLOWS = ("sd35_medium", "sd3_medium")
+LARGE = ("sd15", "sd21", "sdxl", "finetune", *FLOWS)
+TFLOP = {"sd15": 0.803, "sd21": 2.141, "sdxl": 6.761, "finetune": 0.803}  # a forward: shared/performance.md, and XLA's count
+TFLOP |= {"sd35_medium": 11.25, "sd3_medium": 8.90}  # perf/flops.py, with T5's 256 rows of text
 REAL = (*LARGE, "gpu_24gb")  # which has one card, no slices
 SLICE = re.compile(r"^ +(v\d[ep]?-\d+) +(\d+) chips (.*)$", re.MULTILINE)
 FIELD = re.compile(r"--config\.([\w.]*\w)=([^\s,;]*[^\s,;.:])")
@@ -120,7 +123,7 @@ def test_every_field_its_page_names_exists_and_takes_the_value(name):
 @pytest.mark.parametrize("name", REAL)
 def test_its_commands_are_verbs_with_such_flags(name):
     commands = COMMAND.findall(page(name))
-    assert [verb for verb, _ in commands] == ["distill", "sample", "export"]
+    assert [verb for verb, _ in commands] == [*(["cache"] if name in FLOWS else []), "distill", "sample", "export"]
     for verb, words in commands:
         assert f"--config={name}" in words
         source = (ROOT / "proreflow_jax" / f"{verb}.py").read_text(encoding="utf-8")
@@ -163,12 +166,21 @@ def test_a_fine_tune_of_another_kind_is_read_by_the_flags_that_its_page_gives():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "side"), [("sd15", "epsilon", 512), ("sd21", "v_prediction", 768), ("sdxl", "epsilon", 1024)]
+    ("name", "kind", "side"),
+    [("sd15", "epsilon", 512), ("sd21", "v_prediction", 768), ("sdxl", "epsilon", 1024), *((n, "flow", 1024) for n in FLOWS)],
 )
 def test_the_student_keeps_the_words_of_its_base(name, kind, side):
     c = config(name)
     check_config.check_student(c, kind)
-    assert check_config.JUMPS[c.student.prediction] == kind and c.data.resolution == side
+    words = {**check_config.JUMPS, "velocity": "flow"}
+    assert words[c.student.prediction] == kind and c.data.resolution == side
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_reads_its_text_from_the_cache_that_its_page_makes(name):
+    c, (verb, words) = config(name), COMMAND.findall(page(name))[0]
+    assert (verb, c.data.kind, c.cache.text) == ("cache", "cached", True) and f"--out={c.data.path}\n" in f"{words}\n"
+    assert re.search(c.student.lora.layers, "transformer_blocks.0.attn.add_q_proj.weight")
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -183,9 +195,7 @@ def test_it_is_the_papers_where_the_paper_speaks(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_the_pages_arithmetic_is_that_of_its_fields(name):
     c, text = config(name), " ".join(page(name).split())
-    tflop = {"sd15": 0.803, "sd21": 2.141, "sdxl": 6.761, "finetune": 0.803}[
-        name
-    ]  # a forward: shared/performance.md, and XLA's count
+    tflop = TFLOP[name]
     p, side, first = c.pairs, c.data.resolution // 8, c.stages[0]
     forwards = [p.steps * first, *(p.substeps * before for before in c.stages[:-1])]
     pairs = p.examples * sum(forwards) * tflop / 1e6
@@ -204,7 +214,7 @@ def test_the_pages_arithmetic_is_that_of_its_fields(name):
     assert [n for n, _ in slower] == pytest.approx([100 * full / percent for _, percent in slower], rel=0.04)
     assert slower or name == "sd21"  # which `plan` was not asked for
 
-    state = side * side * 4 * 2 / 1e9
+    state = side * side * (16 if name in FLOWS else 4) * 2 / 1e9
     disk = [float(n) for n in re.search(r"pairs (\d+) \+ (\d+) \+ (\d+) GB", text).groups()]
     assert disk == pytest.approx([p.examples * (n + 1) * state for n in c.stages], abs=0.6)
 
@@ -212,7 +222,6 @@ def test_the_pages_arithmetic_is_that_of_its_fields(name):
 def test_a_chips_memory_is_added_up_right():
     sizes = {"sd15": (3.44, 0.5, 6.3), "sd21": (3.46, 1.4, 19.0), "sdxl": (10.27, 3.3, 31.7), "finetune": (3.44, 0.5, 6.3)}
     for name in LARGE:  # float32 weights, text encoders, activations of an image, in GB
-        weights, text, image = sizes[name]
         for kind, chips, words in slices(name):
             c = config(name, *words)
             line = next(rest for found, _, rest in SLICE.findall(page(name)) if found == kind)
@@ -226,6 +235,7 @@ def test_a_chips_memory_is_added_up_right():
             capacity, fixed, images, each, total = (
                 float(n) for n in re.match(r" *(\d+) GB +(\d+) \+ (\d+) x ([\d.]+) = (\d+)", line).groups()
             )
+            weights, text, image = sizes[name]
             full = (4 + 1 + 1) * weights / chips + weights + text  # state, gradients, base; in bfloat16 weights, gradients
             if c.student.lora.rank:  # frozen base, its working copy, gradients of the layers with factors
                 full = weights / chips + 0.5 * weights + text + 0.5

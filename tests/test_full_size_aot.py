@@ -1,4 +1,5 @@
-"""SD 1.5, SDXL and SD 3.5 medium through the real TPU compiler: does it fit, how many cycles, of what. Nothing runs, no weights are needed.
+"""SD 1.5, SDXL and SD 3.5 medium through the real TPU compiler: does it fit, how many cycles, of what. Nothing runs, no
+weights are needed.
 
 Minutes to tens of minutes each on two cores: `make test-aot`. Skipped where libtpu is not installed.
 """

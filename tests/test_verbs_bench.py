@@ -179,6 +179,20 @@ def test_ours_and_diffusers_take_turns_on_the_same_weights(tmp_path, outline_onl
     assert "ours / theirs" in ended.out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("member", "t5"), [("3.5-medium", True), ("3-medium", False)])
+def test_a_transformer_and_diffusers_take_turns_too(tmp_path, member, t5):
+    """Without T5 ours reads one row of text for diffusers' 256."""
+    pytest.importorskip("diffusers")
+    import tiny_sd3
+
+    flags = verb.tiny_flags(tmp_path, tiny_sd3.write(tmp_path / "model", member, t5), student__prediction="velocity")
+    ended = verb.run("bench", *flags, "--against=diffusers", "--steps=1", "--rows=2", f"--json={tmp_path / 'bench.json'}")
+    assert ended.code == 0, ended.err
+    against = json.loads((tmp_path / "bench.json").read_text())["against"]
+    assert (against["network"], against["images"]) == ("transformer", 2) and against["largest_difference"] < 1e-4
+
+
 def test_without_torch_the_comparison_names_the_extra(tmp_path, outline_only, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "proreflow_jax.perf.against_diffusers", raising=False)

@@ -1,4 +1,4 @@
-"""The UNet's forward against diffusers' on the machine at hand: the same architecture, weights and inputs, in turns.
+"""The denoiser's forward against diffusers' on the machine at hand: the same architecture, weights and inputs, in turns.
 
 Both are timed in one process: ours, theirs, ours, theirs. A disturbance of the machine then disturbs both, and each turn has a
 ratio. Both run on one device, a CPU with all its cores. Needs torch and diffusers (the extra `export-check`).
@@ -19,6 +19,8 @@ from proreflow_jax.models.network import cast
 from proreflow_jax.perf import chips, dummy_arrays, flops
 from proreflow_jax.perf.measure import run_spread, work
 from proreflow_jax.pretrained import weights
+from proreflow_jax.pretrained.pipeline import T5
+from proreflow_jax.pretrained.t5_tokenizer import LENGTH
 from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
@@ -33,7 +35,7 @@ except ImportError:
     ) from None
 
 ALONE = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
-Inputs = dict[str, np.ndarray]  # latents (b,h,w,c), timesteps (b,), states (b,s,d), and SDXL's pooled and time_ids
+Inputs = dict[str, np.ndarray]  # latents (b,h,w,c), timesteps (b,), states (b,s,d), SDXL's and SD 3's pooled, SDXL's time_ids
 
 
 def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def compare(config: ConfigDict, rows: int, turns: int) -> dict[str, Any]:
     device, net = experiment.mesh.devices.flat[0], experiment.networks.denoiser
     useful = flops.total(flops.count(net.apply, net.shapes, *inputs.values()))
     return {
+        "network": {"unet": "UNet"}.get(experiment.base.denoiser_name, experiment.base.denoiser_name),
         "images": rows,
         "dtype": dtype,
         "device": device.device_kind,
@@ -85,9 +88,15 @@ def _inputs(experiment: Experiment, rows: int) -> Inputs:
     """Noise, a time and text states, the same for both."""
     draws, config = np.random.default_rng(0), experiment.networks.denoiser.config
     normal = lambda *shape: draws.standard_normal((rows, *shape), np.float32)
-    encoders = [experiment.base.networks[name] for name in experiment.base.text]
+    encoders = [experiment.base.networks[name] for name in experiment.base.text if name != T5]
     length = max(encoder.config.get("max_position_embeddings", 77) for encoder in encoders)
     inputs = {"latents": normal(*experiment.base.latent_shape), "timesteps": np.full(rows, 500, np.float32)}
+    if "joint_attention_dim" in config:  # the last row is one of T5's, or stands for all that it would give
+        rest = LENGTH if T5 in experiment.base.networks else 1
+        return inputs | {
+            "states": normal(length + rest, config["joint_attention_dim"]),
+            "pooled": normal(config["pooled_projection_dim"]),
+        }
     inputs["states"] = normal(length, config["cross_attention_dim"])
     if config.get("addition_embed_type") == "text_time":
         ids = 6 * config["addition_time_embed_dim"]
@@ -105,23 +114,32 @@ def _ours(experiment: Experiment, params: Any, inputs: Inputs, dtype: str) -> Ca
 
 
 def _theirs(experiment: Experiment, params: Any, inputs: Inputs, dtype: str, device: str) -> Callable[[], np.ndarray]:
-    """diffusers' UNet with our weights; on a GPU in channels_last with cuDNN's choice by trial."""
+    """diffusers' network with our weights; on a GPU in channels_last with cuDNN's choice by trial."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.backends.cudnn.benchmark = True
+    name = experiment.networks.denoiser.config.get("_class_name", "UNet2DConditionModel")
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(experiment.networks.denoiser.config)
+        rival = getattr(diffusers, name).from_config(experiment.networks.denoiser.config)
     kind, tensors = getattr(torch, dtype), weights.to_torch(params)
     own = lambda array: torch.from_numpy(array if array.flags.writeable else array.copy()).to(kind)
-    unet.load_state_dict({name: own(array) for name, array in tensors.items()}, assign=True)
-    unet = unet.to(device, memory_format=_format(device)).eval()
+    rival.load_state_dict({name: own(array) for name, array in tensors.items()}, assign=True)
+    rival = rival.to(device, memory_format=_format(device)).eval()
+    if name == "SD3Transformer2DModel" and T5 not in experiment.base.networks:
+        states = inputs["states"]
+        inputs = inputs | {"states": np.concatenate([states[:, :-1], np.repeat(states[:, -1:], LENGTH, 1)], axis=1)}
     fed = {name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
     latents, states = fed["latents"].permute(0, 3, 1, 2).to(kind), fed["states"].to(kind)
     latents = latents.contiguous(memory_format=_format(device))
-    added = {"text_embeds": fed["pooled"].to(kind), "time_ids": fed["time_ids"]} if "pooled" in fed else None
+    more: dict[str, Any] = {}
+    if "time_ids" in fed:
+        more["added_cond_kwargs"] = {"text_embeds": fed["pooled"].to(kind), "time_ids": fed["time_ids"]}
+    elif "pooled" in fed:
+        more["pooled_projections"] = fed["pooled"].to(kind)
+    order = {"timestep": fed["timesteps"], "encoder_hidden_states": states, "return_dict": False, **more}
 
     def forward() -> np.ndarray:
         with torch.inference_mode():
-            out = unet(latents, fed["timesteps"], states, added_cond_kwargs=added, return_dict=False)[0]
+            out = rival(latents, **order)[0]
         return out.permute(0, 2, 3, 1).float().cpu().numpy()
 
     return forward

@@ -72,10 +72,10 @@ def _jobs(
 
 
 def _compare(config: ConfigDict, rows: int, turns: int) -> Generator[str, None, dict[str, Any]]:
-    """The UNet's forward, ours and that of torch."""
+    """The denoiser's forward, ours and that of torch."""
     from proreflow_jax.perf import against_diffusers
 
-    with ticking("UNet forward, ours and diffusers' in turns"):
+    with ticking("forward, ours and diffusers' in turns"):
         result = against_diffusers.compare(config, rows, turns)
     yield bench_report.compared(result)
     return result

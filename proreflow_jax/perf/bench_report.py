@@ -66,7 +66,7 @@ def compared(result: Numbers) -> str:
     rival = f"torch {result['torch']}, diffusers {result['diffusers']}"
     return "\n".join(
         [
-            f"\nUNet forward, {result['images']} image(s): {where}; {rival}, in turns",
+            f"\n{result['network']} forward, {result['images']} image(s): {where}; {rival}, in turns",
             f"  ours     {median(result['ours'])}, {scaled(result['flops_per_second'], WORK)}/s",
             f"  theirs   {median(result['theirs'])}",
             f"  ratio    {ratio['median']:.3f} ours / theirs (quartiles {low:.3f} .. {high:.3f}, "

@@ -19,9 +19,9 @@ from proreflow_jax.runtime import mesh
 from proreflow_jax.storage import paths
 
 STATE = "state"  # of the optimizer: weights or factors, moments, average
-TEACHER = "teacher"  # UNet that makes the pairs
-STUDENT = "student"  # UNet that is sampled, and others that wait for their turn
-BASE = "base"  # UNet of the base model, where neither teacher nor student is the same arrays
+TEACHER = "teacher"  # denoiser that makes the pairs
+STUDENT = "student"  # denoiser that is sampled, and others that wait for their turn
+BASE = "base"  # denoiser of the base model, where neither teacher nor student is the same arrays
 ENCODERS = "encoders"  # text encoders and VAE
 JUDGES = "judges"  # FID's and CLIP's networks
 BATCH = "batch"  # and the one that is put on the devices meanwhile
@@ -62,7 +62,7 @@ def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:
 
 
 def denoiser_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """The base model's UNet in float32, by --config.mesh.rules."""
+    """The base model's denoiser in float32, by --config.mesh.rules."""
     return _by_rules(experiment, experiment.base.denoiser.shapes)
 
 
