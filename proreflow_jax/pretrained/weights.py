@@ -247,9 +247,8 @@ def names_today(tensors: Iterable[str], shapes: Shapes) -> dict[str, str]:
     stored = {OLD_NAME.sub(lambda match: OLD[match[0]], name): name for name in tensors if not IGNORED.search(name)}
     if "text_model.final_layer_norm.weight" in shapes and "final_layer_norm.weight" in stored:
         stored = {name if name.startswith("text_") else f"text_model.{name}": torch for name, torch in stored.items()}
-    for name, once in TIED.items():
-        if once in shapes and name in stored:
-            stored.setdefault(once, stored.pop(name))
+    for name in [name for name in TIED if name in stored and TIED[name] in shapes]:
+        stored.setdefault(TIED[name], stored.pop(name))
     counted = text_layers(shapes)
     return {name: torch for name, torch in stored.items() if not counted or text_layers([name]) != counted + 1}
 
