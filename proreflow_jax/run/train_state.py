@@ -4,6 +4,7 @@ At rest, in checkpoints and in whatever is handed on, every tensor has its torch
 tensors (`runtime.stacks`): a call of SD 1.5's step takes 212 arrays in place of 2,949, which is its cost on the host.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from proreflow_jax.run.check_config import RULES
 from proreflow_jax.runtime import mesh, stacks
 from proreflow_jax.runtime.stacks import Table
 
+log = logging.getLogger(__name__)
+LAYERS = "--config.student.lora.layers"
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -73,6 +76,8 @@ def trainable(network: Network) -> Shapes:
 
 def _factor_shapes(weights: Shapes, lora: ConfigDict) -> Shapes:
     shapes = lora_factors.factor_shapes(weights, lora.layers, lora.rank)
+    if any(".attn.add_q_proj." in name for name in weights) and not any(".attn." in name for name in shapes):
+        log.warning("%s: no factors in joint attention, which is most of this transformer's (docs/bring-your-model.md)", LAYERS)
     full = max(shape.shape[-1] for name, shape in shapes.items() if name.endswith(lora_factors.A))
     if lora.rank > full:
         raise UserError(f"--config.student.lora.rank={lora.rank} is more than {full}, the full rank of the largest layer")
