@@ -258,7 +258,11 @@ def test_a_model_with_further_channels_is_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields", "needles"),
     [
-        ("model_index.json", {"unet": None, "transformer": ["diffusers", "SD3Transformer2DModel"]}, ("a CLIPTextModel", "SD 3")),
+        (
+            "model_index.json",
+            {"unet": None, "transformer": ["diffusers", "SD3Transformer2DModel"]},
+            ("a CLIPTextModel", "SD 3"),
+        ),
         ("model_index.json", {"unet": None, "transformer": ["diffusers", "FluxTransformer2DModel"]}, ("no unet", "SDXL base")),
         ("model_index.json", {"unet": ["diffusers", "UNet3DConditionModel"]}, ("unet is a UNet3DConditionModel",)),
         ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, ("T5EncoderModel",)),
