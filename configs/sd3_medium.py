@@ -7,13 +7,17 @@
 
 The older sibling of configs/sd35_medium.py, whose page holds for it too: text, slices, flow. It has no second attention and no
 norm of queries and keys: 2.03 billion weights for 2.24, four fifths of the work. Its scores may be large, and then attention's
-forward kernel takes up to two fifths more time than counted here (models/narrow_kernel.py). Nothing of this has run on a TPU, and
-no chain of this size has been trained: reasoned settings, not a result.
+forward kernel takes a fifth to a half more time than counted here (models/narrow_kernel.py). [paper] as there. Nothing of this
+has run on a TPU, and no chain of this size has been trained: reasoned settings, not a result.
 
-Slices. SLICES
+Slices. `plan` was asked for its sibling's step, which is larger: 8.83 of 15.75 GiB a chip on v5e:4x4; V6E
+
+    v5e-16   16 chips   16 GB  4 at once as above: meant for this one; four hosts, which are untried
+    v6e-16   16 chips   32 GB  4 at once as above; four hosts, which are untried
 
 Work: pairs 32,768 x (32 + 32 + 16) forwards x 8.90 TFLOP = 23.3 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
-forwards' worth x 8.90 = 51.3 million. HOURS
+forwards' worth x 8.90 = 51.3 million. On v5e-16 (16 x 197 TFLOP/s) that is 6.6 hours at full speed, 11.2 at the 58.6 % of the
+peak that the compiler's cycles give its sibling's step. Nothing was measured.
 Disk: text 89 GB, pairs 155 + 86 + 52 GB, and two checkpoints of 32 GB in each of three stages.
 """
 
@@ -35,11 +39,11 @@ def get_config() -> ConfigDict:
 
     c.pairs.examples = 32_768  # records a stage; 8 windows each are a quarter of a million pairs in the first stage
     c.pairs.shard_size = 128  # records a shard, 604 MB; a kill costs at most one shard
-    c.pairs.batch = 16  # trajectories computed at once, 2 a chip on 8 chips; divides shard_size, multiple of the devices
+    c.pairs.batch = 64  # trajectories computed at once, 4 a chip on 16 chips; divides shard_size, multiple of the devices
 
     c.train.steps = 5_000  # updates per stage (the paper does not say): 0.6 million examples, as configs/sdxl.py
     c.train.batch = 128  # global batch (the paper does not say), as configs/sdxl.py
-    c.train.accumulation = 16  # parts a batch is computed in: 1 image a chip on 8 chips; divides batch / devices
+    c.train.accumulation = 2  # parts a batch is computed in: 4 images a chip on 16 chips; divides batch / devices
 
     c.evaluate.batch = 16  # images computed at once: they are larger than SD 1.5's
 

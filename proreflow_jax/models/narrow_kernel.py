@@ -6,8 +6,7 @@ run over sublanes, and no block of scores is ever turned around. Softmax is in p
 
 A sequence may lie in several arrays (image, text): they see each other, and nothing is put side by side in memory. One grid
 step holds one head of one row whole in VMEM, forward and backward; the backward makes all gradients of it. The projections'
-biases and the norms of queries and keys belong to the kernel, where they cost next to nothing; around it each is a pass over
-memory, and so is each sum that their gradients are.
+biases and the norms of queries and keys belong to the kernel: around it each is a pass over memory, and so are their gradients.
 
 Scores that are known to be small need no maximum (`SMALL`), without which the matrix unit waits less: 30 % of the forward.
 """
@@ -70,24 +69,21 @@ def filled(tokens: int) -> int:
     return -(-tokens // LANES) * LANES
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> Parts:
     """Softmax attention of all parts over all parts, each (b, h, d, s) of whole lanes; the same shapes.
 
     q, k, v: projections without their biases. What lies behind a part's tokens is seen by nobody, and comes out as anything
     finite. Scores and softmax are in float32.
     """
-    return _attend(q, k, v, layers, setting)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> Parts:
     return _forward(q, k, v, layers, setting)[0]
 
 
 def _forward(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> tuple[Parts, tuple[Array, ...]]:
     n, rows = len(q), [jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32) for x in q]
     scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k, *v)]
-    out = _call(partial(_forward_body, setting.parts), "narrow_mha_fwd", [*q, *k, *v], layers, [*q, *rows], scratch, setting)
+    body, outputs = partial(_forward_body, setting.parts), [*q, *rows]
+    out = _call(body, "narrow_mha_fwd", [*q, *k, *v], layers, outputs, scratch=scratch, interpret=setting.interpret)
     return tuple(out[:n]), tuple(out[n:])
 
 
@@ -102,13 +98,13 @@ def _gradients(setting: Setting, kept: Any, gradient: Parts) -> tuple[Parts, Par
     columns = [jax.ShapeDtypeStruct((len(q[0]), *w.shape), jnp.float32) for w in jax.tree.leaves(layers)]
     scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k, *v)]
     scratch += [pltpu.VMEM((size, x.shape[3]), jnp.float32) for size in (q[0].shape[2], 1) for x in q]
-    body = partial(_backward_body, setting.parts)
-    results = _call(body, "narrow_mha_bwd", inputs, layers, [*q, *k, *v, *columns], scratch, setting)
+    body, outputs = partial(_backward_body, setting.parts), [*q, *k, *v, *columns]
+    results = _call(body, "narrow_mha_bwd", inputs, layers, outputs, scratch=scratch, interpret=setting.interpret)
     dq, dk, dv = (tuple(results[i * n : i * n + n]) for i in range(3))
     return dq, dk, dv, jax.tree.unflatten(jax.tree.structure(layers), [x.sum(axis=0) for x in results[3 * n :]])
 
 
-_attend.defvjp(_keep, _gradients)
+attend.defvjp(_keep, _gradients)
 
 
 def _call(
@@ -117,8 +113,9 @@ def _call(
     inputs: list[Any],
     layers: Layers,
     outputs: list[Any],
+    *,
     scratch: list[Any],
-    setting: Setting,
+    interpret: bool,
 ) -> Sequence[Any]:
     """A kernel with one head of one row a grid step."""
     own = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h: (b, h, 0, 0))
@@ -132,7 +129,7 @@ def _call(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=MEMORY),
-        interpret=setting.interpret,
+        interpret=interpret,
         name=name,
     )(*inputs, *columns)
 
