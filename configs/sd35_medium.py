@@ -14,7 +14,7 @@ Text. T5-XXL is 4.8 billion weights, 19 GB in float32: more than a v5e has. So c
 (a folder without text_encoder_3) 0.6 MB a prompt, 6 % less work, and a student that was taught without.
 
 Slices. What `plan` said (docs/plan.md) of a step that reads stored pairs and cached text with T5's, 4 images at once on a chip:
-8.83 of 15.75 GiB and 18.3 ms an image on v5e:4x4; V6E
+8.83 of 15.75 GiB and 18.3 ms an image on v5e:4x4, 58.6 % of the peak; 9.57 of 31.24 GiB and 7.9 ms on v6e:4x4, 29 %.
 
     v5e-16   16 chips   16 GB  4 at once as above: meant for this one; four hosts, which are untried
     v6e-16   16 chips   32 GB  4 at once as above; four hosts, which are untried

@@ -10,7 +10,8 @@ norm of queries and keys: 2.03 billion weights for 2.24, four fifths of the work
 forward kernel takes a fifth to a half more time than counted here (models/narrow_kernel.py). [paper] as there. Nothing of this
 has run on a TPU, and no chain of this size has been trained: reasoned settings, not a result.
 
-Slices. `plan` was asked for its sibling's step, which is larger: 8.83 of 15.75 GiB a chip on v5e:4x4; V6E
+Slices. `plan` was asked for its sibling's step, which is larger: 8.83 of 15.75 GiB a chip on v5e:4x4,
+9.57 of 31.24 on v6e:4x4.
 
     v5e-16   16 chips   16 GB  4 at once as above: meant for this one; four hosts, which are untried
     v6e-16   16 chips   32 GB  4 at once as above; four hosts, which are untried
