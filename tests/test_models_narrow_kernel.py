@@ -42,5 +42,6 @@ def test_it_is_whole_attention_with_gradients_of_all_that_it_reads(monkeypatch, 
 
 
 def test_it_takes_what_lies_in_a_tpus_memory():
-    assert narrow_kernel.fits(64, 4096 + 333) and narrow_kernel.fits(128, 8192 + 333)
-    assert not narrow_kernel.fits(40, 4096) and not narrow_kernel.fits(160, 4096) and not narrow_kernel.fits(64, 16_384)
+    """Width, tokens."""
+    assert all(narrow_kernel.fits(*heads) for heads in ((64, 8192 + 333), (128, 4096)))
+    assert not any(narrow_kernel.fits(*heads) for heads in ((40, 4096), (160, 4096), (64, 16_384), (128, 8192)))

@@ -35,9 +35,9 @@ def instructions(text: str) -> list[tuple[str, str, str, str]]:
 
 
 def kernels_of(text: str) -> list[str]:
-    """Names of the splash kernels in the order of the program: "fwd", "dq", "dkv"."""
+    """Names of attention's kernels in the order of the program: splash's "fwd", "dq", "dkv", ours "fwd", "bwd"."""
     found = [(name, rest) for name, _, operation, rest in instructions(text) if operation == "custom-call"]
-    return [re.search(r"splash_mha_([a-z]+)", name)[1] for name, _ in found if "splash_mha" in name]
+    return [kernel[1] for name, _ in found if (kernel := re.search(r"(?:splash|narrow)_mha_([a-z]+)", name))]
 
 
 def activation_pads(text: str, tokens: int) -> list[str]:

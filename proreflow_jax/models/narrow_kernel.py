@@ -28,7 +28,7 @@ from proreflow_jax.models.layers import ATTENTION
 
 LANES = 128  # tokens of every array come in multiples of it
 SUBLANES = 16  # and widths of heads of this, the height of bfloat16's tiles
-MOST = 9 * 1024  # tokens of a head that lie in VMEM whole, forward and backward
+MOST = 9 * 1024  # tokens of a head of 64 that lie in VMEM whole, forward and backward
 MEMORY = 48 << 20  # bytes of VMEM that a kernel may take
 BLOCK = 1024  # keys and queries of a block of scores at most
 HIDDEN = -(2.0**15)  # bias of a key that nobody sees: 2 to its power is 0
@@ -61,7 +61,7 @@ class Setting(NamedTuple):
 
 def fits(width: int, tokens: int) -> bool:
     """Whether heads of this width and a sequence of so many tokens are the kernel's."""
-    return width % SUBLANES == 0 and width <= LANES and tokens + 2 * LANES <= MOST
+    return width % SUBLANES == 0 and width <= LANES and (tokens + 2 * LANES) * max(width, 64) <= MOST * 64
 
 
 def filled(tokens: int) -> int:
