@@ -66,7 +66,7 @@ def check(c: ConfigDict, devices: int) -> None:
     """All that can be checked before the base model is read, on so many devices."""
     machine = Machine(dict(zip(mesh.AXES, mesh._fill(tuple(c.mesh[axis] for axis in mesh.AXES), devices), strict=True)))
     check_config.check_config(c, machine)
-    check_config.check_export(c, c.name in FLOWS)
+    check_config.check_export(c, c.name in (*FLOWS, "digits_flow"))
     check_counts(c.stages)
     assert set(c.stages) >= set(c.export.stages)
     for before, count in zip((c.stages[0], *c.stages), c.stages, strict=False):

@@ -14,7 +14,6 @@ from test_verbs_reproduce import SMALL
 from configs.reproduce import get_config as reproduce_config
 from proreflow_jax import reproduce
 from proreflow_jax.reproduction.cell import budget
-from proreflow_jax.run import check_config
 from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.open import open_experiment, reopen
 from proreflow_jax.runtime import mesh
@@ -41,9 +40,8 @@ def small(folder: Path, model: Path, **fields: object):
     return changed(reproduce_config("flow"), values | places | {key.replace("__", "."): value for key, value in fields.items()})
 
 
-def test_the_digits_mmdit_can_be_distilled_on_two_cores(monkeypatch):
+def test_the_digits_mmdit_can_be_distilled_on_two_cores():
     c = read_config("digits_flow")
-    monkeypatch.setattr(check_config, "check_export", partial(check_config.check_export, rectified=True))
     check(c, 2)
     assert c.stages == (8, 4, 2) and c.student.prediction == "velocity" and c.evaluate.protocol == "digits"
 
