@@ -10,7 +10,7 @@ from test_models_attention_kernels import draw, near, with_gradients
 from tiny import random_params
 from torch_reference import quick_jit
 
-from proreflow_jax.models import attention_kernels, network
+from proreflow_jax.models import attention_kernels, narrow_kernel, network
 from proreflow_jax.models.joint_attention import JointAttention
 from proreflow_jax.models.layers import Compute
 from proreflow_jax.runtime.mesh import make_mesh
@@ -86,7 +86,7 @@ def test_cudnn_finds_the_bias_in_heads_eight_wider(monkeypatch):
         return whole(q, k, v, scale=scale)
 
     q, k, v = (draw(2, 7, 3, 8, seed=seed).astype(jnp.bfloat16) for seed in range(3))
-    bias = np.array([0, 0, 0, 0, 0, np.log(256), attention_kernels.HIDDEN], np.float32)
+    bias = np.array([0, 0, 0, 0, 0, np.log(256), narrow_kernel.HIDDEN], np.float32)
     expected = whole(q, k, v, bias=bias[None, None, None])
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     found = attention_kernels.whole_scores(q, k, v, "cudnn", bias)
@@ -97,7 +97,7 @@ def test_cudnn_finds_the_bias_in_heads_eight_wider(monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_a_bias_in_spare_lanes_is_exact_in_every_dtype(dtype):
     """log 256 in bfloat16 alone would weigh a token by 252 in place of 256."""
-    bias = np.array([0.0, np.log(256.0), np.log(3.0), attention_kernels.HIDDEN], np.float32)
+    bias = np.array([0.0, np.log(256.0), np.log(3.0), narrow_kernel.HIDDEN], np.float32)
     q, k = attention_kernels.marked(jnp.zeros((5, 128), dtype), jnp.zeros((4, 128), dtype), bias, 64)
     assert q.dtype == k.dtype == dtype
     scores = jnp.einsum("ql,kl->qk", q, k, preferred_element_type=jnp.float32)
@@ -105,8 +105,8 @@ def test_a_bias_in_spare_lanes_is_exact_in_every_dtype(dtype):
 
 
 def test_a_filler_is_weighed_by_nothing():
-    scores = jnp.array([-200.0, 0.0, 200.0, attention_kernels.HIDDEN])
-    assert jnp.exp(scores - 200.0)[-1] == 0.0 and jnp.isfinite(jnp.float16(attention_kernels.HIDDEN))
+    scores = jnp.array([-200.0, 0.0, 200.0, narrow_kernel.HIDDEN])
+    assert jnp.exp(scores - 200.0)[-1] == 0.0 and jnp.isfinite(jnp.float16(narrow_kernel.HIDDEN))
 
 
 @pytest.mark.parametrize("width", [8, 16])

@@ -9,8 +9,8 @@ scores alive at a time, forward and backward; "cached" the same one head at a ti
 cache; "cudnn" NVIDIA's fused kernel; "splash" Pallas' fused TPU kernel, whose heads
 come padded to full lanes from the projections themselves (`attention.padded_heads`).
 
-A bias belongs to a key and is the same for every query. Kernels without biases get one for free: heads of 64 leave lanes
-empty, where queries hold ones and keys the bias (`marked`).
+A bias belongs to a key and is the same for every query. cuDNN's kernel, whose biases are whole scores, takes it in numbers
+more of each head: queries hold ones there, keys the bias (`marked`).
 """
 
 from collections.abc import Callable
@@ -36,7 +36,6 @@ CUDNN_STEP = 8  # head widths come in multiples of it
 CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that has them
 SMALL_SCORES = 256 << 20  # bytes of one device's scores; "auto" makes larger ones in blocks
 CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
-HIDDEN = -(2.0**15)  # bias of a key that nobody sees: exp of it is 0, and every float has it exactly
 MARKS = 3  # lanes of one bias: 3 x 8 bits of bfloat16 make up a float32
 CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
 

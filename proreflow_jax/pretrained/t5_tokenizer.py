@@ -4,20 +4,16 @@ Only tokenizer.json is read (transformers' T5TokenizerFast, pieces of a unigram 
 need another library.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.pretrained import config_fields
-from proreflow_jax.pretrained.tokenizer import CONFIG, RULE, TOKENIZER, PromptTokenizer
+from proreflow_jax.pretrained.tokenizer import CONFIG, RULE, TOKENIZER, PromptTokenizer, rows_of_ids
 
-log = logging.getLogger(__name__)
 LENGTH = 256  # tokens of a prompt, as diffusers' StableDiffusion3Pipeline takes unless told otherwise (max_sequence_length)
 END, PAD = "</s>", "<pad>"
 SENTENCEPIECE = "spiece.model"
@@ -43,20 +39,7 @@ def load_t5_tokenizer(folder: Path, encoder: Mapping[str, Any]) -> PromptTokeniz
             f"{folder} and its text_encoder_3 do not fit: token {token!r} has id {number}, the encoder's table has {rows} rows "
             f"(vocab_size): name another {RULE}"
         )
-    warned: list[bool] = []
-
-    def encode(prompts: Sequence[str]) -> Int[np.ndarray, "b s"]:
-        rows = np.full((len(prompts), LENGTH), pad_id, np.int32)
-        for row, encoding in zip(rows, tokenizer.encode_batch(list(prompts)), strict=True):
-            ids = encoding.ids
-            if len(ids) > LENGTH:
-                if not warned:
-                    log.warning("a prompt of %d tokens is cut to the %d that T5 is given (said once)", len(ids), LENGTH)
-                    warned.append(True)
-                ids = [*ids[: LENGTH - 1], end_id]
-            row[: len(ids)] = ids
-        return rows
-
+    encode = rows_of_ids(tokenizer, LENGTH, pad_id, end_id, [], "the %d that T5 is given")
     return PromptTokenizer(LENGTH, encode, (token, number), end_id)
 
 

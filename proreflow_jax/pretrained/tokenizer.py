@@ -187,20 +187,31 @@ def _load(folder: Path, warned: list[bool]) -> PromptTokenizer:
         raise UserError(f"{folder}: {(pad if pad_id is None else END)!r} is no token of the vocabulary: --config.model.path")
     tokenizer.add_special_tokens([pad])  # SD 2.1 pads with "!": so "!" in a prompt is this token too
 
+    last = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
+    return PromptTokenizer(length, rows_of_ids(tokenizer, length, pad_id, end_id, warned), last, end_id)
+
+
+def rows_of_ids(
+    tokenizer: Tokenizer, length: int, pad: int, end: int, warned: list[bool], limit: str = "the model's %d"
+) -> Callable[[Sequence[str]], Int[np.ndarray, "b s"]]:
+    """prompts -> ids (b, length) int32, filled up with `pad`; longer prompts are cut and keep `end`.
+
+    The first one that is cut is named in a warning, unless `warned` holds something; limit: what it says of the length.
+    """
+
     def encode(prompts: Sequence[str]) -> Int[np.ndarray, "b s"]:
-        rows = np.full((len(prompts), length), pad_id, np.int32)
+        rows = np.full((len(prompts), length), pad, np.int32)
         for row, encoding in zip(rows, tokenizer.encode_batch(list(prompts)), strict=True):
             ids = encoding.ids
             if len(ids) > length:
                 if not warned:
-                    log.warning("a prompt of %d tokens is cut to the model's %d (said once)", len(ids), length)
+                    log.warning(f"a prompt of %d tokens is cut to {limit} (said once)", len(ids), length)
                     warned.append(True)
-                ids = [*ids[: length - 1], end_id]
+                ids = [*ids[: length - 1], end]
             row[: len(ids)] = ids
         return rows
 
-    last = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
-    return PromptTokenizer(length, encode, last, end_id)
+    return encode
 
 
 def learn(texts: Sequence[str], merges: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
