@@ -29,9 +29,9 @@ Disk: text 89 GB, pairs 155 + 86 + 52 GB, and two checkpoints of 36 GB in each o
 x 16 x 2 bytes = 4.7 MB, is read 20 times a stage, as SD 1.5's.
 
 The flow. The model's shift of 3 is its scheduler's, and windows are even in the time before the shift: noisy ones are short in
-sigma. For other resolutions than 1,024 px SD 3's paper moves the shift by the root of the pixels; here the shift stays what the
-model's scheduler_config.json says, and a scheduler that moves it by itself is refused. A student predicts the velocity, so its
-export needs no scheduler of ours.
+sigma. For another resolution change sample_size in transformer/config.json (64: 512 px) and the shift in scheduler_config.json,
+which SD 3's paper moves by the root of the pixels (1.5 there); a scheduler that moves it by itself (`use_dynamic_shifting`) is
+read at the model's own resolution. A student predicts the velocity, so its export needs no scheduler of ours.
 """
 
 from ml_collections import ConfigDict

@@ -166,6 +166,8 @@ REFUSED = [
     ("text_encoder_3/config.json", {"feed_forward_proj": "relu"}, ("feed_forward_proj",)),
     ("vae/config.json", {"latents_mean": [0.0] * 16}, ("latents_mean",)),
     ("vae/config.json", {"shift_factor": "0.06"}, ("shift_factor", "a number, or null")),
+    ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True, "max_image_seq_len": 256}, ("max_image_seq_len=256",)),
+    ("scheduler/scheduler_config.json", {"base_image_seq_len": 2.5}, ("base_image_seq_len=2.5", "whole number")),
     ("scheduler/scheduler_config.json", {"shift": 0}, ("shift=0", "a number above 0")),
 ]
 
@@ -174,6 +176,15 @@ REFUSED = [
 def test_another_model_is_refused_in_one_line(models, tmp_path, name, fields, needles):
     said = line(pipeline.load_pipeline, edited(models["whole"], tmp_path / "strange", name, **fields))
     assert all(needle in said for needle in needles), said
+
+
+def test_a_shift_by_resolution_is_read_at_the_models_own(models, tmp_path):
+    """Four image tokens: mu = 0.5 + 0.65 (4 - 256) / 3840, and the scheduler is told that shift from then on."""
+    moving = {"use_dynamic_shifting": True, "shift": None}
+    folder = edited(models["without"], tmp_path / "moving", "scheduler/scheduler_config.json", **moving)
+    for opened in (pipeline.load_pipeline(folder), pipeline.outline_pipeline(sources.open_folder(folder))):
+        assert opened.scheduler["shift"] == pytest.approx(np.exp(0.5 - 0.65 * 252 / 3840))
+        assert opened.scheduler["use_dynamic_shifting"] is False
 
 
 def test_a_named_t5_must_be_there(models, tmp_path):

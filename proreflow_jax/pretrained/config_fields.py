@@ -162,6 +162,8 @@ TABLE: dict[str, dict[str, FieldKind]] = {
         **{"prediction_type": WORD, "rescale_betas_zero_snr": _or_null(FLAG)},
         **{"shift": POSITIVE, "shift_terminal": _or_null(POSITIVE), "invert_sigmas": _or_null(FLAG)},  # of flows, from here on
         **{"use_dynamic_shifting": _or_null(FLAG), "stochastic_sampling": _or_null(FLAG), "time_shift_type": _or_null(WORD)},
+        **dict.fromkeys(("base_shift", "max_shift"), _or_null(NUMBER)),
+        **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), _or_null(COUNT)),
         **{f"use_{name}_sigmas": _or_null(FLAG) for name in ("karras", "exponential", "beta")},
     },
     "tokenizer": {

@@ -23,6 +23,7 @@ from proreflow_jax.models.network import (
     make_vae,
 )
 from proreflow_jax.pretrained import sources, weights
+from proreflow_jax.pretrained.moving_shift import at_tokens
 from proreflow_jax.pretrained.t5_tokenizer import LENGTH, load_t5_tokenizer
 from proreflow_jax.pretrained.tokenizer import PromptTokenizer, load_tokenizer, side_by_side
 
@@ -185,8 +186,15 @@ def make_denoiser(source: sources.ModelSource) -> Network:
 
 
 def scheduler_config(source: sources.ModelSource, prediction_type: str = "") -> dict:
-    """The model's scheduler_config.json, with another prediction type where one is named."""
-    return source.config("scheduler") | ({"prediction_type": prediction_type} if prediction_type else {})
+    """The model's scheduler_config.json: with another prediction type where one is named, with a fixed shift where it moves.
+
+    A shift by resolution is read at the model's own, at which it is trained and drawn.
+    """
+    config = source.config("scheduler") | ({"prediction_type": prediction_type} if prediction_type else {})
+    if source.denoiser_name != "transformer":
+        return config
+    network = source.config("transformer")
+    return at_tokens(config, (network["sample_size"] // network["patch_size"]) ** 2)
 
 
 def _networks(source: sources.ModelSource, compute: Compute) -> dict[str, Network]:
