@@ -153,7 +153,7 @@ LAB_FIGURES = (
     ("settings.png", ("ProReflow-II", *(f"ProReflow-II-{name}" for name in CHAIN), *(f"chain-without-{name}" for name in CHAIN),
                       "chain")),
 )  # fmt: skip
-FLOW = ("reflow-1", "PeRFlow-4-velocity", "direct-4", "direct-2", "ProReflow-I", "ProReflow-II", "chain")  # of velocities alone
+FLOW = ("reflow-1", "PeRFlow-4-velocity", "direct-2", "ProReflow-II", "chain")  # of velocities alone
 FLOW_EFFECTS = (
     ("windows, not one", "PeRFlow-4-velocity", "reflow-1"),
     ("ProReflow-II against one-window reflow", "ProReflow-II", "reflow-1"),
@@ -188,7 +188,8 @@ def get_config(form: str = "full") -> ConfigDict:
         c.reproduce.references = ("ProReflow-II", "reflow-1")  # methods that the others are compared with
     else:
         _grid(c, [row for row in METHODS if form == "full" or row[1] in QUICK], EFFECTS)
-    c.reproduce.budgets = (25_000 if form == "quick" else 100_000,)  # forwards of a method and seed, the teacher's included
+    budget = {"quick": 25_000, "flow": 50_000}.get(form, 100_000)
+    c.reproduce.budgets = (budget,)  # forwards of a method and seed, the teacher's included
     return c
 
 

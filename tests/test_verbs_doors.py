@@ -104,7 +104,7 @@ def test_what_only_says_how_to_draw_or_to_measure_is_free(chain, model, tmp_path
         "model__sampling_dtype": "bfloat16",
         "samples__prompts": "('a three',)",
         "samples__guidance": 3.0,
-        "evaluate__examples": 8,
+        "evaluate__examples": 16,
         "evaluate__batch": 8,
         "evaluate__columns": 2,
         "data__path": tmp_path / "gone.txt",
@@ -120,7 +120,7 @@ def test_what_only_says_how_to_draw_or_to_measure_is_free(chain, model, tmp_path
 
 
 def test_evaluate_may_measure_other_examples(copied, model, tmp_path):
-    few = {"evaluate__examples": 8, "evaluate__batch": 8}
+    few = {"evaluate__examples": 16, "evaluate__batch": 8}
     few |= {"evaluate__teacher_steps": "(4,)", "evaluate__student_steps": "((4, 4),)"}
     ended = door("evaluate", copied, model, tmp_path, **few, seed=3)
     assert ended.code == 0, ended.err

@@ -285,7 +285,7 @@ def test_a_method_is_a_config_of_the_verbs():
 
 
 def cell(name, seed, value):
-    scores = {"distance": value, "frechet": 2 * value, "frechet_teacher": value / 2, "recognised": 0.9}
+    scores = {"distance": value, "frechet": 2 * value, "frechet_teacher": value / 2, "kernel": value, "recognised": 0.9}
     stage = {"windows": 2, "records": 8, "updates": 4, "examples": 32, "forwards": 100}
     totals = {"budget": 100, "forwards": 100, "updates": 4, "examples": 32, "seconds": {"cpu": 1.0}}
     return {"method": name, "group": "g", "seed": seed, "stages": [stage], "bend": [0.1], "steps": {"2": scores}} | totals

@@ -50,7 +50,8 @@ def test_cache_arms_it(model, tmp_path, armed):
 
 def test_evaluate_arms_it(model, tmp_path, armed, monkeypatch):
     monkeypatch.setattr(score_digits, "make_digits_judge", lambda size: None)
-    monkeypatch.setattr(score_digits, "scores", lambda *arrays: dict.fromkeys(("distance", "frechet", "recognised"), 1.0))
+    names = ("distance", "frechet", "kernel", "kernel_error", "recognised")
+    monkeypatch.setattr(score_digits, "scores", lambda *arrays: dict.fromkeys(names, 1.0))
     rows = {"evaluate__teacher_steps": "(2,)", "evaluate__student_steps": "()", "evaluate__batch": 8}
     ended = run("evaluate", *tiny_flags(tmp_path, model, data__kind="digits", watchdog=SECONDS, **rows))
     assert ended.code == 0, ended.err

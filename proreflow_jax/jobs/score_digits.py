@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.data import digits, kinds
-from proreflow_jax.evaluation import classifier, frechet, report
+from proreflow_jax.evaluation import classifier, frechet, kernel, report
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs.run_page import keep_page
@@ -39,10 +39,11 @@ COLUMNS = {
     "distance": "distance to teacher",
     "against": "against the teacher",
     "frechet": "Frechet distance",
+    "kernel": "kernel distance",
     "recognised": "recognised",
     "seconds": "s / image",
 }
-BETTER = {"distance": "less", "frechet": "less", "recognised": "more", "seconds": "less"}
+BETTER = {"distance": "less", "frechet": "less", "kernel": "less", "recognised": "more", "seconds": "less"}
 
 
 class TableRow(NamedTuple):
@@ -54,10 +55,11 @@ class TableRow(NamedTuple):
 
 
 class DigitsJudge(NamedTuple):
-    """The digits' judges, and the moments of the real digits in their features."""
+    """The digits' judges, and the real digits in their features: the moments of all, and each once, in one of its places."""
 
     judges: classifier.Judges
     real: tuple[np.ndarray, np.ndarray]
+    sample: np.ndarray
 
 
 def check_digits(experiment: Experiment) -> None:
@@ -70,7 +72,9 @@ def check_digits(experiment: Experiment) -> None:
         )
     examples, batch = config.evaluate.examples, config.evaluate.batch
     ways = mesh.ways(experiment.mesh)
-    if batch < 1 or examples < 1 or examples % batch or batch % ways:
+    if examples < kernel.LEAST:
+        raise UserError(f"--config.evaluate.examples={examples} must be at least {kernel.LEAST}: fewer give no spread")
+    if batch < 1 or examples % batch or batch % ways:
         raise UserError(
             f"--config.evaluate.batch={batch} must divide --config.evaluate.examples={examples} "
             f"and be a multiple of {ways} devices"
@@ -115,7 +119,8 @@ def _notes(config: ConfigDict) -> list[str]:
     return [
         f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from "
         f"the same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
-        f"Frechet distance to the {classifier.REAL}, in the features of {classifier.FEATURES}, n = {n}. "
+        f"Frechet distance to the {classifier.REAL}, in the features of {classifier.FEATURES}, n = {n}; kernel distance to one "
+        "place of each, x 1000, +- its standard error.",
         f"recognised: share of images that {classifier.READER} (trained on the real digits) takes for the prompt's digit.",
         f"guidance 1, one seed ({config.seed}), {dtype}; s / image: latents and decoding on this machine, without compiling.",
     ]
@@ -150,6 +155,7 @@ def measure_rows(experiment: Experiment, rows: list[TableRow]) -> tuple[list[dic
         change = numbers["distance"] / teacher[row.steps] - 1 if teacher.get(row.steps) and row.weights.flow.windows else None
         said = {
             "against": "" if change is None else f"{100 * change:+.0f} %",
+            "kernel": f"{numbers['kernel']:.1f} +- {numbers['kernel_error']:.1f}",
             "recognised": f"{100 * numbers['recognised']:.1f} %",
             "seconds": seconds,
         }
@@ -169,8 +175,9 @@ def _statement(config: ConfigDict, row: TableRow, numbers: dict[str, float], cha
     against = "" if change is None else f" ({100 * change:+.0f} % against the teacher in as many steps)"
     return (
         f"{row.method}, {row.steps} steps: RMS distance of the latents to the teacher's own {e.teacher_steps[0]}-step result "
-        f"{numbers['distance']:.4f}{against}; Frechet distance to the {classifier.REAL} {numbers['frechet']:.2f} (features of "
-        f"{classifier.FEATURES}); {100 * numbers['recognised']:.1f} % recognised by {classifier.READER}; "
+        f"{numbers['distance']:.4f}{against}; Frechet distance to the {classifier.REAL} {numbers['frechet']:.2f}, kernel "
+        f"distance {numbers['kernel']:.1f} +- {numbers['kernel_error']:.1f} (features of {classifier.FEATURES}); "
+        f"{100 * numbers['recognised']:.1f} % recognised by {classifier.READER}; "
         f"{e.examples} pictures, guidance 1, seed {config.seed}, {config.model.sampling_dtype}"
     )
 
@@ -190,16 +197,21 @@ def check_latents(latents: np.ndarray, labels: np.ndarray) -> None:
 def scores(
     judge: DigitsJudge, latents: np.ndarray, images: np.ndarray, reference: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-    """distance (RMS of latents to the reference's), frechet (to the real digits), recognised (share), of n samples.
+    """distance (RMS of latents to the reference's), frechet and kernel (to the real digits), the standard error of the latter
+    kernel_error, recognised (share), of n samples.
 
     latents, reference: (n, h, w, c). images: (n, height, width, 3) uint8. labels: the prompts' digits, (n,).
     Raises FloatingPointError, one line with the prompts, for latents that are no finite numbers.
     """
     check_latents(latents, labels)
     pixels = digits.to_pixels8(images)
+    features = classifier.features(judge.judges, pixels)
+    near = kernel.estimate_distance(features, judge.sample)
     return {
         "distance": float(np.sqrt(np.mean((latents - reference) ** 2))),
-        "frechet": frechet.frechet_distance(frechet.moments(classifier.features(judge.judges, pixels)), judge.real),
+        "frechet": frechet.frechet_distance(frechet.moments(features), judge.real),
+        "kernel": near.value,
+        "kernel_error": near.error,
         "recognised": float(np.mean(classifier.read_classifier(judge.judges, pixels) == labels)),
     }
 
@@ -214,7 +226,9 @@ def make_digits_judge(size: int) -> DigitsJudge:
     offsets = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
     moved = np.concatenate([digits.to_pixels8(_moved(images, *offset)) for offset in offsets])
     judges = classifier.fit(pixels, labels, moved, np.tile(labels, len(offsets)))
-    return DigitsJudge(judges, frechet.moments(classifier.features(judges, np.concatenate([pixels, moved]))))
+    real = classifier.features(judges, np.concatenate([pixels, moved]))
+    places = np.random.default_rng(0).integers(len(offsets) + 1, size=len(pixels))
+    return DigitsJudge(judges, frechet.moments(real), real[places * len(pixels) + np.arange(len(pixels))])
 
 
 def _moved(images: np.ndarray, down: int, right: int) -> np.ndarray:

@@ -113,7 +113,8 @@ def _notes(config: ConfigDict) -> str:
     return (
         f"n = {config.evaluate.examples} images. Distance: RMS of the latents' difference to the teacher's own "
         f"{config.evaluate.teacher_steps[0]}-step result from the same noise and prompt. Frechet distances in the features of "
-        f"{classifier.FEATURES}: to that result's images, and to the {classifier.REAL}. Guidance 1."
+        f"{classifier.FEATURES}: to that result's images, and to the {classifier.REAL}; kernel distance to one place of "
+        "each. Guidance 1."
     )
 
 
@@ -129,8 +130,9 @@ DIGITS = Testbed(
         "distance": "Distance to the teacher",
         "frechet_teacher": "Frechet distance to the teacher",
         "frechet": "Frechet distance to the real digits",
+        "kernel": "Kernel distance to the real digits, times 1000",
     },
-    short={"distance": "distance", "frechet_teacher": "Frechet, teacher", "frechet": "Frechet, real"},
+    short={"distance": "distance", "frechet_teacher": "Frechet, teacher", "frechet": "Frechet, real", "kernel": "kernel, real"},
     real="frechet",
     notes=_notes,
 )
