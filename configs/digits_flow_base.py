@@ -6,8 +6,8 @@ An MMDiT that is trained as a rectified flow, two CLIPs with projections that le
 that StableDiffusion3Pipeline opens (`from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`).
 
 Size: transformer 3.5 M weights, text encoders 0.2 M, autoencoder 0.2 M. A step of 64 latents is 0.47 seconds of two idle cores:
-about 24 minutes in all, a minute of compiling, and 4 for the autoencoder on one core. On the emoji, which `make_emoji` fetches, as
-configs/emoji_base.py has them:
+about 24 minutes in all, a minute of compiling, and 4 for the autoencoder on one core. On the emoji, which `make_emoji` fetches,
+as configs/emoji_base.py has them:
 
     proreflow pretrain --config=digits_flow_base --out=runs/emoji_flow_model --config.name=emoji_flow_base \
         --config.data.kind=emoji --config.data.path=runs/data/emoji --config.data.resolution=64 --config.data.shift=0 \

@@ -11,7 +11,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from verb import ROOT, run, tiny_flags
 
-from proreflow_jax.jobs import score_digits
+from proreflow_jax.jobs import digits_judge
 from proreflow_jax.pretrained import weights
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -60,7 +60,7 @@ def test_the_digits_table_has_no_row_that_is_no_number():
     latents = np.zeros((3, 4, 4, 4), np.float32)
     latents[1, 0, 0, 0] = np.nan
     with pytest.raises(FloatingPointError, match="latents of 1 of 3 pictures are not finite, of '.*four.*': take") as caught:
-        score_digits.scores(None, latents, np.zeros((3, 8, 8, 3), np.uint8), latents, np.array([3, 4, 5]))
+        digits_judge.scores(None, latents, np.zeros((3, 8, 8, 3), np.uint8), latents, np.array([3, 4, 5]))
     assert "\n" not in str(caught.value)
 
 

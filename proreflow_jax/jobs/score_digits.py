@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.data import digits, kinds
-from proreflow_jax.evaluation import classifier, frechet, kernel, report
+from proreflow_jax.evaluation import classifier, kernel, report
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
+from proreflow_jax.jobs.digits_judge import make_digits_judge, scores
 from proreflow_jax.jobs.run_page import keep_page
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import make_predict, text_context
@@ -26,7 +27,6 @@ from proreflow_jax.run.experiment import Experiment, Weights, load_weights
 from proreflow_jax.run.outlook import compiling
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, run_key
 from proreflow_jax.runtime import mesh
-from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import first, host_arrays
 from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage import atomic
@@ -52,14 +52,6 @@ class TableRow(NamedTuple):
     method: str
     weights: Weights
     steps: int
-
-
-class DigitsJudge(NamedTuple):
-    """The digits' judges, and the real digits in their features: the moments of all, and each once, in one of its places."""
-
-    judges: classifier.Judges
-    real: tuple[np.ndarray, np.ndarray]
-    sample: np.ndarray
 
 
 def check_digits(experiment: Experiment) -> None:
@@ -119,8 +111,8 @@ def _notes(config: ConfigDict) -> list[str]:
     return [
         f"distance: RMS of the latents' difference to the teacher's own {config.evaluate.teacher_steps[0]}-step result from "
         f"the same noise and prompt, n = {n}; 'against the teacher': relative to the teacher at equal steps.",
-        f"Frechet distance to the {classifier.REAL}, in the features of {classifier.FEATURES}, n = {n}; kernel distance to one "
-        "place of each, x 1000, +- its standard error.",
+        f"Frechet distance to the {classifier.REAL}, in the features of {classifier.FEATURES}, n = {n}; kernel distance to {n} "
+        "of them, the same digits as the prompts', x 1000, +- its standard error.",
         f"recognised: share of images that {classifier.READER} (trained on the real digits) takes for the prompt's digit.",
         f"guidance 1, one seed ({config.seed}), {dtype}; s / image: latents and decoding on this machine, without compiling.",
     ]
@@ -186,56 +178,6 @@ def prompts(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]
     """(digits (n,), ids (n, s)) of ten captions in turn, in ten wordings."""
     labels = np.arange(count) % 10
     return labels, experiment.base.tokenizer.encode([digits.caption(label, i // 10) for i, label in enumerate(labels)])
-
-
-def check_latents(latents: np.ndarray, labels: np.ndarray) -> None:
-    """Raises FloatingPointError, one line with the prompts, for latents (n, h, w, c) that are no finite numbers."""
-    captions = [digits.caption(label, i // 10) for i, label in enumerate(labels)]
-    check_finite_rows(np.isfinite(latents).all(axis=(1, 2, 3)), captions)
-
-
-def scores(
-    judge: DigitsJudge, latents: np.ndarray, images: np.ndarray, reference: np.ndarray, labels: np.ndarray
-) -> dict[str, float]:
-    """distance (RMS of latents to the reference's), frechet and kernel (to the real digits), the standard error of the latter
-    kernel_error, recognised (share), of n samples.
-
-    latents, reference: (n, h, w, c). images: (n, height, width, 3) uint8. labels: the prompts' digits, (n,).
-    Raises FloatingPointError, one line with the prompts, for latents that are no finite numbers.
-    """
-    check_latents(latents, labels)
-    pixels = digits.to_pixels8(images)
-    features = classifier.features(judge.judges, pixels)
-    near = kernel.estimate_distance(features, judge.sample)
-    return {
-        "distance": float(np.sqrt(np.mean((latents - reference) ** 2))),
-        "frechet": frechet.frechet_distance(frechet.moments(features), judge.real),
-        "kernel": near.value,
-        "kernel_error": near.error,
-        "recognised": float(np.mean(classifier.read_classifier(judge.judges, pixels) == labels)),
-    }
-
-
-def make_digits_judge(size: int) -> DigitsJudge:
-    """The judges of digits of so many pixels a side. Raises ValueError if scikit-learn is missing.
-
-    The real digits are those that the base model was trained on: each also moved by a pixel, to eight sides.
-    """
-    images, labels = digits.load_digits(size)
-    pixels = digits.to_pixels8(images)
-    offsets = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
-    moved = np.concatenate([digits.to_pixels8(_moved(images, *offset)) for offset in offsets])
-    judges = classifier.fit(pixels, labels, moved, np.tile(labels, len(offsets)))
-    real = classifier.features(judges, np.concatenate([pixels, moved]))
-    places = np.random.default_rng(0).integers(len(offsets) + 1, size=len(pixels))
-    return DigitsJudge(judges, frechet.moments(real), real[places * len(pixels) + np.arange(len(pixels))])
-
-
-def _moved(images: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Images moved by up to one pixel; what comes in is black."""
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    h, w = images.shape[1:3]
-    return padded[:, 1 - down : 1 - down + h, 1 - right : 1 - right + w]
 
 
 def make_draw(experiment: Experiment) -> Draw:

@@ -13,7 +13,7 @@ from proreflow_jax.data import digits
 from proreflow_jax.evaluation import classifier, frechet, trajectory
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.jobs import score_digits
+from proreflow_jax.jobs import digits_judge, score_digits
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow.pairs import make_predict, text_context
 from proreflow_jax.reproduction.cell import read_as
@@ -30,7 +30,7 @@ class Instruments(NamedTuple):
     draw: score_digits.Draw
     walk: Callable[..., tuple[jax.Array, jax.Array]]  # (params, z, context, flow=, nodes=)
     context: Callable[..., Any]
-    judge: score_digits.DigitsJudge
+    judge: digits_judge.DigitsJudge
 
 
 class Inputs(NamedTuple):
@@ -64,7 +64,7 @@ def make_instruments(experiment: Experiment) -> Instruments:
         score_digits.make_draw(experiment),
         jax.jit(walk, static_argnames=("flow", "nodes")),
         jax.jit(partial(text_context, networks.condition)),
-        score_digits.make_digits_judge(config.data.resolution),
+        digits_judge.make_digits_judge(config.data.resolution),
     )
 
 
@@ -79,11 +79,11 @@ def make_inputs(experiment: Experiment, seed: int, instruments: Instruments) -> 
     latents, images = score_digits.sample_rows(
         instruments.draw, base, experiment.flow, noise, ids, steps=e.teacher_steps[0], batch=e.batch
     )
-    score_digits.check_latents(latents, labels)
+    digits_judge.check_latents(latents, labels)
     return Inputs(noise, ids, labels, latents, _moments(instruments.judge, images))
 
 
-def _moments(judge: score_digits.DigitsJudge, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(judge: digits_judge.DigitsJudge, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return frechet.moments(classifier.features(judge.judges, digits.to_pixels8(images)))
 
 
@@ -98,7 +98,7 @@ def measure_student(
         latents, pictures = score_digits.sample_rows(
             instruments.draw, params, way, inputs.noise, inputs.ids, steps=steps, batch=e.batch
         )
-        scores[str(steps)] = score_digits.scores(judge, latents, pictures, inputs.reference, inputs.labels)
+        scores[str(steps)] = digits_judge.scores(judge, latents, pictures, inputs.reference, inputs.labels)
         scores[str(steps)]["frechet_teacher"] = frechet.frechet_distance(_moments(judge, pictures), inputs.teacher)
         if steps in config.reproduce.steps:
             images[steps] = pictures[: e.columns]
@@ -113,8 +113,8 @@ def _notes(config: ConfigDict) -> str:
     return (
         f"n = {config.evaluate.examples} images. Distance: RMS of the latents' difference to the teacher's own "
         f"{config.evaluate.teacher_steps[0]}-step result from the same noise and prompt. Frechet distances in the features of "
-        f"{classifier.FEATURES}: to that result's images, and to the {classifier.REAL}; kernel distance to one place of "
-        "each. Guidance 1."
+        f"{classifier.FEATURES}: to that result's images, and to the {classifier.REAL}; kernel distance to as many "
+        "of these, the same digits as the prompts'. Guidance 1."
     )
 
 
