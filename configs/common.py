@@ -161,8 +161,8 @@ def _run(c: ConfigDict) -> None:
 
     c.mesh = ConfigDict()
     c.mesh.slices = 1  # slices, each with the three axes below: only gradients' sums go between them
-    c.mesh.data = 1  # devices of a slice over which only the batch is split
-    c.mesh.fsdp = -1  # devices over which the state is split too; -1: all, since a whole state fills a chip
+    c.mesh.data = -1  # devices of a slice over which only the batch is split; -1: all that fsdp and tensor leave
+    c.mesh.fsdp = -1  # devices that share one state; -1 with data=-1: all up to 64, which divide the layers (docs/launch.md)
     c.mesh.tensor = 1  # devices over which layers are split
     c.mesh.rules = SHARDING_RULES  # ordered (regex, "fsdp", "replicated", "column" or "row") over parameter names
 
