@@ -138,6 +138,7 @@ def _run(c: ConfigDict) -> None:
     """How a run is kept, spread over the machine, exported and measured."""
     c.train = ConfigDict()
     c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
+    c.train.groups = 1  # groups of pair shards, each read by a run of a batch's rows alone: docs/launch.md; 1: all by all
     c.train.remat = "attention"  # kept of each block for the backward pass: "none" = all, "products", "attention", "inputs"
     c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
