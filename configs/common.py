@@ -138,6 +138,7 @@ def _run(c: ConfigDict) -> None:
     """How a run is kept, spread over the machine, exported and measured."""
     c.train = ConfigDict()
     c.train.ema = 0.999  # decay of the averaged weights, which are handed on; 0: off, saves a quarter of the state
+    c.train.groups = 1  # groups of pair shards, each read by a run of a batch's rows alone: docs/launch.md; 1: all by all
     c.train.remat = "attention"  # kept of each block for the backward pass: "none" = all, "products", "attention", "inputs"
     c.train.log_every = 50  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
@@ -161,8 +162,8 @@ def _run(c: ConfigDict) -> None:
 
     c.mesh = ConfigDict()
     c.mesh.slices = 1  # slices, each with the three axes below: only gradients' sums go between them
-    c.mesh.data = 1  # devices of a slice over which only the batch is split
-    c.mesh.fsdp = -1  # devices over which the state is split too; -1: all, since a whole state fills a chip
+    c.mesh.data = -1  # devices of a slice over which only the batch is split; -1: all that fsdp and tensor leave
+    c.mesh.fsdp = -1  # devices that share one state; -1 with data=-1: all up to 64, which divide the layers (docs/launch.md)
     c.mesh.tensor = 1  # devices over which layers are split
     c.mesh.rules = SHARDING_RULES  # ordered (regex, "fsdp", "replicated", "column" or "row") over parameter names
 

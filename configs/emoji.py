@@ -43,8 +43,7 @@ def get_config() -> ConfigDict:
 
     c.checkpoint.every = 100  # steps between checkpoints
 
-    c.mesh.data = -1  # devices of a slice over which only the batch is split; -1: all that are left
-    c.mesh.fsdp = 1  # devices over which the state is split too: it fits one
+    c.mesh.fsdp = 1  # devices that share one state: it fits one
 
     c.export.stages = (8, 4, 2)  # stages whose student is exported to <run>/export/stage-N
 

@@ -251,7 +251,7 @@ def _lab() -> ConfigDict:
     c.train.ema = 0.99  # decay of the averaged weights, which are handed on
     c.train.remat = "none"  # memory is no matter here
     c.optimizer = optimizer(learning_rate=1e-3, warmup_steps=20)  # the digits' own
-    c.mesh.fsdp = 1  # one device
+    c.mesh.fsdp = 1  # devices that share one state: there is one device
     c.evaluate.examples = 8192  # samples of each row and seed
     c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2, 1)  # of the base model; the first is the reference of distances
 

@@ -17,9 +17,11 @@ from proreflow_jax.storage import atomic
 log = logging.getLogger(__name__)
 
 
-def plan(config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool, json: str, cache: str) -> None:
-    """The verb: prints a table of every job; raises RuntimeError if one does not fit."""
-    from proreflow_jax.perf import plan_report, tpu_compile
+def plan(
+    config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool, table: bool, share: float, json: str, cache: str
+) -> None:
+    """The verb: prints the account of every job; raises RuntimeError if one does not fit."""
+    from proreflow_jax.perf import by_shapes, chips, plan_report, shapes_report, tpu_compile
     from proreflow_jax.perf.estimate import estimate, opener, target
     from proreflow_jax.perf.jobs import choose_jobs
     from proreflow_jax.perf.search import SEARCHED, TRIES, find_change, find_largest
@@ -28,8 +30,13 @@ def plan(config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool,
     cli.make_place(json, "--json")
     tpu_compile.prepare_compiler()
     chosen = choose_jobs(config, stage, jobs)
-    opened, results = opener(config, place), []
-    print(plan_report.header(config, place))
+    opened, results, alike = opener(config, place), [], {}
+    if table or chips.is_large(slice):
+        alike, results = by_shapes.numbers(opened(), place, chosen, share)
+        print(shapes_report.page(config.name, place, alike, results))
+        chosen = []
+    else:
+        print(plan_report.header(config, place))
     for windows, name in chosen:
         result = estimate(config, place, opened, windows, name)
         print(plan_report.job(result), flush=True)
@@ -44,7 +51,7 @@ def plan(config: ConfigDict, *, slice: str, stage: int, jobs: str, search: bool,
     print(plan_report.summary(totals))
     if json:
         numbers = {"slice": slice, "chips": place.count, "config": config.name, "jobs": results, "totals": totals}
-        atomic.write_json(json, numbers)
+        atomic.write_json(json, numbers | ({"by_shapes": alike} if alike else {}))
     short = sum(not result["fits"] for result in results)
     if short:
         raise RunFailed(f"{short} of {len(results)} jobs do not fit {slice}: see the changes above, or take a larger slice")
@@ -56,6 +63,8 @@ if __name__ == "__main__":
         "stage": (0, "windows of the one stage to plan; 0: all stages", (0, 1000)),
         "jobs": ("pairs,train,sample", "which jobs to compile, by commas"),
         "search": (False, "look for the largest batch on a chip that fits, and try more changes where something does not"),
+        "table": (False, "a table by shapes alone, without compiling: a minute; always so for slices of 256 chips and more"),
+        "share": (0.4, "share of the chips' peak with which the table counts hours", (0.001, 1)),
         "json": ("", "file to write every number to"),
         "cache": ("~/.cache/proreflow_jax/plan", "folder where results are kept; empty: nowhere"),
     }

@@ -81,6 +81,27 @@ def test_the_processes_rows_make_the_global_batch(processes):
         np.testing.assert_array_equal(joined, batch["square"])
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_rows_of_a_group_read_its_run_of_the_source_alone_and_all_of_it_each_epoch(groups):
+    n, batch = 30, 6
+    whole = indices(take(10, Numbers(n), batch, seed=2, groups=groups)).reshape(10, groups, batch // groups)
+    for group in range(groups):
+        own = range(group * n // groups, (group + 1) * n // groups)
+        for epoch in (whole[:5, group], whole[5:, group]):
+            assert sorted(epoch.reshape(-1)) == list(own)
+        source, rows = Numbers(n), range(group * batch // groups, (group + 1) * batch // groups)
+        take(10, source, batch, seed=2, groups=groups, rows=rows)
+        assert set(source.read) == set(own)
+    assert not (whole[:5] == whole[5:]).all()
+
+
+def test_one_group_is_the_plain_sequence_and_each_of_several_keeps_its_order():
+    order = np.concatenate([loader.permutation(4, epoch, 11) for epoch in range(4)])
+    np.testing.assert_array_equal(indices(take(8, Numbers(11), 5, seed=4, groups=1)), order[:40])
+    plain = loader.permutation(0, 0, 8)
+    assert loader.permutation(0, 0, 8, 2).tolist() == [i for i in plain if i < 4] + [i for i in plain if i >= 4]
+
+
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_prefetch_changes_nothing(prefetch):
     words = [batch["word"] for _, batch in take(9, Numbers(10), 4, seed=0, prefetch=prefetch)]

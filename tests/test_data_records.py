@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from proreflow_jax.data import records
+from proreflow_jax.data import record_plan, records
 from proreflow_jax.storage import atomic
 
 PLAN = {"examples": 10, "shard_size": 4, "seed": 7, "solver": {"name": "ddim", "steps": [1, 2]}}
@@ -249,6 +249,32 @@ def test_sizes_and_names_are_compared_without_verify_too(tmp_path, damage):
     why = {"short": "holds 3", "deleted": "is missing", "foreign": "does not belong"}.get(damage, "bytes long")
     with pytest.raises((ValueError, FileNotFoundError), match=f"pairs-00001-of-.*{why}"):
         records.PairRecords(folder, verify=False)
+
+
+def test_of_some_shards_no_other_is_looked_at_and_hashes_of_those_that_are_named(tmp_path):
+    folder = finished(tmp_path)
+    (folder / NAMES[0]).unlink()
+    flip(folder / NAMES[1], 300)
+    pairs = records.PairRecords(folder, shards=[2])
+    assert len(pairs) == 10 and pairs.plan == PLAN
+    assert_equal(pairs[9], example(9))
+    records.PairRecords(folder, verify=[2], shards=[1, 2])
+    with pytest.raises(ValueError, match=NAMES[1]):
+        records.PairRecords(folder, verify=[1], shards=[1, 2])
+    with pytest.raises(FileNotFoundError, match=NAMES[0]):
+        records.PairRecords(folder, verify=False, shards=[0])
+
+
+@pytest.mark.parametrize(("batch", "groups", "plan"), [(6, 4, {}), (8, 3, {}), (8, 2, {"examples": 15}), (8, 8, {})])
+def test_groups_are_equal_runs_of_whole_shards_and_of_rows(batch, groups, plan):
+    plan = {"examples": 16, "shard_size": 4} | plan
+    with pytest.raises(ValueError, match=f"--groups={groups} must divide the batch of {batch} and the 4 shards") as error:
+        record_plan.check_groups(plan, batch, groups, "--groups")
+    one_line(error)
+    record_plan.check_groups(plan, batch, 1, "--groups")
+    even = {"examples": 16, "shard_size": 4}
+    record_plan.check_groups(even, 8, 4, "--groups")
+    assert [list(record_plan.group_shards(even, 2, group)) for group in range(2)] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "appended", "deleted"])

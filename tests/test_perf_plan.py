@@ -406,7 +406,7 @@ def test_fewer_images_at_once_come_first_and_those_without_hope_are_left_out(tmp
     found = {"memory": {"total": 34, "temporaries": 32, "available": 16}}  # 8 images at once
     offered = list(make_it_fit.smaller(config, "train", 8, found))
     assert offered[0] == {"train.accumulation": 4}
-    assert offered[2] == {"mesh.data": 1, "mesh.fsdp": -1}
+    assert offered[2] == {"mesh.data": -1, "mesh.fsdp": -1}
     assert list(offered[-1]) == ["train.ema", "mesh.data", "mesh.fsdp", "train.accumulation"]
     assert list(make_it_fit.smaller(config, "pairs", 8, found)) == [{"pairs.batch": 8}]
 

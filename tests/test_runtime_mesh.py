@@ -18,7 +18,7 @@ def test_one_axis_takes_the_devices_that_are_left() -> None:
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
-@pytest.mark.parametrize("axes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (1, 1, 16)])
+@pytest.mark.parametrize("axes", [(3, 1, 1), (-1, 3, 1), (-1, -1, -1), (-1, -1, 3), (-1, -1, 16), (0, 8, 1), (1, 1, 16)])
 def test_impossible_axes_are_refused_with_their_flags(axes: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"--config\.mesh\.data=.*--config\.mesh\.fsdp=.*--config\.mesh\.tensor="):
         mesh_lib.make_mesh(*axes)
@@ -134,6 +134,30 @@ def test_slices_lie_along_the_data_axis_and_nothing_else_crosses_them() -> None:
     assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
     within = [{chip.slice_index for chip in part.flat} for part in np.moveaxis(mesh.devices, 0, -1).reshape(8, 4)]
     assert within == [{0, 1}] * 8
+
+
+@pytest.mark.parametrize(
+    ("slices", "side", "axes"), [(1, 4, (1, 16)), (1, 8, (1, 64)), (1, 16, (4, 64)), (2, 4, (2, 16)), (4, 16, (16, 64))]
+)
+def test_left_open_a_small_slice_shares_one_state_and_a_large_one_several(slices: int, side: int, axes: tuple) -> None:
+    mesh = mesh_lib.make_mesh(-1, -1, 1, v5e_chips(slices, side), slices=slices)
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == axes
+    assert dict(mesh_lib.make_mesh(-1, -1, 2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}  # eight devices
+
+
+@pytest.mark.parametrize("devices", [*range(1, 65), 72, 96, 128, 192, 384, 1000, 1024])
+def test_those_who_share_a_state_are_all_up_to_64_and_beyond_divide_devices_and_layers(devices: int) -> None:
+    ways = mesh_lib.sharing(devices)
+    assert devices % ways == 0
+    assert ways == devices if devices <= 64 else 64 % ways == 0 and ways >= 8
+
+
+def test_weights_that_rules_would_split_and_that_stay_whole_are_a_share_of_all() -> None:
+    mesh, shapes = mesh_lib.make_mesh(data=1, fsdp=8), {"odd": (9, 10), "even": (16, 5), "norm": (30,)}
+    share = lambda *rules: mesh_lib.whole_share([*rules, (".*", FSDP)], shapes, mesh)
+    assert share() == pytest.approx(120 / 200)
+    assert share(("norm", PartitionSpec())) == pytest.approx(90 / 200)  # which was asked for
+    assert mesh_lib.whole_share([(".*", FSDP)], shapes, mesh_lib.make_mesh(fsdp=1)) == 0
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,17 @@ def test_a_copy_is_made_once_and_follows_the_store(store):
     assert (first / "unet/weights").read_text() == "unet/weights" and fetched() == before + 1  # readers keep what they have
 
 
+def test_of_a_folder_some_files_are_copied_and_no_others_fetched(store):
+    folder = paths.parse_path("gs://bucket/pairs")
+    for name in ("plan.json", "0.array_record", "1.array_record"):
+        (folder / name).write_text(name)
+    fetched = lambda: [path for _, path in store.log if path.startswith("/download")]
+    some = paths.local_copy(folder, names={"plan.json", "1.array_record", "2.array_record"})
+    assert sorted(p.name for p in some.iterdir()) == ["1.array_record", "plan.json"] and len(fetched()) == 2
+    assert len(list(paths.local_copy(folder).iterdir())) == 3 and len(fetched()) == 3  # the third file alone
+    assert paths.local_copy(folder, names={"plan.json", "1.array_record"}) == some
+
+
 def test_a_copy_that_lost_a_file_is_made_again(store):
     paths.parse_path("gs://bucket/data/x").write_text("12")
     copy = paths.local_copy(paths.parse_path("gs://bucket/data"))

@@ -1,8 +1,12 @@
 """Global batches by position: row r of step s is item s B + r of an endless sequence of shuffled epochs.
 
-The sequence depends on the seed and the source's length alone. So a resumed run needs one integer (the step), and any number
-of processes sees the same global batch. Each process reads its own rows. Threads build batches ahead; their errors are raised
-where the batch is taken. Threads are enough: the codecs decode without Python's lock (docs/data.md has the numbers).
+In G groups a source and a batch are cut alike, into G equal runs: rows of the g-th run of every batch are items of the
+g-th run of the source, shuffled in itself. So whoever reads some rows needs their groups' examples alone. One group is the
+plain sequence.
+
+The sequence depends on the seed, the source's length and the groups alone. So a resumed run needs one integer (the step), and
+any number of processes sees the same global batch. Each process reads its own rows. Threads build batches ahead; their errors
+are raised where the batch is taken. Threads are enough: the codecs decode without Python's lock (docs/data.md has the numbers).
 """
 
 import time
@@ -31,19 +35,16 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def shuffled_position(step: int, row: int, batch: int) -> int:
-    """Returns the place of row `row` of global batch `step` in the sequence: step * batch + row."""
-    return step * batch + row
-
-
 @lru_cache(maxsize=2)  # an order of 10 million takes seconds, and every batch asks for it
-def permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " length"]:
-    """Returns the order of one epoch: the ranks of counter-based random words. The array is cached, and so read-only.
+def permutation(seed: int, epoch: int, length: int, groups: int = 1) -> Int[np.ndarray, " length"]:
+    """Returns the order of one epoch: the ranks of counter-based random words, group after group of equal length.
 
-    Philox's raw words are the part of numpy's random numbers that is promised to stay the same in later releases.
+    The array is cached, and so read-only. Philox's raw words are the part of numpy's random numbers that is promised to stay
+    the same in later releases.
     """
     words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(length)
-    order = np.argsort(words, kind="stable")
+    runs = np.argsort(words.reshape(groups, -1), axis=1, kind="stable")
+    order = (runs + np.arange(groups)[:, None] * (length // groups)).reshape(-1)
     order.flags.writeable = False
     return order
 
@@ -52,6 +53,22 @@ def epoch_places(numbers: Iterable[int], seed: int, length: int) -> list[int]:
     """Returns which examples of a source of that length the numbers of the sequence are."""
     split = [divmod(int(number), length) for number in numbers]
     return [int(permutation(seed, epoch, length)[place]) for epoch, place in split]
+
+
+def row_group(row: int, batch: int, groups: int) -> int:
+    """Returns the group of a row of every global batch; groups divide the batch."""
+    return row * groups // batch
+
+
+def batch_places(step: int, rows: Iterable[int], batch: int, seed: int, length: int, groups: int = 1) -> list[int]:
+    """Returns which examples of a source of that length some rows of global batch `step` are; groups divide both."""
+    size, each = batch // groups, length // groups
+
+    def place(row: int) -> int:
+        epoch, at = divmod(step * size + row % size, each)
+        return int(permutation(seed, epoch, length, groups)[row_group(row, batch, groups) * each + at])
+
+    return [place(int(row)) for row in rows]
 
 
 def read_items(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -139,6 +156,7 @@ class Loader(Ahead):
         seed: of the shuffling, >= 0.
         start_step: the first step to yield; nothing before it is read.
         rows: the rows of each global batch to read, this process's; all of them by default.
+        groups: that source and batch are cut into; they divide both.
         prefetch: batches built ahead, each in a thread of its own.
         keep: names of the fields to keep; all of them by default.
 
@@ -154,6 +172,7 @@ class Loader(Ahead):
         *,
         start_step: int = 0,
         rows: Sequence[int] | None = None,
+        groups: int = 1,
         prefetch: int = 2,
         keep: Collection[str] | None = None,
     ) -> None:
@@ -161,7 +180,7 @@ class Loader(Ahead):
         mine = range(batch) if rows is None else rows
 
         def make(step: int) -> tuple[int, dict[str, Any]]:
-            indices = epoch_places((shuffled_position(step, row, batch) for row in mine), seed, len(source))
+            indices = batch_places(step, mine, batch, seed, len(source), groups)
             return step, _collect(source, indices, keep)
 
         super().__init__(make, count(start_step), prefetch)

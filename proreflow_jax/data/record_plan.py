@@ -79,6 +79,22 @@ def shard_range(plan: Mapping[str, Any], shard: int) -> range:
     return range(shard * plan["shard_size"], min((shard + 1) * plan["shard_size"], plan["examples"]))
 
 
+def check_groups(plan: Mapping[str, Any], batch: int, groups: int, flag: str) -> None:
+    """Raises ValueError, one line, unless equal groups of whole shards, and of rows of a batch, can be made."""
+    shards, whole = shard_count(plan), plan["examples"] % plan["shard_size"] == 0
+    if groups > 1 and (batch % groups or shards % groups or not whole):
+        raise UserError(
+            f"{flag}={groups} must divide the batch of {batch} and the {shards} shards of {plan['examples']} records, each of "
+            f"{plan['shard_size']}: take a smaller one, or 1"
+        )
+
+
+def group_shards(plan: Mapping[str, Any], groups: int, group: int) -> range:
+    """Returns the shards of one of equal groups."""
+    each = shard_count(plan) // groups
+    return range(group * each, (group + 1) * each)
+
+
 def shard_name(plan: Mapping[str, Any], shard: int) -> str:
     """Returns a shard's file name, pairs-00003-of-00016.array_record."""
     return f"{plan.get('records', 'pairs')}-{shard:05d}-of-{shard_count(plan):05d}.array_record"

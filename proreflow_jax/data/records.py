@@ -15,7 +15,7 @@ blob, a dict of numpy arrays (states (m+1, h, w, c), first (), ids (length,)); n
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,24 +180,29 @@ class PairRecords:
     """Random access to a finished folder of pairs: `len(records)`, `records[i] -> {name: array}`, `records.plan`.
 
     Opening demands MANIFEST.json and compares it with the plan, with the names and sizes in the folder, and with every
-    shard's number of records. verify=True compares every shard's hash too, at the disk's speed: on a pod let one process do
-    it.
+    shard's number of records. verify: compare hashes too, at the disk's speed, of all shards or of those named: on a pod
+    each process takes some. shards: those that will be read, all by default; no other need be there.
 
     Raises:
         FileNotFoundError: no plan, no manifest, or a shard of it is missing.
         ValueError: a shard is short, swapped, duplicated, foreign or damaged; the one line names it.
     """
 
-    def __init__(self, folder: str | os.PathLike, verify: bool = True) -> None:
+    def __init__(
+        self, folder: str | os.PathLike, verify: bool | Collection[int] = True, shards: Collection[int] | None = None
+    ) -> None:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
             raise MissingFile(f"{self.folder / MANIFEST} is missing, the records are unfinished: {AGAIN}")
         self.plan = read_plan(self.folder)
         rows = _manifest_rows(self.folder, self.plan)
         _refuse_foreign(self.folder, {row["name"] for row in rows})
-        hashes = {row["sha256"]: row["name"] for row in rows} if verify else {}
+        hashes, read = {row["sha256"]: row["name"] for row in rows}, range(len(rows)) if shards is None else sorted(shards)
+        hashed = set(read if verify is True else verify or ())
+
+        check = lambda i: _check_shard(self.folder / rows[i]["name"], rows[i], hashes if i in hashed else {})
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda row: _check_shard(self.folder / row["name"], row, hashes), rows))
+            list(pool.map(check, read))
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 

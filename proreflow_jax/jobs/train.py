@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.data import loader, record_plan, records
+from proreflow_jax.data import loader, record_plan
 from proreflow_jax.flow.parameterization import OF_FLOWS
 from proreflow_jax.jobs.onlookers import axis, make_onlookers, tracked
 from proreflow_jax.jobs.stage_pictures import StagePictures
@@ -24,7 +24,6 @@ from proreflow_jax.run import train_state
 from proreflow_jax.run.check_config import few_starts
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
 from proreflow_jax.run.experiment import (
-    PLANNED,
     TRAINED,
     Experiment,
     Weights,
@@ -37,14 +36,14 @@ from proreflow_jax.run.experiment import (
     stage_plan,
 )
 from proreflow_jax.run.outlook import TRAIN, Outlook, compiling
+from proreflow_jax.run.pair_source import open_pairs
 from proreflow_jax.run.stages import TRAIN_KEY, Done, Stage, read_done, run_key, write_done
 from proreflow_jax.run.text_states import WithText, host_context, spares_encoders
 from proreflow_jax.runtime import mesh, stopping
 from proreflow_jax.runtime.checkpoint import Checkpoints, Restored, digest, fold
 from proreflow_jax.runtime.damage import Damaged
 from proreflow_jax.runtime.metrics import Metrics, Trace
-from proreflow_jax.runtime.processes import first, first_says, leads
-from proreflow_jax.storage import paths
+from proreflow_jax.runtime.processes import first, first_says
 
 log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
@@ -134,9 +133,7 @@ def _source(experiment: Experiment, stage: Stage) -> loader.Source:
     """Pair records of this very config, or captions (and images) for the online mode."""
     if stage.online:
         return open_source(experiment.config, experiment.base)
-    folder = paths.local_copy(stage.folder / "pairs")
-    record_plan.check_plan(folder, stage_plan(experiment, stage, handed_on(experiment, stage.maker), PLANNED))
-    made = records.PairRecords(folder, verify=leads())
+    made = open_pairs(experiment, stage)
     if not spares_encoders(experiment.config, experiment.base):
         return made
     return WithText(made, open_source(experiment.config, experiment.base), experiment.config.seed)
@@ -281,6 +278,6 @@ def batches_from(
         read = partial(read_rows, config, experiment.base.tokenizer, source)
         reader = loader.Ahead(lambda step: (step, read(step * b + rows)), count(start), depth=2)
     else:
-        reader = loader.Loader(source, b, config.seed, start_step=start, rows=rows)
+        reader = loader.Loader(source, b, config.seed, start_step=start, rows=rows, groups=config.train.groups)
     with reader as batches:
         yield ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)

@@ -33,10 +33,11 @@ CHIPS = {
     "v6e": Chip(int(31.24 * GIB), 918e12, 1638e9, 1.751e9, 448e9, lanes=256, narrow=(1765, 4235)),
 }
 SLICES = {
-    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
-    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8"),
+    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16"),
 }
+LARGE = {"v5e": ("16x16",), "v5p": ("4x8x8", "8x8x8", "8x8x16"), "v6e": ("16x16",)}  # told by shapes, not compiled
 KINDS = {  # jax's device_kind, from its beginning -> the chip at hand
     "TPU v5 lite": CHIPS["v5e"],
     "TPU v5": CHIPS["v5p"],
@@ -50,10 +51,16 @@ KINDS = {  # jax's device_kind, from its beginning -> the chip at hand
 def slice_chip(name: str) -> Chip:
     """The chip of a slice such as "v5e:4x4". Raises ValueError, one line, that lists the known slices."""
     family, _, shape = name.partition(":")
-    if shape not in SLICES.get(family, ()):
-        known = "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in SLICES.items())
+    if shape not in (*SLICES.get(family, ()), *LARGE.get(family, ())):
+        known = "; ".join(f"{chip}: {', '.join((*shapes, *LARGE[chip]))}" for chip, shapes in SLICES.items())
         raise UserError(f"--slice={name} is not a slice that is known, as in --slice=v5e:4x4 ({known})")
     return CHIPS[family]
+
+
+def is_large(name: str) -> bool:
+    """Whether a slice is told by shapes alone: no program of a whole model was compiled for one of its size."""
+    family, _, shape = name.partition(":")
+    return shape in LARGE.get(family, ())
 
 
 def chip_count(name: str) -> int:

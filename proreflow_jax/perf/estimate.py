@@ -27,6 +27,7 @@ from proreflow_jax.run.check_config import changed, has_field
 from proreflow_jax.run.experiment import Experiment
 from proreflow_jax.run.open import open_outline
 from proreflow_jax.run.stages import find_stage
+from proreflow_jax.run.train_state import warn_of_whole_weights
 from proreflow_jax.storage import atomic
 from proreflow_jax.storage.atomic import json_digest
 
@@ -75,6 +76,7 @@ def outlines(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Experim
     """The experiment on these devices, its model in shapes; and the same without kernels, whose FLOPs can be counted."""
     change = {field: value for field, value in PLAIN.items() if has_field(config, field)}
     experiment = open_outline(config, devices)
+    warn_of_whole_weights(config, experiment.mesh, experiment.base.denoiser.shapes)
     return experiment, open_outline(changed(config, change), devices) if change else experiment
 
 

@@ -23,14 +23,14 @@ def batch_ways(config: ConfigDict, chips: int) -> int:
 def smaller(config: ConfigDict, job: str, chips: int, result: Mapping[str, Any]) -> Iterator[Change]:
     """Changes that take less memory than `result`, the estimate of a job that does not fit; the cheapest first.
 
-    Order: fewer images at once (accumulation, smaller batches), the state split over all chips, both, activations recomputed
-    (if the config has the field), no average of the weights.
+    Order: fewer images at once (accumulation, smaller batches), the state split as `mesh.sharing` says, both, activations
+    recomputed (if the config has the field), no average of the weights.
     """
     fewer = list(_fewer(config, job, batch_ways(config, chips)))
     yield from _worth(fewer, result)
     if job != "train":
         return
-    split = {} if config.mesh.fsdp == -1 and config.mesh.data == 1 else {"mesh.data": 1, "mesh.fsdp": -1}
+    split = {} if config.mesh.fsdp == -1 else {"mesh.data": -1, "mesh.fsdp": -1}
     least = fewer[-1][0] if fewer else {}
     if split:
         yield split

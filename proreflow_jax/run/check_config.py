@@ -136,7 +136,10 @@ def _check_table(field: str, rows: Any, known: Sequence[Any]) -> None:
 
 def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
     p, ways = config.pairs, mesh.ways(machine)
-    record_plan.shard_count({"examples": p.examples, "shard_size": p.shard_size})
+    plan = {"examples": p.examples, "shard_size": p.shard_size}
+    record_plan.shard_count(plan)
+    if p.mode == "stored":
+        record_plan.check_groups(plan, config.train.batch, config.train.groups, "--config.train.groups")
     if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
         raise UserError(
             f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple "

@@ -31,7 +31,7 @@ FREE = (  # fields that a resumed stage may change, beside those of `dataset.FRE
     "model.path", "model.revision", "model.like", "model.vae", "model.attention", "train.remat", "train.log_every",
     *dataset.FREE,
 )  # fmt: skip
-YOUNG = {"model.clip_skip": 0}  # fields that older runs' plans lack, with the value at which nothing is changed
+YOUNG = {"model.clip_skip": 0, "train.groups": 1}  # fields that older plans lack, with the value that changes nothing
 PLANNED = ("pairs", "student", "data", "model", "conditioning")  # blocks of the config that pairs depend on
 TRAINED = (*PLANNED, "loss", "train", "optimizer")  # blocks that a student depends on
 

@@ -24,7 +24,7 @@ from proreflow_jax.run.check_config import check_choice, check_config, check_dat
 from proreflow_jax.run.experiment import BaseDenoiser, Experiment, Weights, check_begun, check_taught
 from proreflow_jax.run.find_model import find_base_model
 from proreflow_jax.run.stages import Stage, check_counts, loss_recipe, plan_stages, read_done
-from proreflow_jax.run.train_state import parameter_shardings, state_layout
+from proreflow_jax.run.train_state import parameter_shardings, state_layout, warn_of_whole_weights
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.digest import digest, fold
 from proreflow_jax.storage import paths, sealed
@@ -49,6 +49,7 @@ def open_experiment(
         machine = mesh.make_mesh(1, 1, 1, [device])
     paths.check_reachable(_checked(config, machine))
     base = load_base_model(config, machine)
+    warn_of_whole_weights(config, machine, base.denoiser.shapes)
     places = parameter_shardings(config, machine, base.denoiser.shapes)
     denoiser = BaseDenoiser(partial(read_denoiser, base, places), partial(read_constants, base, places))
     denoiser.params()  # a model that does not fit is refused here

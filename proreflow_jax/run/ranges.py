@@ -19,7 +19,7 @@ RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole 
     (r"samples\.count", (1, 256)),
     (r"samples\.(rows|columns)", (0, 16)),
     (r"seed|(evaluate|reproduce)\.seeds", (0, LARGEST)),
-    (r"(.*\.)?batch|train\.accumulation", (1, ROWS)),
+    (r"(.*\.)?batch|train\.(accumulation|groups)", (1, ROWS)),
     (r"pairs\.(steps|substeps)|(evaluate|reproduce)\.(\w+_)?steps|evaluate\.study\.(perturbed_)?steps", (1, 1000)),
     (r"(.*\.)?(steps|shard_size|log_every|checkpoint_every|checkpoint\.\w+)|pairs\.examples", (1, COUNT)),
     (r"evaluate\.examples", (0, COUNT)),

@@ -28,6 +28,7 @@ from proreflow_jax.runtime.stacks import Table
 
 log = logging.getLogger(__name__)
 LAYERS = "--config.student.lora.layers"
+MUCH = 0.01  # share of the weights from which one line says that they stay whole
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -87,6 +88,22 @@ def _factor_shapes(weights: Shapes, lora: ConfigDict) -> Shapes:
 def parameter_shardings(config: ConfigDict, machine: Mesh, shapes: Shapes) -> dict[str, Any]:
     """Where a network's parameters live, by --config.mesh.rules: {name: sharding}."""
     return mesh.shardings(machine, mesh.specs(_rules(config), {name: shape.shape for name, shape in shapes.items()}, machine))
+
+
+def whole_share(config: ConfigDict, machine: Mesh, shapes: Shapes) -> float:
+    """`mesh.whole_share` of a network's weights by --config.mesh.rules."""
+    return mesh.whole_share(_rules(config), {name: shape.shape for name, shape in shapes.items()}, machine)
+
+
+def warn_of_whole_weights(config: ConfigDict, machine: Mesh, shapes: Shapes) -> None:
+    """One line if more than MUCH of a network's weights stay whole on each device, though rules would split them."""
+    if (share := whole_share(config, machine, shapes)) > MUCH:
+        log.warning(
+            "%.1f %% of the weights stay whole on each device: fsdp=%d divides none of their dimensions; a smaller "
+            "--config.mesh.fsdp with --config.mesh.data=-1 may take less memory",
+            100 * share,
+            machine.shape["fsdp"],
+        )
 
 
 def _rules(config: ConfigDict) -> list[tuple[str, Any]]:

@@ -27,6 +27,7 @@ FSDP = "largest dimension over fsdp"  # a rule's value: see `fsdp_spec`
 COLUMN = "outputs over tensor"  # a rule's value: see `split_spec`
 ROW = "inputs over tensor"  # likewise
 HEARTBEAT_SECONDS = 10
+WIDEST = 64  # devices that share one state, if a config leaves it open: it divides the widths of Stable Diffusion's layers
 JOB = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 PCI = Path("/sys/bus/pci/devices")
 GOOGLE = "0x1ae0"  # vendor on the PCI bus
@@ -40,9 +41,9 @@ def make_mesh(
 ) -> Mesh:
     """A (slices x data, fsdp, tensor) mesh over all devices, or those given; one axis may be -1: all that are left.
 
-    data, fsdp and tensor are of one slice. A TPU knows its slice. Other devices are cut into `slices` equal runs: a GPU's
-    slice_index is its host, and jax.make_mesh refuses several. Raises ValueError if the axes do not multiply to the devices
-    of a slice, or TPUs lie in another number of slices.
+    data and fsdp may both be -1: fsdp is then `sharing`, data the rest. All are of one slice. A TPU knows its slice. Other
+    devices are cut into `slices` equal runs: a GPU's slice_index is its host, and jax.make_mesh refuses several. Raises
+    ValueError if the axes do not multiply to the devices of a slice, or TPUs lie in another number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     groups = _slices(devices, slices)
@@ -71,14 +72,24 @@ def platform(mesh: Mesh) -> str:
 
 def _fill(axes: tuple[int, ...], devices: int, slices: int = 1) -> tuple[int, ...]:
     flags = ", ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, axes, strict=True))
+    if axes[:2] == (-1, -1) and axes[2] > 0:
+        axes = (-1, sharing(max(1, devices // axes[2])), axes[2])
     if any(size < 1 and size != -1 for size in axes) or axes.count(-1) > 1:
-        raise UserError(f"{flags}: every axis must be positive, and at most one may be -1 (takes what is left)")
+        raise UserError(f"{flags}: every axis must be positive; one may be -1 (takes what is left), or data and fsdp both")
     known = math.prod(size for size in axes if size != -1)
     filled = tuple(devices // known if size == -1 else size for size in axes)
     if math.prod(filled) != devices:
         where = "this machine" if slices == 1 else f"each of --config.mesh.slices={slices}"
         raise UserError(f"{flags} do not multiply to the {devices} devices of {where}: set one of them to -1")
     return filled
+
+
+def sharing(devices: int) -> int:
+    """How many of a slice's devices share one state: all, up to WIDEST; of more, the greatest common divisor with it.
+
+    What more devices save is little, and costs: a weight whose dimensions they do not divide stays whole on each.
+    """
+    return devices if devices <= WIDEST else math.gcd(devices, WIDEST)
 
 
 def specs(rules: Sequence[tuple[str, Spec]], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> dict[str, PartitionSpec]:
@@ -90,6 +101,14 @@ def specs(rules: Sequence[tuple[str, Spec]], shapes: Mapping[str, Sequence[int]]
     """
     values = first_match(rules, shapes, "--config.mesh.rules")
     return {name: _fit(name, value, tuple(shapes[name]), mesh) for name, value in values.items()}
+
+
+def whole_share(rules: Sequence[tuple[str, Spec]], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> float:
+    """Of all weights, the share that rules would split and that stay whole on each device: fsdp divides no dimension."""
+    split = {name for name, value in first_match(rules, shapes, "--config.mesh.rules").items() if isinstance(value, str)}
+    where, sizes = specs(rules, shapes, mesh), {name: math.prod(shape) for name, shape in shapes.items()}
+    whole = sum(size for name, size in sizes.items() if name in split and "fsdp" not in where[name])
+    return whole / sum(sizes.values()) if mesh.shape["fsdp"] > 1 else 0.0
 
 
 def fsdp_spec(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

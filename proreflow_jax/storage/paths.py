@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,8 +81,10 @@ CACHE = "PROREFLOW_CACHE"  # environment variable: the folder for copies and com
 STREAMS = 8  # objects read at once
 
 
-def local_copy(location: Location, flag: str = "") -> Path:
+def local_copy(location: Location, flag: str = "", names: Collection[str] | None = None) -> Path:
     """A local path as it is; a file or folder of an object store as a copy on this machine.
+
+    names: of the files of the folder that are copied, those that are there; all of them by default.
 
     Raises in one line: FileNotFoundError if there is nothing, ValueError if the folder is unfinished, forbidden or has names
     that lead outside, OSError for the disk or if an object changed during the copy.
@@ -89,7 +92,7 @@ def local_copy(location: Location, flag: str = "") -> Path:
     if isinstance(location, Path):
         return location
     check_reachable(location, write=False)
-    listed = _listed(location, flag)
+    listed = [item for item in _listed(location, flag) if names is None or item.name in names]
     facts = [[item.name, item.size, item.generation] for item in listed]
     digest = hashlib.sha256(json.dumps([str(location), facts]).encode()).hexdigest()[:32]
     place = cache_folder() / "copies" / digest / location.name
