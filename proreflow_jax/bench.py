@@ -3,7 +3,8 @@
     proreflow bench --config=sd15 --stage=8 --json=bench.json
 
 Of the base model only the config.json files are needed: weights and data are random, with the true shapes and shardings.
---input also times reading; --against=diffusers times the UNet's forward against torch's instead of the jobs.
+--input also times reading, --output the writing of pairs. --against=diffusers times the UNet's forward against torch's instead
+of the jobs.
 """
 
 from typing import Any
@@ -29,7 +30,8 @@ if __name__ == "__main__":
         "warmup": (1, "calls before them, after a first one that is never counted", (0, 1_000_000)),
         "json": ("", "file to write every number to"),
         "input": (False, "also how many rows a second the input gives, against the step's images a second"),
-        "rate": (0.0, "images a second to hold the input against instead of running the job; 0: the job's own", (0, 1e9)),
+        "output": (False, "also how fast pairs are written, and how long 4 to 256 chips would wait for that"),
+        "rate": (0.0, "images a second, of one chip for --output, instead of running the job; 0: the job's own", (0, 1e9)),
         "against": ("", "diffusers: the UNet's forward beside torch's, instead of the jobs"),
         "rows": (1, "images at once of --against", (1, 65536)),
     }

@@ -80,15 +80,16 @@ def test_pairs_from_the_cache_are_those_from_the_images(place):
 
 
 def test_a_stopped_job_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
-    write, calls = records.write_shard, []
+    begun, calls = records.open_shard, []
 
     def stopped(*arguments):
         if len(calls) == 1:
             raise KeyboardInterrupt
-        calls.append(write(*arguments))
+        calls.append(arguments)
+        return begun(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "write_shard", stopped)
+        patch.setattr(records, "open_shard", stopped)
         ended = run("cache", *place.flags("cache", **place.images), f"--out={tmp_path / 'cache'}")
     assert ended.code == 130 and not (tmp_path / "cache" / records.MANIFEST).exists()
     refused = run("make_pairs", *place.flags("early", **in_cache(tmp_path / "cache")), "--stage=2")

@@ -6,10 +6,7 @@ folder with one plan refuses another.
 
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
-
-from array_record.python.array_record_module import ArrayRecordReader
 
 from proreflow_jax import UserError
 from proreflow_jax.storage import atomic, paths
@@ -98,17 +95,3 @@ def group_shards(plan: Mapping[str, Any], groups: int, group: int) -> range:
 def shard_name(plan: Mapping[str, Any], shard: int) -> str:
     """Returns a shard's file name, pairs-00003-of-00016.array_record."""
     return f"{plan.get('records', 'pairs')}-{shard:05d}-of-{shard_count(plan):05d}.array_record"
-
-
-RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"  # how an ArrayRecord file is opened here
-
-
-def count_records(path: Path) -> int:
-    """Returns the number of records in an ArrayRecord file; a cut or broken one counts 0."""
-    try:
-        reader = ArrayRecordReader(str(path), RANDOM_ACCESS)
-        count = reader.num_records()
-        reader.close()
-    except RuntimeError:
-        return 0
-    return count

@@ -15,19 +15,19 @@ blob, a dict of numpy arrays (states (m+1, h, w, c), first (), ids (length,)); n
 
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+import safetensors
+from array_record.python.array_record_module import ArrayRecordReader
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.data import record_plan
+from proreflow_jax.data import record_file
+from proreflow_jax.data.record_file import AGAIN
 from proreflow_jax.data.record_plan import PLAN, fix_plan, read_plan, shard_count, shard_name, shard_range
 from proreflow_jax.storage import atomic, paths
 
@@ -37,6 +37,7 @@ __all__ = [
     "clean",
     "fix_plan",
     "missing_shards",
+    "open_shard",
     "publish",
     "read_plan",
     "shard_count",
@@ -46,18 +47,6 @@ __all__ = [
 ]
 
 MANIFEST = "MANIFEST.json"
-WRITER = "group_size:1,uncompressed"  # one record a chunk: random access; latents do not compress
-DTYPES = {  # safetensors' names; its own reader for numpy (0.8) has no bfloat16
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-AGAIN = "run make_pairs (or cache, if that made it) again with the same config"
 REDO = f"delete it and {AGAIN}"
 
 
@@ -71,27 +60,35 @@ def missing_shards(folder: Any, plan: Mapping[str, Any]) -> list[int]:
 
 
 def write_shard(folder: Any, plan: Mapping[str, Any], shard: int, examples: Iterable[Mapping[str, np.ndarray]]) -> Any:
-    """Writes one whole shard and marks it done; equal examples give equal bytes, whoever writes them.
+    """Writes one whole shard of these examples, those of `shard_range(plan, shard)` in this order. Raises as `open_shard`."""
+    with open_shard(folder, plan, shard) as write:
+        for example in examples:
+            write(example)
+    return paths.parse_path(folder) / shard_name(plan, shard)
+
+
+@contextmanager
+def open_shard(folder: Any, plan: Mapping[str, Any], shard: int) -> Iterator[Callable[[Mapping[str, np.ndarray]], None]]:
+    """A block that writes one whole shard and marks it done at its end; equal examples give equal bytes, whoever writes them.
 
     Args:
         folder: holds a plan, by `fix_plan`.
         plan: that plan.
         shard: which shard; its examples are those of `shard_range(plan, shard)`, in this order.
-        examples: one dict of numpy arrays each; of a dtype in DTYPES.
 
-    Returns: the path of the shard.
+    Yields: writes one example, a dict of numpy arrays. Another thread than the block's may call it.
 
     Raises:
-        ValueError: too few or too many examples, or one that is not a dict of arrays of DTYPES.
+        ValueError: too few or too many examples, or one that is not a dict of arrays of known dtypes.
         OSError: the shard could not be written (a full disk, say); nothing is marked, no temporary is left.
     """
-    folder, plan, ids = paths.parse_path(folder), atomic.plain_json(plan), shard_range(plan, shard)
+    folder, plan, count = paths.parse_path(folder), atomic.plain_json(plan), len(shard_range(plan, shard))
     path = folder / shard_name(plan, shard)
     with atomic.drafted(path) as draft:
-        _write_records(draft, path, examples, len(ids))
-        row = {"name": path.name, "count": len(ids), "bytes": draft.stat().st_size, "sha256": atomic.sha256(draft)}
+        with record_file.written_draft(draft, path, count) as write:
+            yield write
+        row = {"name": path.name, "count": count, "bytes": draft.stat().st_size, "sha256": atomic.sha256(draft)}
     atomic.write_json(_marker_path(folder, plan, shard), {**row, "plan": atomic.json_digest(plan)})
-    return path
 
 
 def publish(folder: Any, plan: Mapping[str, Any]) -> bool:
@@ -123,54 +120,6 @@ def clean(folder: Any) -> list[str]:
     for path in stale:
         path.unlink(missing_ok=True)
     return [path.name for path in stale]
-
-
-def _write_records(draft: Path, path: Any, examples: Iterable[Mapping[str, Any]], count: int) -> None:
-    """Writes, closes, syncs, re-opens and counts."""
-    with _disk(path):
-        writer = ArrayRecordWriter(str(draft), WRITER)
-    written = 0
-    for example in examples:
-        written += 1
-        if written > count:
-            break
-        blob = _encode(example)
-        with _disk(path):
-            writer.write(blob)
-    with _disk(path):
-        writer.close()
-    if written != count:
-        raise UserError(f"{path} takes {count} examples and was given {'more' if written > count else written}")
-    atomic.sync(draft)
-    if (count_on_disk := record_plan.count_records(draft)) != count:
-        raise OSError(f"{path} holds {count_on_disk} of {count} examples just written: look at the disk, {AGAIN}")
-
-
-@contextmanager
-def _disk(path: Any) -> Iterator[None]:
-    """ArrayRecord reports a failed write as a RuntimeError; it is an OSError (the examples' own errors pass by)."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"{path} could not be written: {atomic.one_line(error)}") from error
-
-
-def _encode(example: Mapping[str, Any]) -> bytes:
-    """One example -> safetensors bytes. safetensors 0.8 writes the wrong bytes of a strided array: hence order="C"."""
-    if not example or not all(isinstance(value, np.ndarray | np.generic) for value in example.values()):
-        kinds = {name: type(value).__name__ for name, value in example.items()}
-        raise UserError(f"a pair record is a dict of numpy arrays and this one is {kinds}")
-    arrays = {name: np.asarray(value, order="C") for name, value in example.items()}
-    for name, array in arrays.items():
-        if array.dtype not in DTYPES.values():
-            known = ", ".join(map(str, DTYPES.values()))
-            raise UserError(f"a pair record's {name} is {array.dtype}, none of {known}")
-    return safetensors.numpy.save(arrays)
-
-
-def _decode(blob: bytes) -> dict[str, np.ndarray]:
-    tensors = safetensors.deserialize(blob)
-    return {name: np.frombuffer(t["data"], DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in tensors}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -214,7 +163,7 @@ class PairRecords:
             raise IndexError(f"pair {index} is outside 0 .. {len(self) - 1}")
         shard, row = divmod(int(index), self.plan["shard_size"])
         try:
-            return _decode(self._reader(shard).read([row])[0])
+            return record_file.decode(self._reader(shard).read([row])[0])
         except (RuntimeError, KeyError, ValueError, safetensors.SafetensorError) as error:
             path = self.folder / shard_name(self.plan, shard)
             atomic.check_readable(path)
@@ -225,7 +174,7 @@ class PairRecords:
         with self._lock:
             if shard not in self._readers:
                 self._readers[shard] = ArrayRecordReader(
-                    str(self.folder / shard_name(self.plan, shard)), record_plan.RANDOM_ACCESS
+                    str(self.folder / shard_name(self.plan, shard)), record_file.RANDOM_ACCESS
                 )
             return self._readers[shard]
 
@@ -262,7 +211,7 @@ def _check_shard(path: Path, row: dict[str, Any], hashes: dict[str, str]) -> Non
     if hashes and (digest := atomic.sha256(path)) != row["sha256"]:
         why = f"holds the bytes of {hashes[digest]}" if digest in hashes else "is damaged or foreign (its hash differs)"
         raise UserError(f"{path} {why}: {REDO}")
-    if (count := record_plan.count_records(path)) != row["count"]:
+    if (count := record_file.count_records(path)) != row["count"]:
         atomic.check_readable(path)  # ArrayRecord counts nothing in a file that it cannot read
         raise UserError(f"{path} holds {count} examples and was written with {row['count']}: {REDO}")
 

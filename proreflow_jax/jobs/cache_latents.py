@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.data import cached, kinds, loader, records
-from proreflow_jax.jobs.write_records import batched, begin_records, publish_records, records_there, write_records
+from proreflow_jax.jobs.write_records import Maker, begin_records, publish_records, records_there, write_records
 from proreflow_jax.models.network import Params
+from proreflow_jax.pretrained import weights
 from proreflow_jax.reflow import pairs
 from proreflow_jax.reflow.pairs import text_context
 from proreflow_jax.run import dataset
@@ -47,8 +48,10 @@ def cache(config: ConfigDict, out: str) -> None:
             log.info("%d of %d shards are to be made", len(missing), records.shard_count(plan))
             compiling("the encoder", experiment.networks.vae)
             with Progress("cache", plan["examples"], "image", records_there(plan, missing)) as progress:
-                rows = partial(_rows, experiment, source, make_encode(experiment), progress=progress)
-                write_records(folder, plan, missing, rows)
+                read = partial(_read, experiment, source)
+                recorded = partial(_records, config.cache.storage)
+                maker = Maker(experiment.mesh, config.cache.batch, read, make_encode(experiment), recorded)
+                write_records(folder, plan, missing, maker, progress)
         else:
             first(lambda: publish_records(folder, plan))
     log.info("%d examples: --config.data.kind=%s --config.data.path=%s", len(source), kinds.CACHED, folder)
@@ -113,29 +116,18 @@ def make_encode(experiment: Experiment) -> Callable[[dict[str, jax.Array]], dict
     return partial(jitted, put(base.params["vae"]), put(base.text) if c.text else {})
 
 
-def _rows(
-    experiment: Experiment,
-    source: loader.Source,
-    encode: Callable[..., dict[str, jax.Array]],
-    numbers: range,
-    progress: Progress,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The records of some examples of the source, in order. Raises FloatingPointError for one that its dtype does not hold."""
-    c, base = experiment.config, experiment.base
+def _read(experiment: Experiment, source: loader.Source, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Examples by their numbers, as `make_encode` takes them; numbers behind the last begin anew."""
+    items = loader.read_items(source, [int(row) % len(source) for row in rows])
+    captions = [item["caption"] for item in items]
+    images = {"image": np.stack([item["image"] for item in items])} if "image" in items[0] else {}
+    return {**images, "ids": experiment.base.tokenizer.encode(captions), "caption": cached.padded(captions)}
 
-    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        items = loader.read_items(source, [int(row) % len(source) for row in rows])
-        captions = [item["caption"] for item in items]
-        images = {"image": np.stack([item["image"] for item in items])} if "image" in items[0] else {}
-        return {**images, "ids": base.tokenizer.encode(captions), "caption": cached.padded(captions)}
 
-    index = iter(numbers)
-    for batch, count in batched(experiment.mesh, c.cache.batch, read, encode, numbers, progress):
-        for i in range(count):
-            row = {name: values[i] for name, values in batch.items()}
-            number = next(index)
-            if bad := [name for name in row if not np.isfinite(row[name].astype(np.float32)).all()]:
-                raise FloatingPointError(
-                    f"example {number}: {bad[0]} is no finite {c.cache.storage}: take --config.cache.storage=float32"
-                )
-            yield cached.record(number, row)
+def _records(storage: str, numbers: range, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The records of some examples, in order. Raises FloatingPointError for one that its dtype `storage` does not hold."""
+    for i, number in enumerate(numbers):
+        row = {name: values[i] for name, values in batch.items()}
+        if bad := [name for name in row if not weights.finite(row[name])]:
+            raise FloatingPointError(f"example {number}: {bad[0]} is no finite {storage}: take --config.cache.storage=float32")
+        yield cached.record(number, row)

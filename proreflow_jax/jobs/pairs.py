@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from proreflow_jax.data import loader, records
-from proreflow_jax.jobs.write_records import batched, begin_records, records_there, write_records
-from proreflow_jax.pretrained import weights
+from proreflow_jax.jobs.write_records import Maker, begin_records, records_there, write_records
 from proreflow_jax.reflow import pairs
 from proreflow_jax.run.dataset import encodes, open_source, read_captions, read_rows
 from proreflow_jax.run.experiment import PLANNED, Experiment, frozen_arrays, handed_on, load_weights, stage_plan
@@ -21,7 +21,6 @@ from proreflow_jax.run.stages import Stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.metrics import check_finite_rows
 from proreflow_jax.runtime.processes import first
-from proreflow_jax.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -45,37 +44,42 @@ def make_stage_pairs(experiment: Experiment, stage: Stage, outlook: Outlook) -> 
     frozen = frozen_arrays(experiment, stage, teacher.params, with_vae=encodes(config))
     if stage.maker:
         experiment.denoiser.free()  # `frozen` holds what is needed
-    jitted = jit_pairs(stage._replace(teacher=teacher.flow), experiment.networks, experiment.mesh)
+    made_by = stage._replace(teacher=teacher.flow)
+    jitted = jit_pairs(made_by, experiment.networks, experiment.mesh, config.pairs.storage)
     with outlook.part(PAIRS, stage.windows, records_there(plan, missing)) as progress:
         compiling("the teacher's steps", experiment.networks.denoiser)
-        rows = partial(_rows, experiment, source, partial(jitted, frozen), progress=progress)
-        write_records(folder, plan, missing, rows, outlook.keep)
+        read = partial(read_rows, config, experiment.base.tokenizer, source)
+        recorded = partial(_records, config, source)
+        maker = Maker(experiment.mesh, config.pairs.batch, read, partial(jitted, frozen), recorded)
+        write_records(folder, plan, missing, maker, progress, outlook.keep)
 
 
-def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh) -> Any:
-    """(frozen, batch) -> the batch's pairs, jitted with the shardings of the mesh."""
+def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh, storage: str) -> Any:
+    """(frozen, batch) -> what is fetched of the batch's pairs, jitted with the shardings of the mesh.
+
+    It is `pairs.RECORD` with states in the dtype `storage`, as the host would round them, and of each row whether its states
+    are finite numbers: `finite` as computed, `fits` as stored. The arrays are whole on every device.
+    """
+    whole, batches = mesh.replicated(machine), mesh.batch_sharding(machine)
 
     def make(frozen: pairs.Frozen, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         rows = pairs.cross_windows(frozen, batch, recipe=stage.pairs, flow=stage.teacher, networks=networks)
-        return {name: rows[name] for name in pairs.RECORD}
+        states = jax.lax.optimization_barrier(rows["states"])  # so that the rounding changes nothing before it
+        stored = jax.lax.with_sharding_constraint(states.astype(storage), batches)  # rounded before it is gathered
+        finite = lambda values: jnp.isfinite(values).all(axis=(1, 2, 3, 4))
+        kept = {name: rows[name] for name in pairs.RECORD} | {"states": stored}
+        return kept | {"finite": finite(states), "fits": finite(stored)}
 
-    whole, batches = mesh.replicated(machine), mesh.batch_sharding(machine)
     return jax.jit(make, in_shardings=(None, batches), out_shardings=whole)
 
 
-def _rows(
-    experiment: Experiment, source: loader.Source, compute: Any, numbers: range, progress: Progress
+def _records(
+    config: ConfigDict, source: loader.Source, numbers: range, batch: dict[str, np.ndarray]
 ) -> Iterator[dict[str, np.ndarray]]:
     """The records of some examples, in order. Raises FloatingPointError for one whose states are no finite numbers."""
-    config, index = experiment.config, iter(numbers)
-    read = partial(read_rows, config, experiment.base.tokenizer, source)
-    for batch, count in batched(experiment.mesh, config.pairs.batch, read, compute, numbers, progress):
-        with np.errstate(over="ignore"):
-            stored = batch["states"].astype(jnp.dtype(config.pairs.storage))
-        for i in range(count):
-            number = next(index)
-            if not weights.finite(stored[i]):
-                field = "pairs.storage" if np.isfinite(batch["states"][i]).all() else "model.teacher_dtype"
-                mend = f"take --config.{field}=float32, or another --config.model.path"
-                check_finite_rows([False], read_captions(config, source, [number]), f"{mend} (example {number})")
-            yield {name: values[i] for name, values in (batch | {"states": stored}).items()}
+    for i, number in enumerate(numbers):
+        if not batch["fits"][i]:
+            field = "pairs.storage" if batch["finite"][i] else "model.teacher_dtype"
+            mend = f"take --config.{field}=float32, or another --config.model.path"
+            check_finite_rows([False], read_captions(config, source, [number]), f"{mend} (example {number})")
+        yield {name: batch[name][i] for name in pairs.RECORD}

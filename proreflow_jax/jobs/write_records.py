@@ -1,11 +1,18 @@
 """What the jobs that write records share: the shards that are missing, made batch by batch, by one process or many.
 
-A shard's records depend on their numbers alone, so a killed job goes on with the same bytes and loses one shard at most.
+All processes compute every batch together, in one order. Shards are dealt out: each process fetches and writes its own, in a
+thread, while the devices go on with the next batches. A shard's records depend on their numbers alone, so the number of
+processes changes no byte. A process begins a shard when its last one is marked done: a kill costs each one shard at most.
 """
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +21,36 @@ from jax.sharding import Mesh
 from proreflow_jax import RunFailed
 from proreflow_jax.data import loader, records
 from proreflow_jax.runtime import mesh, stopping
-from proreflow_jax.runtime.processes import broadcast, first, host_arrays, leads
+from proreflow_jax.runtime.device_clock import DeviceClock
+from proreflow_jax.runtime.processes import all_arrived, broadcast, first, host_arrays
 from proreflow_jax.runtime.progress import Progress
 from proreflow_jax.storage.paths import Location
 
+log = logging.getLogger(__name__)
+AHEAD = 2  # batches that lie on the devices, computed or not, while the one before them is fetched
+ROOM = 1 << 30  # bytes of fetched batches that wait to be written
+SEEN_S = 90.0  # until a file that another host has written is seen here: NFS remembers for a minute that there was none
 Rows = Mapping[str, np.ndarray]  # of a batch, by field
+
+
+class Maker(NamedTuple):
+    """How a job makes records. Every batch has one shape; the last of a shard is filled up."""
+
+    machine: Mesh
+    size: int  # rows of a batch
+    read: Callable[[np.ndarray], Rows]  # numbers, maybe behind the last -> this process's rows of a batch; in a thread
+    compute: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]  # a batch, on the devices; whole on every process
+    records: Callable[[range, Rows], Iterator[Rows]]  # numbers, what was computed -> the numbers' records; in a thread
+
+
+class Part(NamedTuple):
+    """One batch of a shard."""
+
+    shard: int
+    numbers: range  # of its examples
+    begins: bool  # the shard
+    ends: bool
+    own: bool  # written by this process
 
 
 def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.name") -> list[int]:
@@ -29,10 +61,10 @@ def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.
 
     def look() -> list[int]:
         records.fix_plan(folder, plan, flag)
-        records.clean(folder)
         return records.missing_shards(folder, plan)
 
     missing, lacks = first(look), np.zeros(records.shard_count(plan), bool)
+    records.clean(folder)  # each process on its own machine; none writes yet
     lacks[missing or []] = True
     return [int(shard) for shard in np.flatnonzero(broadcast(lacks))]
 
@@ -41,21 +73,113 @@ def write_records(
     folder: Location,
     plan: dict[str, Any],
     missing: list[int],
-    rows: Callable[[range], Iterator[Rows]],
+    maker: Maker,
+    progress: Progress,
     kept: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes the missing shards and publishes the whole; the records of some numbers are `rows(numbers)`, one by one.
+    """Makes and writes the missing shards, and publishes the whole.
 
-    kept: called after each shard.
+    progress: counts the rows that are computed. kept: called after each shard's last.
     """
-    for shard in missing:
-        shard_rows = rows(records.shard_range(plan, shard))
-        if leads():
-            records.write_shard(folder, plan, shard, shard_rows)
-        else:  # all processes compute the rows, one writes them
-            deque(shard_rows, maxlen=0)
-        kept()
-    first(lambda: publish_records(folder, plan))
+    parts = shared_out(plan, missing, maker.size)
+    with shard_writer(folder, plan, maker.records) as writer, DeviceClock() as clock:
+        for part, arrays in _computed(maker, parts, clock):
+            if part.own:
+                writer.write(part, host_arrays(arrays))
+            else:
+                jax.block_until_ready(arrays)
+            del arrays  # off the devices
+            writer.check()
+            progress.advance(len(part.numbers))
+            if part.ends:
+                kept()
+    log.info("%s: %s", progress.title, clock.line())
+    all_arrived()
+    first(lambda: publish_records(folder, plan, SEEN_S if jax.process_count() > 1 else 0.0))
+
+
+def shared_out(plan: dict[str, Any], missing: list[int], size: int) -> list[Part]:
+    """The missing shards' batches in the order in which all processes compute them; shards go round the processes."""
+    parts = []
+    for place, shard in enumerate(missing):
+        whole, own = records.shard_range(plan, shard), place % jax.process_count() == jax.process_index()
+        for begin in range(whole.start, whole.stop, size):
+            numbers = range(begin, min(begin + size, whole.stop))
+            parts.append(Part(shard, numbers, begin == whole.start, numbers.stop == whole.stop, own))
+    return parts
+
+
+def _computed(maker: Maker, parts: list[Part], clock: DeviceClock) -> Iterator[tuple[Part, dict[str, jax.Array]]]:
+    """What is computed of each part, in order, ready or not; the AHEAD parts behind it are sent to the devices before."""
+    own, sent = mesh.own_rows(maker.machine, maker.size), deque()
+    with loader.Ahead(lambda part: maker.read(part.numbers.start + own), parts, depth=2) as batches:
+        for part, rows in zip(parts, batches, strict=True):
+            stopping.stop_if_asked()
+            batch = mesh.put_batch(maker.machine, rows, maker.size)
+            arrays = clock.timed(lambda batch=batch: maker.compute(batch))
+            if part.own:
+                jax.tree.map(lambda array: array.copy_to_host_async(), arrays)
+            sent.append((part, arrays))
+            if len(sent) > AHEAD:
+                yield sent.popleft()
+    yield from sent
+
+
+class ShardWriter:
+    """Writes this process's shards in a thread, one after the other; made by `shard_writer`."""
+
+    def __init__(self, open_shard: Callable[[int], Any], recorded: Callable[[range, Rows], Iterator[Rows]]) -> None:
+        self.block = ExitStack()  # of the shard under way
+        self._open, self._records = open_shard, recorded
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._tasks: deque[tuple[Future, int]] = deque()  # with the bytes that they hold
+
+    def write(self, part: Part, arrays: Rows) -> None:
+        """Takes a batch. Waits until the shard before is marked; and for room, where more than ROOM bytes wait."""
+        if part.begins:
+            self.settle(0)
+        self._tasks.append((self._pool.submit(self._add, part, arrays), sum(array.nbytes for array in arrays.values())))
+        self.settle(ROOM)
+
+    def check(self) -> None:
+        """Raises what the thread has raised so far."""
+        while self._tasks and self._tasks[0][0].done():
+            self._tasks.popleft()[0].result()
+
+    def settle(self, room: int) -> None:
+        """Waits until the batches that wait hold at most so many bytes. Raises as `check`."""
+        while self._tasks and sum(held for _, held in self._tasks) > room:
+            self._tasks.popleft()[0].result()
+
+    def end(self) -> None:
+        """Drops the batches that wait."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _add(self, part: Part, arrays: Rows) -> None:
+        """In the thread."""
+        if part.begins:
+            self._write = self.block.enter_context(self._open(part.shard))
+        for record in self._records(part.numbers, arrays):
+            self._write(record)
+        if part.ends:
+            self.block.close()
+
+
+@contextmanager
+def shard_writer(
+    folder: Location, plan: dict[str, Any], recorded: Callable[[range, Rows], Iterator[Rows]]
+) -> Iterator[ShardWriter]:
+    """A writer of this process's shards; the block's end waits for the last one.
+
+    After an error, of the block or of the thread, nothing is left of the shard under way.
+    """
+    writer = ShardWriter(partial(records.open_shard, folder, plan), recorded)
+    with writer.block:
+        try:
+            yield writer
+            writer.settle(0)
+        finally:
+            writer.end()
 
 
 def records_there(plan: dict[str, Any], missing: list[int]) -> int:
@@ -63,30 +187,10 @@ def records_there(plan: dict[str, Any], missing: list[int]) -> int:
     return plan["examples"] - sum(len(records.shard_range(plan, shard)) for shard in missing)
 
 
-def publish_records(folder: Location, plan: dict[str, Any]) -> None:
-    """Writes the manifest. Raises RuntimeError if a shard is missing."""
-    if not records.publish(folder, plan):
-        raise RunFailed(f"{folder}: shards are missing after the last one was made; run the same command again")
-
-
-def batched(
-    machine: Mesh,
-    size: int,
-    read: Callable[[np.ndarray], Rows],
-    compute: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
-    numbers: range,
-    progress: Progress,
-) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """(what is computed of a batch, how many of its rows count), in order. Every batch has one shape; the last is filled up.
-
-    read: numbers, which may lie behind the last -> this process's rows of a batch; in a thread. compute: on the devices.
-    progress: counts the rows.
-    """
-    own = mesh.own_rows(machine, size)
-    begins = range(numbers.start, numbers.stop, size)
-    with loader.Ahead(lambda begin: read(begin + own), begins, depth=2) as batches:
-        for begin, rows in zip(begins, batches, strict=True):
-            stopping.stop_if_asked()
-            arrays, count = host_arrays(compute(mesh.put_batch(machine, rows, size))), min(size, numbers.stop - begin)
-            progress.advance(count)
-            yield arrays, count
+def publish_records(folder: Location, plan: dict[str, Any], patience: float = 0.0) -> None:
+    """Writes the manifest. Raises RunFailed if a shard is missing, also after `patience` seconds."""
+    until = time.monotonic() + patience
+    while not records.publish(folder, plan):
+        if time.monotonic() >= until:
+            raise RunFailed(f"{folder}: shards are missing after the last one was made; run the same command again")
+        time.sleep(1.0)

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.perf import bench_report, input_rate, measure
+from proreflow_jax.perf import bench_report, input_rate, measure, output_rate
 from proreflow_jax.perf.estimate import outlines, ticking
 from proreflow_jax.perf.jobs import choose_jobs, jobs
 from proreflow_jax.run import cli
@@ -27,6 +27,7 @@ def bench_jobs(
     warmup: int,
     json: str,
     input: bool,
+    output: bool,
     rate: float,
     against: str,
     rows: int,
@@ -35,7 +36,8 @@ def bench_jobs(
 
     The parameters are the flags of `bench`, which explains them.
     """
-    _check(rate, input, json)
+    _check(rate, input, output)
+    cli.make_place(json, "--json")
     if against:
         cli.choose(against, RIVALS, "--against")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with torch
@@ -45,15 +47,15 @@ def bench_jobs(
     if against:
         report["against"] = yield from _compare(config, rows, steps)
     else:
-        report["jobs"] = yield from _jobs(config, chosen, steps, warmup, input, rate)
+        report["jobs"] = yield from _jobs(config, chosen, steps=steps, warmup=warmup, input=input, output=output, rate=rate)
     if json:
         atomic.write_json(json, report)
 
 
 def _jobs(
-    config: ConfigDict, chosen: list[tuple[int, str]], steps: int, warmup: int, input: bool, rate: float
+    config: ConfigDict, chosen: list[tuple[int, str]], *, steps: int, warmup: int, input: bool, output: bool, rate: float
 ) -> Generator[str, None, list[dict[str, Any]]]:
-    """The numbers of every job; with --rate only those of its input."""
+    """The numbers of every job; with --rate only those of its input or its output."""
     experiment, plain = outlines(config, jax.devices())
     results = []
     for windows, name in chosen:
@@ -67,6 +69,10 @@ def _jobs(
             reads = input_rate.rate(experiment, stage, name, steps)
             result["input"] = input_rate.against(reads, rate or result["images_per_second_in_a_row"])
             yield bench_report.fed(result["input"])
+        if output and name == "pairs":
+            per_chip = rate or result["images_per_second_in_a_row"] / len(jax.devices())
+            result["output"] = output_rate.output_rate(experiment, stage, per_chip)
+            yield bench_report.written(result["output"])
         results.append(result)
     return results
 
@@ -92,7 +98,6 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _check(rate: float, input: bool, json: str) -> None:
-    if rate and not input:
-        raise UserError(f"--rate={rate} is what the input is held against: add --input")
-    cli.make_place(json, "--json")
+def _check(rate: float, input: bool, output: bool) -> None:
+    if rate and input == output:
+        raise UserError(f"--rate={rate} is of the whole job with --input, of one chip with --output: add one of them")

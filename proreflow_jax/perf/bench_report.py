@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proreflow_jax.perf.chips import GIB
-from proreflow_jax.perf.plan_report import WORK, scaled, seconds
+from proreflow_jax.perf.plan_report import UNITS, WORK, scaled, seconds
 
 Numbers = Mapping[str, Any]
 
@@ -57,6 +57,20 @@ def fed(result: Numbers) -> str:
     said = "keeps up" if result["ratio"] >= 1 else "STARVES THE STEP"
     rates = f"{result['rows_per_second']:.4g} rows/s against {result['wanted_per_second']:.4g} images/s"
     return f"  input    {result['input']}: {rates}, {result['ratio']:.3g} times: {said}"
+
+
+def written(result: Numbers) -> str:
+    """The rate of the pairs' writer, and the chips' idle share, two lines."""
+    each = result["write"] + result["finish"]
+    rates = f"{1 / each:.4g} rows/s by one process, {scaled(result['bytes'] / each, UNITS)}/s"
+    ends = f"{seconds(result['finish'] * result['shard_size'])} of it at the end of a shard of {result['shard_size']:,}"
+    idle = ", ".join(f"{chips} {100 * share:.2g} %" for chips, share in result["idle"].items())
+    return "\n".join(
+        [
+            f"  output   {rates}; {ends}; fetched at {scaled(result['bytes'] / result['fetch'], UNITS)}/s",
+            f"  idle     chips that wait for their hosts, computed for {result['per_chip']:.3g} pairs/s a chip: {idle}",
+        ]
+    )
 
 
 def compared(result: Numbers) -> str:

@@ -17,6 +17,7 @@ from proreflow_jax import UserError
 from proreflow_jax.data import kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
+from proreflow_jax.jobs.write_records import AHEAD
 from proreflow_jax.models.network import Context
 from proreflow_jax.perf import flops, resident
 from proreflow_jax.perf.resident import BATCH, ENCODERS, STATE, STUDENT
@@ -72,12 +73,14 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """make_pairs: one batch of trajectories."""
     config = experiment.config
     b, machine = config.pairs.batch, experiment.mesh
-    jitted = pairs.jit_pairs(stage, experiment.networks, machine)
+    storage = config.pairs.storage
+    jitted = pairs.jit_pairs(stage, experiment.networks, machine, storage)
     frozen = frozen_shapes(experiment, stage, True, encodes(config))._replace(base={})  # which this program does not read
     arguments = frozen, prompt_shapes(experiment, b)
+    under_way = [(arguments[1], fetched_shapes(experiment, stage))] * AHEAD
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
-    useful = partial(_counted, pairs.jit_pairs(stage, plain.networks, machine), arguments)
+    useful = partial(_counted, pairs.jit_pairs(stage, plain.networks, machine, storage), arguments)
     return Job(
         name="pairs",
         windows=stage.windows,
@@ -88,7 +91,7 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
         at_once=b // mesh.ways(experiment.mesh),
         calls=calls,
         useful=useful,
-        beside=resident.beside_pairs(experiment, by_base=stage.maker is None),
+        beside=resident.beside_pairs(experiment, stage.maker is None, under_way),
     )
 
 
@@ -216,6 +219,18 @@ def record_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDt
         "first": split((b,), np.int32),
         "ids": split((b, experiment.base.tokenizer.length), np.int32),
         **texts,
+    }
+
+
+def fetched_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what the host fetches of a batch of pairs, as of `pairs.jit_pairs`."""
+    config, base, whole = experiment.config, experiment.base, partial(_shape, mesh.replicated(experiment.mesh))
+    b, bounds = config.pairs.batch, record_bounds(config, stage)
+    return {
+        "states": whole((b, bounds, *base.latent_shape), jnp.dtype(config.pairs.storage)),
+        "first": whole((b,), np.int32),
+        "ids": whole((b, base.tokenizer.length), np.int32),
+        **dict.fromkeys(("finite", "fits"), whole((b,), np.bool_)),
     }
 
 

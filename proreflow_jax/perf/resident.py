@@ -39,10 +39,14 @@ def frozen_classes(frozen: Frozen) -> dict[str, Any]:
     }
 
 
-def beside_pairs(experiment: Experiment, by_base: bool) -> dict[str, Any]:
-    """Beside the teacher: nothing, but for a LoRA's student the base model and the factors that were added to it."""
-    factors = _factors(experiment)
-    return {BASE: denoiser_shapes(experiment), TEACHER: factors} if factors and not by_base else {}
+def beside_pairs(experiment: Experiment, by_base: bool, under_way: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """Beside the teacher: batches under way, and for a LoRA's student the base model and the factors that were added to it.
+
+    under_way: inputs and outputs of the calls that were sent before and are not fetched.
+    """
+    factors, (batches, outputs) = _factors(experiment), zip(*under_way, strict=True)
+    merged = {BASE: denoiser_shapes(experiment), TEACHER: factors} if factors and not by_base else {}
+    return merged | {BATCH: batches, OUTPUTS: outputs}
 
 
 def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:

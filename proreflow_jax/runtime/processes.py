@@ -111,6 +111,11 @@ def broadcast(value: np.ndarray) -> np.ndarray:
     return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
+def all_arrived() -> None:
+    """Waits until every process has come here."""
+    broadcast(np.array(0))
+
+
 def host_arrays(tree: PyTree[Array]) -> PyTree[np.ndarray]:
     """Device arrays as whole numpy arrays on every process, one after the other; all processes must ask for them."""
     return jax.tree.map(_host_array, tree)
