@@ -77,7 +77,7 @@ def _inputs(c: ConfigDict) -> None:
     c.model.prediction_type = ""  # "epsilon" or "v_prediction" where scheduler_config.json says it wrong; "": as it says
     c.model.dtype = "bfloat16"  # of the student's computation, what a TPU multiplies in; master weights are float32
     c.model.teacher_dtype = "bfloat16"  # of the teacher's computation
-    c.model.sampling_dtype = "float32"  # of the UNet's computation in sample and evaluate; tables say which
+    c.model.sampling_dtype = "bfloat16"  # of sampling and decoding; tables say which; float32 where a VAE's config asks for it
     c.model.attention = "auto"  # its form: by platform, or "xla", "chunked", "cached", "cudnn", "splash"
 
     c.conditioning = ConfigDict()  # SDXL's micro-conditioning, (height, width) or (top, left); without effect elsewhere

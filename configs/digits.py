@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     c.model.path = asset("digits")  # diffusers folder, single .safetensors file or hub id
     c.model.dtype = "float32"  # of the student's computation; a CPU gains nothing by "bfloat16"
     c.model.teacher_dtype = "float32"  # of the teacher's computation
+    c.model.sampling_dtype = "float32"  # of sampling and decoding
 
     c.data.kind = "digits"  # scikit-learn's, written as a tfds dataset on first use
     c.data.path = "runs/data/digits"  # folder of that dataset

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     c.model.path = asset("emoji")  # diffusers folder, single .safetensors file or hub id
     c.model.dtype = "float32"  # of the student's computation; a CPU gains nothing by "bfloat16"
     c.model.teacher_dtype = "float32"  # of the teacher's computation
+    c.model.sampling_dtype = "float32"  # of sampling and decoding
 
     c.data.path = asset("emoji/prompts.txt")  # captions of the pictures that the base model's training saw, one a line
     c.data.resolution = 64  # pixels a side

@@ -237,6 +237,7 @@ def _lab() -> ConfigDict:
     c.model.path = ""  # the base model is trained by the lab, block `lab`, and kept in the run's folder
     c.model.dtype = "float32"  # of the student's computation
     c.model.teacher_dtype = "float32"  # of the teacher's computation
+    c.model.sampling_dtype = "float32"  # of sampling; nothing is decoded
     c.data.kind = "mixture"  # drawn where it is needed
     c.data.resolution = 1  # a picture is one vector
     c.data.threads = 1  # none is needed

@@ -83,7 +83,7 @@ def make_picture_draw(experiment: Experiment) -> Callable:
     text, vae = jax.device_put(base.text, whole), jax.device_put(base.params["vae"], whole)
     context = jax.jit(partial(text_context, n.condition))
     negative = context(text, jax.device_put(base.tokenizer.encode([""]), whole))
-    decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling))
+    decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling, dtype))
 
     @partial(jax.jit, out_shardings=split)
     def noise(numbers: jax.Array, key: jax.Array) -> jax.Array:
@@ -125,6 +125,7 @@ def measure_pictures(
     config = experiment.config
     model = {"weights": weights.digest, "flow": list(row.flow), "steps": row.steps, "guidance": row.guidance}
     about = model | {"seed": seed, "prompts": prompts.digest, "judge": judge.digest, "dtype": config.model.sampling_dtype}
+    about |= sampler.decoding_facts(experiment.networks.vae, config.model.sampling_dtype)
     folder, stem = experiment.run / "scores", f"emoji-{fid.file_stem(about)}"
     path = folder / f"{stem}.safetensors"
     arrays, count = _read(path), len(prompts.ids)

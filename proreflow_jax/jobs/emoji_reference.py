@@ -146,12 +146,12 @@ def _moved(families: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 def reconstructions(experiment: Experiment, images: np.ndarray) -> np.ndarray:
     """Pictures through the autoencoder, by the mean of their latents: the nearest to real ones that any sampler comes."""
     n, batch = experiment.networks, experiment.config.evaluate.batch
-    place = mesh.replicated(experiment.mesh)
+    place, dtype = mesh.replicated(experiment.mesh), experiment.config.model.sampling_dtype
 
     @jax.jit
     def run(params: Any, images: jax.Array) -> jax.Array:
         mean, _ = n.vae.apply(params, to_float(images), method="encode")
-        return sampler.decode(n.vae, params, mean * n.scaling, n.scaling)
+        return sampler.decode(n.vae, params, mean * n.scaling, n.scaling, dtype)
 
     params, parts = jax.device_put(experiment.base.params["vae"], place), []
     for i in range(0, len(images), batch):

@@ -169,7 +169,8 @@ def draw_images(
         denoiser=networks.denoiser, schedule=networks.schedule, flow=flow, steps=steps, guidance=guidance, dtype=dtype
     )
     latents = sampler.sample_latents(params, noise, context, negative, **options)
-    return sampler.decode(networks.vae, vae, latents, networks.scaling), jnp.isfinite(latents).all(axis=(1, 2, 3))
+    images = sampler.decode(networks.vae, vae, latents, networks.scaling, dtype)
+    return images, jnp.isfinite(latents).all(axis=(1, 2, 3))
 
 
 def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidance: float) -> Callable:
@@ -191,6 +192,7 @@ def _scores(
         **options,
         "flow": list(weights.flow),
         "dtype": dtype,
+        **sampler.decoding_facts(experiment.networks.vae, dtype),
     }
     fids, clips, errors = {}, {}, {}
     for seed in plan.seeds:

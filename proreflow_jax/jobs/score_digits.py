@@ -189,7 +189,7 @@ def make_draw(experiment: Experiment) -> Draw:
     whole, split = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
     text, vae = jax.device_put(experiment.base.text, whole), jax.device_put(experiment.base.params["vae"], whole)
     context = jax.jit(partial(text_context, n.condition))
-    decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling))
+    decode = jax.jit(lambda params, latents: sampler.decode(n.vae, params, latents, n.scaling, dtype))
 
     @partial(jax.jit, static_argnames="flow")
     def move(params: Any, z: jax.Array, t: jax.Array, u: jax.Array, states: jax.Array, flow: Parameterization) -> jax.Array:

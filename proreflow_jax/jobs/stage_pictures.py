@@ -128,7 +128,7 @@ class StagePictures:
             named = stacks.unstack(trained, layout.table)
             params = train_state.whole_weights(layout, named, base) if base else named
             latents = sampler.sample_latents(params, noise, context, negative, dtype=dtype, **options)
-            return sampler.decode(n.vae, vae, latents, n.scaling)
+            return sampler.decode(n.vae, vae, latents, n.scaling, dtype)
 
         return jax.jit(images, out_shardings=mesh.replicated(experiment.mesh))
 
@@ -155,6 +155,7 @@ class StagePictures:
             "right": other,
             "seed": experiment.config.seed,
             "dtype": experiment.config.model.sampling_dtype,
+            **sampler.decoding_facts(experiment.networks.vae, experiment.config.model.sampling_dtype),
         }
         self._record = record
         about = {**record, "right": None, "digest": experiment.denoiser.digest(), **experiment.identity()}

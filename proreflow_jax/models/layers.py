@@ -203,11 +203,17 @@ class Upsample(nnx.Module):
     def _doubled(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         b, h, w, _ = x.shape
         kernel, bias = weights_of(self.conv, x)
-        kernels = [_parities(rows, 1) for rows in _parities(kernel.astype(jnp.float32), 0)]
+        kernels = parity_kernels(kernel, x.dtype)
         convolve = partial(jax.lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        one = lambda i, j: convolve(x, kernels[i][j].astype(x.dtype), padding=((1 - i, i), (1 - j, j))) + bias
+        one = lambda i, j: convolve(x, kernels[i][j], padding=((1 - i, i), (1 - j, j))) + bias
         rows = [jnp.stack([one(i, 0), one(i, 1)], axis=3) for i in range(2)]  # (b, h, w, 2, c) each
         return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
+
+
+def parity_kernels(kernel: Float[Array, "3 3 i o"], dtype: Any) -> list[list[Float[Array, "2 2 i o"]]]:
+    """[row's parity][column's parity]: the kernels over pixels that make up a 3x3 kernel over doubled pixels."""
+    rows = _parities(kernel.astype(jnp.float32), 0)
+    return [[part.astype(dtype) for part in _parities(row, 1)] for row in rows]
 
 
 def _parities(kernel: Float[Array, "..."], axis: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from proreflow_jax.models import strips
 from proreflow_jax.models.attention import Attention
 from proreflow_jax.models.layers import PLAIN, Compute, Downsample, ResnetBlock, Upsample, conv, group_norm
 
@@ -47,6 +48,14 @@ class Block(nnx.Module):
             x = resample(x)
         return x
 
+    def over_strips(self, parts: strips.Strips) -> strips.Strips:
+        """The same of a decoder's block, over strips."""
+        for block in self.resnets:
+            parts = strips.resnet(block, parts)
+        for resample in getattr(self, "upsamplers", ()):
+            parts = strips.upsample(resample, parts)
+        return parts
+
 
 class Encoder(nnx.Module):
     """Images -> moments of the latents (mean and log-variance, before quant_conv)."""
@@ -83,11 +92,17 @@ class Decoder(nnx.Module):
         self.conv_norm_out = group_norm(widths[-1], groups, EPSILON, rngs)
         self.conv_out = conv(widths[-1], config.get("out_channels", 3), 3, rngs)
 
-    def __call__(self, x: Float[Array, "b h8 w8 l"]) -> Float[Array, "b h w c"]:
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+    def __call__(self, x: Float[Array, "b h8 w8 l"], count: int = 1) -> Float[Array, "b h w c"]:
+        """count: strips of a picture, from the level on where they have rows enough."""
+        x, blocks = self.mid_block(self.conv_in(x)), list(self.up_blocks)
+        while blocks and (count == 1 or x.shape[1] % count or x.shape[1] < count * strips.LEAST_ROWS):
+            x = blocks.pop(0)(x)
+        if not blocks:
+            return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        parts = strips.cut(x, count)
+        for block in blocks:
+            parts = block.over_strips(parts)
+        return strips.join(strips.convolve(self.conv_out, self.conv_norm_out, parts))
 
 
 class AutoencoderKL(nnx.Module):
@@ -98,6 +113,7 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(self, config: dict, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         latents, self.shift = config["latent_channels"], config.get("shift_factor") or 0.0
+        self.compute, self.widths = compute, tuple(config["block_out_channels"])
         self.encoder = Encoder(config, rngs, compute)
         self.decoder = Decoder(config, rngs, compute)
         if config.get("use_quant_conv", True):
@@ -114,9 +130,16 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: Float[Array, "b h8 w8 l"]) -> Float[Array, "b h w c"]:
-        """Unscaled latents -> images, about in [-1, 1]."""
-        latents = latents + self.shift if self.shift else latents
-        return self.decoder(self.post_quant_conv(latents) if hasattr(self, "post_quant_conv") else latents)
+        """Unscaled latents -> images, about in [-1, 1]; some at a time, in strips or whole, as `strips.choose_rows` says."""
+        (b, h, w, _), scale = latents.shape, 2 ** (len(self.widths) - 1)
+        largest = scale * h * scale * w * max(self.widths[:2]) * latents.dtype.itemsize  # behind the last upsampler
+        rows, count = strips.choose_rows(self.compute, b // strips.ways(self.compute, b), scale * h, largest)
+
+        def one(z: Float[Array, "n h8 w8 l"]) -> Float[Array, "n h w c"]:
+            z = z + self.shift if self.shift else z
+            return self.decoder(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z, count)
+
+        return strips.in_rows(one, latents, rows, self.compute)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Reconstruction through the mean."""

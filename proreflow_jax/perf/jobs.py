@@ -18,6 +18,7 @@ from proreflow_jax.data import kinds
 from proreflow_jax.evaluation import protocols
 from proreflow_jax.jobs import pairs, score_coco, train
 from proreflow_jax.jobs.write_records import AHEAD
+from proreflow_jax.models import network
 from proreflow_jax.models.network import Context
 from proreflow_jax.perf import flops, resident
 from proreflow_jax.perf.resident import BATCH, ENCODERS, STATE, STUDENT
@@ -142,6 +143,8 @@ def sample_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     protocol = protocols.PROTOCOLS.get(e.protocol)
     guidance = float(e.guidance or (protocol.guidance if protocol else WITHOUT_PROTOCOL))
     options = stage.student, stage.windows, guidance
+    vae = network.make_vae(plain.networks.vae.config)  # whole: the ends of strips are computed twice
+    plain = plain._replace(networks=plain.networks._replace(vae=vae))
     frozen = frozen_shapes(experiment, stage, True, True)
     split = partial(_shape, mesh.batch_sharding(machine))
     rows = {"number": split((b,), np.uint32), "ids": split((b, base.tokenizer.length), np.int32)}

@@ -134,6 +134,7 @@ TABLE: dict[str, dict[str, FieldKind]] = {
         **{"block_out_channels": _need(COUNTS), "latent_channels": _need(COUNT), "layers_per_block": COUNT},
         **{"norm_num_groups": COUNT, "in_channels": _one_of(3), "out_channels": _one_of(3), "act_fn": _one_of("silu", "swish")},
         **{"scaling_factor": POSITIVE, "shift_factor": _or_null(NUMBER), "use_quant_conv": FLAG, "use_post_quant_conv": FLAG},
+        "force_upcast": _or_null(FLAG),
     },
     "transformer": {  # SD 3's
         **dict.fromkeys(("patch_size", "in_channels", "num_layers", "attention_head_dim"), _need(COUNT)),

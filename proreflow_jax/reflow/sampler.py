@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.flow.schedule import Schedule
-from proreflow_jax.models.network import Context, Network, Params
+from proreflow_jax.models.network import Context, Network, Params, cast
 from proreflow_jax.reflow.pairs import make_predict
 
 
@@ -86,7 +86,22 @@ def noised(
     return schedule.alpha(t) * latents + schedule.sigma(t) * noise
 
 
-def decode(vae: Network, params: Params, latents: Float[Array, "b h w c"], scaling: float) -> UInt8[Array, "b height width 3"]:
-    """Scaled latents -> uint8 images."""
-    images = vae.apply(params, latents / scaling, method="decode")
+def decode(
+    vae: Network, params: Params, latents: Float[Array, "b h w c"], scaling: float, dtype: str = "float32"
+) -> UInt8[Array, "b height width 3"]:
+    """Scaled latents -> uint8 images, computed in `decoding_dtype`."""
+    dtype = decoding_dtype(vae, dtype)
+    weights = params if dtype == "float32" else cast(params, dtype)
+    images = vae.apply(weights, (latents / scaling).astype(dtype), method="decode").astype(jnp.float32)
     return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def decoding_dtype(vae: Network, dtype: str) -> str:
+    """The dtype that is asked for; float32 where the VAE's config.json asks for it (`force_upcast`, as SDXL's does)."""
+    return "float32" if vae.config.get("force_upcast") else dtype
+
+
+def decoding_facts(vae: Network, dtype: str) -> dict[str, str]:
+    """How pictures were decoded, for what depends on them: {} in float32, as of all pictures that older runs keep."""
+    dtype = decoding_dtype(vae, dtype)
+    return {} if dtype == "float32" else {"decoded": dtype}

@@ -86,7 +86,7 @@ class ImageModel:
         self._draw = jax.jit(partial(_guided, sampler.sample_latents, bound), static_argnames=("on", "solver", "steps", "skip"))
         self._step = jax.jit(partial(_guided, sampler.sample_step, bound), static_argnames=("on", "solver"))
         self._encode = jax.jit(lambda vae, images: posterior(networks, vae, images)[0] * networks.scaling)
-        self._decode = jax.jit(lambda vae, z: sampler.decode(networks.vae, vae, z, networks.scaling))
+        self._decode = jax.jit(lambda vae, z: sampler.decode(networks.vae, vae, z, networks.scaling, dtype))
 
     @classmethod
     def of(cls, experiment: Experiment, weights: Weights, name: str) -> "ImageModel":
