@@ -18,7 +18,7 @@ from tensorflow_datasets.core.proto import dataset_info_pb2
 from tensorflow_datasets.proto import tf_example_pb2
 
 from proreflow_jax import MissingFile, UserError
-from proreflow_jax.data import record_plan
+from proreflow_jax.data import record_file
 from proreflow_jax.data.images import (
     Unusable,
     check_index,
@@ -204,5 +204,5 @@ def _kind(feature: Any) -> str:
 def _check_shard(path: Path, count: int) -> None:
     if not path.is_file():
         raise MissingFile(f"{path} is missing although dataset_info.json counts it: see --config.data.path")
-    if (records := record_plan.count_records(path)) != count:
+    if (records := record_file.count_records(path)) != count:
         raise UserError(f"{path} holds {records} examples where dataset_info.json says {count}: see --config.data.path")
