@@ -31,11 +31,12 @@ def open_pairs(experiment: Experiment, stage: Stage) -> records.PairRecords:
 
 def group_readers(machine: Mesh, batch: int, groups: int) -> dict[int, list[int]]:
     """{group: the processes whose devices hold rows of it}, both ascending."""
-    readers: dict[int, list[int]] = {group: [] for group in range(groups)}
-    for process in sorted({device.process_index for device in machine.devices.flat}):
-        for group in {row_group(int(row), batch, groups) for row in mesh.own_rows(machine, batch, process)}:
-            readers[group].append(process)
-    return readers
+    readers: dict[int, set[int]] = {group: set() for group in range(groups)}
+    for device, (part,) in mesh.batch_sharding(machine).devices_indices_map((batch,)).items():
+        first, last = part.start or 0, (part.stop or batch) - 1
+        for group in range(row_group(first, batch, groups), row_group(last, batch, groups) + 1):
+            readers[group].add(device.process_index)
+    return {group: sorted(by) for group, by in readers.items()}
 
 
 def process_shards(plan: dict[str, Any], readers: dict[int, list[int]], process: int) -> tuple[list[int], list[int]]:
