@@ -33,12 +33,12 @@ class Part(NamedTuple):
 
 
 def forward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) -> None:
-    """refs: q, k, v, `Layers`; outputs, logarithms of the sums; scratch: q, k, v as they are used. Of each every part's."""
+    """refs: q, k, v, `Layers`; outputs, logarithms of the sums; scratch of `_prepare`. Of each every part's."""
     n = len(parts)
     q, k, v, *rest = _grouped(refs, n)
-    biases, norms, (out, sums, query, key, value) = _layers(rest, layered, n)
+    biases, norms, (out, sums, *scratch) = _layers(rest, layered, n)
     width = q[0].shape[0]
-    _prepare((q, k, v), biases, norms, (query, key, value))
+    query, key, value = _prepare((q, k, v), biases, norms, scratch)
 
     def block(i: int, small: bool, at: Any) -> None:
         one = lambda rows, value: jnp.full((rows, at.size), value, jnp.float32)
@@ -85,15 +85,15 @@ def _longest(parts: tuple[Any, ...]) -> Float[Array, ""]:
 
 
 def backward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) -> None:
-    """refs: q, k, v, outputs, their gradients, logarithms of the sums, `Layers`; gradients of q, k, v, `Layers`; scratch: q,
-    k, v as they are used, gradient of q in float32, sums of outputs times their gradients. Of each every part's.
+    """refs: q, k, v, outputs, their gradients, logarithms of the sums, `Layers`; gradients of q, k, v, `Layers`; scratch:
+    gradient of q in float32, sums of outputs times their gradients, scratch of `_prepare`. Of each every part's.
     """
     n = len(parts)
     q, k, v, out, gradient, sums, *rest = _grouped(refs, n)
     biases, norms, (dq, dk, dv, *rest) = _layers(rest, layered, n)
-    of_biases, of_norms, (query, key, value, found, inner) = _layers(rest, layered, n)
+    of_biases, of_norms, (found, inner, *scratch) = _layers(rest, layered, n)
     width, dtype = q[0].shape[0], q[0].dtype
-    _prepare((q, k, v), biases, norms, (query, key, value))
+    query, key, value = _prepare((q, k, v), biases, norms, scratch)
     for i in range(n):
         product = out[i][...].astype(jnp.float32) * gradient[i][...].astype(jnp.float32)
         inner[i][...] = product.sum(axis=0, keepdims=True)
@@ -139,11 +139,15 @@ def _layers(refs: Sequence[Any], layered: tuple[bool, bool], count: int) -> tupl
     return biases, [*norms, *nothing], refs[3 * biased + 2 * normed :]
 
 
-def _prepare(raw: Any, biases: Any, norms: Any, used: Any) -> None:
-    """Queries, keys and values with their biases, through their norms, queries scaled: each part's into `used`."""
+def _prepare(raw: Any, biases: Any, norms: Any, scratch: Sequence[Any]) -> list[Any]:
+    """Queries, keys and values with their biases, through their norms, queries scaled: in scratch where that changes them."""
+    room, used = iter(scratch), []
     for i, scale in enumerate((_scale(raw[0][0].shape[0]), 1.0, 1.0)):
-        for x, bias, weight, to in zip(raw[i], biases[i], norms[i], used[i], strict=True):
+        changed = i == 0 or biases[i][0] is not None or norms[i][0] is not None
+        used.append(next(room) if changed else raw[i])
+        for x, bias, weight, to in zip(raw[i], biases[i], norms[i], used[i], strict=True) if changed else ():
             to[...] = _normed(x[...], bias, weight, scale).astype(x.dtype)
+    return used
 
 
 def _total(x: Array) -> Float[Array, "d 1"]:

@@ -77,8 +77,7 @@ def attend(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> Pa
 
 def _forward(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> tuple[Parts, tuple[Array, ...]]:
     n, rows = len(q), [jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32) for x in q]
-    scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k, *v)]
-    body, outputs = partial(narrow_body.forward, setting.parts), [*q, *rows]
+    body, outputs, scratch = partial(narrow_body.forward, setting.parts), [*q, *rows], _changed(q, k, v, layers)
     out = _call(body, "narrow_mha_fwd", [*q, *k, *v], layers, outputs, scratch=scratch, interpret=setting.interpret)
     return tuple(out[:n]), tuple(out[n:])
 
@@ -92,8 +91,8 @@ def _gradients(setting: Setting, kept: Any, gradient: Parts) -> tuple[Parts, Par
     q, k, v, layers, out, sums = kept
     n, inputs = len(q), [*q, *k, *v, *out, *gradient, *sums]
     columns = [jax.ShapeDtypeStruct((len(q[0]), *w.shape), jnp.float32) for w in jax.tree.leaves(layers)]
-    scratch = [pltpu.VMEM(x.shape[2:], x.dtype) for x in (*q, *k, *v)]
-    scratch += [pltpu.VMEM((size, x.shape[3]), jnp.float32) for size in (q[0].shape[2], 1) for x in q]
+    scratch = [pltpu.VMEM((size, x.shape[3]), jnp.float32) for size in (q[0].shape[2], 1) for x in q]
+    scratch += _changed(q, k, v, layers)
     body, outputs = partial(narrow_body.backward, setting.parts), [*q, *k, *v, *columns]
     results = _call(body, "narrow_mha_bwd", inputs, layers, outputs, scratch=scratch, interpret=setting.interpret)
     dq, dk, dv = (tuple(results[i * n : i * n + n]) for i in range(3))
@@ -101,6 +100,12 @@ def _gradients(setting: Setting, kept: Any, gradient: Parts) -> tuple[Parts, Par
 
 
 attend.defvjp(_keep, _gradients)
+
+
+def _changed(q: Parts, k: Parts, v: Parts, layers: Layers) -> list[Any]:
+    """Room for what is not used as it comes: queries are scaled at least."""
+    changed = [*q, *(k if layers.biases or layers.norms else ()), *(v if layers.biases else ())]
+    return [pltpu.VMEM(x.shape[2:], x.dtype) for x in changed]
 
 
 def _call(
