@@ -78,7 +78,7 @@ def _inputs(c: ConfigDict) -> None:
     c.model.dtype = "bfloat16"  # of the student's computation, what a TPU multiplies in; master weights are float32
     c.model.teacher_dtype = "bfloat16"  # of the teacher's computation
     c.model.sampling_dtype = "bfloat16"  # of sampling and decoding; tables say which; float32 where a VAE's config asks for it
-    c.model.attention = "auto"  # its form: by platform, or "xla", "chunked", "cached", "cudnn", "splash"
+    c.model.attention = "auto"  # its form: by platform, or "xla", "chunked", "cached", "cudnn", "narrow", "splash"
 
     c.conditioning = ConfigDict()  # SDXL's micro-conditioning, (height, width) or (top, left); without effect elsewhere
     c.conditioning.original_size = (0, 0)  # pixels of the image before it was resized; 0: the model's own resolution

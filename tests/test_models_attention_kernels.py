@@ -77,15 +77,16 @@ def forms(x: jax.Array, **computes: Compute) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("axes", [None, (2, 2, 2)])
-def test_splash_with_padded_heads_is_plain_attention_forward_and_backward(monkeypatch, axes):
-    """Heads of 40 in 128 lanes, the kernel interpreted; over a mesh, each device its rows and its head."""
+def test_the_kernels_of_a_tpu_are_plain_attention_forward_and_backward(monkeypatch, axes):
+    """Heads of 40, with splash in 128 lanes, the kernels interpreted; over a mesh, each device its rows and its head."""
     monkeypatch.setattr(attention_kernels, "FUSED_TOKENS", 256)
     x, mesh = draw(4 if axes else 1, 256, 80), axes and make_mesh(*axes)
-    found = forms(x, xla=Compute(), splash=Compute("splash", mesh=mesh))
-    near(found["splash"], found["xla"], 1e-5)
-    jaxpr = str(jax.make_jaxpr(block(Compute("splash", mesh=mesh)).apply)(block(Compute()).shapes, x))
-    assert "pallas_call" in jaxpr and ("shard_map" in jaxpr) == bool(axes)
-    assert "pad[" in jaxpr and "256,128] = pad[" not in jaxpr  # weights only
+    found = forms(x, xla=Compute(), splash=Compute("splash", mesh=mesh), narrow=Compute("narrow", mesh=mesh))
+    for form in ("splash", "narrow"):
+        near(found[form], found["xla"], 1e-5)
+        jaxpr = str(jax.make_jaxpr(block(Compute(form, mesh=mesh)).apply)(block(Compute()).shapes, x))
+        assert "pallas_call" in jaxpr and ("shard_map" in jaxpr) == bool(axes)
+        assert ("80,2,128] = pad[" in jaxpr) == (form == "splash") and "256,128] = pad[" not in jaxpr  # weights only
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -101,13 +102,18 @@ def test_padded_projections_are_the_plain_ones_before_zeros(bias):
 @pytest.mark.parametrize(
     ("form", "compute", "shape"),  # shape: tokens, keys, heads, width, batch, dtype (float32)
     [
-        ("splash", Compute("auto", platform="tpu"), (4096, 4096, 8, 40, 8)),
-        ("splash", Compute("auto", platform="tpu"), (1024, 1024, 8, 80, 8)),
-        ("splash", Compute("auto", platform="tpu"), (2304, 2304, 8, 80, 8)),
+        ("narrow", Compute("auto", platform="tpu"), (4096, 4096, 8, 40, 8)),  # SD 1.5
+        ("narrow", Compute("auto", platform="tpu"), (1024, 1024, 8, 80, 8)),
+        ("narrow", Compute("auto", platform="tpu"), (9216, 9216, 5, 64, 8, jnp.bfloat16)),  # SD 2.1 at 768 pixels
+        ("narrow", Compute("auto", platform="tpu"), (4095, 4095, 8, 40, 8)),
+        ("splash", Compute("auto", platform="tpu"), (16384, 16384, 8, 40, 8)),  # SD 1.5 at 1,024 pixels: beyond a TPU's VMEM
+        ("splash", Compute("auto", platform="tpu"), (1024, 1024, 8, 160, 8)),
+        ("splash", Compute("splash", platform="tpu"), (4096, 4096, 8, 40, 8)),
+        ("chunked", Compute("narrow", platform="tpu"), (16384, 16384, 8, 40, 8)),
         ("xla", Compute("auto", platform="tpu"), (256, 256, 8, 160, 8)),
         ("xla", Compute("auto", platform="tpu"), (4096, 77, 8, 40, 8)),
         ("chunked", Compute("auto", platform="tpu"), (4096, 4096, 1, 512, 8)),  # the VAE's one head
-        ("chunked", Compute("auto", platform="tpu"), (4095, 4095, 8, 40, 8)),  # no whole blocks
+        ("chunked", Compute("auto", platform="tpu"), (4095, 4095, 8, 160, 8)),  # no whole blocks
         ("cudnn", Compute("auto", platform="gpu"), (4096, 4096, 8, 40, 8, jnp.bfloat16)),
         ("chunked", Compute("auto", platform="gpu"), (4096, 4096, 8, 40, 8, jnp.float32)),
         ("xla", Compute("auto", platform="gpu"), (4096, 77, 8, 40, 8, jnp.bfloat16)),

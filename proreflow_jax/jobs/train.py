@@ -15,6 +15,7 @@ from proreflow_jax.data import loader, record_plan
 from proreflow_jax.flow.parameterization import OF_FLOWS
 from proreflow_jax.jobs.onlookers import axis, make_onlookers, tracked
 from proreflow_jax.jobs.stage_pictures import StagePictures
+from proreflow_jax.models.attention_kernels import FUSED
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import loop, pairs
 from proreflow_jax.reflow.loss import draw_examples, reflow_loss
@@ -248,10 +249,10 @@ def jit_step(experiment: Experiment, stage: Stage) -> Any:
 def _sums_in_order(experiment: Experiment) -> bool:
     """On CPUs with the state whole on each: there it costs little, and several processes make the very bits of one.
 
-    Two devices' sums have one order. Not around splash kernels, which spread themselves over the devices.
+    Two devices' sums have one order. Not around a TPU's kernels, which spread themselves over the devices.
     """
     machine, form = experiment.mesh, experiment.config.model.attention
-    return mesh.platform(machine) == "cpu" and machine.shape["data"] == machine.size > 2 and form != "splash"
+    return mesh.platform(machine) == "cpu" and machine.shape["data"] == machine.size > 2 and form not in FUSED["tpu"]
 
 
 def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable]:

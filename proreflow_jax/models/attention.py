@@ -7,7 +7,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from proreflow_jax.models import attention_kernels, layers
+from proreflow_jax.models import attention_kernels, layers, narrow_body, narrow_kernel
 from proreflow_jax.models.layers import ATTENTION, PLAIN, Compute, rerun
 
 
@@ -29,6 +29,21 @@ def heads_attention(
         else jax.nn.dot_product_attention(q, k, v, mask=mask)
     )
     return checkpoint_name(out.reshape(*q.shape[:2], -1), ATTENTION)
+
+
+def narrow_heads(
+    linear: nnx.Linear, x: Float[Array, "b s c"], heads: int
+) -> tuple[Float[Array, "b h d s"], Float[Array, "h d 1"] | None]:
+    """A linear layer's result without its bias, heads in front, tokens in lanes; and the bias in float32, if there is one."""
+    w, bias = layers.weights_of(linear, x)
+    column = None if bias is None else bias.astype(jnp.float32).reshape(heads, -1, 1)
+    return jnp.einsum("bsc,chd->bhds", x, w.reshape(x.shape[-1], heads, -1)), column
+
+
+def joined_narrow(linear: nnx.Linear, x: Float[Array, "b h d s"]) -> Float[Array, "b s c"]:
+    """A linear layer over such heads, side by side."""
+    w, bias = layers.weights_of(linear, x)
+    return jnp.einsum("bhds,hdc->bsc", x, w.reshape(*x.shape[1:3], -1)) + bias
 
 
 def padded_heads(linear: nnx.Linear, x: Float[Array, "b s c"], heads: int, scale: float = 1.0) -> Float[Array, "b h s l"]:
@@ -81,11 +96,22 @@ class Attention(nnx.Module):
         b, s, c = h.shape
         width = c // self.heads
         form = attention_kernels.choose_attention(self.compute, s, source.shape[1], self.heads, width, b, h.dtype)
+        if form == "narrow":
+            return self._narrow(h)
         if form == "splash":
             q = padded_heads(self.to_q, h, self.heads, width**-0.5)
             k, v = (padded_heads(linear, source, self.heads) for linear in (self.to_k, self.to_v))
             return joined_heads(self.to_out[0], attention_kernels.splash(q, k, v, self.compute), width)
         return self.to_out[0](heads_attention(self.to_q(h), self.to_k(source), self.to_v(source), self.heads, form=form))
+
+    def _narrow(self, x: Float[Array, "b s c"]) -> Float[Array, "b s c"]:
+        """Self-attention by `narrow_kernel`."""
+        full, part = narrow_kernel.fill(x), narrow_body.Part(x.shape[1])
+        made = [narrow_heads(linear, full, self.heads) for linear in (self.to_q, self.to_k, self.to_v)]
+        q, k, v = ((heads,) for heads, _ in made)
+        biases = narrow_kernel.Layers(tuple(bias for _, bias in made if bias is not None))
+        (out,) = attention_kernels.narrow(q, k, v, biases, (part,), self.compute)
+        return joined_narrow(self.to_out[0], out[..., : part.tokens])
 
 
 class GEGLU(nnx.Module):

@@ -6,8 +6,9 @@ kernel is opaque to the partitioner: `jax.shard_map` gives each device its own r
 
 Forms, on heads (b, s, h, d): "xla" whole scores in float32; "chunked" exact softmax over blocks of queries, one block's
 scores alive at a time, forward and backward; "cached" the same one head at a time, in blocks whose scores stay in a CPU's
-cache; "cudnn" NVIDIA's fused kernel; "splash" Pallas' fused TPU kernel, whose heads
-come padded to full lanes from the projections themselves (`attention.padded_heads`).
+cache; "cudnn" NVIDIA's fused kernel; "narrow" our own TPU kernel, heads up to 128 wide at their true width, a whole sequence in
+VMEM (`narrow_kernel`); "splash" Pallas' fused TPU kernel, whose heads come padded to full lanes from the projections themselves
+(`attention.padded_heads`).
 
 A bias belongs to a key and is the same for every query. cuDNN's kernel, whose biases are whole scores, takes it in numbers
 more of each head: queries hold ones there, keys the bias (`marked`).
@@ -25,11 +26,11 @@ from jaxtyping import Array, Float
 
 from proreflow_jax.models import narrow_kernel
 from proreflow_jax.models.layers import ATTENTION, Compute
+from proreflow_jax.models.narrow_body import LANES, block
 
-FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "splash")
-FUSED = {"tpu": "splash", "gpu": "cudnn", "cpu": "cached"}  # the kernel that "auto" takes on a platform
-FUSED_TOKENS = 1024  # self-attention from here on goes to it; below, scores are small
-LANES = 128  # of a TPU's registers: the last axis of a kernel's operands comes in multiples of it
+FORMS = ("auto", "xla", "chunked", "cached", "cudnn", "narrow", "splash")
+FUSED = {"tpu": ("narrow", "splash"), "gpu": ("cudnn",), "cpu": ("cached",)}  # kernels of a platform; "auto" takes the first
+FUSED_TOKENS = 1024  # self-attention from here on goes to them; below, scores are small
 WIDEST = 256  # largest padded head width: its blocks fit a TPU's VMEM
 BLOCK = 1024  # queries and keys that splash holds at once; 2,048 exceeds v5e's VMEM
 CUDNN_STEP = 8  # head widths come in multiples of it
@@ -41,13 +42,13 @@ CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and o
 
 
 def choose_attention(
-    compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any, *, narrow: bool = False
+    compute: Compute, tokens: int, keys: int, heads: int, width: int, batch: int, dtype: Any, *, splash: bool = True
 ) -> str:
     """The form of one attention of `tokens` queries, with `width` numbers a head and `batch` rows over all devices.
 
-    "auto": the platform's own form for self-attention from FUSED_TOKENS where it takes that width and dtype, else whole
+    "auto": the platform's own form for self-attention from FUSED_TOKENS where it takes that width, length and dtype, else whole
     scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla",
-    "chunked" and "cached" are taken everywhere. `narrow`: "splash" stands for `narrow_kernel`.
+    "chunked" and "cached" are taken everywhere. `splash`: whether that form is there.
     """
     form = compute.attention
     if form in ("xla", "chunked", "cached"):
@@ -56,12 +57,13 @@ def choose_attention(
         return "xla"
     fits = {
         "cached": True,
-        "splash": narrow_kernel.fits(width, tokens) if narrow else lanes(width) <= WIDEST and block(tokens) >= BLOCK // 4,
+        "narrow": narrow_kernel.fits(width, tokens, dtype),
+        "splash": splash and lanes(width) <= WIDEST and block(tokens, BLOCK) >= BLOCK // 4,
         "cudnn": width % CUDNN_STEP == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
     }
-    fused = FUSED.get(compute.platform, "") if form == "auto" else form
-    if fits.get(fused):
-        return fused
+    kernels = FUSED.get(compute.platform, ()) if form == "auto" else (form,)
+    if taken := [kernel for kernel in kernels if fits[kernel]]:
+        return taken[0]
     ways = compute.mesh.shape["data"] * compute.mesh.shape["fsdp"] if compute.mesh else 1
     return "chunked" if 4 * batch * heads * tokens * keys > SMALL_SCORES * ways else "xla"
 
@@ -69,11 +71,6 @@ def choose_attention(
 def lanes(width: int) -> int:
     """A head's width in full lanes: 40, 64, 80 -> 128; 160 -> 256."""
     return -(-width // LANES) * LANES
-
-
-def block(tokens: int, most: int = BLOCK) -> int:
-    """The largest block of whole lanes up to `most` that divides the tokens; 0: none."""
-    return max((size for size in range(LANES, most + 1, LANES) if tokens % size == 0), default=0)
 
 
 def marked(
@@ -196,7 +193,7 @@ def _kernel(heads: int, like: Array, interpret: bool) -> Callable[[Array, Array,
     the queries' gradient to be summed, so they are as long as a v5e's VMEM lets them be. Larger ones do not fit it.
     """
     tokens, width = like.shape[-2:]
-    n = block(tokens)
+    n = block(tokens, BLOCK)
     if width * like.dtype.itemsize <= LANES * 2:
         queries, keys = (block(tokens, n // 2), 2 * n) if tokens % (2 * n) == 0 else (n, n)
         backward = dict(block_q_dkv=queries, block_kv_dkv=keys, block_kv_dkv_compute=n, use_fused_bwd_kernel=True)

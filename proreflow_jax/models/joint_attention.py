@@ -16,10 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from proreflow_jax.models import attention, attention_kernels, narrow_kernel
-from proreflow_jax.models.layers import PLAIN, Compute, weights_of
-from proreflow_jax.models.narrow_kernel import EPSILON
-
-Heads = Float[Array, "b h d s"]
+from proreflow_jax.models.layers import PLAIN, Compute
+from proreflow_jax.models.narrow_body import EPSILON
 
 
 class JointAttention(nnx.Module):
@@ -59,9 +57,9 @@ class JointAttention(nnx.Module):
         """(image rows, text rows); the latter are None in the last block and where there is no text."""
         tokens = x.shape[1] + (0 if text is None else text.shape[1])
         form = attention_kernels.choose_attention(
-            self.compute, tokens, tokens, self.heads, self.width, x.shape[0], x.dtype, narrow=True
+            self.compute, tokens, tokens, self.heads, self.width, x.shape[0], x.dtype, splash=False
         )
-        return self._narrow(x, text) if form == "splash" else self._whole(x, text, form)
+        return self._narrow(x, text) if form == "narrow" else self._whole(x, text, form)
 
     def _streams(self, x: Array, text: Array | None) -> list[tuple[Array, list[nnx.Linear], list[nnx.RMSNorm | None]]]:
         """(tokens, layers of q, k, v, norms of q, k, v) of each stream."""
@@ -89,8 +87,9 @@ class JointAttention(nnx.Module):
     def _narrow(self, x: Array, text: Array | None) -> tuple[Array, Array | None]:
         """Heads of tokens in full lanes, each stream in arrays of its own."""
         streams = self._streams(x, text)
-        full = lambda h: jnp.pad(h, ((0, 0), (0, narrow_kernel.filled(h.shape[1]) - h.shape[1]), (0, 0)))
-        parts = [[_heads(layer, full(h), self.heads) for layer in layers] for h, layers, _ in streams]
+        parts = [
+            [attention.narrow_heads(layer, narrow_kernel.fill(h), self.heads) for layer in layers] for h, layers, _ in streams
+        ]
         (q, k, v), biases = (
             zip(*column, strict=True) for column in zip(*(zip(*part, strict=True) for part in parts), strict=True)
         )
@@ -101,7 +100,7 @@ class JointAttention(nnx.Module):
         layers = narrow_kernel.Layers(sum(biases, ()), sum(norms, ()))
         out = attention_kernels.narrow(q, k, v, layers, tokens, self.compute)
         rows = zip(self._outputs(), out, tokens, strict=False)  # the last block drops its text's
-        image, *words = (_joined(layer, heads[..., : part.tokens]) for layer, heads, part in rows)
+        image, *words = (attention.joined_narrow(layer, heads[..., : part.tokens]) for layer, heads, part in rows)
         return image, words[0] if words else None
 
     def _outputs(self) -> list[nnx.Linear]:
@@ -109,15 +108,3 @@ class JointAttention(nnx.Module):
 
     def _normed(self, x: Float[Array, "b s c"], norm: nnx.RMSNorm | None) -> Float[Array, "b s c"]:
         return x if norm is None else norm(x.reshape(*x.shape[:2], self.heads, -1)).reshape(x.shape)
-
-
-def _heads(layer: nnx.Linear, x: Float[Array, "b s c"], heads: int) -> tuple[Heads, Float[Array, "h d 1"]]:
-    """A projection without its bias, its heads in front and its tokens in lanes; and the bias in float32."""
-    w, bias = weights_of(layer, x)
-    return jnp.einsum("bsc,chd->bhds", x, w.reshape(x.shape[-1], heads, -1)), bias.astype(jnp.float32).reshape(heads, -1, 1)
-
-
-def _joined(layer: nnx.Linear, x: Heads) -> Float[Array, "b s c"]:
-    """A projection of such heads back to tokens."""
-    w, bias = weights_of(layer, x)
-    return jnp.einsum("bhds,hdc->bsc", x, w.reshape(*x.shape[1:3], -1)) + bias

@@ -28,7 +28,7 @@ def in_turn(blocks: Sequence[Any], call: Callable[[Any, PyTree], PyTree], h: PyT
 class Compute(NamedTuple):
     """A network's machine: static values from the config and the mesh."""
 
-    attention: str = "xla"  # one of FORMS; "auto": by platform and shape, see `choose`
+    attention: str = "xla"  # one of FORMS; "auto": by platform and shape, see `choose_attention`
     remat: str = "none"  # one of POLICIES: arrays that the backward pass recomputes
     platform: str = "cpu"  # of the devices that will run it: "cpu", "gpu", "tpu"
     mesh: Mesh | None = None  # axes data, fsdp (rows) and tensor (heads); None: one device

@@ -263,11 +263,18 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
 def _narrow(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     """Cycles of models/narrow_kernel.py by its schedule; None for any other custom call, and where that is not known.
 
-    Its rows of sums, (b, heads, 1, s), say how long its parts are together: every token sees all.
+    Its rows of sums, (b, heads, 1, s), say how long its parts are together: every token sees all. Five columns of weights a
+    part, (heads, d, 1), are biases and norms: only behind norms are scores known to be small.
     """
     if not op.name.startswith(NARROW):
         return None
     arrays = hlo_shapes(" ".join([op.type, *(types.get(name, "") for name in op.operands)]))
     rows = [shape for dtype, shape in arrays if dtype == "f32" and len(shape) == 4 and shape[2] == 1]
+    width = next(shape[2] for _, shape in arrays if len(shape) == 4 and shape[2] > 1)
+    columns = sum(len(shape) == 3 and shape[2] == 1 for _, shape in arrays)
+    known = chip.narrow.get(width)
+    if known is None:
+        return None
     scores = math.prod(rows[0][:2]) * sum(shape[3] for shape in rows) ** 2
-    return scores / 1e6 * chip.narrow["_bwd" in op.name] or None
+    small = columns >= 5 * len(rows)
+    return scores / 1e6 * (known.backward if "_bwd" in op.name else known.small if small else known.forward)
