@@ -1,6 +1,6 @@
 """Make one stage's pairs: the teacher crosses every window and the states at the bounds are written as records.
 
-Run the same command again to resume; at most one shard is made twice.
+Run the same command again to resume; each process makes at most one shard twice.
 """
 
 from ml_collections import ConfigDict

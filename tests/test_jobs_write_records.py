@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from test_runtime_processes import run_pod
 
-from proreflow_jax import RunFailed
-from proreflow_jax.data import record_file, records
+from proreflow_jax import RunFailed, UserError
+from proreflow_jax.data import records
 from proreflow_jax.jobs import write_records as jobs
 from proreflow_jax.jobs.write_records import AHEAD, Maker, begin_records, write_records
-from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime import device_clock, mesh
 from proreflow_jax.runtime.progress import Progress
 
 PLAN = {"examples": 26, "shard_size": 8}  # four shards, the last of two
@@ -161,6 +161,15 @@ def test_shards_go_round_the_processes(monkeypatch):
     assert owned == [[0, 7], [3, 8], [4]]
 
 
+def test_the_clock_adds_up_what_lies_between_programs(monkeypatch):
+    ready = iter([1.0, 3.0, 6.0, 7.0])
+    monkeypatch.setattr(device_clock.time, "perf_counter", lambda: next(ready))
+    clock = device_clock.DeviceClock()
+    for sent in (0.0, 2.0, 2.5, 6.5):  # the second and the last were sent when nothing was there
+        clock._note(sent, None)
+    assert (clock.idle, clock.seconds) == (1.5, 6.0) and "waited 1.50 of 6.0 s" in clock.line() and "(25.0 %)" in clock.line()
+
+
 JOB = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -186,7 +195,7 @@ def test_four_processes_write_the_files_of_one(tmp_path, whole):
     assert len(list(tmp_path.glob("left-*"))) == 4
 
 
-def test_another_hosts_files_are_waited_for(tmp_path, whole, monkeypatch):
+def test_another_hosts_files_are_waited_for(tmp_path, monkeypatch):
     """NFS remembers for a while that a file was not there."""
     records.fix_plan(tmp_path, PLAN)
     looks = []
@@ -194,24 +203,13 @@ def test_another_hosts_files_are_waited_for(tmp_path, whole, monkeypatch):
     with pytest.raises(RunFailed, match="shards are missing"):
         jobs.publish_records(tmp_path, PLAN)
     assert not looks
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(records, "publish", lambda folder, plan: len(looks) == 2)
-    jobs.publish_records(tmp_path, PLAN, jobs.SEEN_S)
+    jobs.publish_records(tmp_path, PLAN)
     assert looks == [1.0, 1.0]
 
 
-VALUES = np.concatenate(  # every exponent, ties of both dtypes, what overflows, what is subnormal there
-    [
-        np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, np.uint32),
-        np.arange(1 << 16, dtype=np.uint32) << 12,
-        0x38801000 + (np.arange(1 << 16, dtype=np.uint32) << 11),
-    ]
-).view(np.float32)
-
-
-@pytest.mark.parametrize("storage", ["float16", "bfloat16", "float32"])
-def test_the_devices_round_as_the_host_does(storage):
-    values = VALUES[np.isfinite(VALUES) & ((VALUES == 0) | (np.abs(VALUES) >= np.finfo(np.float32).tiny))]
-    with np.errstate(over="ignore"):
-        ours, theirs = jax.jit(lambda x: x.astype(storage))(values), values.astype(jnp.dtype(storage))
-    assert np.array_equal(np.asarray(ours).view(np.uint8), theirs.view(np.uint8))
-    assert theirs.dtype in record_file.DTYPES.values()
+def test_a_folder_of_process_0_alone_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "first", lambda work: None)  # elsewhere
+    with pytest.raises(UserError, match="process 0 does not see .*a folder that all see by --config.root or --out$"):
+        begin_records(tmp_path, PLAN, "--out")

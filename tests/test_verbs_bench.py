@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import verb
 
-from proreflow_jax.perf import chips, dummy_arrays, input_rate, jobs, measure
+from proreflow_jax.perf import chips, dummy_arrays, input_rate, jobs, measure, output_rate
 from proreflow_jax.run import open
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -146,6 +146,32 @@ def test_rows_of_the_input_are_timed_until_they_lie_on_the_devices(opened, monke
     assert seen[0]["ids"].sharding.num_devices == 8 and int(seen[1]["index"][0]) == 16
 
 
+def test_the_output_is_written_and_the_chips_wait_is_computed(tmp_path, outline_only):
+    flags = verb.tiny_flags(tmp_path, outline_only, pairs__storage="float16")
+    words = [*flags, "--stage=4", "--jobs=pairs,train", "--output", "--rate=100", f"--json={tmp_path / 'bench.json'}"]
+    ended = verb.run("bench", *words)
+    assert ended.code == 0, ended.err
+    pairs, train = json.loads((tmp_path / "bench.json").read_text())["jobs"]
+    assert "output" not in train and pairs["output"]["bytes"] == 5 * 64 * 2 + 4 + 8 * 4
+    assert all(pairs["output"][name] > 0 for name in output_rate.Rates._fields)
+    assert [*pairs["output"]["idle"]] == ["4", "16", "64", "256"] and "for 100 pairs/s a chip: 4 " in ended.out
+
+
+def test_chips_wait_for_what_no_host_writes_behind_them():
+    """Ten shards of four batches; a host has four chips."""
+    sizes = SimpleNamespace(batch=1024, shard_size=4096, examples=40960)
+    idle = lambda chips, per_chip=100.0, **rates: output_rate.idle_share(
+        output_rate.Rates(**{"fetch": 0.0, "write": 0.0, "finish": 0.0} | rates), chips, per_chip, sizes
+    )
+    assert [idle(chips) for chips in (4, 64)] == pytest.approx([0, 0])
+    last = 1.024 / (102.4 + 1.024)  # the last batch has nothing behind it
+    assert idle(4, fetch=1e-3) == pytest.approx(last) and idle(4, write=1e-3) == pytest.approx(last)
+    assert idle(4, write=5e-3) == pytest.approx(0.5, abs=0.01)  # half as fast as the chips
+    assert idle(64, write=5e-3) == pytest.approx(1 - 6.4 / (5.92 + 20.48))  # ten hosts write a shard each, the last from 5.92 s
+    assert idle(4, finish=1e-3) == pytest.approx(4.096 / (102.4 + 4.096))  # two batches of 2.56 s hide all but the last end
+    assert idle(4, finish=1e-2) == pytest.approx(0.77, abs=0.01)
+
+
 def test_wrong_words_end_in_one_line(tmp_path, outline_only):
     words = verb.tiny_flags(tmp_path, outline_only)
     for wrong, said in {
@@ -154,7 +180,7 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only):
         "--rows=0": "--rows=0 must be in [1, 65536]",
         "--rate=-2": "--rate=-2.0 must be in [0, 1e+09]",
         "--rate=nan": "--rate=nan must be in [0, 1e+09]",
-        "--rate=5": "--rate=5.0 is what the input is held against: add --input",
+        "--rate=5": "--rate=5.0 is of the whole job with --input, of one chip with --output: add one of them",
         "--stage=3": "--stage=3 is not a stage",
         "--jobs=train,all": "--jobs='all' must be one of pairs, train, sample",
         "--against=torch": "--against='torch' must be one of diffusers",

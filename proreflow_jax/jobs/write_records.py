@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from proreflow_jax import RunFailed
+from proreflow_jax import RunFailed, UserError
 from proreflow_jax.data import loader, records
 from proreflow_jax.runtime import mesh, stopping
 from proreflow_jax.runtime.device_clock import DeviceClock
@@ -56,7 +56,8 @@ class Part(NamedTuple):
 def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.name") -> list[int]:
     """The shards that are missing, as process 0 sees them; its plan is fixed before the others go on.
 
-    Raises ValueError, one line, if the folder holds another plan; `flag` names another folder.
+    Raises UserError, one line, if the folder holds another plan, or another process does not see it there; `flag` names
+    another folder.
     """
 
     def look() -> list[int]:
@@ -66,7 +67,13 @@ def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.
     missing, lacks = first(look), np.zeros(records.shard_count(plan), bool)
     records.clean(folder)  # each process on its own machine; none writes yet
     lacks[missing or []] = True
-    return [int(shard) for shard in np.flatnonzero(broadcast(lacks))]
+    lacks = broadcast(lacks)
+    if not _in_time((folder / records.PLAN).exists):
+        where = f"process {jax.process_index()} does not see what process 0 has written to {folder}"
+        raise UserError(
+            f"{where}: every process writes its own shards there, name a folder that all see by --config.root or --out"
+        )
+    return [int(shard) for shard in np.flatnonzero(lacks)]
 
 
 def write_records(
@@ -95,7 +102,7 @@ def write_records(
                 kept()
     log.info("%s: %s", progress.title, clock.line())
     all_arrived()
-    first(lambda: publish_records(folder, plan, SEEN_S if jax.process_count() > 1 else 0.0))
+    first(lambda: publish_records(folder, plan))
 
 
 def shared_out(plan: dict[str, Any], missing: list[int], size: int) -> list[Part]:
@@ -187,10 +194,17 @@ def records_there(plan: dict[str, Any], missing: list[int]) -> int:
     return plan["examples"] - sum(len(records.shard_range(plan, shard)) for shard in missing)
 
 
-def publish_records(folder: Location, plan: dict[str, Any], patience: float = 0.0) -> None:
-    """Writes the manifest. Raises RunFailed if a shard is missing, also after `patience` seconds."""
-    until = time.monotonic() + patience
-    while not records.publish(folder, plan):
+def publish_records(folder: Location, plan: dict[str, Any]) -> None:
+    """Writes the manifest. Raises RunFailed if a shard is missing."""
+    if not _in_time(lambda: records.publish(folder, plan)):
+        raise RunFailed(f"{folder}: shards are missing after the last one was made; run the same command again")
+
+
+def _in_time(question: Callable[[], bool]) -> bool:
+    """Whether a question is answered by yes; files of another host's are waited for, up to SEEN_S seconds."""
+    until = time.monotonic() + (SEEN_S if jax.process_count() > 1 else 0.0)
+    while not question():
         if time.monotonic() >= until:
-            raise RunFailed(f"{folder}: shards are missing after the last one was made; run the same command again")
+            return False
         time.sleep(1.0)
+    return True
