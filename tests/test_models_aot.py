@@ -47,7 +47,7 @@ def test_forward_takes_one_kernel_and_pads_no_activation():
     kernel, total = cost.cycles["kernels"], sum(cost.cycles.values())
     print(cost.cycles)  # noqa: T201
     assert "pads" not in cost.cycles and cost.cycles["copies"] < 0.02 * (total - kernel)
-    assert total - kernel < 4.4e6  # 4.14 million when this was written, beside the kernel's floor of 4.19
+    assert total - kernel < 2.8e6  # 2.65 million when this was written, beside the kernel's 3.34
 
 
 def test_backward_keeps_what_the_policy_says():
@@ -57,8 +57,8 @@ def test_backward_keeps_what_the_policy_says():
     """
     made = {remat: compiled(True, remat) for remat in ("none", "attention", "inputs")}
     kernels = {remat: sorted(tpu.kernels_of(program.as_text())) for remat, program in made.items()}
-    assert kernels["none"] == kernels["attention"] == ["dkv", "fwd"]
-    assert kernels["inputs"] == ["dkv", "fwd", "fwd"]
+    assert kernels["none"] == kernels["attention"] == ["bwd", "fwd"]
+    assert kernels["inputs"] == ["bwd", "fwd", "fwd"]
     assert not any(tpu.activation_pads(program.as_text(), TOKENS) for program in made.values())
     scratch = {remat: program.memory_analysis().temp_size_in_bytes >> 20 for remat, program in made.items()}
     print(scratch, "MiB of scratch")  # noqa: T201

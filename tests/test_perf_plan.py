@@ -100,16 +100,18 @@ def test_splash_attention_has_its_floor_and_any_other_kernel_its_name():
         assert hlo_cost.cost(text, CHIP).cycles["kernels"] == pytest.approx(products / 2 * cost.cycles["kernels"])
 
 
+BOTH = ("fwd", "bwd")
+
+
 def test_the_kernel_of_narrow_heads_costs_what_its_schedule_says():
     parts = ", ".join(f"bf16[3,24,64,{s}]{{3,2,1,0}}, f32[3,24,1,{s}]{{3,2,1,0}}" for s in (4096, 128))
     kernel = "%my_kernel.2 = f32[4,1024]{1,0} custom-call(%x)"
     text = lambda name, given="%x": PROGRAM.replace(kernel, f"%narrow_mha_{name}.2 = ({parts}) custom-call({given})")
-    columns = "  %w = (" + ", ".join(["f32[24,64,1]{2,1,0}"] * 10) + ") constant(0)\n"
-    normed = text("fwd", "%w").replace("  ROOT %sum", columns + "  ROOT %sum")
-    splash, *found = (hlo_cost.cost(t, CHIP) for t in (PROGRAM, normed, text("fwd"), text("bwd")))
+    joint = [text(name, "%w").replace("  ROOT %sum", "  %w = f32[24,64,1]{2,1,0} constant(0)\n  ROOT %sum") for name in BOTH]
+    splash, *found = (hlo_cost.cost(t, CHIP) for t in (PROGRAM, *map(text, BOTH), *joint))
     assert (found[0].kernels["narrow_mha_fwd"], found[0].unknown) == (1, {})
     added = [cost.cycles["kernels"] - splash.cycles["kernels"] for cost in found]
-    assert added == pytest.approx([3 * 24 * 4.224**2 * cycles for cycles in CHIP.narrow[64]])
+    assert added == pytest.approx([3 * 24 * 4.224**2 * cycles for cycles in (*CHIP.narrow[64], *CHIP.joint)])
     unknown = hlo_cost.cost(text("fwd").replace("3,24,64,", "3,24,56,"), CHIP)
     assert unknown.unknown == {"narrow_mha_fwd": 1}  # a width whose schedule nobody read
 

@@ -263,18 +263,15 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
 def _narrow(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     """Cycles of models/narrow_kernel.py by its schedule; None for any other custom call, and where that is not known.
 
-    Its rows of sums, (b, heads, 1, s), say how long its parts are together: every token sees all. Five columns of weights a
-    part, (heads, d, 1), are biases and norms: only behind norms are scores known to be small.
+    Its rows of sums, (b, heads, 1, s), say how long its parts are together: every token sees all. Columns (heads, d, 1) are
+    biases and norms: a joint attention's.
     """
     if not op.name.startswith(NARROW):
         return None
     arrays = hlo_shapes(" ".join([op.type, *(types.get(name, "") for name in op.operands)]))
     rows = [shape for dtype, shape in arrays if dtype == "f32" and len(shape) == 4 and shape[2] == 1]
     width = next(shape[2] for _, shape in arrays if len(shape) == 4 and shape[2] > 1)
-    columns = sum(len(shape) == 3 and shape[2] == 1 for _, shape in arrays)
-    known = chip.narrow.get(width)
-    if known is None:
-        return None
+    joint = any(len(shape) == 3 and shape[2] == 1 for _, shape in arrays)
+    known = chip.joint if joint else chip.narrow.get(width, (0.0, 0.0))
     scores = math.prod(rows[0][:2]) * sum(shape[3] for shape in rows) ** 2
-    small = columns >= 5 * len(rows)
-    return scores / 1e6 * (known.backward if "_bwd" in op.name else known.small if small else known.forward)
+    return scores / 1e6 * known["_bwd" in op.name] or None
