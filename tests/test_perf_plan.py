@@ -253,6 +253,8 @@ def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
     stage = shapes.stages[0]
     job = jobs(shapes, stage)["pairs"]
     made, kept = jax.eval_shape(job.jitted, *job.arguments), record_shapes(shapes, stage)
+    states = ("finite", "fits")  # of each record: whether it may be written
+    assert [made.pop(name).shape for name in states] == [made["ids"].shape[:1]] * 2
     assert {name: value.shape for name, value in made.items()} == {name: value.shape for name, value in kept.items()}
     assert storage(shapes, stage)["pairs"] == 32 * (4 * 5 * 4 * 4 * 4 + 4 + 4 * 8)
 
@@ -341,7 +343,7 @@ def test_without_a_readable_text_memory_and_the_verdict_are_printed_and_time_is_
     assert job["no_time"] == "of another format" and "seconds" not in job
 
 
-READERS = ("captions", "coco", "images", "loader", "record_plan", "records")
+READERS = ("captions", "coco", "images", "loader", "record_file", "record_plan", "records")
 UNPLANNED = {  # files that perf/ imports without making a program from them -> why an edit of one voids no result
     "storage/": "files and locks, no jax",
     **dict.fromkeys((f"data/{name}.py" for name in READERS), "reads data, no jax; programs' shapes come from kinds"),

@@ -50,7 +50,7 @@ def test_every_method_of_a_flow_can_be_opened_and_costs_the_same(tmp_path, model
     config = small(tmp_path, model, train__batch=32, pairs__batch=128)
     experiment = open_experiment(config)
     names = [name for _, name, _ in config.reproduce.methods]
-    assert {"reflow-1", "PeRFlow-4-velocity", "direct-4", "direct-2", "ProReflow-II", "chain"} <= set(names)
+    assert {"reflow-1", "PeRFlow-4-velocity", "direct-2", "ProReflow-II", "chain"} <= set(names)
     (forwards,) = config.reproduce.budgets
     for _, name, fields in config.reproduce.methods:
         opened = reopen(experiment, changed(config, fields))
