@@ -50,6 +50,7 @@ def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None
         for folder in exports:
             place.check_replaceable(folder)
     check_ready(experiment, experiment.stages)
+    program = train.jit_step(experiment, experiment.stages[0]) if config.pairs.mode == "stored" else None
     began = time.monotonic()
     with job_lock(experiment.run):
         first(lambda: _keep_config(experiment.run / CONFIG, config))
@@ -57,7 +58,7 @@ def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None
             with job_lock(stage.folder), watching(config.watchdog):
                 if not stage.online:
                     pairs.make_stage_pairs(experiment, stage, outlook)
-                train.train_stage(experiment, stage, outlook)
+                train.train_stage(experiment, stage, outlook, program)
         for stage, folder in zip(exported, exports, strict=True):
             with outlook.export(stage.windows):
                 write.export_stage(experiment, stage, folder)

@@ -14,7 +14,7 @@ from proreflow_jax.storage import paths
 log = logging.getLogger(__name__)
 
 
-def make_emoji(config: ConfigDict, cache: str) -> None:
+def make_emoji(config: ConfigDict, cache: str, concepts: int) -> None:
     """Writes the dataset to config.data.path. Raises UserError if it is there already."""
     from proreflow_jax.data import emoji, emoji_packages
 
@@ -22,9 +22,13 @@ def make_emoji(config: ConfigDict, cache: str) -> None:
     for path in emoji.paths(folder, config.data.resolution):
         if path.exists():
             raise UserError(f"{path} exists already: take it as it is, or set another --config.data.path")
-    count = emoji_packages.make(folder, paths.parse_local(cache, "--cache"), config.data.resolution)
+    count = emoji_packages.make(folder, paths.parse_local(cache, "--cache"), config.data.resolution, concepts)
     log.info("wrote %s: %d pictures of %d pixels", folder, count, config.data.resolution)
 
 
 if __name__ == "__main__":
-    cli.start(make_emoji, __doc__, "emoji_base", {"cache": ("runs/data/npm", "folder for the fetched packages")})
+    options = {
+        "cache": ("runs/data/npm", "folder for the fetched packages"),
+        "concepts": (0, "so many concepts, chosen by their names' hashes, in all their styles; 0: all 1,911", (0, 1911)),
+    }
+    cli.start(make_emoji, __doc__, "emoji_base", options)

@@ -147,6 +147,18 @@ def test_the_dataset_is_made_from_packages(tmp_path, cache):
     assert all(row["author"] in emoji_packages.credits_table() for row in info["credits"])
 
 
+def test_a_sample_of_concepts_is_what_the_whole_has_of_them(tmp_path, cache):
+    pytest.importorskip("resvg_py")
+    emoji_packages.make(tmp_path / "whole", cache, 16)
+    emoji_packages.make(tmp_path / "sample", cache, 16, 2)
+    whole, sample = (emoji.load_emoji(tmp_path / name, 16) for name in ("whole", "sample"))
+    codes = {picture.concept.hex for picture in sample.pictures}
+    assert len(codes) == 2
+    theirs = whole.take(np.array([picture.concept.hex in codes for picture in whole.pictures]))
+    assert theirs.pictures == sample.pictures
+    np.testing.assert_array_equal(theirs.images, sample.images)
+
+
 def test_npm_is_asked_once(tmp_path, monkeypatch):
     calls = []
 

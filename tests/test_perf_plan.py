@@ -259,6 +259,13 @@ def test_records_are_what_the_pairs_job_makes(tmp_path, outline_only):
     assert storage(shapes, stage)["pairs"] == 32 * (4 * 5 * 4 * 4 * 4 + 4 + 4 * 8)
 
 
+def test_one_program_trains_all_stages(tmp_path, outline_only):
+    shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())
+    found = [jobs(shapes, stage)["train"] for stage in shapes.stages]
+    first, second = (job.jitted.lower(*job.arguments).as_text() for job in found)
+    assert first == second and len(first) > 10_000
+
+
 def test_a_job_needs_the_work_of_its_forwards(tmp_path, outline_only):
     """A training step: the student three times (forward, and a backward of two); a trajectory of 4 windows: 4 forwards."""
     shapes = open.open_outline(verb.tiny_config(tmp_path, outline_only), jax.devices())

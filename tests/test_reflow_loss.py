@@ -136,6 +136,22 @@ def test_huber_bends_the_squared_error_only():
     np.testing.assert_allclose(values[0.1], np.mean(quick_jit(bend)(x["z"], x["v"])), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (4, 4), (1, 1), (1, 2)])
+def test_the_program_of_all_stages_draws_and_judges_as_that_of_one(m, n):
+    """Of 8 windows at most: states are filled up, the windows are an argument."""
+    own, loss = Parameterization("ddim_eps", n), LOSS._replace(window_start_prob=0.5, start_steps=12)
+    rows, frozen = records(32, m, n), FROZEN._replace(windows=jnp.int32(n))
+    filled = jnp.pad(rows["states"], ((0, 0), (0, 8 - m), (0, 0), (0, 0), (0, 0)), constant_values=jnp.nan)
+    x, wide = drawn(own, rows, loss), own._replace(windows=8)
+    y = drawer(wide, loss, jax.config.jax_enable_x64)(frozen, rows if m < n else rows | {"states": filled}, KEY)
+    np.testing.assert_array_equal(x["window"].k, y["window"].k)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), x, y)
+    (one, mine), (other, theirs) = (evaluated(FROZEN.teacher, x, flow, loss) for flow in (own, wide))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    for name, sums in mine["window"].items():
+        np.testing.assert_allclose(theirs["window"][name], np.pad(sums, (0, 8 - n)), rtol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("m", [8, 1, 3])
 def test_an_example_is_one_window_of_its_record_and_lies_on_its_chord(m):
     flow, b = Parameterization("velocity", 8), 128

@@ -383,6 +383,20 @@ def test_an_export_is_sampled_as_the_student_that_it_is(chain, model, tmp_path, 
     refused(draw(out, tmp_path, model__prediction_type="v_prediction"), "--config.model.prediction_type")
 
 
+def test_the_student_that_comes_with_a_base_model_draws_where_the_run_has_none(student, model, tmp_path):
+    mine = tmp_path / "mine.py"
+    lines = ["from configs import digits", "", "", "def get_config():", "    c = digits.get_config()"]
+    mine.write_text("\n".join([*lines, f"    c.model.student = {str(student)!r}", "    return c", ""]))
+    words = [f"--config={mine}", *tiny_flags(tmp_path, model)[1:], "--count=2", f"--out={tmp_path}/x.png"]
+    ended = run("sample", *words)
+    assert ended.code == 0 and f"the student in {student} draws" in ended.err and " 4 steps," in ended.err, ended.err
+    drawn = picture(tmp_path)
+    assert draw(student, tmp_path).code == 0
+    np.testing.assert_array_equal(picture(tmp_path), drawn)
+    ended = run("sample", *words, "--stage=0", "--steps=2")
+    assert ended.code == 0 and "student" not in ended.err, ended.err
+
+
 WRONG = {
     "stages": ({"stages": "(4, 2)"}, "--config.stages=(4, 2)"),
     "prediction": ({"student__prediction": "velocity"}, "--config.student.prediction=ddim_eps"),

@@ -50,12 +50,12 @@ def check_path(path: str, schedule: Schedule | None = None) -> None:
         )
 
 
-def start_index(k: Int[ArrayLike, "*b"], n: int) -> Int[ArrayLike, "*b"]:
+def start_index(k: Int[ArrayLike, "*b"], n: Int[ArrayLike, ""]) -> Int[ArrayLike, "*b"]:
     """The noisy start of window k of n in grid steps, 1000 down to 0; k = n gives the end of the last window."""
     return GRID - (GRID // n) * k
 
 
-def at_start(k: Int[ArrayLike, "*b"], n: int, dtype: Any = None) -> Window:
+def at_start(k: Int[ArrayLike, "*b"], n: Int[ArrayLike, ""], dtype: Any = None) -> Window:
     """Window k of n, with its start as the time; shape of k. dtype: of the times, as in `grid_time`."""
     start, end = (grid_time(start_index(i, n), dtype) for i in (k, k + 1))
     return Window(jnp.asarray(k), start, start, end)
@@ -98,7 +98,7 @@ def steps_back(
     return (width * j + steps // 2) // steps
 
 
-def window_steps(k: Int[ArrayLike, "*b"], steps: int, n: int) -> Int[ArrayLike, "*b"]:
+def window_steps(k: Int[ArrayLike, "*b"], steps: int, n: Int[ArrayLike, ""]) -> Int[ArrayLike, "*b"]:
     """How many of a sampler's `steps` lie in window k of n: a remainder goes to the noisiest windows, one each."""
     return steps // n + (k < steps % n)
 

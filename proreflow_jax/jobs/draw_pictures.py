@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.data.prompts import Prompts
 from proreflow_jax.run import pictures
+from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.experiment import load_weights, newest_weights
 from proreflow_jax.run.find_model import title
 from proreflow_jax.run.image_model import ImageModel, check_texts, count_steps
@@ -39,7 +40,7 @@ def draw_pictures(
     The parameters are the flags of `sample`, which explains them.
     """
     if stage < 0:
-        stage = _last_finished(config)
+        stage, config = _best(config)
     experiment = open_experiment(config, base_alone=not stage)
     chosen = find_stage(experiment.stages, stage) if stage else None
     texts = _read_texts(prompt, prompts)
@@ -65,12 +66,21 @@ def draw_pictures(
     )  # fmt: skip
 
 
-def _last_finished(config: ConfigDict) -> int:
-    """The windows of the last finished stage of the config's run, 0 if there is none."""
-    run = paths.parse_path(config.root) / config.name
+def _best(config: ConfigDict) -> tuple[int, ConfigDict]:
+    """The windows of the last finished stage of the config's run, 0 if there is none; and the config of what draws.
+
+    Without a stage that is the student that comes with the base model (`model.student`), read like any model, or else the base.
+    """
+    run, ready = paths.parse_path(config.root) / config.name, config.model.get("student")
     last = next((count for count in reversed(config.stages) if (stage_folder(run, count) / DONE).is_file()), 0)
-    log.info("%s: %s", run, f"the {last}-window student draws" if last else "no finished stage here, the base model draws")
-    return last
+    if last:
+        log.info("%s: the %d-window student draws", run, last)
+    elif ready:
+        log.info("%s: no finished stage here, the student in %s draws", run, ready)
+        config = changed(config, {"model.path": ready})
+    else:
+        log.info("%s: no finished stage here, the base model draws", run)
+    return last, config
 
 
 def _read_texts(prompt: str, prompts: str) -> list[str]:

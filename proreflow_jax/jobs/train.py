@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from proreflow_jax import MissingFile, UserError
 from proreflow_jax.data import loader, record_plan
@@ -37,7 +38,7 @@ from proreflow_jax.run.experiment import (
     stage_plan,
 )
 from proreflow_jax.run.outlook import TRAIN, Outlook, compiling
-from proreflow_jax.run.pair_source import open_pairs
+from proreflow_jax.run.pair_source import open_pairs, widened
 from proreflow_jax.run.stages import TRAIN_KEY, Done, Stage, read_done, run_key, write_done
 from proreflow_jax.run.text_states import WithText, host_context, spares_encoders
 from proreflow_jax.runtime import mesh, stopping
@@ -50,8 +51,11 @@ log = logging.getLogger(__name__)
 IDENTITY_PROMPTS = ("", "a", "a photo", "one two three")  # any will do: the step-0 identity holds for all
 
 
-def train_stage(experiment: Experiment, stage: Stage, outlook: Outlook) -> None:
-    """Trains what is missing of a stage. The caller holds the stage's lock; `outlook` counts the steps."""
+def train_stage(experiment: Experiment, stage: Stage, outlook: Outlook, program: Any = None) -> None:
+    """Trains what is missing of a stage. The caller holds the stage's lock; `outlook` counts the steps.
+
+    program: `jit_step` of another stage, where pairs are stored: it is not traced again. None: the stage's own.
+    """
     config, target = experiment.config, experiment.layout.target
     plan = stage_plan(experiment, stage, handed_on(experiment, stage.parent), TRAINED)
     first(lambda: record_plan.fix_plan(stage.folder, plan))
@@ -76,7 +80,7 @@ def train_stage(experiment: Experiment, stage: Stage, outlook: Outlook) -> None:
             if stage.parent is None and start == 0 and (line := few_starts(config)):
                 log.warning("%s", line)
             log.info("stage %d: training, %d of %d steps done", stage.windows, start, config.train.steps)
-            step, lineage = make_train_step(experiment, stage, parent), parent.digest
+            step, lineage = make_train_step(experiment, stage, parent, program), parent.digest
             if state is None:
                 state = train_state.fresh_state(experiment.layout, first_weights(experiment, parent))
             del parent
@@ -162,13 +166,18 @@ def _identity(experiment: Experiment, stage: Stage, parent: Weights) -> None:
         log.info("step-0 identity: the untrained student is its teacher, one %s step a window (gap %.1e)", kind, gap)
 
 
-def make_train_step(experiment: Experiment, stage: Stage, parent: Weights) -> Callable[[Any, Any], tuple[Any, Any]]:
+def make_train_step(
+    experiment: Experiment, stage: Stage, parent: Weights, program: Any = None
+) -> Callable[[Any, Any], tuple[Any, Any]]:
     """(stacked state, batch) -> (stacked state, numbers): `jit_step` with its frozen arrays, a teacher among them if online."""
     teacher: Params = {}
     if stage.online:
         teacher = parent.params if stage.maker is stage.parent else load_weights(experiment, stage.maker).params
     frozen = frozen_arrays(experiment, stage, teacher, with_vae=stage.online and encodes(experiment.config))
-    stacked, jitted = train_state.stack_frozen(experiment.layout, frozen), jit_step(experiment, stage)
+    if not stage.online:
+        windows = jax.device_put(np.int32(stage.windows), mesh.replicated(experiment.mesh))
+        frozen = frozen._replace(windows=windows)
+    stacked, jitted = train_state.stack_frozen(experiment.layout, frozen), program or jit_step(experiment, stage)
     return lambda state, batch: jitted(state, stacked, batch, stage.train_key)
 
 
@@ -220,7 +229,7 @@ def _advance(
 def jit_step(experiment: Experiment, stage: Stage) -> Any:
     """(stacked state, stacked frozen arrays, batch, key) -> (stacked state, numbers), with the shardings of the mesh.
 
-    The state is donated. Compiles without any weights.
+    The state is donated. Compiles without any weights. Of stored pairs all stages have the same.
     """
     config, machine, layout = experiment.config, experiment.mesh, experiment.layout
     unstack = train_state.unstack_frozen(layout)
@@ -256,11 +265,16 @@ def _sums_in_order(experiment: Experiment) -> bool:
 
 
 def step_parts(experiment: Experiment, stage: Stage) -> tuple[Callable, Callable]:
-    """A step's two pure functions: draw(frozen, batch, key) -> drawn, and loss(trained, base, drawn) -> (mean, numbers)."""
+    """A step's two pure functions: draw(frozen, batch, key) -> drawn, and loss(trained, base, drawn) -> (mean, numbers).
+
+    Of stored pairs they are the same in every stage, so that one program is compiled: what differs are `frozen.windows` and
+    filling behind the batch's states (`pair_source.widened`).
+    """
     networks, whole = experiment.networks, partial(train_state.whole_weights, experiment.layout)
-    examples = partial(draw_examples, flow=stage.student, networks=networks, loss=stage.loss)
+    student = stage.student if stage.online else stage.student._replace(windows=max(experiment.config.stages))
+    examples = partial(draw_examples, flow=student, networks=networks, loss=stage.loss)
     crossed = partial(pairs.cross_windows, recipe=stage.pairs, flow=stage.teacher, networks=networks)
-    of_weights = partial(reflow_loss, flow=stage.student, networks=networks, loss=stage.loss)
+    of_weights = partial(reflow_loss, flow=student, networks=networks, loss=stage.loss)
 
     def draw(frozen: pairs.Frozen, batch: dict, key: jax.Array) -> dict:
         return examples(frozen, crossed(frozen, batch) if stage.online else pairs.spoken(frozen, batch, networks), key)
@@ -281,4 +295,5 @@ def batches_from(
     else:
         reader = loader.Loader(source, b, config.seed, start_step=start, rows=rows, groups=config.train.groups)
     with reader as batches:
-        yield ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)
+        placed = ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)
+        yield placed if stage.online else widened(experiment, placed)

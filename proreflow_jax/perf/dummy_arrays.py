@@ -22,8 +22,8 @@ TINY = 8  # numbers on each device of an array whose values and size do not matt
 def filled(experiment: Experiment, shapes: Any) -> Any:
     """A job's arguments: a tree of `jax.ShapeDtypeStruct` with shardings (from `perf.jobs`) -> arrays.
 
-    Weights are random by rank and name, ids lie in the encoders' vocabularies, images are noise, keys are keys; other integers
-    are 0.
+    Weights are random by rank and name, ids lie in the encoders' vocabularies, images are noise, keys are keys, the student
+    has one window; other integers are 0.
     """
     words = min(experiment.base.networks[name].config["vocab_size"] for name in experiment.base.text)
     return jax.tree_util.tree_map_with_path(partial(_drawn, words=words), shapes)
@@ -34,6 +34,8 @@ def _drawn(path: tuple, shape: jax.ShapeDtypeStruct, words: int) -> jax.Array:
     like = shape.shape, shape.dtype, shape.sharding
     if jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jax.device_put(jax.random.key(0), shape.sharding)
+    if names[-1] == "windows":
+        return _full(*like)(1)
     if jnp.issubdtype(shape.dtype, jnp.integer):
         below = 256 if shape.dtype == jnp.uint8 else words if names[-1] in ("ids", "empty") else 1
         return _integers(*like)(jax.random.key(1), below)

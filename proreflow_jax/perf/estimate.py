@@ -34,7 +34,7 @@ from proreflow_jax.storage.atomic import json_digest
 log = logging.getLogger(__name__)
 FREE = (  # fields of the config that change no program
     *("name", "root", "seed", "compilation_cache", "export.", "profile.", "evaluate.study.", "train.log_every"),
-    *("model.path", "model.vae"),  # the networks' configs are hashed
+    *("model.path", "model.student", "model.vae"),  # the networks' configs are hashed
     *(f"data.{name}" for name in ("path", "split", "image_key", "caption_key", "max_bad", "threads", "cache")),
 )
 PLAIN = {"model.attention": "xla", "train.remat": "none"}  # no kernels and no recomputation: FLOPs can be counted

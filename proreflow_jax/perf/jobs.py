@@ -101,8 +101,10 @@ def train_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     config, layout, online = experiment.config, experiment.layout, stage.online
     b = config.train.batch
     frozen = frozen_shapes(experiment, stage, online, online and encodes(config))
+    if not online:
+        frozen = frozen._replace(windows=_shape(mesh.replicated(experiment.mesh), (), np.int32))
     stacked = train_state.frozen_shapes(layout, frozen)
-    batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage)
+    batch = prompt_shapes(experiment, b) if online else record_shapes(experiment, stage, widened=True)
     key = _key(experiment, stage)
     arguments = train_state.stacked_shapes(layout), stacked, batch, key
     rest = layout.target, frozen, batch, key
@@ -211,10 +213,11 @@ def _text_shapes(experiment: Experiment, b: int) -> dict[str, jax.ShapeDtypeStru
     return {name: split(value.shape, dtype) for name, value in states if value is not None}
 
 
-def record_shapes(experiment: Experiment, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of pair records, as of `data.records`."""
+def record_shapes(experiment: Experiment, stage: Stage, widened: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of pair records, as of `data.records`, or as the train step takes them (`pair_source.widened`)."""
     config, split = experiment.config, partial(_shape, mesh.batch_sharding(experiment.mesh))
-    b, bounds = config.train.batch, record_bounds(config, stage)
+    bounds = record_bounds(config, stage)
+    b, bounds = config.train.batch, max(config.stages) + 1 if widened and config.pairs.start == "noise" else bounds
     spared = experiment.base.denoiser_name == "transformer" and _cached_text(config)
     texts = _text_shapes(experiment, b) if spared else {}  # read beside the records
     return {

@@ -1,5 +1,6 @@
 """Programs compiled for TPU slices without a TPU: libtpu contains XLA's TPU compiler."""
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -29,6 +30,7 @@ _TOO_LARGE = (  # of the compiler's message: (needs, has)
     re.compile(rf"Used {_NUMBER} of {_NUMBER} hbm"),
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_seen: dict[str, "Compiled"] = {}  # what this process has compiled: stages share their train step, which may take half an hour
 
 
 class Memory(NamedTuple):
@@ -80,10 +82,18 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
       chip: of the devices.
 
     A program that is too large raises nothing; `memory.temporaries` is then the size that the compiler asked for. A program
-    whose text can't be read raises nothing either: its memory is known, its cost is not.
+    whose text can't be read raises nothing either: its memory is known, its cost is not. The same program is compiled once.
     """
     start = time.perf_counter()
     lowered = jitted.lower(*arguments)
+    places = sorted(map(str, jax.tree.leaves(arguments)[0].sharding.device_set))
+    key = hashlib.sha256("\n".join([repr(chip), *places, lowered.as_text()]).encode()).hexdigest()
+    if key not in _seen:
+        _seen[key] = _compiled(lowered, chip, start)
+    return _seen[key]
+
+
+def _compiled(lowered: Any, chip: chips.Chip, start: float) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,8 @@ class Means:
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
         for name, sums in numbers.get("window", {}).items():
             before = self._windows.get(name, [0.0] * len(sums))
-            self._windows[name] = [old + float(new) for old, new in zip(before, sums, strict=True)]
+            pairs = zip_longest(before, sums, fillvalue=0.0)  # older checkpoints have the stage's windows alone
+            self._windows[name] = [old + float(new) for old, new in pairs]
 
     def stored(self) -> dict[str, Any]:
         """As JSON, a copy, for the save goes on in the background; {} right after a line."""

@@ -36,7 +36,7 @@ class LossRecipe(NamedTuple):
 
 
 def draw_times(
-    key: Key[Array, ""], k: Int[Array, " b"], n: int, start_prob: Float[ArrayLike, ""], start_steps: int = 0
+    key: Key[Array, ""], k: Int[Array, " b"], n: Int[ArrayLike, ""], start_prob: Float[ArrayLike, ""], start_steps: int = 0
 ) -> Window:
     """Window k of n, (b,), at a grid time t in (t_e, t_s].
 
@@ -62,7 +62,8 @@ def draw_examples(
 ) -> dict[str, Any]:
     """Pair records -> examples for the loss, all (b, ...) and without gradient.
 
-    pairs: states (b, m + 1, h, w, c), first (b,), ids (b, s); text, pooled as `row_context` takes them.
+    pairs: states (b, m + 1, h, w, c), first (b,), ids (b, s); text, pooled as `row_context` takes them. Where `frozen` says
+      the windows, states behind the last bound are filling.
 
     Returns:
       window: a `Window`, one of each record's, at a time inside it.
@@ -72,12 +73,14 @@ def draw_examples(
     """
     pick, times = jax.random.split(key)
     b, bounds = pairs["states"].shape[:2]
-    j = jax.random.randint(pick, (b,), 0, bounds - 1)
+    count = flow.windows if frozen.windows is None else frozen.windows
+    held = bounds - 1 if frozen.windows is None else jnp.minimum(bounds - 1, count)
+    j = jax.random.randint(pick, (b,), 0, held)
     rows = jnp.arange(b)
     states = pairs["states"].astype(jnp.float32)
     z_s, z_e, k = states[rows, j], states[rows, j + 1], pairs["first"] + j
 
-    w = draw_times(times, k, flow.windows, loss.window_start_prob, loss.start_steps)
+    w = draw_times(times, k, count, loss.window_start_prob, loss.start_steps)
     z = windows.interpolate(flow.path, networks.schedule, z_s, z_e, w)
     v = target_velocity(flow, networks.schedule, z_s, z_e, z, w)
     context = row_context(networks.condition, frozen, pairs)
@@ -100,7 +103,7 @@ def target_velocity(flow: Parameterization, schedule: Schedule, z_s: Array, z_e:
 def reflow_loss(
     params: Params, examples: Mapping[str, Any], *, flow: Parameterization, networks: Networks, loss: LossRecipe
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Mean aligned loss of a batch of examples, and per-window sums of its parts (n,) with their counts.
+    """Mean aligned loss of a batch of examples, and per-window sums of its parts (flow.windows,) with their counts.
 
     MSE(v, v_target) + alpha (1 - cos(v, v_target)); in space "output" the same of the raw outputs. The fields of `loss` say
     in which units alpha is and whether large errors are bent.

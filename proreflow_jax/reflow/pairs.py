@@ -57,6 +57,7 @@ class Frozen(NamedTuple):
     empty: Int[Array, " s"]  # ids of the empty prompt
     key: Key[Array, ""]  # of the pairs
     base: Params = {}  # beside what is trained: all weights beside low-rank factors, else the denoiser's constants
+    windows: Int[Array, ""] | None = None  # of the student, where one program trains all stages; else its flow says them
     unprompted: Context | None = None  # the empty prompt's, (1, ...), where batches bring their text states and `text` is {}
 
 

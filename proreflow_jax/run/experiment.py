@@ -28,7 +28,8 @@ from proreflow_jax.runtime.processes import first_reads
 from proreflow_jax.storage.paths import Location
 
 FREE = (  # fields that a resumed stage may change, beside those of `dataset.FREE`
-    "model.path", "model.revision", "model.like", "model.vae", "model.attention", "train.remat", "train.log_every",
+    "model.path", "model.student", "model.revision", "model.like", "model.vae", "model.attention",
+    "train.remat", "train.log_every",
     *dataset.FREE,
 )  # fmt: skip
 YOUNG = {"model.clip_skip": 0, "train.groups": 1}  # fields that older plans lack, with the value that changes nothing

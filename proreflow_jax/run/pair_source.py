@@ -4,9 +4,11 @@ With --config.train.groups=1 any row may be of any shard: each process has all, 
 rows of a process are of few groups, and so are its shards.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from proreflow_jax.data import record_plan, records
@@ -44,3 +46,12 @@ def process_shards(plan: dict[str, Any], readers: dict[int, list[int]], process:
     own, groups = {group: by for group, by in readers.items() if process in by}, len(readers)
     read = [(shard, by) for group, by in own.items() for shard in record_plan.group_shards(plan, groups, group)]
     return [shard for shard, _ in read], [shard for shard, by in read if by[shard % len(by)] == process]
+
+
+def widened(experiment: Experiment, batches: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
+    """Batches on the mesh; trajectories are filled up by zeros to as many states as the widest stage has: one shape for all."""
+    config, rows = experiment.config, mesh.batch_sharding(experiment.mesh)
+    most = max(config.stages) + 1 if config.pairs.start == "noise" else 0
+    fill = jax.jit(lambda states: jnp.pad(states, ((0, 0), (0, most - states.shape[1]), *[(0, 0)] * 3)), out_shardings=rows)
+    for step, batch in batches:
+        yield step, {**batch, "states": fill(batch["states"])} if batch["states"].shape[1] < most else batch
