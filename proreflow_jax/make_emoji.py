@@ -1,6 +1,7 @@
-"""Make the emoji dataset, which configs/emoji_base.py trains on, from the npm packages that publish the pictures.
+"""Make a dataset of emoji with captions, as configs/emoji_base.py trains on one, from the npm packages with the pictures.
 
-Needs npm and the extra `emoji`. Packages (150 MB) are fetched once into --cache.
+Needs npm and the extra `emoji`. Packages (150 MB) are fetched once into --cache. The set that comes with the package is that of
+--groups=animals-nature,food-drink,smileys-emotion.
 """
 
 import logging
@@ -14,21 +15,23 @@ from proreflow_jax.storage import paths
 log = logging.getLogger(__name__)
 
 
-def make_emoji(config: ConfigDict, cache: str, concepts: int) -> None:
-    """Writes the dataset to config.data.path. Raises UserError if it is there already."""
+def make_emoji(config: ConfigDict, out: str, cache: str, groups: str) -> None:
+    """Writes the dataset to the folder `out`. Raises UserError if it is there already, or for a group that does not exist."""
     from proreflow_jax.data import emoji, emoji_packages
 
-    folder = paths.parse_local(config.data.path, "--config.data.path")
+    chosen = [cli.choose(name.strip(), emoji.GROUPS, "--groups") for name in groups.split(",")] if groups else []
+    folder = paths.parse_local(out, "--out")
     for path in emoji.paths(folder, config.data.resolution):
         if path.exists():
-            raise UserError(f"{path} exists already: take it as it is, or set another --config.data.path")
-    count = emoji_packages.make(folder, paths.parse_local(cache, "--cache"), config.data.resolution, concepts)
+            raise UserError(f"{path} exists already: take it as it is, or name another --out")
+    count = emoji_packages.make(folder, paths.parse_local(cache, "--cache"), config.data.resolution, chosen)
     log.info("wrote %s: %d pictures of %d pixels", folder, count, config.data.resolution)
 
 
 if __name__ == "__main__":
     options = {
+        "out": ("runs/data/emoji", "folder to write; --config.data.path of pretrain, --config.evaluate.images of evaluate"),
         "cache": ("runs/data/npm", "folder for the fetched packages"),
-        "concepts": (0, "so many concepts, chosen by their names' hashes, in all their styles; 0: all 1,911", (0, 1911)),
+        "groups": ("", "groups of concepts by commas, such as animals-nature,food-drink,smileys-emotion; empty: all ten"),
     }
     cli.start(make_emoji, __doc__, "emoji_base", options)

@@ -147,16 +147,21 @@ def test_the_dataset_is_made_from_packages(tmp_path, cache):
     assert all(row["author"] in emoji_packages.credits_table() for row in info["credits"])
 
 
-def test_a_sample_of_concepts_is_what_the_whole_has_of_them(tmp_path, cache):
+def test_groups_are_what_the_whole_has_of_them(tmp_path, cache, monkeypatch):
     pytest.importorskip("resvg_py")
     emoji_packages.make(tmp_path / "whole", cache, 16)
-    emoji_packages.make(tmp_path / "sample", cache, 16, 2)
-    whole, sample = (emoji.load_emoji(tmp_path / name, 16) for name in ("whole", "sample"))
-    codes = {picture.concept.hex for picture in sample.pictures}
-    assert len(codes) == 2
-    theirs = whole.take(np.array([picture.concept.hex in codes for picture in whole.pictures]))
-    assert theirs.pictures == sample.pictures
-    np.testing.assert_array_equal(theirs.images, sample.images)
+    real = emoji_packages.read_concepts
+
+    def read(*archives: Path) -> tuple[list, dict]:
+        concepts, names = real(*archives)
+        return [one | {"group": "objects"} if one["label"] == "waffle" else one for one in concepts], names
+
+    monkeypatch.setattr(emoji_packages, "read_concepts", read)
+    assert emoji_packages.make(tmp_path / "part", cache, 16, ["food-drink"]) == 9
+    whole, part = (emoji.load_emoji(tmp_path / name, 16) for name in ("whole", "part"))
+    theirs = whole.take(np.array([picture.concept.label != "waffle" for picture in whole.pictures]))
+    assert theirs.pictures == part.pictures
+    np.testing.assert_array_equal(theirs.images, part.images)
 
 
 def test_npm_is_asked_once(tmp_path, monkeypatch):

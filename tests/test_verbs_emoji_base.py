@@ -5,23 +5,29 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from ml_collections import ConfigDict
 
+from configs.common import asset
 from configs.emoji_base import get_config
-from proreflow_jax.data import emoji, emoji_packages
+from proreflow_jax import load
+from proreflow_jax.data import emoji, emoji_packages, training_set
 from proreflow_jax.evaluation.page.markup import number
 from proreflow_jax.flow.schedule import make_schedule
 from proreflow_jax.jobs.pretrain import pretrain
 from proreflow_jax.pretrained import pipeline
 from proreflow_jax.reflow import loop, pretraining
 from proreflow_jax.run import check_config
+from proreflow_jax.run.stages import seed_key
 from proreflow_jax.storage import sealed
 
 pytestmark = pytest.mark.usefixtures("quick")
+MODEL = Path(asset("emoji"))
 TOY = {
     "data.resolution": 8,
     "vae.block_out_channels": (8, 8),
@@ -164,3 +170,22 @@ def test_the_weight_makes_errors_of_clean_pictures_count_alike():
     np.testing.assert_array_equal(weighted["z"], plain["z"])
     snr = jnp.exp(schedule.log_snr((weighted["timestep"] + 1) / 1000))
     np.testing.assert_allclose(weighted["weight"] * snr, jnp.minimum(snr, 5.0), rtol=1e-3)
+
+
+def test_the_model_that_comes_along_is_what_its_page_says():
+    page, data = (MODEL / "README.md").read_text(), get_config().data
+    assert emoji_packages.credits_table() in page
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 40e6
+    assert (MODEL / "prompts.txt").read_text().splitlines() == training_set.known_prompts(data)
+    hidden = emoji.hold_out(emoji.load_emoji(data.path, data.resolution).pictures)
+    assert f"{(~hidden).sum():,} pictures" in page and f"{hidden.sum()} more held out" in page
+
+
+def test_diffusers_draws_with_it_what_this_package_draws():
+    ours, prompt = load(MODEL), "an octopus, fluent 3d style"
+    noise = jax.random.normal(seed_key(3), (1, *ours.base.latent_shape))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    start = torch.tensor(np.moveaxis(np.asarray(noise), -1, 1))
+    theirs = pipe(prompt, latents=start, num_inference_steps=4, guidance_scale=3.0, output_type="latent").images
+    mine = ours(prompt, steps=4, guidance=3.0, seed=3, output="latent")
+    np.testing.assert_allclose(np.moveaxis(mine, -1, 1), theirs, atol=1e-3)

@@ -4,14 +4,13 @@ Packages are read as the archives that npm fetched, in memory: nothing of them i
 out, and sets whose licence does not allow a model to be passed on (share-alike, or none).
 """
 
-import hashlib
 import io
 import json
 import re
 import subprocess
 import tarfile
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +76,10 @@ def credits_table() -> str:
     return "\n".join(["| style | pictures by | licence | npm package |", "|---|---|---|---|", *rows])
 
 
-def make(folder: Path, cache: Path, size: int, count: int = 0) -> int:
+def make(folder: Path, cache: Path, size: int, groups: Sequence[str] = ()) -> int:
     """Writes the dataset's two files into `folder`, from packages fetched into `cache` where they are not there yet.
 
-    count: of concepts, chosen by their names' hashes; 0: all.
+    groups: keys of `emoji.GROUPS` whose concepts are taken; (): all.
 
     Returns: the number of pictures.
 
@@ -90,7 +89,7 @@ def make(folder: Path, cache: Path, size: int, count: int = 0) -> int:
     packages = [CAPTIONS, *((one.package, one.version) for one in STYLES)]
     archives = {package: fetch(cache, *package) for package in packages}
     concepts, names = read_concepts(archives[CAPTIONS], archives[STYLES[0][1:3]])
-    concepts = sampled(concepts, count) if count else concepts
+    concepts = [one for one in concepts if not groups or one["group"] in groups]
     images, style, concept = [], [], []
     for number, one in enumerate(STYLES):
         for row, image in style_pictures(one, archives[one.package, one.version], concepts, names, size):
@@ -152,13 +151,6 @@ def read_concepts(captions: Path, listed: Path) -> tuple[list[dict[str, Any]], d
         for code, words in tables[path].items():
             names.setdefault(bare(code), []).extend([words] if isinstance(words, str) else words)
     return concepts, names
-
-
-def sampled(concepts: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """So many of the concepts, in their order; the same ones of any list that holds them."""
-    place = lambda one: hashlib.sha256(f"{one['hex']}/sample".encode()).digest()
-    kept = {one["hex"] for one in sorted(concepts, key=place)[:count]}
-    return [one for one in concepts if one["hex"] in kept]
 
 
 def bare(code: str) -> str:
