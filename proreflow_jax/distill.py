@@ -50,7 +50,8 @@ def distill(config: ConfigDict | str | Path, overrides: Mapping[str, Any] | None
         for folder in exports:
             place.check_replaceable(folder)
     check_ready(experiment, experiment.stages)
-    program = train.jit_step(experiment, experiment.stages[0]) if config.pairs.mode == "stored" else None
+    begin = experiment.stages[0]
+    program = None if begin.online else train.jit_step(experiment, begin)
     began = time.monotonic()
     with job_lock(experiment.run):
         first(lambda: _keep_config(experiment.run / CONFIG, config))

@@ -295,5 +295,4 @@ def batches_from(
     else:
         reader = loader.Loader(source, b, config.seed, start_step=start, rows=rows, groups=config.train.groups)
     with reader as batches:
-        placed = ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches)
-        yield placed if stage.online else widened(experiment, placed)
+        yield widened(experiment, stage, ((step, mesh.put_batch(machine, batch, b)) for step, batch in batches))

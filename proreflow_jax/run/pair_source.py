@@ -48,10 +48,13 @@ def process_shards(plan: dict[str, Any], readers: dict[int, list[int]], process:
     return [shard for shard, _ in read], [shard for shard, by in read if by[shard % len(by)] == process]
 
 
-def widened(experiment: Experiment, batches: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
+def widened(experiment: Experiment, stage: Stage, batches: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
     """Batches on the mesh; trajectories are filled up by zeros to as many states as the widest stage has: one shape for all."""
     config, rows = experiment.config, mesh.batch_sharding(experiment.mesh)
-    most = max(config.stages) + 1 if config.pairs.start == "noise" else 0
-    fill = jax.jit(lambda states: jnp.pad(states, ((0, 0), (0, most - states.shape[1]), *[(0, 0)] * 3)), out_shardings=rows)
+    missing = 0 if stage.online or config.pairs.start != "noise" else max(config.stages) - stage.windows
+    if not missing:
+        yield from batches
+        return
+    fill = jax.jit(lambda states: jnp.pad(states, ((0, 0), (0, missing), *[(0, 0)] * 3)), out_shardings=rows)
     for step, batch in batches:
-        yield step, {**batch, "states": fill(batch["states"])} if batch["states"].shape[1] < most else batch
+        yield step, {**batch, "states": fill(batch["states"])}
