@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from proreflow_jax import STOPPED
 from proreflow_jax.runtime import processes, stopping
@@ -134,3 +135,20 @@ def test_one_process_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(processes.host_arrays({"x": jax.numpy.arange(3)})["x"], np.arange(3))
     with pytest.raises(KeyError):
         processes.first(lambda: {}["x"])
+
+
+def test_what_the_first_does_may_ask_again(monkeypatch):
+    """The others do not ask within its work: whatever is sent there would be taken for something else."""
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda value: sent.append(value.tolist()) or value)
+
+    def work() -> str:
+        assert processes.first_says(lambda: True) and processes.first(lambda: 7) == 7
+        return processes.first_reads(lambda: {"inner": 1})["inner"]
+
+    assert processes.first(work) == 1 and sent == [processes.FINE]
+    with pytest.raises(ZeroDivisionError):
+        processes.first(lambda: 1 / 0)
+    assert sent == [processes.FINE, processes.BROKEN]
+    assert processes.first_says(lambda: False) is False and len(sent) == 4  # and it is heard again

@@ -5,6 +5,7 @@ Of one process with as many devices: another number of devices adds up gradients
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def run_pod(verb: str, flags: list[str], processes: int, devices: int, folder: P
     words = [sys.executable, "-m", f"proreflow_jax.{verb}", *flags]
     kept = environment(folder / f"programs-{processes}", devices)
     if processes > 1:
-        kept["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        kept["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", kept["XLA_FLAGS"])  # the script's to say
         pod = ["launch/local_pod.sh", "-n", str(processes), "-d", str(devices), "--logs", str(folder / "logs"), "--"]
         words = [*pod, *words]
     return subprocess.run(words, cwd=ROOT, env=os.environ | kept, capture_output=True, text=True, timeout=900)

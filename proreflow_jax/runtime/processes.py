@@ -39,6 +39,7 @@ KEY, GONE = "proreflow/end", "proreflow/gone"
 LOOK_S = 1.0  # between looks at the service
 GRACE_S = 4.0  # for the others to come to an end by themselves, and for a save under way
 LEAVE_S = 9.0  # until a process that failed leaves, whatever holds it
+_work = threading.local()  # under_way: this thread of process 0 is at the work of `first`
 
 
 def leads() -> bool:
@@ -52,16 +53,33 @@ def check_alone(what: str) -> None:
         raise UserError(f"{what} runs in one process and this job has {jax.process_count()}: run it on one host")
 
 
+def _speaks_alone() -> bool:
+    """Whether nobody listens: the only process, or process 0 at the work of `first`."""
+    return jax.process_count() == 1 or getattr(_work, "under_way", False)
+
+
+@contextmanager
+def _working() -> Iterator[None]:
+    _work.under_way = True
+    try:
+        yield
+    finally:
+        _work.under_way = False
+
+
 def first(work: Callable[[], T]) -> T | None:
     """Process 0 does the work while the others wait; returns what it gave, None on the others.
 
+    The work may ask `first`, `first_says`, `first_reads` again: process 0 answers itself, for the others do not ask.
     Raises what the work raised; on the others UserError for a UserError, RunFailed for anything else.
     """
-    if jax.process_count() == 1:
+    if _speaks_alone():
         return work()
     done, outcome = None, FINE
     try:
-        done = work() if leads() else None
+        if leads():
+            with _working():
+                done = work()
     except UserError:
         outcome = REFUSED
         raise
@@ -83,7 +101,7 @@ def first_says(question: Callable[[], bool]) -> bool:
 def first_reads(read: Callable[[], Any]) -> Any:
     """What process 0 reads, on all of them: a value that JSON can hold. Raises as `first` does."""
     value = first(read)
-    if jax.process_count() == 1:
+    if _speaks_alone():
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(broadcast(np.array(text.size)))
@@ -108,7 +126,7 @@ def job_lock(folder: str | Location) -> Iterator[None]:
 
 def broadcast(value: np.ndarray) -> np.ndarray:
     """Process 0's value, on all of them; it has one shape and dtype everywhere."""
-    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
+    return value if _speaks_alone() else np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def all_arrived() -> None:
