@@ -59,11 +59,11 @@ def whole_of_self(q: Any, k: Any, v: Any, tokens: int) -> jax.Array:
     return jnp.einsum("bhqk,bhdk->bhdq", jax.nn.softmax(scores, -1).astype(v.dtype), v[..., :tokens])
 
 
-@pytest.mark.parametrize(("width", "size"), [(40, 1.0), (80, 2.0)])
-def test_without_a_maximum_the_error_is_bfloat16s_own(monkeypatch, width, size):
+@pytest.mark.parametrize(("width", "size", "most"), [(40, 1.0, (1.05, 1.5)), (80, 2.0, (1.1, 2.25))])
+def test_without_a_maximum_the_error_is_bfloat16s_own(monkeypatch, width, size, most):
     """Outputs and gradients are as far from float32's as with a running maximum, and not much farther than plain attention's.
 
-    Queries are rounded once more, scaled: 1.2 times as far where scores are near 1, twice where they are near 40.
+    Queries are rounded once more, scaled: 1.3 times as far where scores are near 1, twice where they are near 40.
     """
     given = [(size * draw(1, 1, width, 512, seed=seed)).astype(jnp.bfloat16) for seed in range(3)]
     wide = [x.astype(jnp.float32) for x in given]
@@ -75,7 +75,7 @@ def test_without_a_maximum_the_error_is_bfloat16s_own(monkeypatch, width, size):
     distance = lambda a, b: float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
     far = lambda found: [distance(a, b) for a, b in zip(found, exact, strict=True)]
     for ours, usual, plain in zip(far(small), far(running), far(rounded), strict=True):
-        assert ours <= 1.2 * usual and ours <= 2.5 * plain and ours < 2**-7
+        assert ours <= most[0] * usual and ours <= most[1] * plain and ours < 2**-7
 
 
 def test_it_takes_what_lies_in_a_tpus_memory():
