@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
-CONFIG ?= configs/digits.py
+CONFIG ?= configs/emoji.py
 FORM ?= quick
 
 .PHONY: demo test test-slow reliability test-aot same-everywhere reproduce check-export base lint clean
@@ -10,8 +10,8 @@ demo: .venv/demo.ok
 	$(RUN) -m proreflow_jax.distill --config=$(CONFIG)
 	$(RUN) -m proreflow_jax.evaluate --config=$(CONFIG)
 	@printf '\n%s\n' 'Next, after  . .venv/bin/activate' \
-	    '  proreflow sample --steps=2 --prompt="a handwritten seven" --out=seven.png   # your prompt, by the 2-window student' \
-	    '  proreflow export --stage=4 --form=single-file --dtype=float16               # a file for ComfyUI and A1111' \
+	    '  proreflow sample --prompt="a penguin, noto style" --out=penguin.png       # your prompt, by the 2-window student' \
+	    '  proreflow export --stage=4 --form=single-file --dtype=float16             # a file for ComfyUI and A1111' \
 	    '  proreflow sample --config=finetune --config.model.path=MY.safetensors --stage=0 --steps=25 --guidance=7   # your model'
 
 test: .venv/test.ok
@@ -42,7 +42,7 @@ reproduce: .venv/demo.ok
 check-export: .venv/test.ok
 	for n in 8 4 2; do $(RUN) -m proreflow_jax.export --config=$(CONFIG) --stage=$$n --check || exit 1; done
 
-# Train the embedded base model again (about half an hour); compare before replacing proreflow_jax/assets/digits.
+# Train the smallest base model again (about half an hour); compare before replacing proreflow_jax/assets/digits.
 base: .venv/demo.ok
 	$(RUN) -m proreflow_jax.pretrain --config=configs/digits_base.py --out=runs/base
 
@@ -50,7 +50,7 @@ lint: .venv/test.ok
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf runs/digits
+	rm -rf runs/emoji
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,22 +1,39 @@
-"""Progressive reflow of the emoji model in 8, 4, then 2 windows; its gate, and its table.
+"""The demo: progressive reflow of the emoji model in 8, 4, then 2 windows; its table, and its gate.
 
-    proreflow evaluate --config=emoji
+    make demo
     proreflow distill --config=emoji
+    proreflow evaluate --config=emoji:gate
+    proreflow distill --config=emoji:long
 
-The first command alone is the gate: it needs nothing but the package, draws the teacher at 2 to 64 steps and at several
-guidance scales, and says what a testbed must show; after the second it has rows for the students too. Stop it and run it again
-as you like. Machine: 2 CPU cores, which ask the UNet some 540 times a second (a Xeon with AMX): 378,000 times for the teacher's
-rows, 162,000 for those of guidance, 17 minutes.
+The second command is the job, minutes; the third the table from more pictures, with the teacher at 2 to 64 steps and at several
+guidance scales, and what a testbed must show in words (without a student it measures the teacher alone); the fourth is how the
+student was trained that comes with the package. Stop any and run it again as you like. Machine: 2 CPU cores, which ask the UNet
+some 540 times a second (a Xeon with AMX, idle): the gate's rows of the teacher are 378,000 calls, those of guidance 162,000.
 """
 
 from ml_collections import ConfigDict
 
 from configs.common import asset, optimizer, stable_diffusion
 
+SHOWCASE = (
+    "an octopus, fluent 3d style",
+    "a waffle, noto style",
+    "a dog face, fluent 3d style",
+    "a smiling face with sunglasses, twemoji style",
+    "a pizza, fluent flat style",
+    "a penguin, noto style",
+    "a strawberry, fluent 3d style",
+)
 
-def get_config() -> ConfigDict:
-    """What was decided for the emoji; the rest is common.stable_diffusion's."""
-    c = stable_diffusion("emoji")
+
+def get_config(form: str = "demo") -> ConfigDict:
+    """What was decided for the emoji; the rest is common.stable_diffusion's.
+
+    form: "demo", minutes; "gate", the demo's run with a larger table; "long", the student that comes with the package.
+    """
+    if form not in ("demo", "gate", "long"):
+        raise ValueError(f"{form!r} after configs/emoji.py: must be demo, gate or long")
+    c = stable_diffusion("emoji-long" if form == "long" else "emoji")
     c.model.path = asset("emoji")  # diffusers folder, single .safetensors file or hub id
     c.model.dtype = "float32"  # of the student's computation; a CPU gains nothing by "bfloat16"
     c.model.teacher_dtype = "float32"  # of the teacher's computation
@@ -55,15 +72,36 @@ def get_config() -> ConfigDict:
 
     c.evaluate.protocol = "emoji"  # "emoji": kernel distances; "emoji-2500": with Frechet distances
     c.evaluate.images = asset("emoji_pictures")  # folder of the real pictures, as make_emoji writes it
-    c.evaluate.examples = 250  # pictures of each row and seed, seen and held out each
+    c.evaluate.examples = 100  # pictures of each row and seed, seen and held out each
     c.evaluate.batch = 50  # images computed at once; a multiple of the devices
-    c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2)  # rows of the base model; the most are the reference of the distances
-    c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students that are finished
+    c.evaluate.teacher_steps = (32, 8, 4, 2)  # rows of the base model; the most are the reference of the distances
+    c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2))  # rows (windows, steps) of the students that are finished
     c.evaluate.columns = 12  # images of each row in the picture: seen prompts in the left half, held-out ones in the right
     c.evaluate.gate = ConfigDict()  # of the emoji's table alone
     c.evaluate.gate.styled = True  # prompts name a style: "a waffle, noto style"; False: "a waffle", which is harder
     c.evaluate.gate.student_guidance = 1.0  # classifier-free guidance scale of the students; 1 if pairs.guidance is in them
-    c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)  # scales of further rows of the base model, one seed; (): none
+    c.evaluate.gate.guidance = ()  # scales of further rows of the base model, one seed; (): none
     c.evaluate.gate.guidance_steps = (32, 4)  # their steps
     c.evaluate.gate.guidance_examples = 250  # pictures of each of these rows, seen and held out each
+    c.evaluate.gate.showcase = SHOWCASE  # prompts of showcase.png; (): none
+    c.evaluate.gate.showcase_steps = (32, 2)  # many and few, of the base model there; beside it the student of fewest windows
+    return {"demo": lambda c: c, "gate": _gate, "long": _long}[form](c)
+
+
+def _gate(c: ConfigDict) -> ConfigDict:
+    """More pictures and rows in the table."""
+    c.evaluate.examples = 250
+    c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2)
+    c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)
     return c
+
+
+def _long(c: ConfigDict) -> ConfigDict:
+    """More pairs and updates; the last student, of 2 windows, is also taught where a sampler of 4 steps stands."""
+    c.pairs.examples = 4096
+    c.train.steps = 1500
+    c.train.ema = 0.995
+    c.loss.start_steps = 4
+    c.checkpoint.every = 500
+    c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))
+    return _gate(c)

@@ -35,4 +35,4 @@ if __name__ == "__main__":
         "against": ("", "diffusers: the UNet's forward beside torch's, instead of the jobs"),
         "rows": (1, "images at once of --against", (1, 65536)),
     }
-    cli.start(bench, __doc__, "digits", options)
+    cli.start(bench, __doc__, "emoji", options)

@@ -74,4 +74,4 @@ def _keep_config(path: Location, config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(distill, __doc__, "digits", pod=True)
+    cli.start(distill, __doc__, "emoji", pod=True)

@@ -44,4 +44,4 @@ def evaluate(config: ConfigDict, study: bool) -> None:
 
 if __name__ == "__main__":
     options = {"study": (False, "also measure how the flows bend and what perturbed steps cost (about 5 minutes on 2 cores)")}
-    cli.start(evaluate, __doc__, "digits", options, pod=True)
+    cli.start(evaluate, __doc__, "emoji", options, pod=True)

@@ -68,4 +68,4 @@ if __name__ == "__main__":
         "check": (False, "also sample it in diffusers from the same noise (the extra `export-check`)"),
         "overwrite": (False, "replace an export that stands there; anything else is never replaced"),
     }
-    cli.start(export, __doc__, "digits", options)
+    cli.start(export, __doc__, "emoji", options)

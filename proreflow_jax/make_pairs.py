@@ -32,4 +32,4 @@ def make_pairs(config: ConfigDict, stage: int) -> None:
 
 if __name__ == "__main__":
     options = {"stage": (8, "windows of the stage whose pairs are made", (1, 1000))}
-    cli.start(make_pairs, __doc__, "digits", options, pod=True)
+    cli.start(make_pairs, __doc__, "emoji", options, pod=True)

@@ -68,4 +68,4 @@ if __name__ == "__main__":
         "json": ("", "file to write every number to"),
         "cache": ("~/.cache/proreflow_jax/plan", "folder where results are kept; empty: nowhere"),
     }
-    cli.start(plan, __doc__, "digits", options)
+    cli.start(plan, __doc__, "emoji", options)

@@ -17,7 +17,7 @@ def sample(config: ConfigDict, **flags: Any) -> None:
 
 if __name__ == "__main__":
     options = {
-        "prompt": ("a handwritten seven", "what to draw"),
+        "prompt": ("an octopus, fluent 3d style", "what to draw"),
         "prompts": ("", "text file with one prompt a line, instead of --prompt"),
         "negative": ("", "negative prompt; has an effect when guidance is not 1"),
         "stage": (
@@ -36,4 +36,4 @@ if __name__ == "__main__":
         "out": ("samples.png", "PNG file to write; a folder (its name without an ending): one numbered file a picture"),
         "labels": (False, "prompts beside the grid's rows, seeds above its columns"),
     }
-    cli.start(sample, __doc__, "digits", options)
+    cli.start(sample, __doc__, "emoji", options)

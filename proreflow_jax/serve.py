@@ -3,7 +3,7 @@
 Of a run the page offers the base model, every finished student, and the newest checkpoint of the stage that trains. Nothing
 leaves this machine. Ctrl-C ends it.
 
-    python -m proreflow_jax.serve --model=runs/digits
+    python -m proreflow_jax.serve --model=runs/emoji
 """
 
 from proreflow_jax.run import cli

@@ -32,4 +32,4 @@ def train(config: ConfigDict, stage: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(train, __doc__, "digits", {"stage": (8, "windows of the stage to train", (1, 1000))}, pod=True)
+    cli.start(train, __doc__, "emoji", {"stage": (8, "windows of the stage to train", (1, 1000))}, pod=True)

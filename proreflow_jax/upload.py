@@ -2,7 +2,7 @@
 
 It is private unless --public is said. The token is huggingface_hub's own: HF_TOKEN, or `hf auth login` before.
 
-    proreflow upload --folder=runs/digits/export/stage-4 --repo=me/name
+    proreflow upload --folder=runs/emoji/export/stage-4 --repo=me/name
 """
 
 import logging

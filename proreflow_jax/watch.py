@@ -2,7 +2,7 @@
 
 Serves report.html of every run on 127.0.0.1 and nothing else; Ctrl-C ends it. Needs no config, and no run that is under way.
 
-    python -m proreflow_jax.watch --run=runs/digits,runs/mine
+    python -m proreflow_jax.watch --run=runs/emoji,runs/mine
 """
 
 import logging

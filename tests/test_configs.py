@@ -41,7 +41,8 @@ def page(name: str) -> str:
 
 def config(name: str, *words: str) -> ConfigDict:
     """A config with overrides, read as the verbs read it."""
-    argv = ["test", f"--config={ROOT / 'configs' / name}.py", *words]
+    file, _, form = name.partition(":")
+    argv = ["test", f"--config={ROOT / 'configs' / file}.py{form and ':'}{form}", *words]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)  # ml_collections looks there for overrides
         patch.delitem(sys.modules, "config_config", raising=False)  # it would merge the next config file into the last
@@ -78,10 +79,15 @@ def check(c: ConfigDict, devices: int) -> None:
 
 
 def test_the_emoji_can_be_carried_out_on_two_cores():
-    c = config("emoji")
-    check(c, 2)
-    assert max(c.evaluate.teacher_steps) == 64 and set(c.evaluate.gate.guidance) == {1, 2, 3, 4, 5}
-    assert {count for count, _ in c.evaluate.student_steps} == set(c.stages)
+    forms = {form: config(f"emoji:{form}") for form in ("demo", "gate", "long")}
+    for c in forms.values():
+        check(c, 2)
+        assert {count for count, _ in c.evaluate.student_steps} == set(c.stages)
+    assert flat(forms["demo"]) == flat(config("emoji"))
+    gate = forms["gate"].evaluate
+    assert max(gate.teacher_steps) == 64 and set(gate.gate.guidance) == {1, 2, 3, 4, 5}
+    changed = {name for name, value in flat(forms["demo"]).items() if flat(forms["gate"])[name] != value}
+    assert all(name.startswith("evaluate.") for name in changed)  # so it reads the demo's run
 
 
 def slices(name: str) -> list[tuple[str, int, list[str]]]:

@@ -27,7 +27,7 @@ from proreflow_jax.run.stages import seed_key
 from proreflow_jax.storage import sealed
 
 pytestmark = pytest.mark.usefixtures("quick")
-MODEL = Path(asset("emoji"))
+MODEL, STUDENT = Path(asset("emoji")), Path(asset("emoji_student"))
 TOY = {
     "data.resolution": 8,
     "vae.block_out_channels": (8, 8),
@@ -181,11 +181,17 @@ def test_the_model_that_comes_along_is_what_its_page_says():
     assert f"{(~hidden).sum():,} pictures" in page and f"{hidden.sum()} more held out" in page
 
 
-def test_diffusers_draws_with_it_what_this_package_draws():
-    ours, prompt = load(MODEL), "an octopus, fluent 3d style"
+@pytest.mark.parametrize(("model", "steps", "guidance"), [(MODEL, 4, 3.0), (STUDENT, 2, 1.0)])
+def test_diffusers_draws_with_them_what_this_package_draws(model, steps, guidance):
+    ours, prompt = load(model), "an octopus, fluent 3d style"
     noise = jax.random.normal(seed_key(3), (1, *ours.base.latent_shape))
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     start = torch.tensor(np.moveaxis(np.asarray(noise), -1, 1))
-    theirs = pipe(prompt, latents=start, num_inference_steps=4, guidance_scale=3.0, output_type="latent").images
-    mine = ours(prompt, steps=4, guidance=3.0, seed=3, output="latent")
+    theirs = pipe(prompt, latents=start, num_inference_steps=steps, guidance_scale=guidance, output_type="latent").images
+    mine = ours(prompt, steps=steps, guidance=guidance, seed=3, output="latent")
     np.testing.assert_allclose(np.moveaxis(mine, -1, 1), theirs, atol=1e-3)
+
+
+def test_the_student_that_comes_along_is_small_and_of_two_windows():
+    assert sum(path.stat().st_size for path in STUDENT.rglob("*") if path.is_file()) < 25e6
+    assert load(STUDENT).flow.windows == 2

@@ -1,4 +1,4 @@
-"""The demo's data: scikit-learn's 1,797 handwritten digits as captioned RGB images, in a tfds dataset like any other.
+"""The smallest config's data: scikit-learn's 1,797 handwritten digits, captioned RGB images in a tfds dataset like any other.
 
 They come with scikit-learn, so the first run downloads nothing; and a classifier on their 8 x 8 pixels scores generated
 images in seconds. White ink on black. Everything here is a function of (size, seed).

@@ -70,8 +70,8 @@ def data_identity(data: Any) -> dict[str, str]:
     return _call(IDENTITIES[data.kind], data) if data.kind in IDENTITIES else {}
 
 
-def is_demo(data: Any) -> bool:
-    """Whether the dataset is the demo's digits, which the job itself writes."""
+def is_digits(data: Any) -> bool:
+    """Whether the dataset is the digits, which the job itself writes."""
     return data.kind == "digits"
 
 

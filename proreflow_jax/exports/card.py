@@ -54,7 +54,7 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, export_for
 def _about(experiment: Experiment) -> dict[str, Any]:
     """What the page says of base model and data; it tells no student from another, and exports of before have none."""
     config, base = experiment.config, experiment.base.source
-    shown = example_prompt(config.samples.prompts, kinds.is_demo(config.data))
+    shown = example_prompt(config.samples.prompts, kinds.is_digits(config.data))
     return describe_base(config, base) | {"prompt": shown, "credits": data_credits(config, base)}
 
 

@@ -15,7 +15,7 @@ from proreflow_jax.run.config_files import PACKAGE
 from proreflow_jax.run.find_model import home
 
 log = logging.getLogger(__name__)
-DIGITS = PACKAGE / "assets" / "digits"  # the demo's base model
+DIGITS = PACKAGE / "assets" / "digits"  # the smallest base model
 PAGE_LIMIT = 1 << 20  # bytes of a model's page that are read
 
 

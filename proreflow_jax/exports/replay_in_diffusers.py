@@ -127,7 +127,7 @@ def _with_lora(experiment: Experiment, folder: Path, names: str) -> Params:
 def _prompts(experiment: Experiment) -> list[str]:
     from proreflow_jax.data import digits, kinds
 
-    if kinds.is_demo(experiment.config.data):
+    if kinds.is_digits(experiment.config.data):
         return [digits.caption(i, 0) for i in range(COUNT)]
     return [f"a photograph, number {i}" for i in range(COUNT)]
 

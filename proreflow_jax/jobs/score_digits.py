@@ -57,7 +57,7 @@ class TableRow(NamedTuple):
 def check_digits(experiment: Experiment) -> None:
     """Raises ValueError, one line, for a table that cannot be made."""
     config = experiment.config
-    if not kinds.is_demo(config.data):
+    if not kinds.is_digits(config.data):
         raise UserError(
             f"--config.data.kind={config.data.kind}: --config.evaluate.protocol=digits is for data.kind=digits alone, "
             "take coco2017-5k or coco2014-30k"

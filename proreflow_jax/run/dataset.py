@@ -1,4 +1,4 @@
-"""The block `data` of a config as a job reads it: copied from an object store, written by the demo, of this base model."""
+"""The block `data` of a config as a job reads it: copied from an object store, written by the job, of this base model."""
 
 import hashlib
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def open_source(config: ConfigDict, base: Pipeline) -> Source:
     Raises UserError, one line, for bad data, and for a cache that another base model made.
     """
     data = _here(config.data)
-    if kinds.is_demo(data):  # process 0 writes them
+    if kinds.is_digits(data):  # process 0 writes them
         first(partial(kinds.open_data, data))
     source = kinds.open_data(data)
     if kinds.has_latents(data):
@@ -48,7 +48,7 @@ def cached_fields(config: ConfigDict) -> tuple[str, ...]:
 
 def check_source(config: ConfigDict, base: Pipeline) -> None:
     """Raises as `open_source`, and writes nothing: the digits are written by the job itself."""
-    if kinds.is_demo(config.data):
+    if kinds.is_digits(config.data):
         paths.parse_local(config.data.path, DATA)
     else:
         open_source(config, base)
@@ -65,7 +65,7 @@ def _here(data: ConfigDict) -> ConfigDict:
         return data
     location = paths.parse_path(data.path, DATA)
     local = data.copy_and_resolve_references().unlock()
-    local.path = str(paths.parse_local(data.path, DATA) if kinds.is_demo(data) else paths.local_copy(location, DATA))
+    local.path = str(paths.parse_local(data.path, DATA) if kinds.is_digits(data) else paths.local_copy(location, DATA))
     return local
 
 

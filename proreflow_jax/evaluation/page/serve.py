@@ -41,12 +41,12 @@ def run_folders(words: str) -> list[Location]:
     """The folders that --run names. Raises UserError or MissingFile, one line."""
     names = [word.strip() for word in words.split(",") if word.strip()]
     if not names:
-        raise UserError("--run is empty: name the folder of a run, as in --run=runs/digits, or several between commas")
+        raise UserError("--run is empty: name the folder of a run, as in --run=runs/emoji, or several between commas")
     folders = [paths.parse_path(name, "--run") for name in names]
     for name, folder in zip(names, folders, strict=True):
         paths.check_reachable(folder, write=False)
         if not folder.is_dir():
-            raise MissingFile(f"--run={name} is no folder: name that of a run, as in --run=runs/digits")
+            raise MissingFile(f"--run={name} is no folder: name that of a run, as in --run=runs/emoji")
     return folders
 
 
