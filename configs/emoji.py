@@ -13,6 +13,16 @@ from ml_collections import ConfigDict
 
 from configs.common import asset, optimizer, stable_diffusion
 
+SHOWCASE = (
+    "an octopus, fluent 3d style",
+    "a waffle, noto style",
+    "a dog face, fluent 3d style",
+    "a smiling face with sunglasses, twemoji style",
+    "a pizza, fluent flat style",
+    "a penguin, noto style",
+    "a strawberry, fluent 3d style",
+)
+
 
 def get_config() -> ConfigDict:
     """What was decided for the emoji; the rest is common.stable_diffusion's."""
@@ -66,4 +76,6 @@ def get_config() -> ConfigDict:
     c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)  # scales of further rows of the base model, one seed; (): none
     c.evaluate.gate.guidance_steps = (32, 4)  # their steps
     c.evaluate.gate.guidance_examples = 250  # pictures of each of these rows, seen and held out each
+    c.evaluate.gate.showcase = SHOWCASE  # prompts of showcase.png; (): none
+    c.evaluate.gate.showcase_steps = (32, 2)  # many and few, of the base model there; beside it the student of fewest windows
     return c

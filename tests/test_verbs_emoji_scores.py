@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
 from verb import ROOT, Ended, quickly, run
@@ -21,7 +23,7 @@ from proreflow_jax.data import emoji, emoji_pairs
 from proreflow_jax.evaluation import kernel
 from proreflow_jax.evaluation.picture_features import PictureFeatures
 from proreflow_jax.flow.parameterization import Parameterization
-from proreflow_jax.jobs import emoji_pictures, emoji_reference, score_emoji
+from proreflow_jax.jobs import emoji_pictures, emoji_reference, emoji_showcase, score_emoji
 from proreflow_jax.pretrained import pipeline
 from proreflow_jax.reflow import sampler
 from proreflow_jax.run.experiment import Experiment, Weights
@@ -99,6 +101,8 @@ def evaluate(folder: Path, model: Path, name: str, **fields: object) -> Ended:
         "evaluate.gate.guidance_steps": "(2,)",
         "evaluate.gate.guidance_examples": 10,
         "evaluate.gate.student_guidance": 1.0,
+        "evaluate.gate.showcase": '("thing 1", "thing 2, noto style")',
+        "evaluate.gate.showcase_steps": "(8, 2)",
         "pairs.batch": 64,
         "train.batch": 32,
     } | {key.replace("__", "."): value for key, value in fields.items()}
@@ -145,7 +149,7 @@ def test_rows_are_teacher_students_and_what_no_model_draws(whole):
     for row in whole["rows"][3:7]:
         assert set(row["sides"]) == {"seen", "held-out"}
         for numbers in row["sides"].values():
-            assert set(numbers) == {"kernel", "teacher_kernel", "latents", "top1", "top5", "group"}
+            assert set(numbers) == {"kernel", "decoded", "teacher_kernel", "latents", "top1", "top5", "group"}
             assert all(set(values) == {"0", "1"} for values in numbers.values())
     assert set(of(whole, "teacher, guidance", 2, 1.0)["sides"]["seen"]["kernel"]) == {"0"}
     assert "teacher_kernel" not in of(whole, "teacher, guidance", 2, 1.0)["sides"]["seen"]
@@ -214,6 +218,16 @@ def test_the_reconstructions_are_the_floor_that_the_autoencoder_sets(folder, mod
     again = sampler.decode(base.vae, base.params["vae"], mean, 1.0)
     value = kernel.kernel_distance(small_features(np.asarray(again)), small_features(dataset.images[rows]), paired=True)
     assert of(whole, "autoencoder")["sides"]["seen"]["kernel"]["value"] == pytest.approx(value, rel=0.02, abs=1)
+    kept = [part for part in arrays(folder, "whole", steps=2, seed=0, guidance=GUIDANCE) if len(part["features"]) == COUNT]
+    values = [kernel.kernel_distance(part["features"], small_features(np.asarray(again)), paired=True) for part in kept]
+    behind = of(whole, "teacher", 2)["sides"]["seen"]["decoded"]["0"]
+    assert len(kept) == 2 and min(abs(value - behind) for value in values) < max(1, 0.02 * behind)
+
+
+def test_the_gate_reads_the_distance_behind_the_autoencoder(whole):
+    curve = {steps: of(whole, "teacher", steps)["sides"]["seen"]["decoded"] for steps in (2, 4, 8)}
+    means = " / ".join(f"{np.mean(list(curve[steps].values())):.3g}" for steps in (2, 4, 8))
+    assert f"{means} at 2 / 4 / 8 steps" in whole["sentences"][0]
 
 
 def test_the_grid_has_a_row_a_method_and_prompts_as_heads(folder, whole):
@@ -221,6 +235,34 @@ def test_the_grid_has_a_row_a_method_and_prompts_as_heads(folder, whole):
     rows = len(whole["rows"]) - 1  # all but the shuffled prompts
     assert picture.shape[1] == 190 + 4 * 100 and 0 < picture.shape[0] - rows * 100 <= 8 * 22
     assert "<h1>whole" in (folder / "runs" / "whole" / "report.html").read_text()
+
+
+def test_the_showcase_has_few_rows_and_the_differences_from_the_first(folder, whole, tmp_path, monkeypatch):
+    """Row by row by stand-ins of one grey each: teacher 8 steps, teacher 2, the student, and the last two's differences."""
+    assert "showcase.png" in whole["out"]
+    picture = np.asarray(Image.open(folder / "runs" / "whole" / "showcase.png"))
+    assert picture.shape[1] == 190 + 2 * 116 and 0 < picture.shape[0] - 5 * 116 <= 3 * 22
+    gate = ConfigDict({"showcase": ("a", "b"), "showcase_steps": (8, 2)})
+    experiment = SimpleNamespace(config=ConfigDict({"evaluate": {"gate": gate}}), run=tmp_path)
+    monkeypatch.setattr(emoji_showcase, "read_prompts", lambda _, name, texts, noise: texts)
+    flow, student = Parameterization("epsilon"), Parameterization("ddim_eps", 4)
+    rows = [
+        emoji_pictures.PictureRow("teacher", 0, flow, 64, GUIDANCE),
+        emoji_pictures.PictureRow("4-window student", 4, student, 8, 1.0),
+        emoji_pictures.PictureRow("4-window student", 4, student, 4, 1.0),
+    ]
+    greys, drawn = {(0, 8): 200, (0, 2): 90, (4, 4): 230}, []
+
+    def draw(row: emoji_pictures.PictureRow, texts: tuple[str, ...]) -> np.ndarray:
+        drawn.append((row.windows, row.steps, row.calls, texts))
+        return np.full((len(texts), 8, 8, 3), greys[row.windows, row.steps], np.uint8)
+
+    path = emoji_showcase.write_showcase(experiment, rows, draw)
+    assert drawn == [(0, 8, 16, ("a", "b")), (0, 2, 4, ("a", "b")), (4, 4, 4, ("a", "b"))]
+    column = np.asarray(Image.open(path))[22:, 190 + 56, 0]
+    assert [int(column[116 * i + 56]) for i in range(5)] == [200, 90, 230, 255 - 110, 255 - 30]
+    gate.showcase = ()
+    assert emoji_showcase.write_showcase(experiment, rows, draw) is None
 
 
 def numbers(table: dict) -> list[tuple]:
@@ -281,6 +323,9 @@ def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
     cases = {
         "evaluate.examples=4 must be at least 10": {"evaluate__examples": 4},
         "evaluate.columns=17 must be in": {"evaluate__columns": 17},
+        "showcase has 17 prompts, at most 16": {"evaluate__gate__showcase": str(("a",) * 17)},
+        "showcase_steps=(8,) must be two numbers": {"evaluate__gate__showcase_steps": "(8,)"},
+        "showcase_steps=(8, 0) must be": {"evaluate__gate__showcase_steps": "(8, 0)"},
         "evaluate.batch=9": {"evaluate__batch": 9},
         "set --config.evaluate.images": {"evaluate__images": tmp_path},
         "teacher_steps is empty": {"evaluate__teacher_steps": "()"},

@@ -40,11 +40,13 @@ class Real(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Seen or held-out pairs, with their prompts."""
+    """Seen or held-out pairs, with their prompts, and what the autoencoder leaves of their pictures."""
 
     name: str
     pairs: Pairs
     prompts: PromptRows
+    decoded: np.ndarray  # features (n, 1280) of the real pictures behind the autoencoder
+    pictures: np.ndarray  # the first SHOWN of these
 
 
 def read_real(experiment: Experiment, judge: PictureFeatures) -> Real:
@@ -72,11 +74,21 @@ def _features(experiment: Experiment, dataset: emoji.Emoji, judge: PictureFeatur
         return np.asarray(weight_files.Tensors([paths.local_copy(path)])["features"])
 
 
-def make_side(experiment: Experiment, real: Real, name: str, pairs: Pairs, count: int = 0) -> Side:
-    """The pairs with their prompts; the first `count` alone, unless it is 0."""
-    pairs = Pairs(pairs.rows[:count], pairs.others[:count]) if count else pairs
-    texts, noise = prompt_texts(experiment, real, pairs.rows), NOISE[name]
-    return Side(name, pairs, read_prompts(experiment, name, texts, noise))
+def make_side(experiment: Experiment, real: Real, name: str, pairs: Pairs, judge: PictureFeatures) -> Side:
+    """The pairs with their prompts and reconstructions."""
+    images = reconstructions(experiment, real.dataset.images[pairs.rows])
+    return Side(name, pairs, _prompts(experiment, real, name, pairs), judge.of(images), images[:SHOWN])
+
+
+def shorten_side(experiment: Experiment, real: Real, side: Side, count: int) -> Side:
+    """The first `count` pairs alone."""
+    pairs = Pairs(side.pairs.rows[:count], side.pairs.others[:count])
+    prompts = _prompts(experiment, real, side.name, pairs)
+    return side._replace(pairs=pairs, prompts=prompts, decoded=side.decoded[:count])
+
+
+def _prompts(experiment: Experiment, real: Real, name: str, pairs: Pairs) -> PromptRows:
+    return read_prompts(experiment, name, prompt_texts(experiment, real, pairs.rows), NOISE[name])
 
 
 def prompt_texts(experiment: Experiment, real: Real, rows: Sequence[int]) -> list[str]:
@@ -88,11 +100,13 @@ def prompt_texts(experiment: Experiment, real: Real, rows: Sequence[int]) -> lis
 def compare_pictures(real: Real, side: Side, features: np.ndarray, teacher: np.ndarray | None = None) -> Numbers:
     """Numbers of pictures for a side's prompts, by their features.
 
-    kernel, and frechet from FRECHET_LEAST pictures on: to the real pictures of the same prompts; teacher_kernel: to other
-    pictures of the same prompts; top1, top5, group: shares of `fidelity`.
+    kernel, and frechet from FRECHET_LEAST pictures on: to the real pictures of the same prompts; decoded: to these behind the
+    autoencoder, which no sampler can do without; teacher_kernel: to other pictures of the same prompts; top1, top5, group:
+    shares of `fidelity`.
     """
     own = real.features[side.pairs.rows]
     numbers = {"kernel": kernel.kernel_distance(features, own, paired=True)} | fidelity(real, side.pairs.rows, features)
+    numbers["decoded"] = kernel.kernel_distance(features, side.decoded, paired=True)
     if len(own) >= FRECHET_LEAST:
         numbers["frechet"] = frechet.frechet_distance(frechet.moments(features), frechet.moments(own))
     if teacher is not None:
@@ -116,7 +130,7 @@ def fidelity(real: Real, rows: Int[np.ndarray, " n"], features: np.ndarray) -> N
     return {"top1": float((place == 0).mean()), "top5": float((place < TOP).mean()), "group": float(right.mean())}
 
 
-def baselines(experiment: Experiment, real: Real, sides: Sequence[Side], judge: PictureFeatures) -> list[dict[str, Any]]:
+def baselines(real: Real, sides: Sequence[Side]) -> list[dict[str, Any]]:
     """Rows of a table for what no model draws: ceiling and floors. Kernel distances have a standard error over parts."""
     results = [{"method": name, "sides": {}, "pictures": {}} for name in ("real pictures", "shuffled prompts", "autoencoder")]
     for side in sides:
@@ -125,12 +139,9 @@ def baselines(experiment: Experiment, real: Real, sides: Sequence[Side], judge: 
         apart = kernel.estimate_distance(own, other)._asdict() if min(len(own), len(other)) >= kernel.LEAST else {}
         results[0]["sides"][side.name] = {"kernel": apart} | fidelity(real, rows, own)
         results[1]["sides"][side.name] = fidelity(real, rows, own[_moved(real.labels.family[rows])])
-        images = real.dataset.images[rows]
-        through = reconstructions(experiment, images)
-        again = judge.of(through)
-        error = kernel.estimate_distance(again, own, paired=True)._asdict()
-        results[2]["sides"][side.name] = compare_pictures(real, side, again) | {"kernel": error}
-        results[0]["pictures"][side.name], results[2]["pictures"][side.name] = images[:SHOWN], through[:SHOWN]
+        error = kernel.estimate_distance(side.decoded, own, paired=True)._asdict()
+        results[2]["sides"][side.name] = {"kernel": error} | fidelity(real, rows, side.decoded)
+        results[0]["pictures"][side.name], results[2]["pictures"][side.name] = real.dataset.images[rows[:SHOWN]], side.pictures
     return results
 
 

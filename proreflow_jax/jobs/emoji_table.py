@@ -23,6 +23,8 @@ COLUMNS = {
     "calls": "network calls",
     "kernel, seen": "kernel distance, seen",
     "kernel, held-out": "held-out",
+    "decoded, seen": "behind the autoencoder, seen",
+    "decoded, held-out": "held-out",
     "frechet, seen": "Frechet, seen",
     "teacher_kernel, seen": "to the teacher, seen",
     "teacher_kernel, held-out": "held-out",
@@ -32,7 +34,8 @@ COLUMNS = {
     "seconds": "s / image",
 }
 SIDES = (SEEN, HELD_OUT)
-DISTANCES = ("kernel", "frechet", "teacher_kernel", "latents")
+YARDSTICK = "decoded"  # the distance that the gate reads: what the autoencoder costs is the same in every row
+DISTANCES = ("kernel", "decoded", "frechet", "teacher_kernel", "latents")
 BETTER = {f"{name}, {side}": "less" for name in DISTANCES for side in SIDES} | {"seconds": "less"}
 BETTER |= {f"fidelity, {side}": "more" for side in SIDES}
 WITHOUT_MODEL = ("frechet, seen",)  # columns left out where no row has them
@@ -76,7 +79,7 @@ def _cells(result: Result) -> Result:
     if row:
         cells |= {"steps": row.steps, "guidance": f"{row.guidance:g}", "calls": row.calls, "seconds": result["seconds"]}
     for side, numbers in result["sides"].items():
-        for name in ("kernel", "frechet", "teacher_kernel", "latents"):
+        for name in DISTANCES:
             if numbers.get(name):
                 cells[f"{name}, {side}"] = _number(numbers[name], 3 if name == "latents" else 1)
         shares = [100 * _mean(numbers[name]) for name in ("top1", "top5", "group")]
@@ -107,9 +110,9 @@ def _main(results: Sequence[Result]) -> list[Result]:
 
 def _verdicts(results: Sequence[Result], side: str) -> list[gate.Verdict]:
     rows = _main(results)
-    teacher = {each["row"].steps: each["sides"][side]["kernel"] for each in rows if not each["row"].windows}
+    teacher = {each["row"].steps: each["sides"][side][YARDSTICK] for each in rows if not each["row"].windows}
     students = [
-        gate.StudentScore(each["row"].windows, each["row"].steps, each["sides"][side]["kernel"])
+        gate.StudentScore(each["row"].windows, each["row"].steps, each["sides"][side][YARDSTICK])
         for each in rows
         if each["row"].windows
     ]
@@ -143,7 +146,8 @@ def _notes(config: ConfigDict, plan: Plan, results: Sequence[Result]) -> list[st
         f"pictures that it did not (the concept in another style it did), {prompts}; seeds {seeds} of the noise; +- is the "
         "standard deviation over seeds; of rows that no model draws the standard error over parts.",
         f"kernel distance: unbiased polynomial MMD with KID's kernel x 1000 over {features}, to the real pictures of the same "
-        "prompts (real pictures: to other real ones); to the teacher: to its own pictures in the first row, same seed.",
+        "prompts (real pictures: to other real ones); behind the autoencoder: to these encoded and decoded, which is all that "
+        "a sampler can reach, and the gate's yardstick; to the teacher: to its own pictures in the first row, same seed.",
         f"right concept: shares of pictures whose prompt's concept the judge ({concepts.NAME} on {plan.protocol.features}, "
         "fitted to real pictures of the other styles alone) puts first / among the first five / whose first is of the right "
         "group. Real pictures are the ceiling, shuffled prompts the floor.",

@@ -16,8 +16,9 @@ from proreflow_jax import UserError
 from proreflow_jax.data import emoji, emoji_pairs
 from proreflow_jax.evaluation import fid, kernel
 from proreflow_jax.evaluation.picture_features import make_picture_features
+from proreflow_jax.flow.windows import GRID
 from proreflow_jax.jobs import emoji_table
-from proreflow_jax.jobs.emoji_pictures import SHOWN, Arrays, PictureRow, make_picture_draw, measure_pictures
+from proreflow_jax.jobs.emoji_pictures import SHOWN, Arrays, PictureRow, PromptRows, make_picture_draw, measure_pictures
 from proreflow_jax.jobs.emoji_reference import (
     IMAGES,
     Real,
@@ -27,7 +28,9 @@ from proreflow_jax.jobs.emoji_reference import (
     make_side,
     prompt_texts,
     read_real,
+    shorten_side,
 )
+from proreflow_jax.jobs.emoji_showcase import write_showcase
 from proreflow_jax.jobs.score_plan import Plan, check_plan, make_plan
 from proreflow_jax.reflow import sampler
 from proreflow_jax.run.experiment import Experiment, Weights, check_taught, load_weights
@@ -50,6 +53,11 @@ def check_emoji(config: ConfigDict) -> None:
     check_alone(f"evaluate with --config.evaluate.protocol={e.protocol}")
     if not 1 <= e.columns <= SHOWN:
         raise UserError(f"--config.evaluate.columns={e.columns} must be in [1, {SHOWN}]")
+    if len(e.gate.showcase) > SHOWN:
+        raise UserError(f"--config.evaluate.gate.showcase has {len(e.gate.showcase)} prompts, at most {SHOWN} are drawn")
+    shown = tuple(e.gate.showcase_steps)
+    if e.gate.showcase and not (len(shown) == 2 and all(1 <= steps <= GRID for steps in shown)):
+        raise UserError(f"--config.evaluate.gate.showcase_steps={shown} must be two numbers in [1, {GRID}]: many and few")
     if not e.teacher_steps:
         raise UserError("--config.evaluate.teacher_steps is empty: students are held against the teacher's most steps")
     if e.gate.guidance and e.gate.guidance_examples < kernel.LEAST:
@@ -58,24 +66,26 @@ def check_emoji(config: ConfigDict) -> None:
 
 
 def score_emoji(experiment: Experiment) -> list[str]:
-    """Writes table.md, table.json, samples.png and report.html into the run's folder; returns the lines to show."""
+    """Writes table.md, table.json, two pictures and report.html into the run's folder; returns the lines to show."""
     e, plan = experiment.config.evaluate, make_plan(experiment.config)
     mesh.check_split(e.batch, fid.BATCH, experiment.mesh)
     rows, sweep = _rows(experiment, plan), _sweep(experiment)
     judge = make_picture_features(plan.protocol.size, experiment.mesh, e.batch)
     real = read_real(experiment, judge)
     chosen = emoji_pairs.choose_pairs(real.dataset.pictures, plan.count)
-    sides = [make_side(experiment, real, name, pairs) for name, pairs in chosen.items()]
+    sides = [make_side(experiment, real, name, pairs, judge) for name, pairs in chosen.items()]
     measured = partial(measure_pictures, experiment, draw=make_picture_draw(experiment), judge=judge)
     measure = lambda row, weights, side, seed: measured(row, weights, side.prompts, seed)
-    results = baselines(experiment, real, sides, judge)
+    results = baselines(real, sides)
     with lock.lock_folder(experiment.run / "scores"):
         results += _measured(experiment, plan.seeds, rows, real, sides, measure=measure)
         if sweep:
-            few = [make_side(experiment, real, name, pairs, e.gate.guidance_examples) for name, pairs in chosen.items()]
+            few = [shorten_side(experiment, real, side, e.gate.guidance_examples) for side in sides]
             results += _measured(experiment, plan.seeds[:1], sweep, real, few, measure=measure, alone=True)
+        showcase = write_showcase(experiment, rows, partial(_pictures, experiment, measured, plan.seeds[0]))
     texts = {side.name: prompt_texts(experiment, real, side.pairs.rows[:SHOWN]) for side in sides}
-    return emoji_table.write_table(experiment, plan, results, texts)
+    lines = emoji_table.write_table(experiment, plan, results, texts)
+    return [*lines, f"the gain at a glance: {showcase}"] if showcase else lines
 
 
 def _rows(experiment: Experiment, plan: Plan) -> list[PictureRow]:
@@ -107,6 +117,16 @@ def _sweep(experiment: Experiment) -> list[PictureRow]:
     return rows
 
 
+def _weights(experiment: Experiment, row: PictureRow) -> Weights:
+    """Of the base model, or of the row's student."""
+    return load_weights(experiment, find_stage(experiment.stages, row.windows) if row.windows else None)
+
+
+def _pictures(experiment: Experiment, measured: Callable, seed: int, row: PictureRow, prompts: PromptRows) -> np.ndarray:
+    """A row's pictures for prompts of the showcase."""
+    return measured(row, _weights(experiment, row), prompts, seed)["pictures"]
+
+
 def _measured(
     experiment: Experiment,
     seeds: Sequence[int],
@@ -122,8 +142,7 @@ def _measured(
     reference: Drawn = {}
     for row in rows:
         if weights is None or row.windows != loaded:  # rows of one student stand together
-            stage = find_stage(experiment.stages, row.windows) if row.windows else None
-            loaded, weights = row.windows, load_weights(experiment, stage)
+            loaded, weights = row.windows, _weights(experiment, row)
         arrays = {(side.name, seed): measure(row, weights, side, seed) for side in sides for seed in seeds}
         reference = {} if alone else reference or arrays
         numbers = {side.name: _by_name(_numbers(real, side, arrays, reference)) for side in sides}
