@@ -6,7 +6,7 @@ Data: 2,650 pictures of 459 concepts (animals, food, smileys), which come with t
 (`data.emoji.hold_out`); `proreflow make_emoji` makes the set of all ten groups, 10,188 pictures of 1,911 concepts.
 Size: UNet 7.1 M weights, text encoder 1.0 M, autoencoder 1.8 M; 20 MB in half precision. Latents are 8 x 8 x 16: as many
 numbers at a quarter of the places, which a CPU works through faster; no level is 2 x 2, where its convolutions are slow.
-Machine: 2 CPU cores, 27 images a second of the second part (a Xeon, idle): eight hours. The model that comes with the package
+Machine: 2 CPU cores, 27 images a second of the second part (a Xeon, idle): eleven hours. The model that comes with the package
 was trained so, but for what its page says.
 
 The length of the training is left open: the rate is constant and the result is an average, so any checkpoint is a model
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     c.vae.latent_channels = 16  # as in Stable Diffusion 3
     c.vae.norm_num_groups = 8  # groups of the group norms
     c.vae.kl_weight = 1e-4  # of the KL term beside the mean squared error
-    c.vae.steps = 2000  # training steps
+    c.vae.steps = 7000  # training steps
     c.vae.batch = 32  # images a step
     c.vae.optimizer = optimizer(learning_rate=1e-3, warmup_steps=100)
 
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     c.text.merges = 2500  # most merges of the tokenizer's byte-pair encoding
 
     c.diffusion = ConfigDict()
-    c.diffusion.steps = 12000  # training steps
+    c.diffusion.steps = 17000  # training steps
     c.diffusion.batch = 64  # latents a step
     c.diffusion.ema = 0.9995  # decay of the averaged weights, which are the result
     c.diffusion.prompt_dropout = 0.1  # probability that a prompt is replaced by the empty one
