@@ -5,7 +5,6 @@ the same in a column; rows are named by their network calls, of which guidance t
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,13 +20,6 @@ NOISE = 2_000_000  # number of the first one's noise: no picture of the table sh
 Draw = Callable[[PictureRow, PromptRows], UInt8[np.ndarray, "n h w 3"]]
 
 
-class Shown(NamedTuple):
-    """A row of the picture: what drew it."""
-
-    name: str
-    row: PictureRow
-
-
 def write_showcase(experiment: Experiment, rows: Sequence[PictureRow], draw: Draw) -> Location | None:
     """Writes the picture into the run's folder and returns its path; None if the config names no prompts for it.
 
@@ -38,27 +30,22 @@ def write_showcase(experiment: Experiment, rows: Sequence[PictureRow], draw: Dra
         return None
     prompts = read_prompts(experiment, "shown", tuple(gate.showcase), NOISE)
     shown = _shown(rows, gate.showcase_steps)
-    pictures = [draw(each.row, prompts) for each in shown]
-    lines = [(f"{each.name}\n{_calls(each.row)}", images) for each, images in zip(shown, pictures, strict=True)]
+    pictures = [draw(row, prompts) for row in shown]
+    lines = [(f"{row.method}\n{row.calls} network calls", images) for row, images in zip(shown, pictures, strict=True)]
     lines += [
-        (f"{each.name}'s difference\nfrom the first row", _apart(images, pictures[0]))
-        for each, images in zip(shown[1:], pictures[1:], strict=True)
+        (f"{row.method}'s difference\nfrom the first row", _apart(images, pictures[0]))
+        for row, images in zip(shown[1:], pictures[1:], strict=True)
     ]
     path = experiment.run / FILE
     report.picture(path, lines, gate.showcase, CELL)
     return path
 
 
-def _shown(rows: Sequence[PictureRow], steps: tuple[int, int]) -> list[Shown]:
+def _shown(rows: Sequence[PictureRow], steps: tuple[int, int]) -> list[PictureRow]:
     """The table's teacher in many and in few steps, and the student of fewest windows in as many steps."""
     teacher = next(row for row in rows if not row.windows)
-    shown = [Shown("teacher", teacher._replace(steps=count)) for count in steps]
     students = [row for row in rows if row.windows and row.steps == row.windows]
-    return shown + [Shown(f"{row.windows}-window student", row) for row in sorted(students, key=lambda row: row.windows)[:1]]
-
-
-def _calls(row: PictureRow) -> str:
-    return f"{row.calls} network calls"
+    return [teacher._replace(steps=count) for count in steps] + sorted(students, key=lambda row: row.windows)[:1]
 
 
 def _apart(images: UInt8[np.ndarray, "n h w 3"], first: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
