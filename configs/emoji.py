@@ -35,6 +35,7 @@ def get_config(form: str = "demo") -> ConfigDict:
         raise ValueError(f"{form!r} after configs/emoji.py: must be demo, gate or long")
     c = stable_diffusion("emoji-long" if form == "long" else "emoji")
     c.model.path = asset("emoji")  # diffusers folder, single .safetensors file or hub id
+    c.model.student = asset("emoji_student")  # what `sample` draws with as long as the run has no student of its own
     c.model.dtype = "float32"  # of the student's computation; a CPU gains nothing by "bfloat16"
     c.model.teacher_dtype = "float32"  # of the teacher's computation
     c.model.sampling_dtype = "float32"  # of sampling and decoding
@@ -45,24 +46,25 @@ def get_config(form: str = "demo") -> ConfigDict:
 
     c.student.prediction = "ddim_eps"  # prediction type: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
 
-    c.pairs.steps = 4  # solver steps per window of the diffusion teacher in the first stage [paper: 4]; later stages scale
+    c.pairs.steps = 2  # solver steps per window of the diffusion teacher in the first stage [paper: 4]; later stages scale
     c.pairs.substeps = 1  # Euler steps per old window of a student that makes pairs: enough where it was taught at starts alone
     c.pairs.examples = 512  # records a stage; from noise each holds a whole trajectory
     c.pairs.shard_size = 128  # records a shard; a kill costs at most one shard
     c.pairs.batch = 64  # trajectories computed at once; divides shard_size and is a multiple of the devices
-    c.pairs.guidance = 3.0  # teacher's classifier-free guidance scale: the students have it in them, and draw at half the cost
+    c.pairs.guidance = 4.0  # teacher's classifier-free guidance scale: the students have it in them, and draw at half the cost
+    c.pairs.prompt_dropout = 0.0  # nobody asks these students for the empty prompt: guidance is in them already
 
     c.loss.balance = "auto"  # alpha as it is [paper], or "auto": in units of each target's direction_weight
     c.loss.window_start_prob = 1.0  # t is a window's start, where an N-step sampler looks, and nothing else
 
-    c.train.steps = 150  # updates per stage (the paper does not say)
+    c.train.steps = 200  # updates per stage (the paper does not say)
     c.train.batch = 32  # global batch: examples per update, over all devices and accumulation (the paper does not say)
     c.train.accumulation = 1  # parts a batch is computed in; divides batch / devices
-    c.train.ema = 0.98  # decay of the averaged weights, which are handed on; 0: off (the paper does not say)
+    c.train.ema = 0.95  # decay of the averaged weights, which are handed on; 0: off (the paper does not say)
     c.train.remat = "none"  # all is kept of each block for the backward pass: memory is no matter here
     c.train.log_every = 10  # steps between lines of metrics.jsonl; every step is checked for non-finite numbers
 
-    c.optimizer = optimizer(learning_rate=5e-4, warmup_steps=20)  # the paper does not say
+    c.optimizer = optimizer(learning_rate=1.5e-4, warmup_steps=20)  # at 5e-4 250 updates forgot more than they learnt
 
     c.checkpoint.every = 50  # steps between checkpoints
 
@@ -74,15 +76,16 @@ def get_config(form: str = "demo") -> ConfigDict:
     c.evaluate.images = asset("emoji_pictures")  # folder of the real pictures, as make_emoji writes it
     c.evaluate.examples = 100  # pictures of each row and seed, seen and held out each
     c.evaluate.batch = 50  # images computed at once; a multiple of the devices
+    c.evaluate.guidance = 4.0  # of the base model's rows: pairs.guidance
     c.evaluate.teacher_steps = (32, 8, 4, 2)  # rows of the base model; the most are the reference of the distances
     c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2))  # rows (windows, steps) of the students that are finished
     c.evaluate.columns = 12  # images of each row in the picture: seen prompts in the left half, held-out ones in the right
     c.evaluate.gate = ConfigDict()  # of the emoji's table alone
     c.evaluate.gate.styled = True  # prompts name a style: "a waffle, noto style"; False: "a waffle", which is harder
     c.evaluate.gate.student_guidance = 1.0  # classifier-free guidance scale of the students; 1 if pairs.guidance is in them
-    c.evaluate.gate.guidance = ()  # scales of further rows of the base model, one seed; (): none
-    c.evaluate.gate.guidance_steps = (32, 4)  # their steps
-    c.evaluate.gate.guidance_examples = 250  # pictures of each of these rows, seen and held out each
+    c.evaluate.gate.guidance = (2.0, 3.0)  # scales of further rows of the base model, one seed; (): none
+    c.evaluate.gate.guidance_steps = (4, 2)  # their steps: where the students stand
+    c.evaluate.gate.guidance_examples = 100  # pictures of each of these rows, seen and held out each
     c.evaluate.gate.showcase = SHOWCASE  # prompts of showcase.png; (): none
     c.evaluate.gate.showcase_steps = (32, 2)  # many and few, of the base model there; beside it the student of fewest windows
     return {"demo": lambda c: c, "gate": _gate, "long": _long}[form](c)
@@ -93,15 +96,17 @@ def _gate(c: ConfigDict) -> ConfigDict:
     c.evaluate.examples = 250
     c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2)
     c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)
+    c.evaluate.gate.guidance_steps = (32, 4)
+    c.evaluate.gate.guidance_examples = 250
     return c
 
 
 def _long(c: ConfigDict) -> ConfigDict:
     """More pairs and updates; the last student, of 2 windows, is also taught where a sampler of 4 steps stands."""
-    c.pairs.examples = 4096
-    c.train.steps = 1500
-    c.train.ema = 0.995
+    c.pairs.examples = 3072
+    c.train.steps = 900
+    c.train.ema = 0.98
     c.loss.start_steps = 4
-    c.checkpoint.every = 500
+    c.checkpoint.every = 300
     c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))
     return _gate(c)
