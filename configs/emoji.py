@@ -93,20 +93,20 @@ def get_config(form: str = "demo") -> ConfigDict:
 
 def _gate(c: ConfigDict) -> ConfigDict:
     """More pictures and rows in the table."""
-    c.evaluate.examples = 250
-    c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2)
-    c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)
-    c.evaluate.gate.guidance_steps = (32, 4)
-    c.evaluate.gate.guidance_examples = 250
+    c.evaluate.examples = 250  # pictures of each row and seed, seen and held out each
+    c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2)  # every doubling
+    c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)  # scales of further rows of the base model, one seed
+    c.evaluate.gate.guidance_steps = (32, 4)  # their steps, many and few
+    c.evaluate.gate.guidance_examples = 250  # pictures of each of these rows, seen and held out each
     return c
 
 
 def _long(c: ConfigDict) -> ConfigDict:
     """More pairs and updates; the last student, of 2 windows, is also taught where a sampler of 4 steps stands."""
-    c.pairs.examples = 3072
-    c.train.steps = 900
-    c.train.ema = 0.98
-    c.loss.start_steps = 4
-    c.checkpoint.every = 300
-    c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))
+    c.pairs.examples = 3072  # records a stage: every prompt in most of them
+    c.train.steps = 900  # updates per stage
+    c.train.ema = 0.98  # decay of the averaged weights, which are handed on
+    c.loss.start_steps = 4  # the last student learns at the times of a sampler of 4 steps, too
+    c.checkpoint.every = 300  # steps between checkpoints
+    c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students
     return _gate(c)
