@@ -101,6 +101,7 @@ def evaluate(folder: Path, model: Path, name: str, **fields: object) -> Ended:
         "evaluate.gate.guidance_steps": "(2,)",
         "evaluate.gate.guidance_examples": 10,
         "evaluate.gate.student_guidance": 1.0,
+        "evaluate.guidance": 0.0,  # the protocol's, 3
         "evaluate.gate.showcase": '("thing 1", "thing 2, noto style")',
         "evaluate.gate.showcase_steps": "(8, 2)",
         "pairs.batch": 64,
