@@ -120,7 +120,7 @@ def _method(c: ConfigDict) -> None:
     c.pairs.teacher = "previous"  # who makes a later stage's pairs: "previous" stage [paper] or "base" model
     c.pairs.solver = "ddim"  # of the diffusion teacher: "ddim" [paper], "euler", "heun", "dpmpp_2m"
     c.pairs.steps = 4  # solver steps per window of the diffusion teacher, 32 in all [paper]
-    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs (our choice); with 1 a toy was 22 % worse
+    c.pairs.substeps = 1  # Euler steps per old window of a student that makes pairs: all it needs, taught at starts alone
     c.pairs.guidance = 1.0  # teacher's classifier-free guidance scale [paper]; guide the student when sampling, 2 to 7 [paper]
     c.pairs.prompt_dropout = 0.1  # probability of the empty prompt, so that guidance works later (PeRFlow's number)
     c.pairs.storage = "float16"  # half of float32; a chord is a difference, where bfloat16's rounding would be 8 times larger
@@ -128,10 +128,31 @@ def _method(c: ConfigDict) -> None:
     c.loss = ConfigDict()
     c.loss.space = "velocity"  # what is compared: "velocity" [paper] or "output" (noise matching, PeRFlow)
     c.loss.alpha = 1.0  # weight of 1 - cosine; the paper gives no number, at 0.1 a toy study saw no effect
-    c.loss.balance = "fixed"  # alpha as it is [paper], or "auto": in units of each target's direction_weight
+    c.loss.balance = "auto"  # alpha in units of each target's direction_weight, or "fixed": as it is [paper]
     c.loss.huber = 0.0  # delta of a pseudo-Huber in place of the squared error; 0: squared error [paper]
-    c.loss.start_steps = 0  # of more steps than windows: all times of a sampler of so many steps count as starts
-    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
+    c.loss.start_steps = 4  # of more steps than windows: all times of a sampler of so many steps count as starts
+    c.loss.window_start_prob = 1.0  # extra probability that t is a start, where such samplers look; 0: uniform [paper]
+
+
+def in_form(c: ConfigDict, form: str) -> ConfigDict:
+    """The config as it is by "", and by "paper" with the paper's recipe, where it says one, in a run folder of its own.
+
+    That recipe starts windows at noised images, so it needs a dataset; a record holds one window, so there are more of them.
+    """
+    if form not in ("", "paper"):
+        raise ValueError(f"{form!r} after configs/{c.name}.py: must be paper, or left out with its colon")
+    if form == "paper":
+        c.name += "-paper"  # run folder below `root`
+        if c.data.kind == "prompts":
+            c.data.kind, c.data.path = "folder", "images"  # images with captions: docs/data.md
+        c.pairs.start = "data"  # a window starts at a noised image, as in PeRFlow, on which the paper builds
+        c.pairs.substeps = 4  # not in the paper: 32 steps of the 8-window student, as many as the diffusion teacher's
+        c.pairs.examples *= c.stages[0]  # records a stage: one window each
+        c.pairs.shard_size *= c.stages[0]  # records a shard: as many bytes as before
+        c.loss.balance = "fixed"  # alpha as it is; its number is not in the paper
+        c.loss.start_steps = 0  # no times are preferred
+        c.loss.window_start_prob = 0.0  # t is uniform in the window
+    return c
 
 
 def _run(c: ConfigDict) -> None:

@@ -34,10 +34,15 @@ def get_config() -> ConfigDict:
     c.student.prediction = "ddim_eps"  # prediction type: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
 
     c.pairs.steps = 8  # solver steps per window of the diffusion teacher in the first stage [paper: 4]; later stages scale
+    c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs: it is taught everywhere
     c.pairs.examples = 2048  # records a stage; from noise each holds a whole trajectory
     c.pairs.shard_size = 512  # records a shard; a kill costs at most one shard
     c.pairs.batch = 128  # trajectories computed at once; divides shard_size and is a multiple of the devices
     c.pairs.storage = "float32"  # dtype of the stored states: small enough to keep every bit
+
+    c.loss.balance = "fixed"  # alpha as it is [paper], or "auto": in units of each target's direction_weight
+    c.loss.start_steps = 0  # of more steps than windows: all times of a sampler of so many steps count as starts
+    c.loss.window_start_prob = 0.25  # extra probability that t is a window's start, where an N-step sampler looks; 0: [paper]
 
     c.train.steps = 500  # updates per stage (the paper does not say)
     c.train.batch = 64  # global batch: examples per update, over all devices and accumulation (the paper does not say)

@@ -47,17 +47,15 @@ def get_config(form: str = "demo") -> ConfigDict:
     c.student.prediction = "ddim_eps"  # prediction type: "ddim_eps", "velocity", "diff_eps"; v_prediction base: "ddim_v"
 
     c.pairs.steps = 2  # solver steps per window of the diffusion teacher in the first stage [paper: 4]; later stages scale
-    c.pairs.substeps = 1  # Euler steps per old window of a student that makes pairs: enough where it was taught at starts alone
     c.pairs.examples = 512  # records a stage; from noise each holds a whole trajectory
     c.pairs.shard_size = 128  # records a shard; a kill costs at most one shard
     c.pairs.batch = 64  # trajectories computed at once; divides shard_size and is a multiple of the devices
     c.pairs.guidance = 4.0  # teacher's classifier-free guidance scale: the students have it in them, and draw at half the cost
     c.pairs.prompt_dropout = 0.0  # nobody asks these students for the empty prompt: guidance is in them already
 
-    c.loss.balance = "auto"  # alpha as it is [paper], or "auto": in units of each target's direction_weight
-    c.loss.window_start_prob = 1.0  # t is a window's start, where an N-step sampler looks, and nothing else
+    c.loss.start_steps = 0  # students are asked for as many steps as windows, and taught there alone
 
-    c.train.steps = 200  # updates per stage (the paper does not say)
+    c.train.steps = 150  # updates per stage (the paper does not say)
     c.train.batch = 32  # global batch: examples per update, over all devices and accumulation (the paper does not say)
     c.train.accumulation = 1  # parts a batch is computed in; divides batch / devices
     c.train.ema = 0.95  # decay of the averaged weights, which are handed on; 0: off (the paper does not say)
@@ -77,7 +75,7 @@ def get_config(form: str = "demo") -> ConfigDict:
     c.evaluate.examples = 100  # pictures of each row and seed, seen and held out each
     c.evaluate.batch = 50  # images computed at once; a multiple of the devices
     c.evaluate.guidance = c.pairs.guidance  # of the base model's rows: what the students have in them
-    c.evaluate.teacher_steps = (32, 8, 4, 2)  # rows of the base model; the most are the reference of the distances
+    c.evaluate.teacher_steps = (16, 8, 4, 2)  # rows of the base model; the most are the reference of the distances
     c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2))  # rows (windows, steps) of the students that are finished
     c.evaluate.columns = 12  # images of each row in the picture: seen prompts in the left half, held-out ones in the right
     c.evaluate.gate = ConfigDict()  # of the emoji's table alone

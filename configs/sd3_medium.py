@@ -16,19 +16,19 @@ Slices. `plan` was asked for its sibling's step, which is larger: 8.83 of 15.75 
     v5e-16   16 chips   16 GB  4 at once as above: meant for this one; four hosts, which are untried
     v6e-16   16 chips   32 GB  4 at once as above; four hosts, which are untried
 
-Work: pairs 32,768 x (32 + 32 + 16) forwards x 8.90 TFLOP = 23.3 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
-forwards' worth x 8.90 = 51.3 million. On v5e-16 (16 x 197 TFLOP/s) that is 6.6 hours at full speed, 11.2 at the 58.6 % of the
+Work: pairs 32,768 x (32 + 8 + 4) forwards x 8.90 TFLOP = 12.8 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
+forwards' worth x 8.90 = 51.3 million. On v5e-16 (16 x 197 TFLOP/s) that is 5.6 hours at full speed, 9.6 at the 58.6 % of the
 peak that the compiler's cycles give its sibling's step. Nothing was measured.
 Disk: text 89 GB, pairs 155 + 86 + 52 GB, and two checkpoints of 32 GB in each of three stages.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import JOINT_LAYERS, optimizer, stable_diffusion
+from configs.common import JOINT_LAYERS, in_form, optimizer, stable_diffusion
 
 
-def get_config() -> ConfigDict:
-    """What was decided for SD 3 medium; the rest is common.stable_diffusion's. Numbers are configs/sd35_medium.py's."""
+def get_config(form: str = "") -> ConfigDict:
+    """What was decided for SD 3 medium; the rest is common's, numbers are configs/sd35_medium.py's. form: in_form's."""
     c = stable_diffusion("sd3_medium")
     c.model.path = "stabilityai/stable-diffusion-3-medium-diffusers"  # hub id, diffusers folder, or single .safetensors file
     c.data.kind = "cached"  # text states of prompts, by the verb cache
@@ -49,4 +49,4 @@ def get_config() -> ConfigDict:
     c.evaluate.batch = 16  # images computed at once: they are larger than SD 1.5's
 
     c.optimizer = optimizer(learning_rate=2.8e-5, warmup_steps=250, beta2=0.999)  # configs/sdxl.py's: nobody has looked
-    return c
+    return in_form(c, form)

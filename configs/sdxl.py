@@ -18,8 +18,8 @@ them attention scores.
     v5p-32   16 chips   95 GB  17 + 1 x 31.7 = 49: --config.train.accumulation=8, four hosts, which are untried
     v6e-16   16 chips   32 GB  2 at once as above: --config.train.accumulation=4, four hosts, which are untried
 
-Work: pairs 32,768 x (32 + 32 + 16) forwards x 6.76 TFLOP = 17.7 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
-forwards' worth x 6.76 = 38.9 million. On v5p-8 (4 x 459 TFLOP/s) that is 8.6 hours at full speed, 22 at the 38.5 % of the peak
+Work: pairs 32,768 x (32 + 8 + 4) forwards x 6.76 TFLOP = 9.7 million TFLOP; training 3 stages x 5,000 steps x 128 images x 3
+forwards' worth x 6.76 = 38.9 million. On v5p-8 (4 x 459 TFLOP/s) that is 7.4 hours at full speed, 19 at the 38.5 % of the peak
 that the compiler's cycles give that step. Nothing was measured. A quarter of SD 1.5's examples, since an image costs 8.4 times
 as much; a record, 9 states x 128 x 128 x 4 x 2 bytes = 1.18 MB, is read 20 times a stage as there.
 Disk: pairs 39 + 21 + 13 GB, and two checkpoints of 41 GB in each of three stages.
@@ -27,11 +27,11 @@ Disk: pairs 39 + 21 + 13 GB, and two checkpoints of 41 GB in each of three stage
 
 from ml_collections import ConfigDict
 
-from configs.common import optimizer, stable_diffusion
+from configs.common import in_form, optimizer, stable_diffusion
 
 
-def get_config() -> ConfigDict:
-    """What was decided for SDXL; the rest is common.stable_diffusion's."""
+def get_config(form: str = "") -> ConfigDict:
+    """What was decided for SDXL; the rest is common.stable_diffusion's. form: in_form's."""
     c = stable_diffusion("sdxl")
     c.model.path = "stabilityai/stable-diffusion-xl-base-1.0"  # hub id, diffusers folder, or single .safetensors file
     c.data.resolution = 1024  # pixels a side, the model's own; so are the sizes in `conditioning`, by (0, 0)
@@ -48,4 +48,4 @@ def get_config() -> ConfigDict:
     c.evaluate.batch = 16  # images computed at once: they are larger than SD 1.5's
 
     c.optimizer = optimizer(learning_rate=2.8e-5, warmup_steps=250, beta2=0.999)  # PeRFlow's 8e-5 x root of batch ratio
-    return c
+    return in_form(c, form)

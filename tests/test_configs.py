@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from proreflow_jax.data import kinds
 from proreflow_jax.flow import windows
 from proreflow_jax.run import check_config
 from proreflow_jax.run.stages import check_counts
@@ -67,7 +68,7 @@ def check(c: ConfigDict, devices: int) -> None:
     """All that can be checked before the base model is read, on so many devices."""
     machine = Machine(dict(zip(mesh.AXES, mesh._fill(tuple(c.mesh[axis] for axis in mesh.AXES), devices), strict=True)))
     check_config.check_config(c, machine)
-    check_config.check_export(c, c.name in (*FLOWS, "digits_flow"))
+    check_config.check_export(c, c.name.removesuffix("-paper") in (*FLOWS, "digits_flow"))
     check_counts(c.stages)
     assert set(c.stages) >= set(c.export.stages)
     for before, count in zip((c.stages[0], *c.stages), c.stages, strict=False):
@@ -141,11 +142,9 @@ def test_the_small_card_s_page_adds_up():
     c, text = config("gpu_24gb"), " ".join(page("gpu_24gb").split())
     check(c, 1)
     check(config("gpu_24gb", "--config.train.accumulation=16", "--config.pairs.batch=4"), 1)  # a card of 16 GB
-    pairs = c.pairs.examples * (32 + 32 + 16) * 0.803
+    pairs = c.pairs.examples * (32 + 8 + 4) * 0.803
     training = len(c.stages) * c.train.steps * c.train.batch * 3 * 0.803
-    assert (
-        f"pairs {c.pairs.examples:,} x (32 + 32 + 16)" in text and f"{c.train.steps:,} steps x {c.train.batch} images" in text
-    )
+    assert f"pairs {c.pairs.examples:,} x (32 + 8 + 4)" in text and f"{c.train.steps:,} steps x {c.train.batch} images" in text
     assert [float(n) for n in re.findall(r"= ([\d.]+) million", text)] == pytest.approx([pairs / 1e6, training / 1e6], abs=0.06)
     hours = [(pairs + training) / (peak * 0.4) / 3600 for peak in (165, 71)]
     assert [float(n) for n in re.search(r"that is ([\d.]+) hours, or ([\d.]+)\.", text).groups()] == pytest.approx(
@@ -196,6 +195,38 @@ def test_it_is_the_papers_where_the_paper_speaks(name):
     assert c.pairs.guidance == 1 and c.pairs.solver == "ddim" and c.pairs.steps * c.stages[0] == 32
     assert c.pairs.teacher == "previous" and c.student.path == "linear" and c.student.lora.rank == 0
     assert c.loss.space == "velocity"
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_recipe_is_the_best_of_the_lab_and_the_papers_own_is_a_form(name):
+    c, paper, lab = config(name), config(f"{name}:paper"), flat(config("reproduce:lab"))
+    rows = {row: fields for _, row, fields in config("reproduce:lab").reproduce.methods}
+    for form, row in ((c, "chain"), (paper, "ProReflow-II")):
+        for field in ("pairs.start", "pairs.substeps", "loss.window_start_prob", "loss.balance", "loss.space", "loss.alpha"):
+            assert flat(form)[field] == rows[row].get(field, lab[field]), (row, field)
+    changed = {field for field, value in flat(c).items() if flat(paper)[field] != value}
+    recipe = {"pairs.start", "pairs.substeps", "loss.balance", "loss.start_steps", "loss.window_start_prob"}
+    images = set() if name in FLOWS else {"data.kind", "data.path"}  # a cache holds images as it holds text
+    assert changed == recipe | images | {"name", "pairs.examples", "pairs.shard_size"}
+    assert paper.name == f"{name}-paper" and not kinds.has_captions_alone(paper.data)
+    assert paper.pairs.examples == c.pairs.examples * c.stages[0]  # as many pairs of the first stage
+    for _, chips, words in slices(name) if name in LARGE else [("", 1, [])]:
+        check(config(f"{name}:paper", *words), chips)
+
+
+def test_steps_between_the_times_a_student_was_taught_at_are_told():
+    c = config("sd15")
+    assert [n for n in range(2, 9) if not check_config.few_times(c, 2, n)] == [2, 3, 4]  # three: two in one window
+    assert [n for n in range(4, 9) if not check_config.few_times(c, 4, n)] == [4]
+    assert [n for n in range(2, 9) if not check_config.few_times(config("emoji"), 2, n)] == [2]
+    line = check_config.few_times(c, 2, 5)
+    assert line.startswith("--steps=5 asks the 2-window student") and "--steps=2 or 4 draws better" in line
+    assert not any(check_config.few_times(config(name), 2, n) for name in ("digits", "sd15:paper") for n in range(2, 9))
+
+
+def test_another_form_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="'papre' after configs/sd15.py: must be paper"):
+        importlib.import_module("configs.sd15").get_config("papre")
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -58,6 +58,15 @@ def test_what_all_seeds_share_is_no_spread():
     assert gate.spread_is_small([("fall", gate.difference(shared[2], shared[4]))]).passed
 
 
+def test_gains_count_beyond_three_spreads():
+    say = lambda *gains: gate.gain_sentence("a student", dict(zip(("nearer by", "better by"), gains, strict=True)))
+    clear, small, lost = (gate.Difference(*pair) for pair in ((4.0, 1.0), (2.9, 1.0), (-4.0, 1.0)))
+    assert say(clear, clear) == "a student: nearer by 4 +- 1, better by 4 +- 1; all beyond three spreads"
+    assert say(small, clear).endswith("; not beyond three spreads: nearer")
+    assert say(clear, lost).endswith("better by -4 +- 1; not beyond three spreads: better")
+    assert say(clear, gate.Difference(4.0, None)) == "a student: one seed has no spread"
+
+
 def test_the_baseline_wins_only_beyond_the_spread():
     rows = lambda value, apart=0.1: [
         StudentScore(2, 2, over_seeds(1)),

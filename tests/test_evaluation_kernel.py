@@ -78,6 +78,19 @@ def test_the_judge_knows_a_concept_in_a_style_it_has_not_seen(styles):
     np.testing.assert_array_equal(places == 0, judge.concepts[values.argmax(axis=1)] == concept[family == 2])
 
 
+def test_a_concept_s_score_is_its_place_among_all_and_falls_as_pictures_lose_it(styles):
+    features, concept, family = styles
+    judge, own = concepts.fit_judge(features, concept, family, 2), concept[family == 2]
+    of = lambda x: concepts.scores(judge, concepts.discriminants(judge, x), own)
+    values = concepts.discriminants(judge, features[family == 2])
+    every = np.stack([concepts.scores(judge, values, np.full(30, number)) for number in range(30)])
+    np.testing.assert_allclose(every.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(every.std(axis=0), 1, atol=1e-6)
+    noise = np.random.default_rng(1).standard_normal((30, 12))
+    means = [of(features[family == 2] + scale * noise).mean() for scale in (0, 1, 3)]
+    assert means[0] > means[1] > means[2]
+
+
 def test_the_judge_learns_nothing_from_the_labels_of_its_own_family(styles):
     features, concept, family = styles
     other = np.where(family == 2, (concept + 7) % 30, concept)

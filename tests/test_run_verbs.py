@@ -134,7 +134,7 @@ def test_a_file_of_one_s_own_has_the_package_s_blocks_and_its_neighbours_and_not
 def test_a_copied_folder_of_configs_is_read_before_the_package_s(tmp_path):
     folder = tmp_path / "configs"
     folder.mkdir()
-    (folder / "common.py").write_text("optimizer = stable_diffusion = asset = 'mine'\n")
+    (folder / "common.py").write_text("in_form = optimizer = stable_diffusion = asset = 'mine'\n")
     modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "configs"}
     try:
         with importable(folder / "mine.py"):

@@ -150,7 +150,7 @@ def test_rows_are_teacher_students_and_what_no_model_draws(whole):
     for row in whole["rows"][3:7]:
         assert set(row["sides"]) == {"seen", "held-out"}
         for numbers in row["sides"].values():
-            assert set(numbers) == {"kernel", "decoded", "teacher_kernel", "latents", "top1", "top5", "group"}
+            assert set(numbers) == {"kernel", "decoded", "teacher_kernel", "latents", "top1", "top5", "group", "score"}
             assert all(set(values) == {"0", "1"} for values in numbers.values())
     assert set(of(whole, "teacher, guidance", 2, 1.0)["sides"]["seen"]["kernel"]) == {"0"}
     assert "teacher_kernel" not in of(whole, "teacher, guidance", 2, 1.0)["sides"]["seen"]
@@ -163,10 +163,11 @@ def test_numbers_are_said_with_their_protocol_and_the_gate_in_words(whole):
     )
     assert text.endswith("images 12 instead of 500, real images 12 instead of 500, seeds 0, 1 instead of 0, 1, 2")
     assert set(whole["gate"]) == {"seen", "held-out"} and set(whole["gate"]["seen"]) == {"a", "b", "c"}
-    assert len(whole["sentences"]) == 6
-    for sentence in whole["sentences"]:
-        assert sentence in whole["out"]
+    assert len(whole["sentences"]) == 8 and all(sentence in whole["out"] for sentence in whole["sentences"])
+    for sentence in whole["sentences"][:6]:
         assert sentence.split(" pairs: ")[1].startswith(("(a) ", "(b) ", "(c) "))
+    for sentence in whole["sentences"][6:]:
+        assert "4-window student against the teacher, 4 steps: nearer to real pictures by " in sentence
     assert whole["gate"]["seen"]["b"] is not None  # the run has the student
 
 
@@ -181,7 +182,7 @@ def test_real_pictures_are_the_ceiling_of_fidelity_and_shuffled_prompts_its_floo
     for side in ("seen", "held-out"):
         real, shuffled = of(whole, "real pictures")["sides"][side], of(whole, "shuffled prompts")["sides"][side]
         assert real["top1"] > 0.7 and real["top5"] >= real["top1"]
-        assert shuffled["top1"] < 0.2 and shuffled["top5"] < 0.4
+        assert shuffled["top1"] < 0.2 and shuffled["top5"] < 0.4 and shuffled["score"] < 0.5 * real["score"]
         assert "kernel" not in shuffled and real["kernel"]["error"] > 0
 
 

@@ -65,5 +65,17 @@ def ranks(judge: ConceptJudge, values: Float[np.ndarray, "n c"], concepts: Int[n
 
     values: of `discriminants`. concepts: numbers of the pictures' own, all of them known to the judge.
     """
-    at = np.searchsorted(judge.concepts, concepts)
-    return (values > values[np.arange(len(values)), at][:, None]).sum(axis=1)
+    return (values > _own(judge, values, concepts)[:, None]).sum(axis=1)
+
+
+def scores(judge: ConceptJudge, values: Float[np.ndarray, "n c"], concepts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """How far each picture's own concept stands above the mean of all concepts, in standard deviations over these.
+
+    Of one kind with a CLIP score: it tells how well a picture fits its prompt where a share of right verdicts only counts them.
+    values, concepts: as `ranks` takes them.
+    """
+    return (_own(judge, values, concepts) - values.mean(axis=1)) / values.std(axis=1)
+
+
+def _own(judge: ConceptJudge, values: Float[np.ndarray, "n c"], concepts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return values[np.arange(len(values)), np.searchsorted(judge.concepts, concepts)]

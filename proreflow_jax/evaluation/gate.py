@@ -65,10 +65,24 @@ def judge_testbed(teacher: Mapping[int, Values], students: Sequence[StudentScore
     effects = [(f"teacher, {few} against {many} steps", difference(teacher[few], teacher[many]))] if few < many else []
     for student in students:
         if student.steps in teacher:
-            name = f"{student.windows}-window student against the teacher, {student.steps} steps"
+            name = student_name(student.windows, student.steps)
             effects.append((name, difference(teacher[student.steps], student.values)))
     baseline = next((each.values for each in students if (each.windows, each.steps) == (BASELINE, BASELINE)), None)
     return [falls_with_steps(teacher), baseline_wins(teacher.get(BASELINE), baseline), spread_is_small(effects)]
+
+
+def student_name(windows: int, steps: int) -> str:
+    """What is compared, in words."""
+    return f"{windows}-window student against the teacher, {steps} steps"
+
+
+def gain_sentence(name: str, gains: Mapping[str, Difference]) -> str:
+    """What a student gains by every measure, and which of it counts. gains: by words that take a number behind them."""
+    if any(gain.spread is None for gain in gains.values()):
+        return f"{name}: one seed has no spread"
+    text = ", ".join(f"{words} {gain.said()}" for words, gain in gains.items())
+    small = [words.removesuffix(" by") for words, gain in gains.items() if not gain.exceeds(THIRD)]
+    return f"{name}: {text}; " + (f"not beyond three spreads: {', '.join(small)}" if small else "all beyond three spreads")
 
 
 def difference(first: Values, second: Values) -> Difference:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from proreflow_jax import UserError
 from proreflow_jax.data.prompts import Prompts
 from proreflow_jax.run import pictures
-from proreflow_jax.run.check_config import changed
+from proreflow_jax.run.check_config import changed, few_times
 from proreflow_jax.run.experiment import load_weights, newest_weights
 from proreflow_jax.run.find_model import title
 from proreflow_jax.run.image_model import ImageModel, check_texts, count_steps
@@ -49,6 +49,8 @@ def draw_pictures(
     if labels and single:
         raise UserError(f"--labels is for a grid, --out={out} is a folder of single pictures: name a .png file")
     taken = count_steps(steps, chosen.student if chosen else experiment.flow)
+    if chosen and (warning := few_times(config, stage, taken)):
+        log.warning(warning)
     weights, trained = newest_weights(experiment, chosen) if chosen else (load_weights(experiment, None), 0)
     if chosen and trained < config.train.steps:
         log.info("stage %d is not finished: its student after %d of %d steps draws", stage, trained, config.train.steps)

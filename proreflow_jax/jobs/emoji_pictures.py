@@ -52,6 +52,13 @@ class PictureRow(NamedTuple):
         return self.steps * (1 if self.guidance == 1 else 2)
 
 
+class PictureDraw(NamedTuple):
+    """What draws, and what it need not compile again."""
+
+    run: Callable  # (weights, row, rows, seed) -> (latents, pictures) of a batch on the mesh; rows: "number" and "ids"
+    compiled: set[tuple[Parameterization, bool]]  # flows, each with guidance or without
+
+
 class PromptRows(NamedTuple):
     """What is drawn: prompts as ids, and a digest of all beside the UNet that pictures depend on."""
 
@@ -73,10 +80,8 @@ def read_prompts(experiment: Experiment, name: str, texts: Sequence[str], noise:
     return PromptRows(name, noise, texts, ids, json_digest(about))
 
 
-def make_picture_draw(experiment: Experiment) -> Callable:
-    """(weights, row, rows, seed) -> (latents, pictures) of a batch on the mesh; rows: "number" and "ids".
-
-    One step is compiled for each flow, with guidance and without, and serves every number of steps and every scale.
+def make_picture_draw(experiment: Experiment) -> PictureDraw:
+    """One step is compiled for each flow, with guidance and without, and serves every number of steps and every scale.
     """
     n, base, dtype = experiment.networks, experiment.base, experiment.config.model.sampling_dtype
     whole, split = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
@@ -104,7 +109,7 @@ def make_picture_draw(experiment: Experiment) -> Callable:
             z = move(weights.params, z, np.array(ends), states, scale, flow=row.flow, plain=row.guidance == 1)
         return z, decode(vae, z)
 
-    return draw
+    return PictureDraw(draw, set())
 
 
 def measure_pictures(
@@ -114,7 +119,7 @@ def measure_pictures(
     prompts: PromptRows,
     seed: int,
     *,
-    draw: Callable,
+    draw: PictureDraw,
     judge: PictureFeatures,
 ) -> Arrays:
     """features (n, 1280), latents (n, h, w, c), pictures (SHOWN or n, height, width, 3), seconds () an image.
@@ -135,9 +140,10 @@ def measure_pictures(
     said = f"{row.method}, {row.steps} steps, guidance {row.guidance:g}, seed {seed}"
     log.info("%s: %d pictures of %s pairs", said, count - position, prompts.name)
     batch = config.evaluate.batch
-    start = lambda first: draw(weights, row, _batch(experiment, prompts, first, batch), seed)
-    few = row._replace(steps=max(row.flow.windows, 1))
-    jax.block_until_ready(draw(weights, few, _batch(experiment, prompts, position, batch), seed))  # compiles
+    start = lambda first, row=row: draw.run(weights, row, _batch(experiment, prompts, first, batch), seed)
+    if (form := (row.flow, row.guidance == 1)) not in draw.compiled:  # now, so that `seconds` are those of drawing
+        jax.block_until_ready(start(position, row._replace(steps=max(row.flow.windows, 1))))
+        draw.compiled.add(form)
     progress = Progress(said, count, "picture", position)
     for done, first in enumerate(range(position, count, batch), 1):
         began = time.monotonic()

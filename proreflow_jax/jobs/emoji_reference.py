@@ -101,8 +101,8 @@ def compare_pictures(real: Real, side: Side, features: np.ndarray, teacher: np.n
     """Numbers of pictures for a side's prompts, by their features.
 
     kernel, and frechet from FRECHET_LEAST pictures on: to the real pictures of the same prompts; decoded: to these behind the
-    autoencoder, which no sampler can do without; teacher_kernel: to other pictures of the same prompts; top1, top5, group:
-    shares of `fidelity`.
+    autoencoder, which no sampler can do without; teacher_kernel: to other pictures of the same prompts; top1, top5, group,
+    score: of `fidelity`.
     """
     own = real.features[side.pairs.rows]
     numbers = {"kernel": kernel.kernel_distance(features, own, paired=True)} | fidelity(real, side.pairs.rows, features)
@@ -116,18 +116,20 @@ def compare_pictures(real: Real, side: Side, features: np.ndarray, teacher: np.n
 
 def fidelity(real: Real, rows: Int[np.ndarray, " n"], features: np.ndarray) -> Numbers:
     """Shares of pictures whose prompt's concept is the judge's verdict (top1), is among its first TOP (top5), and whose
-    verdict is of the prompt's group (group). rows: of the pictures whose prompts they were drawn by.
+    verdict is of the prompt's group (group); and their mean concept score (score). rows: of the pictures whose prompts they
+    were drawn by.
     """
     labels = real.labels
-    place, group = np.zeros(len(rows), int), np.zeros(len(rows), int)
+    place, group, score = np.zeros(len(rows), int), np.zeros(len(rows), int), np.zeros(len(rows))
     for family, judge in real.judges.items():
         of = np.flatnonzero(labels.family[rows] == family)
         if len(of):
             values = concepts.discriminants(judge, features[of])
             place[of] = concepts.ranks(judge, values, labels.concept[rows[of]])
+            score[of] = concepts.scores(judge, values, labels.concept[rows[of]])
             group[of] = real.group_of[judge.concepts[values.argmax(axis=1)]]
-    right = group == labels.group[rows]
-    return {"top1": float((place == 0).mean()), "top5": float((place < TOP).mean()), "group": float(right.mean())}
+    shares = {"top1": place == 0, "top5": place < TOP, "group": group == labels.group[rows], "score": score}
+    return {name: float(each.mean()) for name, each in shares.items()}
 
 
 def baselines(real: Real, sides: Sequence[Side]) -> list[dict[str, Any]]:

@@ -31,13 +31,20 @@ COLUMNS = {
     "latents, seen": "latents' distance",
     "fidelity, seen": "right concept, seen",
     "fidelity, held-out": "held-out",
+    "score, seen": "concept score, seen",
+    "score, held-out": "held-out",
     "seconds": "s / image",
 }
 SIDES = (SEEN, HELD_OUT)
 YARDSTICK = "decoded"  # the distance that the gate reads: what the autoencoder costs is the same in every row
 DISTANCES = ("kernel", "decoded", "frechet", "teacher_kernel", "latents")
 BETTER = {f"{name}, {side}": "less" for name in DISTANCES for side in SIDES} | {"seconds": "less"}
-BETTER |= {f"fidelity, {side}": "more" for side in SIDES}
+BETTER |= {f"{name}, {side}": "more" for name in ("fidelity", "score") for side in SIDES}
+GAINS = {  # what a student can win over the teacher in as many steps: in words, and which is better
+    "decoded": ("nearer to real pictures by", -1),
+    "teacher_kernel": ("nearer to its own of many steps by", -1),
+    "score": ("the concept score higher by", 1),
+}
 WITHOUT_MODEL = ("frechet, seen",)  # columns left out where no row has them
 
 
@@ -51,6 +58,7 @@ def write_table(experiment: Experiment, plan: Plan, results: Sequence[Result], t
     columns = {key: head for key, head in COLUMNS.items() if key not in WITHOUT_MODEL or any(key in row for row in rows)}
     verdicts = {name: _verdicts(results, name) for name in (SEEN, HELD_OUT)}
     sentences = [f"{name} pairs: {verdict.sentence()}" for name, each in verdicts.items() for verdict in each]
+    sentences += [f"{name} pairs: {sentence}" for name in (SEEN, HELD_OUT) for sentence in _gains(results, name)]
     notes = _notes(config, plan, results)
     table = report.text_table(rows, columns)
     plain = [_plain(result, plan, config) for result in results]
@@ -83,6 +91,7 @@ def _cells(result: Result) -> Result:
             if numbers.get(name):
                 cells[f"{name}, {side}"] = _number(numbers[name], 3 if name == "latents" else 1)
         shares = [100 * _mean(numbers[name]) for name in ("top1", "top5", "group")]
+        cells[f"score, {side}"] = _number(numbers["score"], 2)
         cells[f"fidelity, {side}"] = " / ".join(f"{share:.0f}" for share in shares) + " %"
     return cells
 
@@ -119,6 +128,19 @@ def _verdicts(results: Sequence[Result], side: str) -> list[gate.Verdict]:
     return gate.judge_testbed(teacher, students)
 
 
+def _gains(results: Sequence[Result], side: str) -> list[str]:
+    """A sentence for each student beside the teacher in as many steps: every measure's gain, paired by seeds."""
+    rows, sentences = _main(results), []
+    teacher = {each["row"].steps: each["sides"][side] for each in rows if not each["row"].windows}
+    for each in (each for each in rows if each["row"].windows and each["row"].steps in teacher):
+        row, own, other = each["row"], each["sides"][side], teacher[each["row"].steps]
+        if row.steps == max(teacher):
+            continue  # the reference of one of the distances
+        gains = {words: gate.difference(*((own[k], other[k])[::sign])) for k, (words, sign) in GAINS.items()}
+        sentences.append(gate.gain_sentence(gate.student_name(row.windows, row.steps), gains))
+    return sentences
+
+
 def _plain(result: Result, plan: Plan, config: ConfigDict) -> Result:
     """A row for JSON, with its numbers in a sentence where a model drew it."""
     row = result.get("row")
@@ -150,7 +172,8 @@ def _notes(config: ConfigDict, plan: Plan, results: Sequence[Result]) -> list[st
         "a sampler can reach, and the gate's yardstick; to the teacher: to its own pictures in the first row, same seed.",
         f"right concept: shares of pictures whose prompt's concept the judge ({concepts.NAME} on {plan.protocol.features}, "
         "fitted to real pictures of the other styles alone) puts first / among the first five / whose first is of the right "
-        "group. Real pictures are the ceiling, shuffled prompts the floor.",
+        "group. Concept score: how far the judge puts the prompt's concept above the mean of all, in standard deviations. Real "
+        "pictures are the ceiling, shuffled prompts the floor.",
         "latents' distance: RMS to the first row's, same seed; network calls: evaluations of the UNet for a picture.",
     ]
 

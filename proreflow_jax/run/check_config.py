@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
 from proreflow_jax.data import kinds, record_plan
-from proreflow_jax.flow import solvers
+from proreflow_jax.flow import solvers, windows
 from proreflow_jax.flow.parameterization import JUMPS, OF_FLOWS, check_prediction
 from proreflow_jax.models.attention_kernels import FORMS
 from proreflow_jax.models.layers import POLICIES
@@ -70,6 +70,21 @@ def few_starts(config: ConfigDict) -> str:
     return (
         f"--config.pairs.substeps=1 reads students at window starts alone, and --config.loss.window_start_prob={prob} seldom "
         "teaches them there, so pairs of later stages are bad: set it to 1, or --config.pairs.substeps=4"
+    )
+
+
+def few_times(config: ConfigDict, count: int, steps: int) -> str:
+    """One line of warning, or "": a sampler of `steps` steps asks a student of `count` windows at times it was not taught at.
+
+    Taught at starts alone (loss.window_start_prob=1), it knows the times of as many steps as windows, and of loss.start_steps.
+    """
+    known = sorted({count, max(count, config.loss.start_steps)})
+    times = lambda n: {*windows.sampling_nodes(n, count).tolist()}
+    if config.loss.window_start_prob < 1 or times(steps) <= set().union(*map(times, known)):
+        return ""
+    return (
+        f"--steps={steps} asks the {count}-window student between the times that --config.loss.window_start_prob=1 taught it: "
+        f"--steps={' or '.join(map(str, known))} draws better, or train with a smaller probability"
     )
 
 
