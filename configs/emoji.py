@@ -55,7 +55,7 @@ def get_config(form: str = "demo") -> ConfigDict:
 
     c.loss.start_steps = 0  # students are asked for as many steps as windows, and taught there alone
 
-    c.train.steps = 150  # updates per stage (the paper does not say)
+    c.train.steps = 100  # updates per stage (the paper does not say)
     c.train.batch = 32  # global batch: examples per update, over all devices and accumulation (the paper does not say)
     c.train.accumulation = 1  # parts a batch is computed in; divides batch / devices
     c.train.ema = 0.95  # decay of the averaged weights, which are handed on; 0: off (the paper does not say)

@@ -14,6 +14,11 @@ captions:
 [paper] marks what the paper states; everything else is this project's choice. Nothing of this has run on a TPU, and no chain
 of this size has been trained: reasoned settings, not a result.
 
+Which recipe. Take this one to draw in 4 or 2 steps: students are taught at window starts alone, where they are asked, from
+whole trajectories, and so make the next one's pairs in one Euler step a window, an eighth of the base model's forwards. Take
+`--config=sd15:paper` (every SD config has that form; runs/sd15-paper) to reproduce the paper, whose times are uniform and whose
+windows start at noised images: it needs a dataset, and draws at any number of steps. Numbers: docs/reproduce.md, "The lab".
+
 Slices. Ask `plan` before you rent: it compiles these jobs for a slice (docs/plan.md). A step that makes its own pairs, 8
 images at once on a chip of v5e:4x4, takes 10.3 of 15.75 GiB there. Counted by hand, GB a chip, upper bounds: split over the
 chips the training state, 16 bytes a weight (float32 weights, two moments, average: 13.8), float32 gradients (3.4) and the
