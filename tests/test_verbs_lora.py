@@ -1,9 +1,11 @@
 """A stage that trains low-rank factors: what is kept, how the next stage goes on with them, and what leaves as a LoRA."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 from verb import run, tiny_flags
 
@@ -61,6 +63,21 @@ def test_diffusers_with_the_lora_is_the_student(chain, model, tmp_path):
     assert ended.code == 0, ended.err
     result = read_json(tmp_path / "lora" / "replay.json")
     assert result["to_student"] <= replay_in_diffusers.LIMIT and result["largest_difference"] <= replay_in_diffusers.LIMIT
+
+
+def test_the_replay_adds_factors_to_a_base_in_half_precision_without_rounding_their_sum(chain, model, tmp_path):
+    """As diffusers does, which reads such a base in float32."""
+    folder = written(chain, model, "lora", tmp_path / "lora")
+    half = {name: value.astype(np.float16) for name, value in weights.read_tensors(model / "unet").items()}
+    source, denoiser = SimpleNamespace(tensors=lambda _: half), tiny.load(model)[1].denoiser
+    experiment = SimpleNamespace(
+        base=SimpleNamespace(denoiser_name="unet", source=source), networks=SimpleNamespace(denoiser=denoiser)
+    )
+    whole = {name: value.astype(np.float32) for name, value in half.items()}
+    factors = lora_file.from_kohya(load_file(folder / replay_in_diffusers.FILES["lora"]), half)
+    expected = weights.from_torch(lora_file.apply_factors(whole, factors), denoiser.shapes, "")
+    for name, value in replay_in_diffusers._with_lora(experiment, folder, "kohya").items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-7)
 
 
 def test_the_next_stage_goes_on_with_the_factors(chain):

@@ -117,9 +117,9 @@ def _leave_out_layers(text_encoder: Any, count: int) -> None:
 
 
 def _with_lora(experiment: Experiment, folder: Path, names: str) -> Params:
-    """The base model's denoiser with the LoRA of a folder, in our layout."""
+    """The base model's denoiser with the LoRA of a folder, in our layout; float32, as diffusers is told to add them."""
     name, stored = experiment.base.denoiser_name, weights.Tensors([folder / FILES["lora"]])
-    base = experiment.base.source.tensors(name)
+    base = {weight: value.astype(np.float32) for weight, value in experiment.base.source.tensors(name).items()}
     factors = lora_file.from_peft(stored, base, name) if names == "diffusers" else lora_file.from_kohya(stored, base)
     return weights.from_torch(lora_file.apply_factors(base, factors), experiment.networks.denoiser.shapes, str(folder))
 

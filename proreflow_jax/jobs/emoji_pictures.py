@@ -81,8 +81,7 @@ def read_prompts(experiment: Experiment, name: str, texts: Sequence[str], noise:
 
 
 def make_picture_draw(experiment: Experiment) -> PictureDraw:
-    """One step is compiled for each flow, with guidance and without, and serves every number of steps and every scale.
-    """
+    """One step is compiled for each flow, with guidance and without, and serves every number of steps and every scale."""
     n, base, dtype = experiment.networks, experiment.base, experiment.config.model.sampling_dtype
     whole, split = mesh.replicated(experiment.mesh), mesh.batch_sharding(experiment.mesh)
     text, vae = jax.device_put(base.text, whole), jax.device_put(base.params["vae"], whole)
