@@ -131,6 +131,7 @@ def _lab_methods() -> list[tuple]:
         ("starts", f"chain-starts-{p}", chain | {"loss.window_start_prob": p, "reproduce.budgets": (1_000_000,)})
         for p in (0.25, 0.5)
     ]
+    rows.append(("starts", "chain-to-4", chain | {"loss.start_steps": 4}))  # what configs/common.py gives SD
     budgets = lambda name: {"reproduce.budgets": BUDGETS + MORE * (name in MAIN) + MOST * (name in LONGEST)}
     return [(group, name, budgets(name) | fields) for group, name, fields in rows]
 
@@ -144,6 +145,7 @@ LAB_EFFECTS = (
     *((f"{name}, left out of the chain", f"chain-without-{name}", "chain") for name in CHAIN),
     ("a quarter of the times at starts, not all", "chain-starts-0.25", "chain"),
     ("half of the times at starts, not all", "chain-starts-0.5", "chain"),
+    ("the times of 4 steps, too", "chain-to-4", "chain"),
     ("the four together", "chain", "ProReflow-II"),
     ("the chain against one stage", "chain", "direct-2"),
 )

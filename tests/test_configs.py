@@ -201,8 +201,8 @@ def test_it_is_the_papers_where_the_paper_speaks(name):
 def test_the_recipe_is_the_best_of_the_lab_and_the_papers_own_is_a_form(name):
     c, paper, lab = config(name), config(f"{name}:paper"), flat(config("reproduce:lab"))
     rows = {row: fields for _, row, fields in config("reproduce:lab").reproduce.methods}
-    for form, row in ((c, "chain"), (paper, "ProReflow-II")):
-        for field in ("pairs.start", "pairs.substeps", "loss.window_start_prob", "loss.balance", "loss.space", "loss.alpha"):
+    for form, row in ((c, "chain-to-4"), (paper, "ProReflow-II")):
+        for field in ("pairs.start", "pairs.substeps", *(f"loss.{name}" for name in c.loss)):
             assert flat(form)[field] == rows[row].get(field, lab[field]), (row, field)
     changed = {field for field, value in flat(c).items() if flat(paper)[field] != value}
     recipe = {"pairs.start", "pairs.substeps", "loss.balance", "loss.start_steps", "loss.window_start_prob"}
