@@ -313,6 +313,9 @@ def test_curves_have_one_style_a_series_and_the_teachers_levels(tmp_path):
     assert (tmp_path / "c.png").stat().st_size > 1000 and first.get_xscale() == first.get_yscale() == "log"
     assert first.containers[1].lines[0].get_color() == second.containers[0].lines[0].get_color()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    many = figures.curves(tmp_path / "m.png", [[figures.Chart("one", [line(f"s{i}", i + 1.0) for i in range(12)], {})]], "x")
+    looks = {tuple(c.lines[0].properties()[k] for k in ("color", "marker", "linestyle")) for c in many.axes[0].containers}
+    assert len(looks) == 12
     with pytest.raises(ValueError, match="finite"):
         figures.curves(tmp_path / "c.png", [[figures.Chart("one", [line("a", np.nan)], {})]], "forwards")
 

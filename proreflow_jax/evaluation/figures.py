@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v")
+STROKES = ("-", ":", "-.")  # one round of the colours each; levels are dashed
 MAPS = {"sequential": "viridis", "diverging": "RdBu_r"}
 WIDTH, HEIGHT, DPI = 9.0, 5.2, 100  # inches, and pixels of an inch
 
@@ -101,8 +102,7 @@ def lines(
     figure = _figure(HEIGHT)
     axes = figure.subplots()
     for i, line in enumerate(series):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.errorbar(line.x, line.y, line.spread, label=line.name, capsize=4, **style)
+        axes.errorbar(line.x, line.y, line.spread, label=line.name, capsize=4, **_style(i))
     if all(min(line.y) >= 0 for line in series):
         axes.set_ylim(bottom=0)
     if x_ticks:
@@ -113,6 +113,12 @@ def lines(
     return _save(figure, path, title)
 
 
+def _style(i: int) -> dict[str, str]:
+    """Of series number i: no two of the first 21 look alike."""
+    stroke = STROKES[i // len(COLOURS) % len(STROKES)]
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": stroke}
+
+
 def curves(path: Path, charts: Sequence[Sequence[Chart]], x_label: str, title: str = "") -> "Figure":
     """Writes a grid of charts with logarithmic axes, error bars and one legend for all; returns the figure.
 
@@ -121,7 +127,7 @@ def curves(path: Path, charts: Sequence[Sequence[Chart]], x_label: str, title: s
     for line in (line for row in charts for chart in row for line in chart.series):
         _check_finite(line.y, f"the chart {title!r}")
     names = list(dict.fromkeys(line.name for row in charts for chart in row for line in chart.series))
-    styles = {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
+    styles = {name: _style(i) for i, name in enumerate(names)}
     columns = max(map(len, charts))
     figure = _figure(HEIGHT * len(charts) * 0.75, WIDTH * columns / 2)
     handles = {}

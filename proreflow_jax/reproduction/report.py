@@ -121,7 +121,7 @@ def gate_table(gate: Gate, budgets: Mapping[int, Cells], testbed: Testbed, basel
         first, *_, last = (float(np.mean(values(teacher, measure, s))) for s in gate.teacher)
         floors = [cell["floor"][measure] for cell in teacher if measure in cell.get("floor", {})]
         floor = spread(floors) if floors else ""
-        factor = f"{first / last:.3g}" if last > 0 else ""
+        factor = f"{first / last:.3g}" if last > ROUNDING else ""
         lines.append({"measure": testbed.short[measure], "factor": factor, "floor": floor} | shown)
     heads = (
         {"measure": "teacher, by steps"} | {str(s): str(s) for s in gate.teacher} | {"factor": "factor", "floor": "real data"}
