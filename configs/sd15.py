@@ -15,7 +15,7 @@ captions:
 of this size has been trained: reasoned settings, not a result.
 
 Which recipe. Take this one to draw in 4 or 2 steps: students are taught at window starts alone, where they are asked, from
-whole trajectories, and so make the next one's pairs in one Euler step a window, an eighth of the base model's forwards. Take
+whole trajectories, and so make the next one's pairs in one Euler step a window, 8 and 4 forwards for the base model's 32. Take
 `--config=sd15:paper` (every SD config has that form; runs/sd15-paper) to reproduce the paper, whose times are uniform and whose
 windows start at noised images: it needs a dataset, and draws at any number of steps. Numbers: docs/reproduce.md, "The lab".
 
