@@ -28,7 +28,7 @@ from proreflow_jax.run import check_config, dataset, experiment, open
 from proreflow_jax.runtime import mesh
 
 CHIP = chips.CHIPS["v5e"]
-NOTHING = tpu_compile.Compiled(tpu_compile.Memory(0, 0, 0, 0), hlo_cost.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0), 1.0)
+NOTHING = tpu_compile.Compiled(tpu_compile.Memory(0, 0, 0, 0), hlo_cost.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0.0, 0), 1.0)
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 CONVOLVED, ATTENTION = "jit(f)/conv_general_dilated", "jit(f)/vmap(BTNH,BSNH->BNTS)/dot_general"
 PROGRAM = f"""HloModule jit_f, is_scheduled=true
@@ -89,6 +89,20 @@ def test_a_transfer_that_is_spread_over_the_program_is_counted_once():
     assert hlo_cost.cost(PROGRAM.replace("  ROOT %sum", permuted), CHIP).communication == 4 * 64 * 4 + (4 * 8 + 200) + 4 * 9
 
 
+def test_the_chip_waits_for_transfers_that_nothing_hides():
+    """Neither for one that is spread over the program nor for one that starts and ends apart."""
+    plain = hlo_cost.cost(PROGRAM, CHIP)
+    assert plain.waited == 0 < plain.communication
+    summed = "  %sums = (f32[8]{0}, bf16[100]{0}) all-reduce(%x, %x), channel_id=8, to_apply=%add\n  ROOT %sum"
+    permuted = "  %moved = (f32[9]{0}, f32[9]{0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=9\n" + summed
+    cost = hlo_cost.cost(PROGRAM.replace("  ROOT %sum", permuted), CHIP)
+    assert cost.waited == 4 * 8 + 200
+    for mine, without in zip(cost.seconds(CHIP), plain.seconds(CHIP), strict=True):
+        assert mine - without == pytest.approx(232 / CHIP.links)
+    working = summed.replace("to_apply=%add", "to_apply=%add, " + CYCLES % 3)
+    assert hlo_cost.cost(PROGRAM.replace("  ROOT %sum", working), CHIP).waited == 0
+
+
 def test_splash_attention_has_its_floor_and_any_other_kernel_its_name():
     cost = hlo_cost.cost(PROGRAM, CHIP)
     flop = 2 * 2 * 3 * 2 * 1024 * 1024 * 128  # forward: 2 products, 6 heads, 40 filled up to 128
@@ -117,7 +131,7 @@ def test_the_kernel_of_narrow_heads_costs_what_its_schedule_says():
 
 
 def test_seconds_are_cycles_by_the_clock_and_only_streaming_is_thought_faster():
-    cost = hlo_cost.Cost({"convolutions": 1.503e9, "copies": 2.2 * 1.503e9}, {}, {}, 0.0, 0)
+    cost = hlo_cost.Cost({"convolutions": 1.503e9, "copies": 2.2 * 1.503e9}, {}, {}, 0.0, 0.0, 0)
     assert cost.seconds(CHIP) == pytest.approx((3.2, 2.0))
 
 

@@ -161,6 +161,9 @@ def times(useful: float, job: Job, cost: hlo_cost.Cost, place: Target) -> dict[s
         "loops_of_unknown_length": cost.unread_loops,
         "sent_bytes": cost.communication,
         "sent_seconds": cost.communication / chip.links,
+        "waited_bytes": cost.waited,
+        "waited_seconds": cost.waited / chip.links,
+        "links": chip.links,
     }
 
 

@@ -4,8 +4,9 @@ The compiler writes "estimated_cycles" beside every operation that it schedules.
 loop's body is written once and counts as often as the loop's condition says. Pallas kernels have no estimate: splash attention
 counts as its floor (matrix products at peak, a head's width filled up to the matrix unit), `narrow_kernel` as its last schedule
 (`chips`), others are listed by name.
-Transfers between chips have no estimate either: their bytes are counted, and most of their time hides behind the work. Other
-data movement without an estimate counts as the time of reading and writing the data.
+Transfers between chips have no estimate either: their bytes are counted. One that starts and ends apart (`-start`), works
+meanwhile, or is spread over the program in several parts hides behind the work; while any other runs the chip waits, and it
+counts as its bytes at the links' full rate. Other data movement without an estimate counts as the time of reading and writing the data.
 """
 
 import math
@@ -79,13 +80,15 @@ class Cost(NamedTuple):
     kernels: dict[str, float]  # calls of kernels that have a floor, by name
     unknown: dict[str, float]  # calls of operations without an estimate, by name
     communication: float  # bytes that a chip sends
+    waited: float  # of these, bytes of transfers for which the chip waits
     unread_loops: int  # loops whose length was not found: counted once
 
     def seconds(self, chip: Chip) -> tuple[float, float]:
-        """(the compiler's estimate, the same with all kinds but MATRIX faster by PESSIMISM)."""
+        """(the compiler's estimate, the same with all kinds but MATRIX faster by PESSIMISM); both with what the chip waits."""
         matrix = sum(value for kind, value in self.cycles.items() if kind in MATRIX)
         rest = sum(self.cycles.values()) - matrix
-        return (matrix + rest) / chip.clock, (matrix + rest / PESSIMISM) / chip.clock
+        waits = self.waited / chip.links if self.waited else 0.0
+        return (matrix + rest) / chip.clock + waits, (matrix + rest / PESSIMISM) / chip.clock + waits
 
 
 def parse(text: str) -> tuple[dict[str, list[Op]], str]:
@@ -141,28 +144,28 @@ def cost(text: str, chip: Chip) -> Cost:
     """The cost of the entry and all computations that it calls; see the top of the file."""
     computations, entry = parse(text)
     cycles, kernels, unknown = Counter(), Counter(), Counter()
-    tally, channels = Counter(), set()
+    tally, sent = Counter(), {}
 
-    def walk(name: str, times: float) -> None:
+    def walk(name: str, times: float, behind: bool = False) -> None:
         types = {op.name: op.type for op in computations[name]}
         for op in computations[name]:
             if op.kind == "while":
                 length = _trips(computations[op.called["condition"][0]])
                 tally["loops"] += length is None
-                walk(op.called["body"][0], times * (length or 1))
+                walk(op.called["body"][0], times * (length or 1), behind)
             elif op.kind in ("call", "conditional", "async-start"):
                 for called in _branches(op, computations):
-                    walk(called, times)
+                    walk(called, times, behind or op.kind == "async-start")
             else:
-                note(op, types, times)
+                note(op, types, times, behind or op.kind.endswith("-start") or op.cycles is not None)
 
-    def note(op: Op, types: dict[str, str], times: float) -> None:
+    def note(op: Op, types: dict[str, str], times: float, behind: bool) -> None:
         inside = list(_inside(op, computations))
         sends = [part for part in inside if _TRANSFER.match(part.kind)]
         kind = _class(op, inside)
         for part in sends:
-            tally["bytes"] += 0 if part.channel in channels else times * _sent(part)
-            channels.add(part.channel)
+            again = part.channel in sent
+            sent[part.channel] = (sent[part.channel][0], True) if again else (times * _sent(part), behind)
         if op.cycles is not None:
             cycles[kind] += times * op.cycles
         elif op.kind == "custom-call":
@@ -179,7 +182,8 @@ def cost(text: str, chip: Chip) -> Cost:
             unknown[op.kind] += times
 
     walk(entry, 1.0)
-    return Cost(dict(cycles), dict(kernels), dict(unknown), float(tally["bytes"]), int(tally["loops"]))
+    communication, waited = sum(size for size, _ in sent.values()), sum(size for size, behind in sent.values() if not behind)
+    return Cost(dict(cycles), dict(kernels), dict(unknown), float(communication), float(waited), int(tally["loops"]))
 
 
 def _branches(op: Op, computations: dict[str, list[Op]]) -> tuple[str, ...]:
