@@ -6,7 +6,8 @@ counts as its floor (matrix products at peak, a head's width filled up to the ma
 (`chips`), others are listed by name.
 Transfers between chips have no estimate either: their bytes are counted. One that starts and ends apart (`-start`), works
 meanwhile, or is spread over the program in several parts hides behind the work; while any other runs the chip waits, and it
-counts as its bytes at the links' full rate. Other data movement without an estimate counts as the time of reading and writing the data.
+counts as its bytes at the links' full rate. Other data movement without an estimate counts as the time of reading and writing
+the data.
 """
 
 import math
