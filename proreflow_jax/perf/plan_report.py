@@ -67,9 +67,8 @@ def _time(result: Mapping[str, Any]) -> list[str]:
     ]
     if result["sent_bytes"]:
         sent = f"{scaled(result['sent_bytes'], UNITS)} a chip, {seconds(result['sent_seconds'])} at the links' full rate"
-        waits = f"{scaled(result['waited_bytes'], UNITS)}, {seconds(result['waited_seconds'])}"
-        rate = f"{scaled(result['links'], UNITS)}/s, published"
-        lines.append(f"  between  {sent} ({rate}); while {waits}, of it nothing else runs: in the time above")
+        waits = f"{scaled(result['waited_bytes'], UNITS)} of it, {seconds(result['waited_seconds'])} in the time above"
+        lines.append(f"  between  {sent} ({scaled(result['links'], UNITS)}/s, published); the chip waits for {waits}")
     ours = {name: count for name, count in result["kernels_at_their_floor"].items() if name.startswith(hlo_cost.NARROW)}
     if floors := {name: count for name, count in result["kernels_at_their_floor"].items() if name not in ours}:
         lines.append(f"  floors   {_counted(floors)}: counted at the chip's peak, not estimated")
