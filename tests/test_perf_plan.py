@@ -89,6 +89,13 @@ def test_a_transfer_that_is_spread_over_the_program_is_counted_once():
     assert hlo_cost.cost(PROGRAM.replace("  ROOT %sum", permuted), CHIP).communication == 4 * 64 * 4 + (4 * 8 + 200) + 4 * 9
 
 
+def test_flags_of_cpus_are_kept_from_the_tpu_compiler_which_knows_none():
+    assert tpu_compile.without_cpu("--xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=8") == (
+        "--xla_force_host_platform_device_count=8"
+    )
+    assert tpu_compile.without_cpu("") == ""
+
+
 def test_the_chip_waits_for_transfers_that_nothing_hides():
     """Neither for one that is spread over the program nor for one that starts and ends apart."""
     plain = hlo_cost.cost(PROGRAM, CHIP)
