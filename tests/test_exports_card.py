@@ -12,11 +12,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from verb import run, tiny_flags
 
+from configs.digits import get_config as digits
+from configs.emoji import get_config as emoji
+from configs.sd15 import get_config as sd15
 from proreflow_jax.data import emoji_packages
 from proreflow_jax.data.credits import credit_lines
 from proreflow_jax.exports import card_pictures
 from proreflow_jax.exports.card_base import read_licence
 from proreflow_jax.exports.card_page import card_page
+from proreflow_jax.exports.card_use import example_prompt, own_prompts
 from proreflow_jax.exports.card_words import plain_words
 from proreflow_jax.run.pictures import HALVES
 from proreflow_jax.storage import sealed
@@ -250,3 +254,9 @@ def test_an_export_of_before_is_left_as_it_is(chain, model, tmp_path):
     assert header["library_name"] == "diffusers" and "num_inference_steps=4" in page
     again = [*tiny_flags(tmp_path, out), "--stage=0", "--count=1", f"--out={tmp_path / 'x.png'}"]
     assert run("sample", *again).code == 0
+
+
+def test_the_card_s_example_is_a_prompt_of_the_run_s_own_config():
+    shown = {config.__module__: example_prompt(own_prompts(config()), False) for config in (digits, emoji, sd15)}
+    assert shown["configs.emoji"] == "an octopus, fluent 3d style" and shown["configs.digits"] == "a handwritten zero"
+    assert shown["configs.sd15"] == "a red fox in the snow"

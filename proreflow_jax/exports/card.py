@@ -9,7 +9,7 @@ from typing import Any
 from proreflow_jax.data import kinds
 from proreflow_jax.exports.card_base import data_credits, describe_base
 from proreflow_jax.exports.card_page import card_page
-from proreflow_jax.exports.card_use import example_prompt
+from proreflow_jax.exports.card_use import example_prompt, own_prompts
 from proreflow_jax.exports.formats import Format
 from proreflow_jax.run import find_model
 from proreflow_jax.run.check_config import field_value
@@ -54,7 +54,7 @@ def make_card(experiment: Experiment, stage: Stage, student: Weights, export_for
 def _about(experiment: Experiment) -> dict[str, Any]:
     """What the page says of base model and data; it tells no student from another, and exports of before have none."""
     config, base = experiment.config, experiment.base.source
-    shown = example_prompt(config.samples.prompts, kinds.is_digits(config.data))
+    shown = example_prompt(own_prompts(config), kinds.is_digits(config.data))
     return describe_base(config, base) | {"prompt": shown, "credits": data_credits(config, base)}
 
 

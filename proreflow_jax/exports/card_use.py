@@ -115,6 +115,11 @@ def tool_settings(card: Mapping[str, Any]) -> str:
     return "\n".join([head, *rows, "", notes])
 
 
+def own_prompts(config: Any) -> tuple[str, ...]:
+    """Prompts that a run's config names to be looked at: those of its pictures, and of the emoji's showcase."""
+    return (*config.samples.prompts, *config.evaluate.get("gate", {}).get("showcase", ()))
+
+
 def example_prompt(prompts: Any, digits: bool) -> str:
     """A prompt for the card: the run's own first one, or one that the model knows."""
     return one_line(prompts[0]) if len(prompts) else "a handwritten seven" if digits else PROMPT
