@@ -81,9 +81,9 @@ def test_the_judge_knows_a_concept_in_a_style_it_has_not_seen(styles):
 def test_a_concept_s_score_is_its_place_among_all_and_falls_as_pictures_lose_it(styles):
     features, concept, family = styles
     judge, own = concepts.fit_judge(features, concept, family, 2), concept[family == 2]
-    of = lambda x: concepts.scores(judge, concepts.discriminants(judge, x), own)
+    of = lambda x: concepts.concept_scores(judge, concepts.discriminants(judge, x), own)
     values = concepts.discriminants(judge, features[family == 2])
-    every = np.stack([concepts.scores(judge, values, np.full(30, number)) for number in range(30)])
+    every = np.stack([concepts.concept_scores(judge, values, np.full(30, number)) for number in range(30)])
     np.testing.assert_allclose(every.mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(every.std(axis=0), 1, atol=1e-6)
     noise = np.random.default_rng(1).standard_normal((30, 12))

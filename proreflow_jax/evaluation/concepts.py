@@ -68,7 +68,9 @@ def ranks(judge: ConceptJudge, values: Float[np.ndarray, "n c"], concepts: Int[n
     return (values > _own(judge, values, concepts)[:, None]).sum(axis=1)
 
 
-def scores(judge: ConceptJudge, values: Float[np.ndarray, "n c"], concepts: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def concept_scores(
+    judge: ConceptJudge, values: Float[np.ndarray, "n c"], concepts: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
     """How far each picture's own concept stands above the mean of all concepts, in standard deviations over these.
 
     Of one kind with a CLIP score: it tells how well a picture fits its prompt where a share of right verdicts only counts them.

@@ -126,7 +126,7 @@ def fidelity(real: Real, rows: Int[np.ndarray, " n"], features: np.ndarray) -> N
         if len(of):
             values = concepts.discriminants(judge, features[of])
             place[of] = concepts.ranks(judge, values, labels.concept[rows[of]])
-            score[of] = concepts.scores(judge, values, labels.concept[rows[of]])
+            score[of] = concepts.concept_scores(judge, values, labels.concept[rows[of]])
             group[of] = real.group_of[judge.concepts[values.argmax(axis=1)]]
     shares = {"top1": place == 0, "top5": place < TOP, "group": group == labels.group[rows], "score": score}
     return {name: float(each.mean()) for name, each in shares.items()}

@@ -40,10 +40,10 @@ YARDSTICK = "decoded"  # the distance that the gate reads: what the autoencoder 
 DISTANCES = ("kernel", "decoded", "frechet", "teacher_kernel", "latents")
 BETTER = {f"{name}, {side}": "less" for name in DISTANCES for side in SIDES} | {"seconds": "less"}
 BETTER |= {f"{name}, {side}": "more" for name in ("fidelity", "score") for side in SIDES}
-GAINS = {  # what a student can win over the teacher in as many steps: in words, and which is better
-    "decoded": ("nearer to real pictures by", -1),
-    "teacher_kernel": ("nearer to its own of many steps by", -1),
-    "score": ("the concept score higher by", 1),
+GAINS = {  # what a student can win over the teacher in as many steps
+    "decoded": "nearer to real pictures by",
+    "teacher_kernel": "nearer to its own of many steps by",
+    "score": "the concept score higher by",
 }
 WITHOUT_MODEL = ("frechet, seen",)  # columns left out where no row has them
 
@@ -131,13 +131,13 @@ def _verdicts(results: Sequence[Result], side: str) -> list[gate.Verdict]:
 def _gains(results: Sequence[Result], side: str) -> list[str]:
     """A sentence for each student beside the teacher in as many steps: every measure's gain, paired by seeds."""
     rows, sentences = _main(results), []
-    teacher = {each["row"].steps: each["sides"][side] for each in rows if not each["row"].windows}
-    for each in (each for each in rows if each["row"].windows and each["row"].steps in teacher):
-        row, own, other = each["row"], each["sides"][side], teacher[each["row"].steps]
-        if row.steps == max(teacher):
-            continue  # the reference of one of the distances
-        gains = {words: gate.difference(*((own[k], other[k])[::sign])) for k, (words, sign) in GAINS.items()}
-        sentences.append(gate.gain_sentence(gate.student_name(row.windows, row.steps), gains))
+    _, *teacher = (each for each in rows if not each["row"].windows)  # the first is the reference
+    few = {each["row"].steps: each["sides"][side] for each in teacher}
+    for row, own in ((each["row"], each["sides"][side]) for each in rows if each["row"].windows):
+        if other := few.get(row.steps):
+            pairs = {name: (other, own) if BETTER[f"{name}, {side}"] == "less" else (own, other) for name in GAINS}
+            gains = {GAINS[name]: gate.difference(first[name], second[name]) for name, (first, second) in pairs.items()}
+            sentences.append(gate.gain_sentence(gate.student_name(row.windows, row.steps), gains))
     return sentences
 
 
