@@ -186,6 +186,8 @@ def _run(c: ConfigDict) -> None:
     c.mesh.data = -1  # devices of a slice over which only the batch is split; -1: all that fsdp and tensor leave
     c.mesh.fsdp = -1  # devices that share one state; -1 with data=-1: all up to 64, which divide the layers (docs/launch.md)
     c.mesh.tensor = 1  # devices over which layers are split
+    c.mesh.teacher = "split"  # of a step that makes its own pairs: "split" as the state, or "whole" on each device
+    c.mesh.sparse_cores = True  # of a TPU v6e: they carry out transfers while the chip computes; elsewhere without effect
     c.mesh.rules = SHARDING_RULES  # ordered (regex, "fsdp", "replicated", "column" or "row") over parameter names
 
     c.export = ConfigDict()

@@ -45,6 +45,8 @@ def get_config(form: str = "") -> ConfigDict:
     c.train.batch = 128  # global batch (the paper does not say); PeRFlow's SDXL took 16 a GPU
     c.train.accumulation = 32  # parts a batch is computed in: 1 image a chip on v5p-8; divides batch / devices
 
+    c.mesh.teacher = "whole"  # of a step that makes its own pairs: 4.8 GiB a chip, and its weights are not sent about
+
     c.evaluate.batch = 16  # images computed at once: they are larger than SD 1.5's
 
     c.optimizer = optimizer(learning_rate=2.8e-5, warmup_steps=250, beta2=0.999)  # PeRFlow's 8e-5 x root of batch ratio

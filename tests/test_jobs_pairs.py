@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from proreflow_jax.flow.parameterization import Parameterization
 from proreflow_jax.jobs.pairs import jit_pairs
@@ -31,7 +32,8 @@ def program(storage: str) -> jax.stages.Compiled:
     stage = SimpleNamespace(
         pairs=PairRecipe(4, "noise", 1, "ddim", 1.0, 0.5, tiny.LATENT, "float32"), teacher=Parameterization("epsilon")
     )
-    jitted = jit_pairs(stage, TOYS, mesh.make_mesh(devices=jax.devices()[:4]), storage)
+    config = ConfigDict(dict(pairs=dict(storage=storage), mesh=dict(sparse_cores=True)))
+    jitted = jit_pairs(stage, TOYS, mesh.make_mesh(devices=jax.devices()[:4]), config)
     return jitted.lower(*inputs()).compile(compiler_options=tiny.QUICK)
 
 

@@ -20,7 +20,7 @@ from verb import environment
 from configs.common import SHARDING_RULES
 from proreflow_jax.models import attention, layers, network
 from proreflow_jax.models.layers import Compute
-from proreflow_jax.run.check_config import RULES
+from proreflow_jax.run.check_config import RULES, changed
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.checkpoint import digest, fold
 
@@ -89,6 +89,14 @@ def run_job(folder: Path, model: Path, processes: int, devices: int, axes: tuple
     told = [json.loads((folder / f"{k}.json").read_text()) for k in range(processes)]
     assert told == told[:1] * processes
     return told[0]
+
+
+@pytest.mark.slow
+def test_a_teacher_that_lies_whole_on_every_device_changes_no_number(tmp_path: Path, model: Path, alone: Trained) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "make_mesh", partial(mesh.make_mesh, devices=jax.devices()[:4]))
+        config = changed(tiny_config(tmp_path, model, (1, 4, 1)), {"mesh.teacher": "whole"})
+        same(trained(config).losses, alone)
 
 
 @pytest.mark.slow

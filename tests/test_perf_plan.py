@@ -89,6 +89,25 @@ def test_a_transfer_that_is_spread_over_the_program_is_counted_once():
     assert hlo_cost.cost(PROGRAM.replace("  ROOT %sum", permuted), CHIP).communication == 4 * 64 * 4 + (4 * 8 + 200) + 4 * 9
 
 
+def test_a_transfer_that_a_sparse_core_carries_out_is_a_transfer_and_hides():
+    gathers = """%elsewhere (p.5: f32[64]) -> f32[8,64] {
+  %p.5 = f32[64]{0} parameter(0)
+  ROOT %all-gather.5 = f32[8,64]{1,0} all-gather(%p.5), channel_id=11, dimensions={0}
+}, execution_thread="sparsecore"
+
+%apart (p.6: f32[64]) -> f32[8,64] {
+  %p.6 = f32[64]{0} parameter(0)
+  ROOT %call.6 = f32[8,64]{1,0} custom-call(%p.6), custom_call_target="TODO(b/1)", called_computations={%elsewhere}
+}, execution_thread="sparsecore"
+
+ENTRY"""
+    begun = "  %begun = ((f32[64]{0}), f32[8,64]{1,0}) async-start(%x), calls=%apart\n  ROOT %sum"
+    plain = hlo_cost.cost(PROGRAM, CHIP)
+    cost = hlo_cost.cost(PROGRAM.replace("ENTRY", gathers).replace("  ROOT %sum", begun), CHIP)
+    assert cost.communication == plain.communication + 4 * 8 * 64
+    assert (cost.waited, cost.unknown, cost.cycles) == (0, plain.unknown, plain.cycles)
+
+
 def test_flags_of_cpus_are_kept_from_the_tpu_compiler_which_knows_none():
     assert tpu_compile.without_cpu("--xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=8") == (
         "--xla_force_host_platform_device_count=8"
@@ -233,7 +252,8 @@ def test_a_compiler_that_finds_a_program_too_large_says_by_how_much():
     assert tpu_compile.too_large("INTERNAL: something else") is None
 
 
-def test_a_text_that_jaxlib_cannot_read_is_read_from_the_compilers_dump(tmp_path):
+def test_the_compilers_dump_is_read_and_without_one_jaxlibs_text(tmp_path):
+    """Which prints a C++ trace and raises where libtpu's format is newer than jaxlib's."""
     with pytest.raises(program_text.UnknownText, match="no text: INTERNAL.*async-update"):
         program_text.program_cost(Program(), tmp_path, CHIP)
     for name, text in (("f.after_codegen", PROGRAM), ("small.after_codegen", ""), ("f.after_optimizations", "x")):

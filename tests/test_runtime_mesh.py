@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -325,3 +326,13 @@ def test_a_partial_job_is_refused(joined: list[dict], monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="NUM_PROCESSES|COORDINATOR_ADDRESS|PROCESS_ID"):
         mesh_lib.initialize_distributed()
     assert joined == []
+
+
+def test_sparse_cores_are_asked_of_the_chips_that_have_them_and_of_several_alone() -> None:
+    def chips(kind: str, count: int) -> SimpleNamespace:
+        return SimpleNamespace(size=count, devices=np.array([SimpleNamespace(device_kind=kind)] * count))
+
+    assert mesh_lib.compiler_options(chips("TPU v6 lite", 16), True) == mesh_lib.BY_SPARSE_CORES
+    for machine, asked in ((chips("TPU v6 lite", 16), False), (chips("TPU v6 lite", 1), True), (chips("TPU v5", 8), True)):
+        assert mesh_lib.compiler_options(machine, asked) == {}
+    assert mesh_lib.compiler_options(mesh_lib.make_mesh(), True) == {}

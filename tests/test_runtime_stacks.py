@@ -75,3 +75,14 @@ def test_on_devices_every_stack_lies_where_its_arrays_lay(consume):
     assert all(back.params[name].sharding == where[name] for name in SHAPES)
     again = stacks.stack_arrays(back, TABLE)
     assert described(again.params) == described(held.params)
+
+
+def test_a_stack_may_lie_whole_on_every_device_wherever_its_arrays_lie():
+    machine = mesh.make_mesh(1, 4, devices=jax.devices()[:4])
+    where = {name: NamedSharding(machine, PartitionSpec("fsdp")) for name in SHAPES}
+    given = jax.device_put(params(0), where)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in given.items()}
+    held, said = stacks.stack_arrays(given, TABLE, whole=True), stacks.stack_shapes(shapes, TABLE, whole=True)
+    assert {name: x.sharding for name, x in held.items()} == {name: x.sharding for name, x in said.items()}
+    assert all(x.sharding.is_fully_replicated for x in held.values())
+    same(stacks.unstack(held, TABLE), params(0))

@@ -45,7 +45,7 @@ def make_stage_pairs(experiment: Experiment, stage: Stage, outlook: Outlook) -> 
     if stage.maker:
         experiment.denoiser.free()  # `frozen` holds what is needed
     made_by = stage._replace(teacher=teacher.flow)
-    jitted = jit_pairs(made_by, experiment.networks, experiment.mesh, config.pairs.storage)
+    jitted = jit_pairs(made_by, experiment.networks, experiment.mesh, config)
     with outlook.part(PAIRS, stage.windows, records_there(plan, missing)) as progress:
         compiling("the teacher's steps", experiment.networks.denoiser)
         read = partial(read_rows, config, experiment.base.tokenizer, source)
@@ -54,13 +54,14 @@ def make_stage_pairs(experiment: Experiment, stage: Stage, outlook: Outlook) -> 
         write_records(folder, plan, missing, maker, progress, outlook.keep)
 
 
-def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh, storage: str) -> Any:
+def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh, config: ConfigDict) -> Any:
     """(frozen, batch) -> what is fetched of the batch's pairs, jitted with the shardings of the mesh.
 
-    It is `pairs.RECORD` with states in the dtype `storage`, as the host would round them, and of each row whether its states
-    are finite numbers: `finite` as computed, `fits` as stored. The arrays are whole on every device.
+    It is `pairs.RECORD` with states in the dtype --config.pairs.storage, as the host would round them, and of each row whether
+    its states are finite numbers: `finite` as computed, `fits` as stored. The arrays are whole on every device.
     """
-    whole, batches = mesh.replicated(machine), mesh.batch_sharding(machine)
+    whole, batches, storage = mesh.replicated(machine), mesh.batch_sharding(machine), config.pairs.storage
+    options = mesh.compiler_options(machine, config.mesh.sparse_cores)
 
     def make(frozen: pairs.Frozen, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         rows = pairs.cross_windows(frozen, batch, recipe=stage.pairs, flow=stage.teacher, networks=networks)
@@ -70,7 +71,7 @@ def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh, storage: st
         kept = {name: rows[name] for name in pairs.RECORD} | {"states": stored}
         return kept | {"finite": finite(states), "fits": finite(stored)}
 
-    return jax.jit(make, in_shardings=(None, batches), out_shardings=whole)
+    return jax.jit(make, in_shardings=(None, batches), out_shardings=whole, compiler_options=options)
 
 
 def _records(

@@ -177,7 +177,8 @@ def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidanc
     """`draw_images` of a model, jitted with the shardings of the mesh."""
     options = dict(flow=flow, steps=steps, guidance=guidance, dtype=experiment.config.model.sampling_dtype)
     draw = partial(draw_images, networks=experiment.networks, latent=experiment.base.latent_shape, **options)
-    return jax.jit(draw, out_shardings=mesh.batch_sharding(experiment.mesh))
+    compiler = mesh.compiler_options(experiment.mesh, experiment.config.mesh.sparse_cores)
+    return jax.jit(draw, out_shardings=mesh.batch_sharding(experiment.mesh), compiler_options=compiler)
 
 
 def _scores(

@@ -5,9 +5,9 @@ loop's body is written once and counts as often as the loop's condition says. Pa
 counts as its floor (matrix products at peak, a head's width filled up to the matrix unit), `narrow_kernel` as its last schedule
 (`chips`), others are listed by name.
 Transfers between chips have no estimate either: their bytes are counted. One that starts and ends apart (`-start`), works
-meanwhile, or is spread over the program in several parts hides behind the work; while any other runs the chip waits, and it
-counts as its bytes at the links' full rate. Other data movement without an estimate counts as the time of reading and writing
-the data.
+meanwhile, or is spread over the program in several parts hides behind the work, as does one that a SparseCore carries out;
+while any other runs the chip waits, and it counts as its bytes at the links' full rate. Other data movement without an
+estimate counts as the time of reading and writing the data.
 """
 
 import math
@@ -35,6 +35,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_ELSEWHERE = re.compile(r"\bcalled_computations=\{%?([\w.\-]+)\}")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TYPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
@@ -115,6 +116,8 @@ def _op(name: str, rest: str) -> Op:
     called: dict[str, tuple[str, ...]] = {key: (value,) for key, value in _CALLED.findall(rest)}
     if branches := _BRANCHES.search(rest):
         called["branches"] = tuple(word.strip().lstrip("%") for word in branches[1].split(","))
+    if elsewhere := _ELSEWHERE.search(rest):
+        called["elsewhere"] = (elsewhere[1],)
     operands = tuple(re.findall(r"%([\w.\-]+)", kind[2])) if kind else ()
     if kind and kind[1] == "constant":
         operands = (kind[2],)
@@ -154,7 +157,7 @@ def cost(text: str, chip: Chip) -> Cost:
                 length = _trips(computations[op.called["condition"][0]])
                 tally["loops"] += length is None
                 walk(op.called["body"][0], times * (length or 1), behind)
-            elif op.kind in ("call", "conditional", "async-start"):
+            elif op.kind in ("call", "conditional", "async-start") or "elsewhere" in op.called:
                 for called in _branches(op, computations):
                     walk(called, times, behind or op.kind == "async-start")
             else:

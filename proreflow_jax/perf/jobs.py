@@ -74,14 +74,13 @@ def pairs_job(experiment: Experiment, stage: Stage, plain: Experiment) -> Job:
     """make_pairs: one batch of trajectories."""
     config = experiment.config
     b, machine = config.pairs.batch, experiment.mesh
-    storage = config.pairs.storage
-    jitted = pairs.jit_pairs(stage, experiment.networks, machine, storage)
+    jitted = pairs.jit_pairs(stage, experiment.networks, machine, config)
     frozen = frozen_shapes(experiment, stage, True, encodes(config))._replace(base={})  # which this program does not read
     arguments = frozen, prompt_shapes(experiment, b)
     under_way = [(arguments[1], fetched_shapes(experiment, stage))] * AHEAD
     shards = -(-config.pairs.examples // config.pairs.shard_size)
     calls = shards * -(-config.pairs.shard_size // b)
-    useful = partial(_counted, pairs.jit_pairs(stage, plain.networks, machine, storage), arguments)
+    useful = partial(_counted, pairs.jit_pairs(stage, plain.networks, machine, config), arguments)
     return Job(
         name="pairs",
         windows=stage.windows,

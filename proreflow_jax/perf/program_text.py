@@ -40,14 +40,9 @@ def read_cost(text: str, chip: Chip) -> hlo_cost.Cost:
 
 
 def _program_text(program: Any, folder: Path) -> str:
-    """The text by jaxlib; or libtpu's dump, where jaxlib can't read the format of a newer libtpu (SDXL's step on v6e)."""
-    try:
-        return program.as_text()
-    except jax.errors.JaxRuntimeError:
-        dumps = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
-        if not dumps:
-            raise
-        return dumps[-1].read_text()
+    """The text as libtpu dumped it; jaxlib's where there is no dump: it prints a trace where it can't read a newer libtpu's."""
+    dumps = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+    return dumps[-1].read_text() if dumps else program.as_text()
 
 
 def _unknown(reason: str) -> str:

@@ -21,6 +21,7 @@ from proreflow_jax.runtime import mesh, metrics
 DTYPES = ("float32", "bfloat16")
 STORAGE = ("float32", "float16", "bfloat16")
 MODES, TEACHERS = ("stored", "online"), ("previous", "base")
+SPLIT, WHOLE = PLACES = ("split", "whole")
 RULES = {"replicated": PartitionSpec(), "fsdp": mesh.FSDP, "column": mesh.COLUMN, "row": mesh.ROW}
 CHOICES = {
     "model.dtype": DTYPES,
@@ -35,6 +36,7 @@ CHOICES = {
     "pairs.storage": STORAGE,
     "cache.storage": STORAGE,
     "data.kind": kinds.KINDS,
+    "mesh.teacher": PLACES,
 }
 MANY_STARTS = 0.5  # loss.window_start_prob from which single steps of a student make good pairs (docs/reproduce.md)
 Change = dict[str, Any]  # {field: value}, as --config.field=value

@@ -22,7 +22,7 @@ from proreflow_jax.pretrained.sources import denoiser_name
 from proreflow_jax.reflow import train_step
 from proreflow_jax.reflow.pairs import Frozen
 from proreflow_jax.reflow.train_step import TrainState, init_state, state_shardings
-from proreflow_jax.run.check_config import RULES
+from proreflow_jax.run.check_config import RULES, WHOLE
 from proreflow_jax.runtime import mesh, stacks
 from proreflow_jax.runtime.stacks import Table
 
@@ -45,6 +45,7 @@ class StateLayout(NamedTuple):
     table: Table  # what is trained, as stacks
     frozen_tables: dict[str, Table]  # frozen networks as stacks, by component
     teacher_dtype: str
+    teacher_whole: bool  # a train step's own teacher lies whole on each device
 
 
 def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Network]) -> StateLayout:
@@ -67,6 +68,7 @@ def state_layout(config: ConfigDict, machine: Mesh, networks: Mapping[str, Netwo
         table=stacks.stack_table(shapes, {name: (where[name].spec, decays[name]) for name in shapes}),
         frozen_tables=_frozen_tables(networks, parameter_shardings(config, machine, denoiser.shapes)),
         teacher_dtype=config.model.teacher_dtype,
+        teacher_whole=config.mesh.teacher == WHOLE,
     )
 
 
@@ -153,7 +155,10 @@ def stacked_shapes(layout: StateLayout) -> TrainState:
 
 
 def stack_frozen(layout: StateLayout, frozen: Frozen) -> Frozen:
-    """The frozen networks as stacks, the teacher in the dtype of its computation; a base beside a LoRA stays as it is."""
+    """The frozen networks as stacks, the teacher in the dtype of its computation, where --config.mesh.teacher says.
+
+    A base beside a LoRA stays as it is.
+    """
     return _stacked(layout, frozen, stacks.stack_arrays)
 
 
@@ -168,8 +173,9 @@ def unstack_frozen(layout: StateLayout) -> Callable[[Frozen], Frozen]:
 
 
 def _stacked(layout: StateLayout, frozen: Frozen, stack: Callable[..., Params]) -> Frozen:
-    dtypes = {denoiser_name(layout.frozen_tables): jnp.dtype(layout.teacher_dtype)}
-    one = lambda params, table, name: stack(params, table, dtype=dtypes.get(name))
+    teacher = dict(dtype=jnp.dtype(layout.teacher_dtype), whole=layout.teacher_whole)
+    of = {denoiser_name(layout.frozen_tables): teacher}
+    one = lambda params, table, name: stack(params, table, **of.get(name, {}))
     return _networks(frozen, layout.frozen_tables, one)
 
 

@@ -31,6 +31,13 @@ WIDEST = 64  # devices that share one state, if a config leaves it open: it divi
 JOB = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 PCI = Path("/sys/bus/pci/devices")
 GOOGLE = "0x1ae0"  # vendor on the PCI bus
+SPARSE_CORES = "TPU v6 lite"  # the kind of chip whose compiler was seen to give transfers to them (docs/plan.md)
+BY_SPARSE_CORES = {  # options of libtpu 0.0.51's compiler
+    **{f"xla_tpu_enable_sparse_core_collective_offload_{what}": "true" for what in ("all_gather", "2d_all_gather")},
+    **{f"xla_tpu_enable_sparse_core_collective_offload_{what}": "true" for what in ("all_reduce", "reduce_scatter")},
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
 TPU_CHIPS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v3, v4, v5p, v5e, v6e, 7x: jax's own list
 
 Spec = PartitionSpec | str
@@ -68,6 +75,12 @@ def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]
 def platform(mesh: Mesh) -> str:
     """The kind of a mesh's devices, "cpu", "gpu" or "tpu": of the devices to compile for, on this machine or not."""
     return mesh.devices.flat[0].platform
+
+
+def compiler_options(mesh: Mesh, sparse_cores: bool) -> dict[str, str]:
+    """Options of a jit on this mesh. sparse_cores: a v6e's carry out transfers while the chip computes, where it would wait."""
+    asked = sparse_cores and mesh.size > 1 and mesh.devices.flat[0].device_kind == SPARSE_CORES
+    return dict(BY_SPARSE_CORES) if asked else {}
 
 
 def _fill(axes: tuple[int, ...], devices: int, slices: int = 1) -> tuple[int, ...]:

@@ -36,20 +36,21 @@ def unstack(tree: PyTree, *tables: Table) -> PyTree:
     return _each(tree, {frozenset(t): partial(_apart, table=t) for t in tables})
 
 
-def stack_shapes(tree: PyTree, *tables: Table, dtype: Any = None) -> PyTree:
-    """`stack` of `jax.ShapeDtypeStruct` with NamedShardings: the leading axis is whole, the others live as they did."""
-    return _each(tree, {frozenset(_names(t)): partial(_joined_shapes, table=t, dtype=dtype) for t in tables})
+def stack_shapes(tree: PyTree, *tables: Table, dtype: Any = None, whole: bool = False) -> PyTree:
+    """`stack_arrays` of `jax.ShapeDtypeStruct` with NamedShardings."""
+    return _each(tree, {frozenset(_names(t)): partial(_joined_shapes, table=t, dtype=dtype, whole=whole) for t in tables})
 
 
-def stack_arrays(tree: PyTree, *tables: Table, dtype: Any = None, consume: bool = False) -> PyTree:
-    """`stack` of arrays on their devices, one dict after the other.
+def stack_arrays(tree: PyTree, *tables: Table, dtype: Any = None, whole: bool = False, consume: bool = False) -> PyTree:
+    """`stack` of arrays on their devices, one dict after the other: the leading axis is whole, the others live as they did.
 
     dtype: of the stacks; None: the arrays' own.
+    whole: each device holds all of every stack.
     consume: delete the arrays of a dict as soon as it is stacked.
     """
 
     def put(params: Mapping[str, jax.Array], table: Table) -> dict[str, jax.Array]:
-        places = tuple((first, _behind_one(params[first].sharding)) for first in table)
+        places = tuple((first, _behind_one(params[first].sharding, whole)) for first in table)
         stacked = _program(_joined, tuple(table.items()), dtype, places)(dict(params))
         if consume:
             jax.tree.map(lambda x: x.delete(), dict(params))
@@ -76,8 +77,8 @@ def _program(function: Callable, table: tuple, dtype: Any, places: tuple) -> Cal
     return jax.jit(partial(function, table=dict(table), dtype=dtype), out_shardings=dict(places))
 
 
-def _behind_one(place: NamedSharding) -> NamedSharding:
-    return NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+def _behind_one(place: NamedSharding, whole: bool) -> NamedSharding:
+    return NamedSharding(place.mesh, PartitionSpec() if whole else PartitionSpec(None, *place.spec))
 
 
 def _names(table: Table) -> list[str]:
@@ -93,9 +94,11 @@ def _apart(stacks: Mapping[str, jax.Array], table: Table, dtype: None = None) ->
     return {name: stacks[first][i] for first, names in table.items() for i, name in enumerate(names)}
 
 
-def _joined_shapes(shapes: Mapping[str, jax.ShapeDtypeStruct], table: Table, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _joined_shapes(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], table: Table, dtype: Any, whole: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
     def one(member: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *member.shape), dtype or member.dtype, sharding=_behind_one(member.sharding))
+        return jax.ShapeDtypeStruct((count, *member.shape), dtype or member.dtype, sharding=_behind_one(member.sharding, whole))
 
     return {first: one(shapes[first], len(names)) for first, names in table.items()}
 
