@@ -111,6 +111,7 @@ def test_a_table_of_a_small_slice_is_asked_for_and_counts_what_is_sent(tmp_path,
     assert sent("train", train__remat="inputs") == [2 * cut + weights] * 2
     assert sent("train", train__accumulation=2) == [2 * (cut + weights)] * 2
     assert sent("train", pairs__mode="online") == [2 * cut + weights, 5 * cut + weights]
+    assert sent("train", pairs__mode="online", mesh__teacher="whole") == [cut + weights] * 2
     assert sent("train", mesh__fsdp=1) == [weights] * 2
     assert sent("train", mesh__tensor=2) is None
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -252,6 +253,20 @@ def test_a_compiler_that_finds_a_program_too_large_says_by_how_much():
     assert tpu_compile.too_large("INTERNAL: something else") is None
 
 
+def test_temporaries_are_known_as_soon_as_the_dump_has_them(tmp_path):
+    """Of the program, not of its parts for SparseCores, and not of a report that is half written."""
+    report = "module_{}.after_optimizations-memory-usage-report.txt"
+    text = (
+        "Memory Space: default (color=0)\nTotal bytes: 9305588736 (8.67GiB)\nMemory Space: vmem (color=1)\nTotal bytes: 5 (5B)"
+    )
+    assert tpu_compile.early_temporaries(tmp_path) is None
+    (tmp_path / report.format("0004.extracted.cl_1")).write_text(text.replace("9305588736", "7"))
+    (tmp_path / report.format("0000.jit_step.cl_1")).write_text(text[:40])
+    assert tpu_compile.early_temporaries(tmp_path) is None
+    (tmp_path / report.format("0000.jit_step.cl_1")).write_text(text)
+    assert tpu_compile.early_temporaries(tmp_path) == 9305588736
+
+
 def test_the_compilers_dump_is_read_and_without_one_jaxlibs_text(tmp_path):
     """Which prints a C++ trace and raises where libtpu's format is newer than jaxlib's."""
     with pytest.raises(program_text.UnknownText, match="no text: INTERNAL.*async-update"):
@@ -491,13 +506,15 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypat
 
 
 @pytest.mark.slow
-def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up():
+def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up(caplog):
     """Minutes: libtpu's compiler, four v5e chips, the training step of the first stage."""
     pytest.importorskip("libtpu")
     tpu_compile.prepare_compiler()
     place = estimate.target("v5e:2x2", "")
     config = check_config.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
-    found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
+    with caplog.at_level("INFO"):
+        found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
+    assert re.search(r"stage 8, train: 0\.\d\d of 15\.75 GiB a chip, fits, before tiles", caplog.text)
     parts = {name: size for name, size in found["memory"].items() if name not in ("total", "available")}
     assert sum(parts.values()) == found["memory"]["total"] and min(parts.values()) >= 0
     weights = sum(math.prod(s.shape) for s in open.open_outline(config, jax.devices()[:4]).networks.denoiser.shapes.values())

@@ -103,7 +103,7 @@ def _sent(experiment: Experiment, stage: Stage, name: str) -> list[float] | None
     else:
         parts = config.train.accumulation
         own = parts * (GATHERS.get(config.train.remat, 2) * width("dtype") + SUM * _gradients(experiment))
-        teacher = width("teacher_dtype") if stage.online else 0
+        teacher = width("teacher_dtype") if stage.online and not experiment.layout.teacher_whole else 0
         return [own + teacher, own + teacher * forwards]
     return [once, once * often]
 

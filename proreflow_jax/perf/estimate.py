@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -89,13 +90,21 @@ def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], win
     stage = find_stage(experiment.stages, windows)
     job = jobs.jobs(experiment, stage, plain)[name]
     with ticking(f"stage {windows}, {name}: compiling for {place.slice}"):
-        compiled = tpu_compile.compile_for(job.jitted, job.arguments, place.chip)
+        compiled = tpu_compile.compile_for(job.jitted, job.arguments, place.chip, partial(_say_early, job, place))
     result = measured(job, compiled, place) | {"storage": jobs.storage(experiment, stage)}
     result["mesh"] = dict(experiment.mesh.shape)
     if cached:
         cached.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_json(cached, result)
     return result
+
+
+def _say_early(job: Job, place: Target, temporaries: int) -> None:
+    """One line, minutes before the time is known. Outputs and what tiles fill up are not in it."""
+    needed, limit = temporaries + sum(resident.sum_classes(job.classes, job.beside).values()), place.chip.memory
+    verdict = "fits" if needed <= limit else "DOES NOT FIT"
+    sizes = f"{needed / chips.GIB:.2f} of {limit / chips.GIB:.2f} GiB a chip"
+    log.info("stage %d, %s: %s, %s, before tiles; the time is known when it is compiled", job.windows, job.name, sizes, verdict)
 
 
 def measured(job: Job, compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:

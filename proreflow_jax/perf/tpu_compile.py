@@ -5,8 +5,10 @@ import importlib.util
 import os
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,10 @@ _TOO_LARGE = (  # of the compiler's message: (needs, has)
     re.compile(rf"\({_NUMBER}\) exceeds available HBM \({_NUMBER}\)"),
     re.compile(rf"Used {_NUMBER} of {_NUMBER} hbm"),
 )
+_REPORT = "*after_optimizations-memory-usage-report.txt"  # which libtpu dumps long before a program is done
+_TEMPORARIES = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+POLL = 0.5  # seconds between looks at the dump
 _seen: dict[str, "Compiled"] = {}  # what this process has compiled: stages share their train step, which may take half an hour
 
 
@@ -80,13 +85,14 @@ def devices(name: str, slices: int = 1) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
 
 
-def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Compiled:
+def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip, told: Callable[[int], None] = int) -> Compiled:
     """Compiles a jitted function for the devices that its arguments' shardings name.
 
     Args:
       jitted: of `jax.jit`.
       arguments: trees of `jax.ShapeDtypeStruct` with shardings.
       chip: of the devices.
+      told: is called with the bytes of the program's temporaries as soon as the compiler knows them, most of its time ahead.
 
     A program that is too large raises nothing; `memory.temporaries` is then the size that the compiler asked for. A program
     whose text can't be read raises nothing either: its memory is known, its cost is not. The same program is compiled once.
@@ -96,12 +102,12 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip) -> Comp
     places = sorted(map(str, jax.tree.leaves(arguments)[0].sharding.device_set))
     key = hashlib.sha256("\n".join([repr(chip), *places, lowered.as_text()]).encode()).hexdigest()
     if key not in _seen:
-        _seen[key] = _compiled(lowered, chip, start)
+        _seen[key] = _compiled(lowered, chip, start, told)
     return _seen[key]
 
 
-def _compiled(lowered: Any, chip: chips.Chip, start: float) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder:
+def _compiled(lowered: Any, chip: chips.Chip, start: float, told: Callable[[int], None]) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder, _listening(Path(folder), told):
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
@@ -112,6 +118,34 @@ def _compiled(lowered: Any, chip: chips.Chip, start: float) -> Compiled:
             return Compiled(Memory(0, needed, 0, 0), None, seconds, "the program is too large to be compiled", too_large=True)
         seconds = time.perf_counter() - start
         return describe(program, Path(folder), chip, seconds)
+
+
+@contextmanager
+def _listening(folder: Path, told: Callable[[int], None]) -> Iterator[None]:
+    """Calls `told` once, from a thread, if the dump says how large the temporaries are before the program is compiled."""
+    done = threading.Event()
+
+    def listen() -> None:
+        size = None
+        while size is None and not done.wait(POLL):
+            if (size := early_temporaries(folder)) is not None:
+                told(size)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def early_temporaries(folder: Path) -> int | None:
+    """Bytes of temporaries by a dump that is under way; None: not known yet. Parts of SparseCores have their own reports."""
+    for path in folder.glob(_REPORT):
+        if ".extracted." not in path.name and (match := _TEMPORARIES.search(path.read_text(errors="replace"))):
+            return int(match[1])
+    return None
 
 
 def describe(program: Any, folder: Path, chip: chips.Chip, seconds: float) -> Compiled:
