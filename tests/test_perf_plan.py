@@ -83,6 +83,12 @@ def test_cycles_are_summed_by_kind_and_loops_run_as_often_as_they_say():
     assert (unread.cycles["convolutions"], unread.unread_loops) == (100, 1)
 
 
+def test_a_number_that_is_none_is_no_estimate():
+    """The compiler writes 2^63 - 1 beside a small sum that a SparseCore works out."""
+    offloaded = f"  %offloaded = f32[8]{{0}} fusion(%x), kind=kCustom, calls=%add, {CYCLES % (2**63 - 1)}\n  ROOT %sum"
+    assert hlo_cost.cost(PROGRAM.replace("  ROOT %sum", offloaded), CHIP) == hlo_cost.cost(PROGRAM, CHIP)
+
+
 def test_a_transfer_that_is_spread_over_the_program_is_counted_once():
     assert hlo_cost.cost(PROGRAM, CHIP).communication == 4 * 64 * 4
     summed = "  %sums = (f32[8]{0}, bf16[100]{0}) all-reduce(%x, %x), channel_id=8, to_apply=%add\n  ROOT %sum"

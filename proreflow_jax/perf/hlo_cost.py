@@ -28,6 +28,8 @@ MATRIX = (
 )  # the compiler's estimates of these are right
 PESSIMISM = 2.2  # by which its estimates of all other kinds are too slow
 
+NO_ESTIMATE = 2**62  # cycles from which a number is none: the compiler writes 2^63 - 1 beside what a SparseCore does
+
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _KIND = re.compile(r" ([a-z][a-z\-]*)\(([^)]*)\)")
@@ -126,7 +128,7 @@ def _op(name: str, rest: str) -> Op:
         kind=kind[1] if kind else "",
         type=rest[: rest.find(f"{kind[1]}({kind[2]})")] if kind else rest,
         operands=operands,
-        cycles=int(cycles[1]) if cycles else None,
+        cycles=int(cycles[1]) if cycles and int(cycles[1]) < NO_ESTIMATE else None,
         op_name=op_name[1] if op_name else "",
         called=called,
         target=target[1] if target else "",
