@@ -26,7 +26,7 @@ from proreflow_jax.perf import chips, estimate, flops, hlo_cost, make_it_fit, pl
 from proreflow_jax.perf import jobs as perf_jobs
 from proreflow_jax.perf.jobs import Job, frozen_shapes, jobs, prompt_shapes, record_shapes, storage
 from proreflow_jax.run import check_config, dataset, experiment, open
-from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime import mesh, programs
 
 CHIP = chips.CHIPS["v5e"]
 NOTHING = tpu_compile.Compiled(tpu_compile.Memory(0, 0, 0, 0), hlo_cost.Cost({"linears": 1.503e6}, {}, {}, 0.0, 0.0, 0), 1.0)
@@ -512,15 +512,17 @@ def test_wrong_words_end_in_one_line(tmp_path, outline_only, compiler, monkeypat
 
 
 @pytest.mark.slow
-def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up(caplog):
+def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up(caplog, tmp_path):
     """Minutes: libtpu's compiler, four v5e chips, the training step of the first stage."""
     pytest.importorskip("libtpu")
     tpu_compile.prepare_compiler()
     place = estimate.target("v5e:2x2", "")
     config = check_config.changed(get_config(), {"mesh.data": 1, "mesh.fsdp": 4})
+    programs.keep_programs(str(tmp_path))
     with caplog.at_level("INFO"):
         found = estimate.estimate(config, place, estimate.opener(config, place), 8, "train")
     assert re.search(r"stage 8, train: 0\.\d\d of 15\.75 GiB a chip, fits, before tiles", caplog.text)
+    assert list(tmp_path.glob("jit_step-*-cache"))  # the compiled program, for whoever has the TPU
     parts = {name: size for name, size in found["memory"].items() if name not in ("total", "available")}
     assert sum(parts.values()) == found["memory"]["total"] and min(parts.values()) >= 0
     weights = sum(math.prod(s.shape) for s in open.open_outline(config, jax.devices()[:4]).networks.denoiser.shapes.values())

@@ -117,14 +117,19 @@ class Attention(nnx.Module):
 class GEGLU(nnx.Module):
     """x -> a * gelu(b), where (a, b) are the halves of one projection.
 
-    Its weights are halved, not its result: the product fuses into the layer behind, and no gradient is padded.
+    Its weights are halved, not its result: the product fuses into the layer behind, and no gradient is padded. On a CPU halves
+    are copies, so of large weights and few tokens the result is halved.
     """
 
-    def __init__(self, width: int, inner: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, inner: int, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         self.proj = nnx.Linear(width, 2 * inner, rngs=rngs)
+        self.on_cpu = compute.platform == "cpu"
 
     def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s i"]:
         kernel, bias = layers.weights_of(self.proj, x)
+        if self.on_cpu and kernel.size >= layers.LARGE and x.size < 2 * x.shape[-1] ** 2:
+            a, b = jnp.split(x @ kernel + bias, 2, axis=-1)
+            return a * layers.gelu(b)
         a, b = (x @ w + c for w, c in zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True))
         return a * layers.gelu(b)
 
@@ -132,8 +137,8 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
     """GEGLU and a projection back; torch's list has a dropout between, hence the index 2."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.net = nnx.List([GEGLU(width, 4 * width, rngs), nnx.Module(), nnx.Linear(4 * width, width, rngs=rngs)])
+    def __init__(self, width: int, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
+        self.net = nnx.List([GEGLU(width, 4 * width, rngs, compute), nnx.Module(), nnx.Linear(4 * width, width, rngs=rngs)])
 
     def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s c"]:
         return self.net[2](self.net[0](x))
@@ -147,7 +152,7 @@ class TransformerBlock(nnx.Module):
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
         self.attn1 = Attention(width, heads, rngs, compute=compute)
         self.attn2 = Attention(width, heads, rngs, context=context, compute=compute)
-        self.ff = FeedForward(width, rngs)
+        self.ff = FeedForward(width, rngs, compute)
 
     def __call__(self, x: Float[Array, "b s c"], context: Float[Array, "b t d"]) -> Float[Array, "b s c"]:
         x = x + self.attn1(self.norm1(x))

@@ -104,7 +104,9 @@ def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
     `compute` changes the form of attention and the arrays that a backward pass recomputes, not the result.
     """
     compute = compute._replace(repeat=scanned) if compute.platform == "tpu" else compute
-    return network(lambda rngs: layers.gathering(unet.UNet(unet.architecture(config), rngs, compute), compute), config)
+    architecture = unet.architecture(config)
+    suited = lambda rngs: layers.suited(unet.UNet(architecture, rngs, compute), compute)
+    return network(lambda rngs: layers.gathering(suited(rngs), compute), config)
 
 
 def make_transformer(config: dict, compute: Compute = PLAIN, repeated: int = 1) -> Network:

@@ -7,6 +7,7 @@ import re
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ _TOO_LARGE = (  # of the compiler's message: (needs, has)
     re.compile(rf"\({_NUMBER}\) exceeds available HBM \({_NUMBER}\)"),
     re.compile(rf"Used {_NUMBER} of {_NUMBER} hbm"),
 )
+UNREAD = ".*PjRtCompiler must be constructed with a Client"  # jax keeps a program for a TPU, and needs one to read it again
 _REPORT = "*after_optimizations-memory-usage-report.txt"  # which libtpu dumps long before a program is done
 _TEMPORARIES = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -107,7 +109,8 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip, told: C
 
 
 def _compiled(lowered: Any, chip: chips.Chip, start: float, told: Callable[[int], None]) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder, _listening(Path(folder), told):
+    with tempfile.TemporaryDirectory() as folder, _listening(Path(folder), told), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=UNREAD)
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
