@@ -115,8 +115,8 @@ def test_it_can_be_carried_out_on_every_slice_it_names(name):
 def test_a_slice_that_cannot_carry_it_out_is_refused():
     with pytest.raises(ValueError, match="train.accumulation"):
         check(config("sd15", "--config.train.accumulation=32"), 16)
-    with pytest.raises(ValueError, match="pairs.batch=16"):
-        check(config("sdxl", "--config.train.accumulation=1"), 32)
+    with pytest.raises(ValueError, match="pairs.batch=32"):
+        check(config("sdxl", "--config.train.accumulation=1"), 64)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -267,7 +267,10 @@ def test_a_chips_memory_is_added_up_right():
                 room = float(re.match(r" *(\d+) GB", line)[1])
                 found = re.findall(r"([\d.]+) of (\d+\.\d+)", " ".join(page(name).split()))
                 assert float(said[1]) == each_call, (name, kind)
-                assert any(float(used) < float(has) and 0.95 * room < float(has) < room for used, has in found), (name, kind)
+                assert any(float(used) < float(has) and 0.95 * room < float(has) < 1.01 * room for used, has in found), (
+                    name,
+                    kind,
+                )
                 continue
             capacity, fixed, images, each, total = (
                 float(n) for n in re.match(r" *(\d+) GB +(\d+) \+ (\d+) x ([\d.]+) = (\d+)", line).groups()

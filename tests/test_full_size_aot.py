@@ -135,14 +135,17 @@ def test_sd15_online_step_on_v5e(tmp_path):
     found = step(sd15(), outline(tmp_path / "sd15", "sd15"), "v5e:4x4", train__batch=16 * ROWS)
     assert found["fits"] and found["at_once"] == ROWS
     assert 1 <= of_ideal(found, 859_520_964, 16) < 1.1
-    assert found["utilisation"] >= 0.4 and found["not_estimated"] == {}  # 0.475
+    assert found["utilisation"] >= 0.52 and found["not_estimated"] == {}
 
 
-@pytest.mark.parametrize(("slice", "batch"), [("v5p:2x2x2", 32), ("v6e:4x4", 32)])
-def test_sdxl_online_step_fits(tmp_path, slice, batch):
-    found = step(sdxl(), outline(tmp_path / "sdxl", "sdxl"), slice, train__batch=batch)
-    assert found["fits"]
+@pytest.mark.parametrize(("slice", "teacher", "least"), [("v5p:2x2x2", "whole", 0.55), ("v6e:4x4", "split", 0.32)])
+def test_sdxl_online_step(tmp_path, slice, teacher, least):
+    """8 images a chip; a v6e's SparseCores carry the weights of a teacher that is split."""
+    batch = ROWS * chips.chip_count(slice)
+    found = step(sdxl(), outline(tmp_path / "sdxl", "sdxl"), slice, train__batch=batch, mesh__teacher=teacher)
+    assert found["fits"] and found["at_once"] == ROWS
     assert 1 <= of_ideal(found, 2_567_463_684, chips.chip_count(slice)) < 1.1
+    assert found["utilisation"] >= least and found["not_estimated"] == {}
 
 
 @pytest.mark.parametrize(("slice", "least"), [("v5e:4x4", 0.45), ("v5p:2x2x2", 0.45), ("v6e:4x4", 0.25)])

@@ -99,12 +99,12 @@ def estimate(config: ConfigDict, place: Target, opened: Callable[[], tuple], win
     return result
 
 
-def _say_early(job: Job, place: Target, temporaries: int) -> None:
-    """One line, minutes before the time is known. Outputs and what tiles fill up are not in it."""
-    needed, limit = temporaries + sum(resident.sum_classes(job.classes, job.beside).values()), place.chip.memory
-    verdict = "fits" if needed <= limit else "DOES NOT FIT"
-    sizes = f"{needed / chips.GIB:.2f} of {limit / chips.GIB:.2f} GiB a chip"
-    log.info("stage %d, %s: %s, %s, before tiles; the time is known when it is compiled", job.windows, job.name, sizes, verdict)
+def _say_early(job: Job, place: Target, size: int) -> None:
+    """One line, minutes before the time is known. size: bytes of the program and its arguments, filled up to tiles, at most."""
+    needed, limit = size + sum(resident.sum_classes(job.beside).values()), place.chip.memory
+    verdict = "fits" if needed <= limit else "may not fit"
+    sizes = f"at most {needed / chips.GIB:.2f} of {limit / chips.GIB:.2f} GiB a chip"
+    log.info("stage %d, %s: %s, %s; the time is known when it is compiled", job.windows, job.name, sizes, verdict)
 
 
 def measured(job: Job, compiled: tpu_compile.Compiled, place: Target) -> dict[str, Any]:

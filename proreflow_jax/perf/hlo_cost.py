@@ -57,6 +57,7 @@ _FREE_CALLS = (
     "SPMDShardToFullShape",
     "AssumeGatherIndicesInBound",
     "ConcatBitcast",
+    "NopReturnToken",  # of what a SparseCore carries out
 )
 NARROW = "narrow_mha"  # begins the names of models/narrow_kernel.py's kernels
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of a splash kernel, by a part of its name
