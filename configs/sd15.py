@@ -20,7 +20,7 @@ whole trajectories, and so make the next one's pairs in one Euler step a window,
 windows start at noised images: it needs a dataset, and draws at any number of steps. Numbers: docs/reproduce.md, "The lab".
 
 Slices. Ask `plan` before you rent: it compiles these jobs for a slice (docs/plan.md). A step that makes its own pairs, 8
-images at once on a chip of v5e:4x4, takes 10.3 of 15.75 GiB there. Counted by hand, GB a chip, upper bounds: split over the
+images at once on a chip of v5e:4x4, takes 8.7 of 15.75 GiB there. Counted by hand, GB a chip, upper bounds: split over the
 chips the training state, 16 bytes a weight (float32 weights, two moments, average: 13.8), float32 gradients (3.4) and the
 base model in float32 (3.4); whole on each chip working weights and gradients in bfloat16 (3.4) and the text encoder (0.5);
 activations, 6.3 an image (4.3 of them scores, which fused attention does not keep), for batch / chips / accumulation images:

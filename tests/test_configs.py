@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from proreflow_jax.data import kinds
 from proreflow_jax.flow import windows
+from proreflow_jax.perf import chips as chips_of
 from proreflow_jax.run import check_config
 from proreflow_jax.run.stages import check_counts
 from proreflow_jax.runtime import mesh
@@ -264,10 +265,10 @@ def test_a_chips_memory_is_added_up_right():
             line = next(rest for found, _, rest in SLICE.findall(page(name)) if found == kind)
             each_call = c.train.batch / chips / c.train.accumulation
             if said := re.search(r"(\d+) at once as above", line):  # by plan's account
-                room = float(re.match(r" *(\d+) GB", line)[1])
+                limit = chips_of.CHIPS[kind.partition("-")[0]].memory / 2**30
                 found = re.findall(r"([\d.]+) of (\d+\.\d+)", " ".join(page(name).split()))
                 assert float(said[1]) == each_call, (name, kind)
-                assert any(float(used) < float(has) and 0.95 * room < float(has) < 1.01 * room for used, has in found), (
+                assert any(float(used) < float(has) == pytest.approx(limit, abs=0.05) for used, has in found), (
                     name,
                     kind,
                 )

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import logging
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -179,26 +178,21 @@ def times(useful: float, job: Job, cost: hlo_cost.Cost, place: Target) -> dict[s
 @contextmanager
 def ticking(activity: str) -> Iterator[None]:
     """Logs an activity and, until it ends, the seconds so far: on one line of a terminal, or each half minute in a log."""
-    done, start = threading.Event(), perf_counter()
-    shown = sys.stderr.isatty()
+    start, shown = perf_counter(), sys.stderr.isatty()
 
     def tick() -> None:
-        while not done.wait(1.0 if shown else TICK):
-            line = f"{activity}, {perf_counter() - start:.0f} s"
-            if shown:
-                sys.stderr.write(f"\r{line}")
-                sys.stderr.flush()
-            else:
-                log.info(line)
+        line = f"{activity}, {perf_counter() - start:.0f} s"
+        if shown:
+            sys.stderr.write(f"\r{line}")
+            sys.stderr.flush()
+        else:
+            log.info(line)
 
-    thread = threading.Thread(target=tick, daemon=True)
     log.info(activity)
-    thread.start()
     try:
-        yield
+        with tpu_compile.meanwhile(1.0 if shown else TICK, tick):
+            yield
     finally:
-        done.set()
-        thread.join()
         if shown:
             sys.stderr.write("\r\033[K")
 

@@ -109,7 +109,11 @@ def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip, told: C
 
 
 def _compiled(lowered: Any, chip: chips.Chip, start: float, told: Callable[[int], None]) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder, _listening(Path(folder), told), warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(),
+        meanwhile(POLL, lambda: _listen(Path(folder), told)),
+    ):
         warnings.filterwarnings("ignore", message=UNREAD)
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
@@ -124,23 +128,29 @@ def _compiled(lowered: Any, chip: chips.Chip, start: float, told: Callable[[int]
 
 
 @contextmanager
-def _listening(folder: Path, told: Callable[[int], None]) -> Iterator[None]:
-    """Calls `told` once, from a thread, if the dump says how much memory the program takes before it is compiled."""
+def meanwhile(seconds: float, look: Callable[[], Any]) -> Iterator[None]:
+    """Calls `look` in a thread, every so many seconds, until the block ends or it returns something true."""
     done = threading.Event()
 
-    def listen() -> None:
-        size = None
-        while size is None and not done.wait(POLL):
-            if (size := early_size(folder)) is not None:
-                told(size)
+    def run() -> None:
+        while not done.wait(seconds) and not look():
+            pass
 
-    thread = threading.Thread(target=listen, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+
+
+def _listen(folder: Path, told: Callable[[int], None]) -> bool:
+    """Tells the size of a program if its dump has it."""
+    size = early_size(folder)
+    if size is not None:
+        told(size)
+    return size is not None
 
 
 def early_size(folder: Path) -> int | None:
