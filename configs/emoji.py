@@ -5,10 +5,11 @@
     proreflow evaluate --config=emoji:gate
     proreflow distill --config=emoji:long
 
-The second command is the job, minutes; the third the table from more pictures, with the teacher at 2 to 64 steps and at several
-guidance scales, and what a testbed must show in words (without a student it measures the teacher alone); the fourth is how the
-student was trained that comes with the package. Stop any and run it again as you like. Machine: 2 CPU cores, which ask the UNet
-some 540 times a second (a Xeon with AMX, idle): the gate's rows of the teacher are 378,000 calls, those of guidance 162,000.
+The second command is the job, minutes; the third the table with held-out prompts, too, the teacher at 2 to 64 steps and at
+several guidance scales, and what a testbed must show in words (without a student it measures the teacher alone); the fourth is
+how the student was trained that comes with the package. Stop any and run it again as you like. Machine: 2 CPU cores, which ask
+the UNet some 540 times a second (a Xeon with AMX, idle): the gate's rows of the teacher are 378,000 calls, those of guidance
+162,000.
 """
 
 from ml_collections import ConfigDict
@@ -72,30 +73,31 @@ def get_config(form: str = "demo") -> ConfigDict:
 
     c.evaluate.protocol = "emoji"  # "emoji": kernel distances; "emoji-2500": with Frechet distances
     c.evaluate.images = asset("emoji_pictures")  # folder of the real pictures, as make_emoji writes it
-    c.evaluate.examples = 100  # pictures of each row and seed, seen and held out each
+    c.evaluate.examples = 250  # pictures of each row and seed, seen and held out each
     c.evaluate.batch = 50  # images computed at once; a multiple of the devices
     c.evaluate.guidance = c.pairs.guidance  # of the base model's rows: what the students have in them
     c.evaluate.teacher_steps = (16, 8, 4, 2)  # rows of the base model; the most are the reference of the distances
     c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2))  # rows (windows, steps) of the students that are finished
-    c.evaluate.columns = 12  # images of each row in the picture: seen prompts in the left half, held-out ones in the right
+    c.evaluate.columns = 12  # images of each row in the picture: seen prompts, in the left half if others are drawn too
     c.evaluate.gate = ConfigDict()  # of the emoji's table alone
     c.evaluate.gate.styled = True  # prompts name a style: "a waffle, noto style"; False: "a waffle", which is harder
+    c.evaluate.gate.held_out = False  # rows of prompts whose pictures the base model's training did not see, too
+    c.evaluate.gate.shipped_steps = (4, 2)  # rows of the student that comes with the base model, model.student; (): none
     c.evaluate.gate.student_guidance = 1.0  # classifier-free guidance scale of the students; 1 if pairs.guidance is in them
-    c.evaluate.gate.guidance = (2.0, 3.0)  # scales of further rows of the base model, one seed; (): none
+    c.evaluate.gate.guidance = (2.0,)  # scales of further rows of the base model, one seed; (): none
     c.evaluate.gate.guidance_steps = (4, 2)  # their steps: where the students stand
-    c.evaluate.gate.guidance_examples = 100  # pictures of each of these rows, seen and held out each
+    c.evaluate.gate.guidance_examples = 250  # pictures of each of these rows, seen and held out each
     c.evaluate.gate.showcase = SHOWCASE  # prompts of showcase.png; (): none
     c.evaluate.gate.showcase_steps = (32, 2)  # many and few, of the base model there; beside it the student of fewest windows
     return {"demo": lambda c: c, "gate": _gate, "long": _long}[form](c)
 
 
 def _gate(c: ConfigDict) -> ConfigDict:
-    """More pictures and rows in the table."""
-    c.evaluate.examples = 250  # pictures of each row and seed, seen and held out each
+    """More rows in the table."""
     c.evaluate.teacher_steps = (64, 32, 16, 8, 4, 2)  # every doubling
     c.evaluate.gate.guidance = (1.0, 2.0, 3.0, 4.0, 5.0)  # scales of further rows of the base model, one seed
     c.evaluate.gate.guidance_steps = (32, 4)  # their steps, many and few
-    c.evaluate.gate.guidance_examples = 250  # pictures of each of these rows, seen and held out each
+    c.evaluate.gate.held_out = True  # rows of prompts whose pictures the base model's training did not see, too
     return c
 
 
@@ -107,4 +109,5 @@ def _long(c: ConfigDict) -> ConfigDict:
     c.loss.start_steps = 4  # the last student learns at the times of a sampler of 4 steps, too
     c.checkpoint.every = 300  # steps between checkpoints
     c.evaluate.student_steps = ((8, 8), (4, 4), (2, 2), (2, 4))  # rows (windows, steps) of the students
+    c.evaluate.gate.shipped_steps = ()  # it is this run's own
     return _gate(c)

@@ -2,6 +2,7 @@
 
     proreflow reproduce --config=reproduce --workers=2         # hours; stop and go on as you like
     proreflow reproduce --config=reproduce:quick --workers=2   # under 20 minutes: five methods
+    proreflow reproduce --config=reproduce:curves --workers=2  # hours: the main rows at budgets of a factor of 30
     proreflow reproduce --config=reproduce:flow --workers=2    # beyond UNets: the MMDiT of digits_flow_base
     proreflow distill --config=reproduce:ProReflow-II          # one method by the verbs; of the MMDiT flow-ProReflow-II
 
@@ -163,10 +164,12 @@ FLOW_EFFECTS = (
     ("the chain against one stage", "chain", "direct-2"),
 )
 QUICK = ("PeRFlow-4-ddim_eps", "PeRFlow-4-velocity", "ProReflow-I", "ProReflow-II", "direct-2")
+CURVED = ("PeRFlow-4-velocity", "ProReflow-II", "chain")
+FACTOR_30 = (10_000, 30_000, 100_000, 300_000)  # forwards of the digits' curves
 
 
 def get_config(form: str = "full") -> ConfigDict:
-    """The digits' grid, "full" or "quick"; "flow", that of their MMDiT; "lab", the fastest; or one method's name.
+    """The digits' grid, "full", "quick" or "curves"; "flow", that of their MMDiT; "lab", the fastest; or one method's name.
 
     A method's name gives the demo's config as that method; behind "flow-" the MMDiT's.
     """
@@ -174,24 +177,30 @@ def get_config(form: str = "full") -> ConfigDict:
         return _lab()
     table = {name: fields for _, name, fields in (*_lab_methods(), *METHODS)}
     flows = {f"flow-{name}": table[name] for name in FLOW}
-    forms = {"full": "reproduce", "quick": "reproduce-quick", "flow": "reproduce-flow"}
+    forms = {form: f"reproduce-{form}" for form in ("quick", "curves", "flow")} | {"full": "reproduce"}
     if form not in (*forms, *table, *flows):
         known = ", ".join((*table, *flows))
-        raise ValueError(f"{form!r} after configs/reproduce.py: must be full, quick, lab, flow, or one of {known}")
+        raise ValueError(f"{form!r} after configs/reproduce.py: must be full, quick, curves, lab, flow, or one of {known}")
     c = digits_flow() if form == "flow" or form in flows else digits()
     c.name = forms.get(form, form)  # run folder below `root`
     c.train.batch = 32  # images of an update: at this compute many small updates beat few large ones
     c.evaluate.batch = 250  # images drawn at once; divides evaluate.examples
     if form not in forms:
         return _with(c, (table | flows)[form])
-    if form == "flow":
-        rows = {row[1]: row for row in (*_lab_methods(), *METHODS) if row[1] in FLOW}
-        _grid(c, [(group, name, _unbudgeted(fields)) for group, name, fields in rows.values()], (*EFFECTS, *FLOW_EFFECTS))
-        c.reproduce.references = ("ProReflow-II", "reflow-1")  # methods that the others are compared with
+    if form in ("flow", "curves"):
+        names, effects, references = {
+            "flow": (FLOW, FLOW_EFFECTS, ("ProReflow-II", "reflow-1")),
+            "curves": (CURVED, LAB_EFFECTS, ("ProReflow-II",)),
+        }[form]
+        rows = {row[1]: row for row in (*_lab_methods(), *METHODS) if row[1] in names}
+        _grid(c, [(group, name, _unbudgeted(fields)) for group, name, fields in rows.values()], (*EFFECTS, *effects))
+        c.reproduce.references = references  # methods that the others are compared with
     else:
         _grid(c, [row for row in METHODS if form == "full" or row[1] in QUICK], EFFECTS)
-    budget = {"quick": 25_000, "flow": 50_000}.get(form, 100_000)
-    c.reproduce.budgets = (budget,)  # forwards of a method and seed, the teacher's included
+    if form == "curves":
+        c.pairs.batch = 32  # trajectories computed at once; few, for a chain's three stages at the smallest budget
+    budgets = {"quick": (25_000,), "flow": (50_000,), "curves": FACTOR_30}.get(form, (100_000,))
+    c.reproduce.budgets = budgets  # forwards of a method and seed, the teacher's included
     return c
 
 

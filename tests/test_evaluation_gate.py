@@ -69,8 +69,8 @@ def test_gains_count_beyond_three_spreads():
 
 def test_the_baseline_wins_only_beyond_the_spread():
     rows = lambda value, apart=0.1: [
-        StudentScore(2, 2, over_seeds(1)),
-        StudentScore(4, 4, {0: value, 1: value + apart, 2: value}),
+        StudentScore("2-window student", 2, 2, over_seeds(1)),
+        StudentScore("4-window student", 4, 4, {0: value, 1: value + apart, 2: value}),
     ]
     of = lambda students: {verdict.name: verdict for verdict in gate.judge_testbed(GOOD, students)}
     assert of(rows(30.0))["b"].passed is True

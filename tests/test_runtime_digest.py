@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from proreflow_jax.runtime import digest as digest_lib
 from proreflow_jax.runtime import mesh as mesh_lib
 from proreflow_jax.runtime.digest import digest, fold
 
@@ -26,6 +27,14 @@ def test_equal_on_every_number_of_devices_and_every_axis(dtype: str) -> None:
         for spec in [PartitionSpec("fsdp"), PartitionSpec(None, "fsdp"), PartitionSpec()]:
             found.add(one(jax.device_put(array, NamedSharding(mesh, spec))))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_host_and_the_devices_agree(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = [np.asarray(VALUES * 50, dtype), np.asarray(3, dtype), np.zeros((0, 4), dtype), np.asarray(VALUES[:, 0].T, dtype)]
+    by_host = [one(array) for array in arrays]
+    monkeypatch.setattr(digest_lib, "SMALL", -1)
+    assert [one(array) for array in arrays] == by_host
 
 
 def test_any_single_bit_changes_it() -> None:

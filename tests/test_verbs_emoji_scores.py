@@ -101,6 +101,8 @@ def evaluate(folder: Path, model: Path, name: str, **fields: object) -> Ended:
         "evaluate.gate.guidance_steps": "(2,)",
         "evaluate.gate.guidance_examples": 10,
         "evaluate.gate.student_guidance": 1.0,
+        "evaluate.gate.held_out": True,
+        "evaluate.gate.shipped_steps": "()",
         "evaluate.guidance": 0.0,  # the protocol's, 3
         "evaluate.gate.showcase": '("thing 1", "thing 2, noto style")',
         "evaluate.gate.showcase_steps": "(8, 2)",
@@ -333,6 +335,8 @@ def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
         "teacher_steps is empty": {"evaluate__teacher_steps": "()"},
         "guidance_examples=5": {"evaluate__gate__guidance_examples": 5},
         "evaluate.seeds=(0, 0)": {"evaluate__seeds": "(0, 0)"},
+        "gate.shipped_steps=(4,) must be ()": {"evaluate__gate__shipped_steps": "(4,)", "model__student": ""},
+        f"model.student={model} is no student of": {"evaluate__gate__shipped_steps": "(4,)", "model__student": model},
     }
     for text, fields in cases.items():
         ended = evaluate(folder, model, "refused", **fields)
@@ -340,6 +344,25 @@ def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
     assert not (folder / "runs" / "refused").exists()
     ended = run("evaluate", f"--config={ROOT / 'configs' / 'digits.py'}", "--config.evaluate.protocol=emoji")
     assert ended.code == 2 and "--config=emoji has" in ended.err
+
+
+def test_the_student_that_comes_along_has_its_rows_and_seen_prompts_may_stand_alone(folder, model, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(model, student)
+    scheduler = student / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(read_json(scheduler) | {"prediction": "ddim_eps", "windows": 2, "path": "linear"}))
+    rows = {"gate__held_out": False, "gate__shipped_steps": "(4, 2)", "gate__guidance_examples": COUNT, "columns": 16}
+    words = {f"evaluate__{name}": value for name, value in rows.items()}
+    ended = evaluate(folder, model, "shipped", model__student=student, **words)
+    assert ended.code == 0, ended.err
+    table = read_json(folder / "runs" / "shipped" / "table.json")
+    shipped = {row["steps"]: row for row in table["rows"] if row["method"] == "shipped 2-window student"}
+    assert list(shipped) == [4, 2] and shipped[4]["calls"] == 4
+    untrained = of(table, "teacher, guidance", 2, 1.0)["sides"]["seen"]  # its weights are the base model's: it draws the same
+    assert shipped[2]["sides"]["seen"]["kernel"]["0"] == pytest.approx(untrained["kernel"]["0"], abs=1e-3)
+    assert all(set(row["sides"]) <= {"seen"} for row in table["rows"]) and "held-out" not in ended.out
+    assert "seen pairs: shipped 2-window student against the teacher, 4 steps: nearer" in "\n".join(table["sentences"])
+    assert Image.open(folder / "runs" / "shipped" / "samples.png").width > 10 * 96  # as many columns as there are pictures
 
 
 def test_pictures_that_are_no_numbers_are_named_by_their_prompts(folder, model, monkeypatch):

@@ -37,6 +37,7 @@ class Verdict(NamedTuple):
 class StudentScore(NamedTuple):
     """A student's distances to real pictures, in so many steps."""
 
+    method: str  # such as "4-window student"
     windows: int
     steps: int
     values: Values
@@ -65,15 +66,15 @@ def judge_testbed(teacher: Mapping[int, Values], students: Sequence[StudentScore
     effects = [(f"teacher, {few} against {many} steps", difference(teacher[few], teacher[many]))] if few < many else []
     for student in students:
         if student.steps in teacher:
-            name = student_name(student.windows, student.steps)
+            name = against_teacher(student.method, student.steps)
             effects.append((name, difference(teacher[student.steps], student.values)))
     baseline = next((each.values for each in students if (each.windows, each.steps) == (BASELINE, BASELINE)), None)
     return [falls_with_steps(teacher), baseline_wins(teacher.get(BASELINE), baseline), spread_is_small(effects)]
 
 
-def student_name(windows: int, steps: int) -> str:
+def against_teacher(method: str, steps: int) -> str:
     """What is compared, in words."""
-    return f"{windows}-window student against the teacher, {steps} steps"
+    return f"{method} against the teacher, {steps} steps"
 
 
 def gain_sentence(name: str, gains: Mapping[str, Difference]) -> str:

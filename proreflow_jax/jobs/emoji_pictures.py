@@ -45,6 +45,7 @@ class PictureRow(NamedTuple):
     flow: Parameterization
     steps: int
     guidance: float
+    shipped: bool = False  # drawn by the student that comes with the base model
 
     @property
     def calls(self) -> int:

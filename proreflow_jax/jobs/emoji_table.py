@@ -34,7 +34,7 @@ COLUMNS = {
     "score, seen": "concept score, seen",
     "score, held-out": "held-out",
     "seconds": "s / image",
-}
+}  # those that no row has are left out
 SIDES = (SEEN, HELD_OUT)
 YARDSTICK = "decoded"  # the distance that the gate reads: what the autoencoder costs is the same in every row
 DISTANCES = ("kernel", "decoded", "frechet", "teacher_kernel", "latents")
@@ -45,7 +45,6 @@ GAINS = {  # what a student can win over the teacher in as many steps
     "teacher_kernel": "nearer to its own of many steps by",
     "score": "the concept score higher by",
 }
-WITHOUT_MODEL = ("frechet, seen",)  # columns left out where no row has them
 
 
 def write_table(experiment: Experiment, plan: Plan, results: Sequence[Result], texts: Mapping[str, Sequence[str]]) -> list[str]:
@@ -55,10 +54,10 @@ def write_table(experiment: Experiment, plan: Plan, results: Sequence[Result], t
     """
     config, folder = experiment.config, experiment.run
     rows = [_cells(result) for result in results]
-    columns = {key: head for key, head in COLUMNS.items() if key not in WITHOUT_MODEL or any(key in row for row in rows)}
-    verdicts = {name: _verdicts(results, name) for name in (SEEN, HELD_OUT)}
+    columns = {key: head for key, head in COLUMNS.items() if any(key in row for row in rows)}
+    verdicts = {name: _verdicts(results, name) for name in texts}
     sentences = [f"{name} pairs: {verdict.sentence()}" for name, each in verdicts.items() for verdict in each]
-    sentences += [f"{name} pairs: {sentence}" for name in (SEEN, HELD_OUT) for sentence in _gains(results, name)]
+    sentences += [f"{name} pairs: {sentence}" for name in texts for sentence in _gains(results, name)]
     notes = _notes(config, plan, results)
     table = report.text_table(rows, columns)
     plain = [_plain(result, plan, config) for result in results]
@@ -121,7 +120,7 @@ def _verdicts(results: Sequence[Result], side: str) -> list[gate.Verdict]:
     rows = _main(results)
     teacher = {each["row"].steps: each["sides"][side][YARDSTICK] for each in rows if not each["row"].windows}
     students = [
-        gate.StudentScore(each["row"].windows, each["row"].steps, each["sides"][side][YARDSTICK])
+        gate.StudentScore(each["method"], each["row"].windows, each["row"].steps, each["sides"][side][YARDSTICK])
         for each in rows
         if each["row"].windows
     ]
@@ -137,7 +136,7 @@ def _gains(results: Sequence[Result], side: str) -> list[str]:
         if other := few.get(row.steps):
             pairs = {name: (other, own) if BETTER[f"{name}, {side}"] == "less" else (own, other) for name in GAINS}
             gains = {GAINS[name]: gate.difference(first[name], second[name]) for name, (first, second) in pairs.items()}
-            sentences.append(gate.gain_sentence(gate.student_name(row.windows, row.steps), gains))
+            sentences.append(gate.gain_sentence(gate.against_teacher(row.method, row.steps), gains))
     return sentences
 
 
@@ -161,12 +160,13 @@ def _plain(result: Result, plan: Plan, config: ConfigDict) -> Result:
 def _notes(config: ConfigDict, plan: Plan, results: Sequence[Result]) -> list[str]:
     e, main = config.evaluate, _main(results)[0]
     seeds = ", ".join(map(str, main["seeds"]))
-    prompts = "with their style" if e.gate.styled else "without their style"
+    styles = "with their style" if e.gate.styled else "without their style"
+    hidden = ", and of pictures that it did not (the concept in another style it did)" if HELD_OUT in main["sides"] else ""
     features = f"{plan.protocol.features} at {plan.protocol.size} px"
     return [
-        f"protocol {plan.protocol.name}: prompts of {main['count']:,} pictures that the base model's training saw, and of "
-        f"pictures that it did not (the concept in another style it did), {prompts}; seeds {seeds} of the noise; +- is the "
-        "standard deviation over seeds; of rows that no model draws the standard error over parts.",
+        f"protocol {plan.protocol.name}: prompts of {main['count']:,} pictures that the base model's training saw{hidden}, "
+        f"{styles}; seeds {seeds} of the noise; +- is the standard deviation over seeds; of rows that no model draws the "
+        "standard error over parts.",
         f"kernel distance: unbiased polynomial MMD with KID's kernel x 1000 over {features}, to the real pictures of the same "
         "prompts (real pictures: to other real ones); behind the autoencoder: to these encoded and decoded, which is all that "
         "a sampler can reach, and the gate's yardstick; to the teacher: to its own pictures in the first row, same seed.",
@@ -179,16 +179,16 @@ def _notes(config: ConfigDict, plan: Plan, results: Sequence[Result]) -> list[st
 
 
 def _grid(experiment: Experiment, results: Sequence[Result], texts: Mapping[str, Sequence[str]]) -> None:
-    """samples.png: a row a method, seen prompts in the left half, held-out ones in the right."""
+    """samples.png: a row a method; seen prompts, in the left half if held-out ones are drawn too."""
+    drawn = [each for each in results if each["pictures"]]
     columns = experiment.config.evaluate.columns
-    left = -(-columns // 2)
-    take = {SEEN: left, HELD_OUT: columns - left}
+    left = -(-columns // len(texts))
+    take = {
+        side: min(count, *(len(each["pictures"][side]) for each in drawn))
+        for side, count in zip(texts, (left, columns - left), strict=False)
+    }
     heads = [text for side, count in take.items() for text in texts[side][:count]]
-    rows = [
-        (_label(each), np.concatenate([each["pictures"][side][:count] for side, count in take.items()]))
-        for each in results
-        if each["pictures"]
-    ]
+    rows = [(_label(each), np.concatenate([each["pictures"][side][:count] for side, count in take.items()])) for each in drawn]
     report.picture(experiment.run / "samples.png", rows, heads, CELL)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,7 +20,7 @@ from proreflow_jax.evaluation import fid, kernel
 from proreflow_jax.evaluation.picture_features import make_picture_features
 from proreflow_jax.flow.windows import GRID
 from proreflow_jax.jobs import emoji_table
-from proreflow_jax.jobs.emoji_pictures import SHOWN, Arrays, PictureRow, PromptRows, make_picture_draw, measure_pictures
+from proreflow_jax.jobs.emoji_pictures import SHOWN, Arrays, PictureRow, make_picture_draw, measure_pictures
 from proreflow_jax.jobs.emoji_reference import (
     IMAGES,
     Real,
@@ -33,7 +35,9 @@ from proreflow_jax.jobs.emoji_reference import (
 from proreflow_jax.jobs.emoji_showcase import write_showcase
 from proreflow_jax.jobs.score_plan import Plan, check_plan, make_plan
 from proreflow_jax.reflow import sampler
+from proreflow_jax.run.check_config import changed
 from proreflow_jax.run.experiment import Experiment, Weights, check_taught, load_weights
+from proreflow_jax.run.open import open_model
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime import mesh
 from proreflow_jax.runtime.processes import check_alone
@@ -58,6 +62,9 @@ def check_emoji(config: ConfigDict) -> None:
     shown = tuple(e.gate.showcase_steps)
     if e.gate.showcase and not (len(shown) == 2 and all(1 <= steps <= GRID for steps in shown)):
         raise UserError(f"--config.evaluate.gate.showcase_steps={shown} must be two numbers in [1, {GRID}]: many and few")
+    if e.gate.shipped_steps and not config.model.get("student"):
+        shown = tuple(e.gate.shipped_steps)
+        raise UserError(f"--config.evaluate.gate.shipped_steps={shown} must be () without a --config.model.student")
     if not e.teacher_steps:
         raise UserError("--config.evaluate.teacher_steps is empty: students are held against the teacher's most steps")
     if e.gate.guidance and e.gate.guidance_examples < kernel.LEAST:
@@ -69,27 +76,46 @@ def score_emoji(experiment: Experiment) -> list[str]:
     """Writes table.md, table.json, two pictures and report.html into the run's folder; returns the lines to show."""
     e, plan = experiment.config.evaluate, make_plan(experiment.config)
     mesh.check_split(e.batch, fid.BATCH, experiment.mesh)
-    rows, sweep = _rows(experiment, plan), _sweep(experiment)
+    shipped = _shipped(experiment)
+    rows, sweep = _rows(experiment, plan, shipped), _sweep(experiment)
+    load = partial(_weights, experiment, shipped)
     judge = make_picture_features(plan.protocol.size, experiment.mesh, e.batch)
     real = read_real(experiment, judge)
     chosen = emoji_pairs.choose_pairs(real.dataset.pictures, plan.count)
-    sides = [make_side(experiment, real, name, pairs, judge) for name, pairs in chosen.items()]
+    drawn = list(chosen) if e.gate.held_out else [emoji_pairs.SEEN]
+    sides = [make_side(experiment, real, name, chosen[name], judge) for name in drawn]
     measured = partial(measure_pictures, experiment, draw=make_picture_draw(experiment), judge=judge)
     measure = lambda row, weights, side, seed: measured(row, weights, side.prompts, seed)
     results = baselines(real, sides)
     with lock.lock_folder(experiment.run / "scores"):
-        results += _measured(experiment, plan.seeds, rows, real, sides, measure=measure)
+        results += _measured(load, plan.seeds, rows, real, sides, measure=measure)
         if sweep:
             few = [shorten_side(experiment, real, side, e.gate.guidance_examples) for side in sides]
-            results += _measured(experiment, plan.seeds[:1], sweep, real, few, measure=measure, alone=True)
-        showcase = write_showcase(experiment, rows, partial(_pictures, experiment, measured, plan.seeds[0]))
+            results += _measured(load, plan.seeds[:1], sweep, real, few, measure=measure, alone=True)
+        draw = lambda row, prompts: measured(row, load(row), prompts, plan.seeds[0])["pictures"]
+        showcase = write_showcase(experiment, rows, draw)
     texts = {side.name: prompt_texts(experiment, real, side.pairs.rows[:SHOWN]) for side in sides}
     lines = emoji_table.write_table(experiment, plan, results, texts)
     return [*lines, f"the gain at a glance: {showcase}"] if showcase else lines
 
 
-def _rows(experiment: Experiment, plan: Plan) -> list[PictureRow]:
-    """The teacher, most steps first, then the students that are finished."""
+def _shipped(experiment: Experiment) -> Weights | None:
+    """The student that comes with the base model, where the base model lies; None if the table has no row of it.
+
+    Raises as `open_model`, and UserError for one of another shape than the base model.
+    """
+    config = experiment.config
+    if not config.evaluate.gate.shipped_steps:
+        return None
+    _, _, weights = open_model(changed(config, {"model.path": config.model.student}), jax.devices()[0])
+    base = experiment.denoiser.params()
+    if not weights.flow.windows or jax.tree.map(jnp.shape, weights.params) != jax.tree.map(jnp.shape, base):
+        raise UserError(f"--config.model.student={config.model.student} is no student of {config.model.path}")
+    return weights._replace(params=jax.device_put(weights.params, jax.tree.map(lambda x: x.sharding, base)))
+
+
+def _rows(experiment: Experiment, plan: Plan, shipped: Weights | None) -> list[PictureRow]:
+    """The teacher, most steps first, then the students that are finished, and the one that comes with the base model."""
     e, flow = experiment.config.evaluate, experiment.flow
     rows = [PictureRow("teacher", 0, flow, steps, plan.guidance) for steps in sorted(e.teacher_steps, reverse=True)]
     for count, steps in e.student_steps:
@@ -99,6 +125,9 @@ def _rows(experiment: Experiment, plan: Plan) -> list[PictureRow]:
             rows.append(PictureRow(f"{count}-window student", count, stage.student, steps, float(e.gate.student_guidance)))
         else:
             log.info("the run has no %d-window student yet: its row is left out", count)
+    if shipped:
+        name, scale, flow = f"shipped {shipped.flow.windows}-window student", float(e.gate.student_guidance), shipped.flow
+        rows += [PictureRow(name, flow.windows, flow, steps, scale, shipped=True) for steps in e.gate.shipped_steps]
     for row in rows:
         sampler.check_sampling(row.steps, row.flow)
     return rows
@@ -117,18 +146,15 @@ def _sweep(experiment: Experiment) -> list[PictureRow]:
     return rows
 
 
-def _weights(experiment: Experiment, row: PictureRow) -> Weights:
+def _weights(experiment: Experiment, shipped: Weights | None, row: PictureRow) -> Weights:
     """Of the base model, or of the row's student."""
+    if row.shipped:
+        return shipped
     return load_weights(experiment, find_stage(experiment.stages, row.windows) if row.windows else None)
 
 
-def _pictures(experiment: Experiment, measured: Callable, seed: int, row: PictureRow, prompts: PromptRows) -> np.ndarray:
-    """A row's pictures for prompts of the showcase."""
-    return measured(row, _weights(experiment, row), prompts, seed)["pictures"]
-
-
 def _measured(
-    experiment: Experiment,
+    load: Callable[[PictureRow], Weights],
     seeds: Sequence[int],
     rows: Sequence[PictureRow],
     real: Real,
@@ -141,8 +167,8 @@ def _measured(
     results, loaded, weights = [], None, None
     reference: Drawn = {}
     for row in rows:
-        if weights is None or row.windows != loaded:  # rows of one student stand together
-            loaded, weights = row.windows, _weights(experiment, row)
+        if weights is None or (row.windows, row.shipped) != loaded:  # rows of one student stand together
+            loaded, weights = (row.windows, row.shipped), load(row)
         arrays = {(side.name, seed): measure(row, weights, side, seed) for side in sides for seed in seeds}
         reference = {} if alone else reference or arrays
         numbers = {side.name: _by_name(_numbers(real, side, arrays, reference)) for side in sides}

@@ -3,7 +3,8 @@
 Each value's bits are mixed with its position and the results are summed modulo 2^32, twice with different mixing.
 Sums of integers commute, so 1, 2, 4 and 8 devices agree bit for bit; for a fixed position the mixing is a
 bijection, so a single wrong value is always seen. The mixing is the finaliser of MurmurHash3 (Appleby, public
-domain). It runs on the device that holds the values: nothing but two integers per leaf reaches the host.
+domain). It runs on the device that holds the values: nothing but two integers per leaf reaches the host, which mixes small
+leaves of its own memory itself.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from proreflow_jax.storage.sealed import is_sealed, with_seal
 
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 GOLDEN = np.uint32(0x9E3779B9)
+SMALL = 1 << 17  # numbers of a leaf that the host mixes while XLA would still compile for its shape
 
 
 def named_leaves(tree: PyTree) -> dict[str, jax.Array]:
@@ -43,7 +45,7 @@ def leaf_path(path: tuple) -> str:
 def digest(tree: PyTree) -> dict[str, str]:
     """{path of leaf: 16 hex digits} over value bits, positions, shape and dtype."""
     leaves = named_leaves(tree)
-    sums = jax.device_get({path: _drained(_sums(leaf)) for path, leaf in leaves.items()})
+    sums = jax.device_get({path: _host_sums(leaf) or _drained(_sums(leaf)) for path, leaf in leaves.items()})
     return {path: _hex(leaves[path], sums[path]) for path in leaves}
 
 
@@ -51,6 +53,17 @@ def fold(digests: Mapping[str, str]) -> str:
     """One hex digest (64 digits) of all leaves and their names, for lineage."""
     text = "\n".join(f"{path} {digests[path]}" for path in sorted(digests))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _host_sums(leaf: jax.Array) -> tuple[np.uint32, np.uint32] | None:
+    """What `_sums` says of a small leaf that lies whole in the host's memory; None of any other."""
+    plain = leaf.dtype != jnp.bool_ and leaf.dtype.itemsize in UNSIGNED and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    here = leaf.is_fully_addressable and leaf.is_fully_replicated and {d.platform for d in leaf.devices()} == {"cpu"}
+    if leaf.size > SMALL or not plain or not here:
+        return None
+    bits = np.asarray(leaf).reshape(-1).view(UNSIGNED[leaf.dtype.itemsize]).astype(np.uint32)
+    key = _mix(np.arange(bits.size, dtype=np.uint32) + GOLDEN)
+    return tuple(np.sum(_mix(mixed), dtype=np.uint32) for mixed in (bits ^ key, bits + key * GOLDEN))
 
 
 @jax.jit
@@ -76,9 +89,9 @@ def _bits(leaf: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
     return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
 
 
-def _mix(h: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+def _mix(h: UInt32[Array | np.ndarray, "..."]) -> UInt32[Array | np.ndarray, "..."]:
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
 
 
