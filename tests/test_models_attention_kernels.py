@@ -89,6 +89,18 @@ def test_the_kernels_of_a_tpu_are_plain_attention_forward_and_backward(monkeypat
         assert ("80,2,128] = pad[" in jaxpr) == (form == "splash") and "256,128] = pad[" not in jaxpr  # weights only
 
 
+@pytest.mark.parametrize("axes", [None, (2, 2, 2)])
+def test_the_kernel_of_narrow_heads_is_plain_cross_attention_forward_and_backward(monkeypatch, axes):
+    """200 queries, whose lanes are filled up to 256, see 77 keys in 128."""
+    monkeypatch.setattr(attention_kernels, "FUSED_TOKENS", 128)
+    x, text, mesh = draw(4 if axes else 1, 200, 80), draw(4 if axes else 1, 77, 24, seed=1), axes and make_mesh(*axes)
+    params = random_params(block(Compute(), context=24).shapes, 0)
+    of = {form: block(Compute(form, mesh=mesh), context=24).apply for form in ("xla", "narrow")}
+    found = {form: quick_jit(with_gradients(apply))(params, x, text) for form, apply in of.items()}
+    near(found["narrow"], found["xla"], 1e-5)
+    assert "pallas_call" in str(jax.make_jaxpr(of["narrow"])(params, x, text))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_padded_projections_are_the_plain_ones_before_zeros(bias):
     shapes = jax.eval_shape(lambda: nnx.Linear(6, 8, use_bias=bias, rngs=nnx.Rngs(0)))
@@ -111,7 +123,10 @@ def test_padded_projections_are_the_plain_ones_before_zeros(bias):
         ("splash", Compute("splash", platform="tpu"), (4096, 4096, 8, 40, 8)),
         ("chunked", Compute("narrow", platform="tpu"), (16384, 16384, 8, 40, 8)),
         ("xla", Compute("auto", platform="tpu"), (256, 256, 8, 160, 8)),
-        ("xla", Compute("auto", platform="tpu"), (4096, 77, 8, 40, 8)),
+        ("narrow", Compute("auto", platform="tpu"), (4096, 77, 8, 40, 8)),  # cross-attention
+        ("xla", Compute("auto", platform="tpu"), (256, 77, 8, 80, 8)),
+        ("xla", Compute("auto", platform="tpu"), (4096, 77, 8, 160, 8)),
+        ("xla", Compute("splash", platform="tpu"), (4096, 77, 8, 40, 8)),
         ("chunked", Compute("auto", platform="tpu"), (4096, 4096, 1, 512, 8)),  # the VAE's one head
         ("chunked", Compute("auto", platform="tpu"), (4095, 4095, 8, 160, 8)),  # no whole blocks
         ("cudnn", Compute("auto", platform="gpu"), (4096, 4096, 8, 40, 8, jnp.bfloat16)),

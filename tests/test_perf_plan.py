@@ -152,15 +152,23 @@ BOTH = ("fwd", "bwd")
 
 
 def test_the_kernel_of_narrow_heads_costs_what_its_schedule_says():
-    parts = ", ".join(f"bf16[3,24,64,{s}]{{3,2,1,0}}, f32[3,24,1,{s}]{{3,2,1,0}}" for s in (4096, 128))
-    kernel = "%my_kernel.2 = f32[4,1024]{1,0} custom-call(%x)"
-    text = lambda name, given="%x": PROGRAM.replace(kernel, f"%narrow_mha_{name}.2 = ({parts}) custom-call({given})")
-    joint = [text(name, "%w").replace("  ROOT %sum", "  %w = f32[24,64,1]{2,1,0} constant(0)\n  ROOT %sum") for name in BOTH]
-    splash, *found = (hlo_cost.cost(t, CHIP) for t in (PROGRAM, *map(text, BOTH), *joint))
+    kernel, rest = "%my_kernel.2 = f32[4,1024]{1,0} custom-call(%x)", "  ROOT %sum"
+    sides = {"image": (4096,), "text": (80,), "both": (4096, 128)}
+    made = [f"  %{side}{s} = bf16[3,24,64,{s}]{{3,2,1,0}} constant(0)\n" for side, tokens in sides.items() for s in tokens]
+    program = PROGRAM.replace(rest, "".join([*made, "  %w = f32[24,64,1]{2,1,0} constant(0)\n", rest]))
+
+    def text(name: str, queries: str, keys: str, *columns: str) -> str:
+        out = ", ".join(f"bf16[3,24,64,{s}]{{3,2,1,0}}, f32[3,24,1,{s}]{{3,2,1,0}}" for s in sides[queries])
+        given = ", ".join([*(f"%{side}{s}" for side in (queries, keys, keys) for s in sides[side]), *columns])
+        return program.replace(kernel, f"%narrow_mha_{name}.2 = ({out}) custom-call({given})")
+
+    kinds = {("image", "image"): CHIP.narrow[64], ("image", "text"): CHIP.cross[64], ("both", "both", "%w"): CHIP.joint}
+    splash, *found = (hlo_cost.cost(t, CHIP) for t in (program, *(text(name, *kind) for kind in kinds for name in BOTH)))
     assert (found[0].kernels["narrow_mha_fwd"], found[0].unknown) == (1, {})
     added = [cost.cycles["kernels"] - splash.cycles["kernels"] for cost in found]
-    assert added == pytest.approx([3 * 24 * 4.224**2 * cycles for cycles in (*CHIP.narrow[64], *CHIP.joint)])
-    unknown = hlo_cost.cost(text("fwd").replace("3,24,64,", "3,24,56,"), CHIP)
+    scores = [s for s in (4.096**2, 4.096 * 0.08, 4.224**2) for _ in BOTH]
+    assert added == pytest.approx([3 * 24 * s * cycles for s, cycles in zip(scores, sum(kinds.values(), ()), strict=True)])
+    unknown = hlo_cost.cost(text("fwd", "image", "image").replace("3,24,64,", "3,24,56,"), CHIP)
     assert unknown.unknown == {"narrow_mha_fwd": 1}  # a width whose schedule nobody read
 
 

@@ -97,21 +97,23 @@ class Attention(nnx.Module):
         width = c // self.heads
         form = attention_kernels.choose_attention(self.compute, s, source.shape[1], self.heads, width, b, h.dtype)
         if form == "narrow":
-            return self._narrow(h)
+            return self._narrow(h, source)
         if form == "splash":
             q = padded_heads(self.to_q, h, self.heads, width**-0.5)
             k, v = (padded_heads(linear, source, self.heads) for linear in (self.to_k, self.to_v))
             return joined_heads(self.to_out[0], attention_kernels.splash(q, k, v, self.compute), width)
         return self.to_out[0](heads_attention(self.to_q(h), self.to_k(source), self.to_v(source), self.heads, form=form))
 
-    def _narrow(self, x: Float[Array, "b s c"]) -> Float[Array, "b s c"]:
-        """Self-attention by `narrow_kernel`."""
-        full, part = narrow_kernel.fill(x), narrow_body.Part(x.shape[1])
-        made = [narrow_heads(linear, full, self.heads) for linear in (self.to_q, self.to_k, self.to_v)]
+    def _narrow(self, x: Float[Array, "b s c"], source: Float[Array, "b t d"]) -> Float[Array, "b s c"]:
+        """The attention of x's tokens to those of `source` by `narrow_kernel`."""
+        queries = narrow_kernel.fill(x)
+        keys = queries if source is x else narrow_kernel.fill_keys(source)
+        made = [narrow_heads(self.to_q, queries, self.heads)]
+        made += [narrow_heads(linear, keys, self.heads) for linear in (self.to_k, self.to_v)]
         q, k, v = ((heads,) for heads, _ in made)
         biases = narrow_kernel.Layers(tuple(bias for _, bias in made if bias is not None))
-        (out,) = attention_kernels.narrow(q, k, v, biases, (part,), self.compute)
-        return joined_narrow(self.to_out[0], out[..., : part.tokens])
+        (out,) = attention_kernels.narrow(q, k, v, biases, (narrow_body.Part(source.shape[1]),), self.compute)
+        return joined_narrow(self.to_out[0], out[..., : x.shape[1]])
 
 
 class GEGLU(nnx.Module):

@@ -46,24 +46,26 @@ def choose_attention(
 ) -> str:
     """The form of one attention of `tokens` queries, with `width` numbers a head and `batch` rows over all devices.
 
-    "auto": the platform's own form for self-attention from FUSED_TOKENS where it takes that width, length and dtype, else whole
-    scores; blocks where these exceed SMALL_SCORES on a device. A kernel named in the config is taken in auto's place; "xla",
-    "chunked" and "cached" are taken everywhere. `splash`: whether that form is there.
+    "auto": the platform's own form from FUSED_TOKENS where it takes that width, length and dtype, of cross-attention "narrow"
+    alone; else whole scores; blocks where those of self-attention exceed SMALL_SCORES on a device. A kernel named in the config
+    is taken in auto's place; "xla", "chunked" and "cached" are taken everywhere. `splash`: whether that form is there.
     """
     form = compute.attention
     if form in ("xla", "chunked", "cached"):
         return form
-    if tokens != keys or tokens < FUSED_TOKENS:
+    if tokens < FUSED_TOKENS:
         return "xla"
+    alone = tokens == keys
     fits = {
-        "cached": True,
-        "narrow": narrow_kernel.fits(width, tokens, dtype),
-        "splash": splash and lanes(width) <= WIDEST and block(tokens, BLOCK) >= BLOCK // 4,
-        "cudnn": width % CUDNN_STEP == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
+        "cached": alone,
+        "narrow": narrow_kernel.fits(width, max(tokens, keys), dtype),
+        "splash": alone and splash and lanes(width) <= WIDEST and block(tokens, BLOCK) >= BLOCK // 4,
+        "cudnn": alone and width % CUDNN_STEP == 0 and width <= CUDNN_WIDEST and jnp.dtype(dtype).itemsize == 2,
     }
     kernels = FUSED.get(compute.platform, ()) if form == "auto" else (form,)
-    if taken := [kernel for kernel in kernels if fits[kernel]]:
-        return taken[0]
+    taken = next((kernel for kernel in kernels if fits[kernel]), "")
+    if taken or not alone:
+        return taken or "xla"
     ways = compute.mesh.shape["data"] * compute.mesh.shape["fsdp"] if compute.mesh else 1
     return "chunked" if 4 * batch * heads * tokens * keys > SMALL_SCORES * ways else "xla"
 

@@ -42,7 +42,7 @@ def forward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) -> 
 
     def block(i: int, small: bool, at: Any) -> None:
         one = lambda rows, value: jnp.full((rows, at.size), value, jnp.float32)
-        carry: Any = one(1, 0.0 if small else HIDDEN), one(1, 0.0), one(width, 0.0)
+        carry: Any = (one(1, 0.0 if small else HIDDEN), one(1, 0.0), one(width, 0.0)) if _in_blocks(k[0].shape[1]) else ()
         here_q = query[i][:, at]
 
         def step(j: int, here: Any, start: Any, carry: Any) -> Any:
@@ -59,28 +59,45 @@ def forward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) -> 
         for i in range(n):
             _over(q[i].shape[1], lambda at, _, carry, i=i: (block(i, small, at), carry)[1], ())
 
-    small = jnp.sqrt(_longest(query) * _longest(key)) < SMALL
-    pl.when(small)(partial(run, True))
-    pl.when(jnp.logical_not(small))(partial(run, False))
+    if sum(x.shape[1] for x in key) <= LANES:  # to learn whether scores are small would take longer than it spares
+        run(False)
+    else:
+        small = jnp.sqrt(_longest(query) * _longest(key)) < SMALL
+        pl.when(small)(partial(run, True))
+        pl.when(jnp.logical_not(small))(partial(run, False))
 
 
-def _add(scores: Array, value: Array, most: Array, total: Array, found: Array) -> tuple[Array, Array, Array]:
-    """(largest score, sum of weights, weighted sum of values) of queries, with one more block of keys."""
-    larger = jnp.maximum(most, scores.max(axis=0, keepdims=True))
+def _add(scores: Array, value: Array, *before: Array) -> tuple[Array, Array, Array]:
+    """(largest score, sum of weights, weighted sum of values) of queries, with one more block of keys; before: of the rest."""
+    largest = scores.max(axis=0, keepdims=True)
+    if not before:
+        weights = jnp.exp2(scores - largest)
+        return largest, weights.sum(axis=0, keepdims=True), _dot(value, weights.astype(value.dtype), 1, 0)
+    most, total, found = before
+    larger = jnp.maximum(most, largest)
     weights, shrunk = jnp.exp2(scores - larger), jnp.exp2(most - larger)
     product = _dot(value, weights.astype(value.dtype), 1, 0)
     return larger, shrunk * total + weights.sum(axis=0, keepdims=True), shrunk * found + product
 
 
-def _add_small(scores: Array, value: Array, most: Array, total: Array, found: Array) -> tuple[Array, Array, Array]:
+def _add_small(scores: Array, value: Array, *before: Array) -> tuple[Array, Array, Array]:
     """The same of scores that are SMALL: weights are their powers as they are."""
     weights = jnp.exp2(scores)
-    return most, total + weights.sum(axis=0, keepdims=True), found + _dot(value, weights.astype(value.dtype), 1, 0)
+    total, found = weights.sum(axis=0, keepdims=True), _dot(value, weights.astype(value.dtype), 1, 0)
+    return (before[0], before[1] + total, before[2] + found) if before else (jnp.zeros_like(total), total, found)
 
 
 def _longest(parts: tuple[Any, ...]) -> Float[Array, ""]:
     """The largest sum of squares of a token."""
-    squares = [jnp.square(x[...].astype(jnp.float32)).sum(axis=0, keepdims=True).max() for x in parts]
+
+    def of_part(x: Any) -> Float[Array, ""]:
+        squares = lambda at: jnp.square(x[:, at].astype(jnp.float32)).sum(axis=0, keepdims=True)
+        if not _in_blocks(x.shape[1]):
+            return squares(slice(None)).max()
+        nothing = jnp.zeros((1, block(x.shape[1], BLOCK)), jnp.float32)
+        return _over(x.shape[1], lambda at, _, most: jnp.maximum(most, squares(at)), nothing).max()
+
+    squares = list(map(of_part, parts))
     return squares[0] if len(squares) == 1 else jnp.maximum(*squares)
 
 
@@ -93,6 +110,7 @@ def backward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) ->
     biases, norms, (dq, dk, dv, *rest) = _layers(rest, layered, n)
     of_biases, of_norms, (found, inner, *scratch) = _layers(rest, layered, n)
     width, dtype = q[0].shape[0], q[0].dtype
+    of_queries, of_keys = scales(q, k)
     query, key, value = _prepare((q, k, v), biases, norms, scratch)
     for i in range(n):
         product = out[i][...].astype(jnp.float32) * gradient[i][...].astype(jnp.float32)
@@ -116,14 +134,14 @@ def backward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) ->
         carry: Any = (jnp.zeros((width, here.size), jnp.float32),) * 2
         for i in range(n):
             carry = _over(q[i].shape[1], partial(step, i), carry)
-        before, weight = _unnormed(carry[0] * math.log(2), k[j][:, here], biases[1][j], norms[1][j], 1.0)
+        before, weight = _unnormed(carry[0] * math.log(2), k[j][:, here], biases[1][j], norms[1][j], of_keys)
         dk[j][:, here], dv[j][:, here] = before.astype(dtype), carry[1].astype(dtype)
         return of_key + _total(before), of_value + _total(carry[1]), of_weight + weight
 
     nothing = (jnp.zeros((width, 1), jnp.float32),) * 3
     sums_of = [_over(k[j].shape[1], partial(block, j), nothing) for j in range(n)]
     for j, (of_key, of_value, of_key_norm) in enumerate(sums_of):
-        before, of_query_norm = _unnormed(found[j][...] * math.log(2), q[j][...], biases[0][j], norms[0][j], _scale(width))
+        before, of_query_norm = _unnormed(found[j][...] * math.log(2), q[j][...], biases[0][j], norms[0][j], of_queries)
         dq[j][...] = before.astype(dtype)
         found_of_part = _total(before), of_key, of_value, of_query_norm, of_key_norm
         for column, value_of in zip((*of_biases, *of_norms[:2]), found_of_part, strict=True):
@@ -140,10 +158,10 @@ def _layers(refs: Sequence[Any], layered: tuple[bool, bool], count: int) -> tupl
 
 
 def _prepare(raw: Any, biases: Any, norms: Any, scratch: Sequence[Any]) -> list[Any]:
-    """Queries, keys and values with their biases, through their norms, queries scaled: in scratch where that changes them."""
+    """Queries, keys and values with their biases, through their norms, and scaled: in scratch where that changes them."""
     room, used = iter(scratch), []
-    for i, scale in enumerate((_scale(raw[0][0].shape[0]), 1.0, 1.0)):
-        changed = i == 0 or biases[i][0] is not None or norms[i][0] is not None
+    for i, scale in enumerate((*scales(*raw[:2]), 1.0)):
+        changed = scale != 1 or biases[i][0] is not None or norms[i][0] is not None
         used.append(next(room) if changed else raw[i])
         for x, bias, weight, to in zip(raw[i], biases[i], norms[i], used[i], strict=True) if changed else ():
             to[...] = _normed(x[...], bias, weight, scale).astype(x.dtype)
@@ -154,9 +172,11 @@ def _total(x: Array) -> Float[Array, "d 1"]:
     return x.sum(axis=1, keepdims=True)
 
 
-def _scale(width: int) -> float:
-    """Softmax's, in powers of 2."""
-    return width**-0.5 / math.log(2)
+def scales(q: Sequence[Any], k: Sequence[Any]) -> tuple[float, float]:
+    """Factors of queries and of keys, (.., d, s) of every part: softmax's scale, in powers of 2, lies on the fewer tokens."""
+    scale = q[0].shape[-2] ** -0.5 / math.log(2)
+    queries, keys = (sum(x.shape[-1] for x in side) for side in (q, k))
+    return (scale, 1.0) if queries <= keys else (1.0, scale)
 
 
 def _normed(x: Array, bias: Any, weight: Any, scale: float) -> Array:
@@ -185,12 +205,17 @@ def _grouped(refs: tuple[Any, ...], count: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _over(tokens: int, step: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-    """step(lanes, first token, carry) over equal blocks of at most BLOCK tokens."""
+    """step(lanes, first token, carry) over equal blocks of at most BLOCK tokens; fewer than LANES are one block."""
+    if not _in_blocks(tokens):
+        return step(pl.ds(0, tokens), 0, carry)
     size = block(tokens, BLOCK)
-    if size == tokens:
-        return step(pl.ds(0, size), 0, carry)
     one = lambda n, carry: step(pl.ds(pl.multiple_of(n * size, size), size), n * size, carry)
     return lax.fori_loop(0, tokens // size, one, carry)
+
+
+def _in_blocks(tokens: int) -> bool:
+    """Whether so many are more than one block."""
+    return block(tokens, BLOCK) not in (0, tokens)
 
 
 def _bias(part: Part, tokens: int, size: int, start: Any) -> Any:

@@ -4,9 +4,10 @@ So a head of 64 stays 64 in memory, in the projections around it and in four of 
 Pallas' splash attention has it, all of them are filled up to 128. Scores are made transposed, (keys, queries): maxima and sums
 run over sublanes, and no block of scores is ever turned around. Softmax is in powers of 2.
 
-A sequence may lie in several arrays (image, text): they see each other, and nothing is put side by side in memory. One grid
-step holds one head of one row whole in VMEM, forward and backward; the backward makes all gradients of it. The projections'
-biases and the norms of queries and keys belong to the kernel: around it each is a pass over memory, and so are their gradients.
+A sequence may lie in several arrays (image, text): they see each other, and nothing is put side by side in memory. Queries may be
+of another sequence than keys and values: cross-attention. One grid step holds one head of one row whole in VMEM, forward and
+backward; the backward makes all gradients of it. The projections' biases and the norms of queries and keys belong to the kernel:
+around it each is a pass over memory, and so are their gradients.
 
 Scores that are known to be small need no maximum (`SMALL`), without which the matrix unit waits less: 17 to 34 % of the
 forward.
@@ -29,6 +30,7 @@ from proreflow_jax.models.layers import ATTENTION
 from proreflow_jax.models.narrow_body import BLOCK, LANES, Part, block
 
 SUBLANES = 8  # widths of heads come in multiples of it
+PACKED = 16  # rows of a register of bfloat16
 MOST = 2 * (9 * BLOCK + 2 * LANES) * 64  # bytes of a head that lie in VMEM whole, forward and backward
 MEMORY = 48 << 20  # bytes of VMEM that a kernel may take
 Parts = tuple[Float[Array, "b h d _"], ...]
@@ -45,7 +47,7 @@ class Layers(NamedTuple):
 class Setting(NamedTuple):
     """What a kernel is compiled for."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # of the keys and values
     interpret: bool  # off TPU
 
 
@@ -63,15 +65,26 @@ def filled(tokens: int) -> int:
 
 def fill(x: Float[Array, "b s c"]) -> Float[Array, "b _ c"]:
     """So many tokens, zeros behind the true ones."""
-    return jnp.pad(x, ((0, 0), (0, filled(x.shape[1]) - x.shape[1]), (0, 0)))
+    return _fill(x, filled(x.shape[1]))
+
+
+def fill_keys(x: Float[Array, "b s c"]) -> Float[Array, "b _ c"]:
+    """The same of what queries of another sequence see: few tokens fill whole rows of scores alone, not lanes."""
+    tokens = x.shape[1]
+    return _fill(x, -(-tokens // PACKED) * PACKED if tokens < LANES else filled(tokens))
+
+
+def _fill(x: Array, tokens: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), (0, 0)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(q: Parts, k: Parts, v: Parts, layers: Layers, setting: Setting) -> Parts:
-    """Softmax attention of all parts over all parts, each (b, h, d, s) of whole lanes; the same shapes.
+    """Softmax attention of all parts over all parts, each (b, h, d, s) of whole lanes; the shapes of q.
 
-    q, k, v: projections without their biases. What lies behind a part's tokens is seen by nobody, and comes out as anything
-    finite. Scores and softmax are in float32.
+    q, k, v: projections without their biases; queries may be of another sequence, of other lengths than `setting.parts`, which
+    are those of the keys. What lies behind a part's tokens is seen by nobody, and comes out as anything finite. Scores and
+    softmax are in float32.
     """
     return _forward(q, k, v, layers, setting)[0]
 
@@ -104,8 +117,11 @@ attend.defvjp(_keep, _gradients)
 
 
 def _changed(q: Parts, k: Parts, v: Parts, layers: Layers) -> list[Any]:
-    """Room for what is not used as it comes: queries are scaled at least."""
-    changed = [*q, *(k if layers.biases or layers.norms else ()), *(v if layers.biases else ())]
+    """Room for what is not used as it comes: queries or keys are scaled at least."""
+    of_queries, of_keys = narrow_body.scales(q, k)
+    layered = len(layers.biases) + len(layers.norms) > 0
+    changed = [*(q if of_queries != 1 or layered else ()), *(k if of_keys != 1 or layered else ())]
+    changed += v if layers.biases else ()
     return [pltpu.VMEM(x.shape[2:], x.dtype) for x in changed]
 
 

@@ -274,8 +274,8 @@ def _splash(op: Op, types: dict[str, str], chip: Chip) -> float | None:
 def _narrow(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     """Cycles of models/narrow_kernel.py by its schedule; None for any other custom call, and where that is not known.
 
-    Its rows of sums, (b, heads, 1, s), say how long its parts are together: every token sees all. Columns (heads, d, 1) are
-    biases and norms: a joint attention's.
+    Its rows of sums, (b, heads, 1, s), say how many queries its parts have together, its operands, q, k and v of each part, how
+    many keys all of them see: fewer are a text's. Columns (heads, d, 1) are biases and norms: a joint attention's.
     """
     if not op.name.startswith(NARROW):
         return None
@@ -283,6 +283,8 @@ def _narrow(op: Op, types: dict[str, str], chip: Chip) -> float | None:
     rows = [shape for dtype, shape in arrays if dtype == "f32" and len(shape) == 4 and shape[2] == 1]
     width = next(shape[2] for _, shape in arrays if len(shape) == 4 and shape[2] > 1)
     joint = any(len(shape) == 3 and shape[2] == 1 for _, shape in arrays)
-    known = chip.joint if joint else chip.narrow.get(width, (0.0, 0.0))
-    scores = math.prod(rows[0][:2]) * sum(shape[3] for shape in rows) ** 2
+    heads = [shape for name in op.operands for _, shape in hlo_shapes(types.get(name, "")) if len(shape) == 4 and shape[2] > 1]
+    queries, keys = (sum(shape[3] for shape in part) for part in (rows, heads[len(rows) : 2 * len(rows)]))
+    known = chip.joint if joint else (chip.narrow if keys == queries else chip.cross).get(width, (0.0, 0.0))
+    scores = math.prod(rows[0][:2]) * queries * keys
     return scores / 1e6 * known["_bwd" in op.name] or None
