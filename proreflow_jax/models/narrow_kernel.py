@@ -4,10 +4,10 @@ So a head of 64 stays 64 in memory, in the projections around it and in four of 
 Pallas' splash attention has it, all of them are filled up to 128. Scores are made transposed, (keys, queries): maxima and sums
 run over sublanes, and no block of scores is ever turned around. Softmax is in powers of 2.
 
-A sequence may lie in several arrays (image, text): they see each other, and nothing is put side by side in memory. Queries may be
-of another sequence than keys and values: cross-attention. One grid step holds one head of one row whole in VMEM, forward and
-backward; the backward makes all gradients of it. The projections' biases and the norms of queries and keys belong to the kernel:
-around it each is a pass over memory, and so are their gradients.
+A sequence may lie in several arrays (image, text): they see each other, and nothing is put side by side in memory. Queries may
+be of another sequence than keys and values: cross-attention. One grid step holds one head of one row whole in VMEM, forward and
+backward; the backward makes all gradients of it. The projections' biases and the norms of queries and keys belong to the
+kernel: around it each is a pass over memory, and so are their gradients.
 
 Scores that are known to be small need no maximum (`SMALL`), without which the matrix unit waits less: 17 to 34 % of the
 forward.
