@@ -336,7 +336,6 @@ def test_what_cannot_be_measured_is_refused_in_a_line(folder, model, tmp_path):
         "guidance_examples=5": {"evaluate__gate__guidance_examples": 5},
         "evaluate.seeds=(0, 0)": {"evaluate__seeds": "(0, 0)"},
         "gate.shipped_steps=(4,) must be ()": {"evaluate__gate__shipped_steps": "(4,)", "model__student": ""},
-        f"model.student={model} is no student of": {"evaluate__gate__shipped_steps": "(4,)", "model__student": model},
     }
     for text, fields in cases.items():
         ended = evaluate(folder, model, "refused", **fields)
@@ -363,6 +362,14 @@ def test_the_student_that_comes_along_has_its_rows_and_seen_prompts_may_stand_al
     assert all(set(row["sides"]) <= {"seen"} for row in table["rows"]) and "held-out" not in ended.out
     assert "seen pairs: shipped 2-window student against the teacher, 4 steps: nearer" in "\n".join(table["sentences"])
     assert Image.open(folder / "runs" / "shipped" / "samples.png").width > 10 * 96  # as many columns as there are pictures
+
+
+def test_a_student_of_another_base_model_is_left_out_in_words(folder, model):
+    few = {"student_steps": "()", "gate__guidance": "()", "gate__shipped_steps": "(4,)", "teacher_steps": "(2,)"}
+    words = {f"evaluate__{name}": value for name, value in few.items()}
+    ended = evaluate(folder, model, "strange", model__student=ROOT / "proreflow_jax" / "assets" / "emoji_student", **words)
+    assert ended.code == 0 and "is of another base model: its rows are left out" in ended.err, ended.err
+    assert {row["method"] for row in read_json(folder / "runs" / "strange" / "table.json")["rows"][3:]} == {"teacher"}
 
 
 def test_pictures_that_are_no_numbers_are_named_by_their_prompts(folder, model, monkeypatch):

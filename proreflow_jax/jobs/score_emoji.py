@@ -40,6 +40,7 @@ from proreflow_jax.run.experiment import Experiment, Weights, check_taught, load
 from proreflow_jax.run.open import open_model
 from proreflow_jax.run.stages import find_stage
 from proreflow_jax.runtime import mesh
+from proreflow_jax.runtime.digest import digest
 from proreflow_jax.runtime.processes import check_alone
 from proreflow_jax.storage import lock, paths
 
@@ -100,17 +101,18 @@ def score_emoji(experiment: Experiment) -> list[str]:
 
 
 def _shipped(experiment: Experiment) -> Weights | None:
-    """The student that comes with the base model, where the base model lies; None if the table has no row of it.
-
-    Raises as `open_model`, and UserError for one of another shape than the base model.
+    """The student that comes with the base model, where the base model lies; None if the table has no row of it, or if it is of
+    another base model: shapes, text encoder and VAE are what a student has from its own. Raises as `open_model`.
     """
     config = experiment.config
     if not config.evaluate.gate.shipped_steps:
         return None
-    _, _, weights = open_model(changed(config, {"model.path": config.model.student}), jax.devices()[0])
-    base = experiment.denoiser.params()
-    if not weights.flow.windows or jax.tree.map(jnp.shape, weights.params) != jax.tree.map(jnp.shape, base):
-        raise UserError(f"--config.model.student={config.model.student} is no student of {config.model.path}")
+    model, _, weights = open_model(changed(config, {"model.path": config.model.student}), jax.devices()[0])
+    base, shapes = experiment.denoiser.params(), partial(jax.tree.map, jnp.shape)
+    kept, own = (digest({"text": each.text, "vae": each.params["vae"]}) for each in (experiment.base, model))
+    if not weights.flow.windows or kept != own or shapes(weights.params) != shapes(base):
+        log.info("the student in %s is of another base model: its rows are left out", config.model.student)
+        return None
     return weights._replace(params=jax.device_put(weights.params, jax.tree.map(lambda x: x.sharding, base)))
 
 
