@@ -53,7 +53,7 @@ def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:
     """Beside the student that is sampled: the base model, and what the protocol's job keeps.
 
     By COCO's protocols images are judged on the devices, and a batch begins before the host has read the one before it. So are
-    the emoji, one batch after the other.
+    the emoji, one batch after the other, beside the student that comes along.
     The digits' table holds all its students from the beginning, and is judged on the host.
     """
     e, base, factors = experiment.config.evaluate, denoiser_shapes(experiment), _factors(experiment)
@@ -62,7 +62,8 @@ def beside_samples(experiment: Experiment, rows: Any) -> dict[str, Any]:
         return {BASE: base, STUDENT: [factors, *[(base, factors)] * (len(waiting) - 1)]}
     side, split = experiment.base.resolution, mesh.batch_sharding(experiment.mesh)
     images = jax.ShapeDtypeStruct((len(rows["number"]), side, side, 3), np.uint8, sharding=split)
-    return {BASE: base, STUDENT: factors, JUDGES: _judges(experiment), BATCH: rows, OUTPUTS: images}
+    shipped = [base] if "gate" in e and e.gate.shipped_steps else []
+    return {BASE: base, STUDENT: [factors, *shipped], JUDGES: _judges(experiment), BATCH: rows, OUTPUTS: images}
 
 
 def denoiser_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
