@@ -314,3 +314,11 @@ def test_every_line_of_fields_says_what_it_means():
         fields = assigned(name)
         silent = [n.lineno for n in fields.values() if n.end_lineno not in explained and ast.unparse(n.value) != "ConfigDict()"]
         assert [line for line in silent if "optimizer(" not in text.splitlines()[line - 1]] == [], name
+
+
+def test_the_digits_curves_span_a_factor_of_30_from_a_budget_that_holds_a_batch_of_every_stage():
+    c, grid = config("reproduce:curves"), config("reproduce:curves").reproduce
+    assert len(grid.budgets) >= 3 and grid.budgets[-1] == 30 * grid.budgets[0] and len(grid.seeds) >= 3
+    names = {name for _, name, _ in grid.methods}
+    assert {grid.baseline, *grid.references, *grid.figures[0][1]} <= names and len(grid.effects) >= 2
+    assert grid.pair_share * grid.budgets[0] / 3 >= 32 * c.pairs.batch  # three stages, 32 steps of the teacher

@@ -355,12 +355,12 @@ def test_the_student_that_comes_along_has_its_rows_and_seen_prompts_may_stand_al
     ended = evaluate(folder, model, "shipped", model__student=student, **words)
     assert ended.code == 0, ended.err
     table = read_json(folder / "runs" / "shipped" / "table.json")
-    shipped = {row["steps"]: row for row in table["rows"] if row["method"] == "shipped 2-window student"}
+    shipped = {row["steps"]: row for row in table["rows"] if row["method"] == "shipped student"}
     assert list(shipped) == [4, 2] and shipped[4]["calls"] == 4
     untrained = of(table, "teacher, guidance", 2, 1.0)["sides"]["seen"]  # its weights are the base model's: it draws the same
     assert shipped[2]["sides"]["seen"]["kernel"]["0"] == pytest.approx(untrained["kernel"]["0"], abs=1e-3)
     assert all(set(row["sides"]) <= {"seen"} for row in table["rows"]) and "held-out" not in ended.out
-    assert "seen pairs: shipped 2-window student against the teacher, 4 steps: nearer" in "\n".join(table["sentences"])
+    assert "seen pairs: shipped student against the teacher, 4 steps: nearer" in "\n".join(table["sentences"])
     assert Image.open(folder / "runs" / "shipped" / "samples.png").width > 10 * 96  # as many columns as there are pictures
 
 

@@ -128,8 +128,8 @@ def _rows(experiment: Experiment, plan: Plan, shipped: Weights | None) -> list[P
         else:
             log.info("the run has no %d-window student yet: its row is left out", count)
     if shipped:
-        name, scale, flow = f"shipped {shipped.flow.windows}-window student", float(e.gate.student_guidance), shipped.flow
-        rows += [PictureRow(name, flow.windows, flow, steps, scale, shipped=True) for steps in e.gate.shipped_steps]
+        flow, scale = shipped.flow, float(e.gate.student_guidance)
+        rows += [PictureRow("shipped student", flow.windows, flow, steps, scale, True) for steps in e.gate.shipped_steps]
     for row in rows:
         sampler.check_sampling(row.steps, row.flow)
     return rows
