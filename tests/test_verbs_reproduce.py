@@ -252,7 +252,8 @@ def test_a_grid_that_cannot_be_carried_out_is_refused_before_anything_is_written
 def test_a_form_that_does_not_exist_is_refused_in_one_line():
     ended = run("reproduce", f"--config={ROOT / 'configs' / 'reproduce.py'}:fast")
     assert (
-        ended.code == 2 and "'fast' after configs/reproduce.py: must be full, quick, lab, flow, or one of reflow-1" in ended.err
+        ended.code == 2
+        and "'fast' after configs/reproduce.py: must be full, quick, curves, lab, flow, or one of reflow-1" in ended.err
     )
     assert len(ended.err.splitlines()) == 1
 

@@ -24,7 +24,7 @@ RANGES: tuple[tuple[str, Range | None], ...] = (  # ordered (regex of the whole 
     (r"(.*\.)?(steps|shard_size|log_every|checkpoint_every|checkpoint\.\w+)|pairs\.examples", (1, COUNT)),
     (r"evaluate\.examples", (0, COUNT)),
     (r"evaluate\.study\.(examples|seeds)|evaluate\.columns|evaluate\.gate\.guidance_examples", (1, ROWS)),
-    (r"evaluate\.gate\.(guidance|showcase)_steps", (1, 1000)),
+    (r"evaluate\.gate\.(guidance|shipped|showcase)_steps", (1, 1000)),
     (r"evaluate\.study\.sizes", (0, 100)),
     (r"(.*\.)?(prompt_dropout|max_bad|window_start_prob|pair_share|ema)", (0, 1)),
     (r"(.*[._])?guidance", (0, 1000)),
