@@ -91,7 +91,7 @@ def test_the_kernels_of_a_tpu_are_plain_attention_forward_and_backward(monkeypat
 
 @pytest.mark.parametrize("axes", [None, (2, 2, 2)])
 def test_the_kernel_of_narrow_heads_is_plain_cross_attention_forward_and_backward(monkeypatch, axes):
-    """200 queries, whose lanes are filled up to 256, see 77 keys in 128."""
+    """200 queries, whose lanes are filled up to 256, see 77 keys in 80."""
     monkeypatch.setattr(attention_kernels, "FUSED_TOKENS", 128)
     x, text, mesh = draw(4 if axes else 1, 200, 80), draw(4 if axes else 1, 77, 24, seed=1), axes and make_mesh(*axes)
     params = random_params(block(Compute(), context=24).shapes, 0)

@@ -110,7 +110,7 @@ def backward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) ->
     biases, norms, (dq, dk, dv, *rest) = _layers(rest, layered, n)
     of_biases, of_norms, (found, inner, *scratch) = _layers(rest, layered, n)
     width, dtype = q[0].shape[0], q[0].dtype
-    of_queries, of_keys = scales(q, k)
+    query_scale, key_scale = scales(q, k)
     query, key, value = _prepare((q, k, v), biases, norms, scratch)
     for i in range(n):
         product = out[i][...].astype(jnp.float32) * gradient[i][...].astype(jnp.float32)
@@ -134,14 +134,14 @@ def backward(parts: tuple[Part, ...], layered: tuple[bool, bool], *refs: Any) ->
         carry: Any = (jnp.zeros((width, here.size), jnp.float32),) * 2
         for i in range(n):
             carry = _over(q[i].shape[1], partial(step, i), carry)
-        before, weight = _unnormed(carry[0] * math.log(2), k[j][:, here], biases[1][j], norms[1][j], of_keys)
+        before, weight = _unnormed(carry[0] * math.log(2), k[j][:, here], biases[1][j], norms[1][j], key_scale)
         dk[j][:, here], dv[j][:, here] = before.astype(dtype), carry[1].astype(dtype)
         return of_key + _total(before), of_value + _total(carry[1]), of_weight + weight
 
     nothing = (jnp.zeros((width, 1), jnp.float32),) * 3
     sums_of = [_over(k[j].shape[1], partial(block, j), nothing) for j in range(n)]
     for j, (of_key, of_value, of_key_norm) in enumerate(sums_of):
-        before, of_query_norm = _unnormed(found[j][...] * math.log(2), q[j][...], biases[0][j], norms[0][j], of_queries)
+        before, of_query_norm = _unnormed(found[j][...] * math.log(2), q[j][...], biases[0][j], norms[0][j], query_scale)
         dq[j][...] = before.astype(dtype)
         found_of_part = _total(before), of_key, of_value, of_query_norm, of_key_norm
         for column, value_of in zip((*of_biases, *of_norms[:2]), found_of_part, strict=True):

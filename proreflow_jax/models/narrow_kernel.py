@@ -118,9 +118,9 @@ attend.defvjp(_keep, _gradients)
 
 def _changed(q: Parts, k: Parts, v: Parts, layers: Layers) -> list[Any]:
     """Room for what is not used as it comes: queries or keys are scaled at least."""
-    of_queries, of_keys = narrow_body.scales(q, k)
+    query_scale, key_scale = narrow_body.scales(q, k)
     layered = len(layers.biases) + len(layers.norms) > 0
-    changed = [*(q if of_queries != 1 or layered else ()), *(k if of_keys != 1 or layered else ())]
+    changed = [*(q if query_scale != 1 or layered else ()), *(k if key_scale != 1 or layered else ())]
     changed += v if layers.biases else ()
     return [pltpu.VMEM(x.shape[2:], x.dtype) for x in changed]
 
