@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.pairs.substeps = 4  # Euler steps per old window of a student that makes pairs: it is taught everywhere
     c.pairs.examples = 2048  # records a stage; from noise each holds a whole trajectory
     c.pairs.shard_size = 512  # records a shard; a kill costs at most one shard
-    c.pairs.batch = 128  # trajectories computed at once; divides shard_size and is a multiple of the devices
+    c.pairs.batch = 128  # trajectories computed at once; multiple of devices, factor or multiple of shard_size
     c.pairs.storage = "float32"  # dtype of the stored states: small enough to keep every bit
 
     c.loss.balance = "fixed"  # alpha as it is [paper], or "auto": in units of each target's direction_weight

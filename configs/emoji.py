@@ -50,7 +50,7 @@ def get_config(form: str = "demo") -> ConfigDict:
     c.pairs.steps = 2  # solver steps per window of the diffusion teacher in the first stage [paper: 4]; later stages scale
     c.pairs.examples = 512  # records a stage; from noise each holds a whole trajectory
     c.pairs.shard_size = 128  # records a shard; a kill costs at most one shard
-    c.pairs.batch = 64  # trajectories computed at once; divides shard_size and is a multiple of the devices
+    c.pairs.batch = 64  # trajectories computed at once; multiple of devices, factor or multiple of shard_size
     c.pairs.guidance = 4.0  # teacher's classifier-free guidance scale: the students have it in them, and draw at half the cost
     c.pairs.prompt_dropout = 0.0  # nobody asks these students for the empty prompt: guidance is in them already
 

@@ -62,7 +62,7 @@ def get_config(form: str = "") -> ConfigDict:
 
     c.pairs.examples = 131_072  # records a stage; 8 windows each are a million pairs in the first stage
     c.pairs.shard_size = 512  # records a shard, 151 MB; a kill costs at most one shard
-    c.pairs.batch = 64  # trajectories computed at once, 16 a chip on v5p-8; divides shard_size, multiple of the devices
+    c.pairs.batch = 64  # trajectories at once, 16 a chip on v5p-8; multiple of devices, factor or multiple of shard_size
 
     c.train.steps = 10_000  # updates per stage (the paper does not say): 2.6 million examples where PeRFlow took 4.1
     c.train.batch = 256  # global batch (the paper does not say); PeRFlow took 1024 for 4,000 steps

@@ -38,7 +38,7 @@ def get_config(form: str = "") -> ConfigDict:
 
     c.pairs.examples = 65_536  # records a stage; 8 windows each are half a million pairs in the first stage
     c.pairs.shard_size = 256  # records a shard, 170 MB; a kill costs at most one shard
-    c.pairs.batch = 32  # trajectories computed at once, 8 a chip on v5p-8; divides shard_size, multiple of the devices
+    c.pairs.batch = 32  # trajectories at once, 8 a chip on v5p-8; multiple of devices, factor or multiple of shard_size
 
     c.train.steps = 5_000  # updates per stage (the paper does not say): 1.3 million examples, half of configs/sd15.py's
     c.train.batch = 256  # global batch (the paper does not say); PeRFlow took 1024 for 4,000 steps

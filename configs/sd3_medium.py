@@ -40,7 +40,7 @@ def get_config(form: str = "") -> ConfigDict:
 
     c.pairs.examples = 32_768  # records a stage; 8 windows each are a quarter of a million pairs in the first stage
     c.pairs.shard_size = 128  # records a shard, 604 MB; a kill costs at most one shard
-    c.pairs.batch = 64  # trajectories computed at once, 4 a chip on 16 chips; divides shard_size, multiple of the devices
+    c.pairs.batch = 64  # trajectories at once, 4 a chip on 16 chips; multiple of devices, factor or multiple of shard_size
 
     c.train.steps = 5_000  # updates per stage (the paper does not say): 0.6 million examples, as configs/sdxl.py
     c.train.batch = 128  # global batch (the paper does not say), as configs/sdxl.py

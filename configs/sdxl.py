@@ -36,7 +36,7 @@ def get_config(form: str = "") -> ConfigDict:
 
     c.pairs.examples = 32_768  # records a stage; 8 windows each are a quarter of a million pairs in the first stage
     c.pairs.shard_size = 128  # records a shard, 151 MB; a kill costs at most one shard
-    c.pairs.batch = 32  # trajectories computed at once, 8 a chip on v5p-8; divides shard_size, multiple of the devices
+    c.pairs.batch = 32  # trajectories at once, 8 a chip on v5p-8; multiple of devices, factor or multiple of shard_size
 
     c.train.steps = 5_000  # updates per stage (the paper does not say): 0.6 million examples, a quarter of configs/sd15.py's
     c.train.batch = 128  # global batch (the paper does not say); PeRFlow's SDXL took 16 a GPU

@@ -154,11 +154,37 @@ def test_shards_go_round_the_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     for process in range(3):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts = jobs.shared_out(plan, missing, SIZE)
+        parts = [part for batch in jobs.shared_out(plan, missing, SIZE) for part in batch]
         assert [part.shard for part in parts] == [0, 0, 3, 3, 4, 4, 7, 7, 8, 8]
         assert [number for part in parts for number in part.numbers if part.shard == 8] == list(range(64, 70))
         owned.append(sorted({part.shard for part in parts if part.own}))
     assert owned == [[0, 7], [3, 8], [4]]
+
+
+def test_a_batch_of_several_shards_is_written_by_several_processes(monkeypatch):
+    """So the last one is not written by one process while all others wait; rows behind a short batch fill it up."""
+    plan, missing, owned = {"examples": 70, "shard_size": 8}, [0, 3, 4, 7, 8], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        batches = jobs.shared_out(plan, missing, 16)
+        assert [[part.shard for part in parts] for parts in batches] == [[0, 3], [4, 7], [8]]
+        assert all(part.begins and part.ends for parts in batches for part in parts)
+        owned.append([[part.shard for part in parts if part.own] for parts in batches])
+        for parts in batches:
+            numbers = jobs.numbers_of(parts, 16)
+            assert len(numbers) == 16 and all(list(numbers[part.at]) == list(part.numbers) for part in parts)
+    assert owned == [[[0], [4], [8]], [[3], [7], []]]
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_records_are_the_same_by_batches_of_any_size(tmp_path, whole, size):
+    write(tmp_path, maker(size=size))
+    assert contents(tmp_path) == whole
+    for name in (records.shard_name(PLAN, 2), records.shard_name(PLAN, 2).replace(".array_record", ".done.json")):
+        (tmp_path / name).unlink()
+    write(tmp_path, maker(size=size))
+    assert contents(tmp_path) == whole
 
 
 def test_the_clock_adds_up_what_lies_between_programs(monkeypatch):
@@ -178,19 +204,20 @@ mesh.initialize_distributed()
 from pathlib import Path
 import jax
 from test_jobs_write_records import maker, write
-write(Path(sys.argv[1]), maker())
+write(Path(sys.argv[1]), maker(size=int(sys.argv[2])))
 (Path(sys.argv[1]).parent / f"left-{{jax.process_index()}}").touch()
 """
 
 
-def test_four_processes_write_the_files_of_one(tmp_path, whole):
+@pytest.mark.parametrize("size", [SIZE, 16])
+def test_four_processes_write_the_files_of_one(tmp_path, whole, size):
     """Also where some of them are there, and a killed writer's draft."""
     folder = tmp_path / "records"
     records.fix_plan(folder, PLAN)
     for name in (records.shard_name(PLAN, 1), records.shard_name(PLAN, 1).replace(".array_record", ".done.json")):
         (folder / name).write_bytes(whole[name])
     job = JOB.format(tests=str(Path(__file__).parent))
-    assert run_pod(4, 1, [sys.executable, "-c", job, str(folder)], timeout=600) == [0] * 4
+    assert run_pod(4, 1, [sys.executable, "-c", job, str(folder), str(size)], timeout=600) == [0] * 4
     assert contents(folder) == whole
     assert len(list(tmp_path.glob("left-*"))) == 4
 

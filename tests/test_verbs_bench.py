@@ -172,6 +172,13 @@ def test_chips_wait_for_what_no_host_writes_behind_them():
     assert idle(4, finish=1e-2) == pytest.approx(0.77, abs=0.01)
 
 
+def test_a_batch_of_several_shards_is_written_by_as_many_hosts():
+    """Behind the last batch of 2,048 a host has a shard of 512 to write, not all of it."""
+    sizes = SimpleNamespace(batch=2048, shard_size=512, examples=40960)
+    idle = output_rate.idle_share(output_rate.Rates(0.0, 1e-3, 1e-3), 256, 1.0, sizes)
+    assert idle == pytest.approx(2 * 0.512 / (160 + 2 * 0.512))
+
+
 def test_wrong_words_end_in_one_line(tmp_path, outline_only):
     words = verb.tiny_flags(tmp_path, outline_only)
     for wrong, said in {

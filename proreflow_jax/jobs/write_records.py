@@ -44,13 +44,14 @@ class Maker(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One batch of a shard."""
+    """What a batch holds of one shard: rows `at` of it."""
 
     shard: int
     numbers: range  # of its examples
     begins: bool  # the shard
     ends: bool
     own: bool  # written by this process
+    at: slice
 
 
 def begin_records(folder: Location, plan: dict[str, Any], flag: str = "--config.name") -> list[int]:
@@ -86,47 +87,65 @@ def write_records(
 ) -> None:
     """Makes and writes the missing shards, and publishes the whole.
 
-    progress: counts the rows that are computed. kept: called after each shard's last.
+    progress: counts the rows that are computed. kept: called after each batch that ends a shard.
     """
-    parts = shared_out(plan, missing, maker.size)
+    batches = shared_out(plan, missing, maker.size)
     with shard_writer(folder, plan, maker.records) as writer, DeviceClock() as clock:
-        for part, arrays in _computed(maker, parts, clock):
-            if part.own:
-                writer.write(part, host_arrays(arrays))
+        for parts, arrays in _computed(maker, batches, clock):
+            if _own(parts):
+                rows = host_arrays(arrays)
+                for part in _own(parts):
+                    writer.write(part, {name: values[part.at] for name, values in rows.items()})
             else:
                 jax.block_until_ready(arrays)
             del arrays  # off the devices
             writer.check()
-            progress.advance(len(part.numbers))
-            if part.ends:
+            progress.advance(sum(len(part.numbers) for part in parts))
+            if parts[-1].ends:
                 kept()
     log.info("%s: %s", progress.title, clock.line())
     all_arrived()
     first(lambda: publish_records(folder, plan))
 
 
-def shared_out(plan: dict[str, Any], missing: list[int], size: int) -> list[Part]:
-    """The missing shards' batches in the order in which all processes compute them; shards go round the processes."""
-    parts = []
+def shared_out(plan: dict[str, Any], missing: list[int], size: int) -> list[list[Part]]:
+    """The missing shards' batches in the order in which all processes compute them; shards go round the processes.
+
+    A batch is of one shard, or holds as many whole ones as it has room for: several processes then write of it.
+    """
+    batches, full = [], size // plan["shard_size"]  # shards that a batch has room for
     for place, shard in enumerate(missing):
         whole, own = records.shard_range(plan, shard), place % jax.process_count() == jax.process_index()
         for begin in range(whole.start, whole.stop, size):
-            numbers = range(begin, min(begin + size, whole.stop))
-            parts.append(Part(shard, numbers, begin == whole.start, numbers.stop == whole.stop, own))
-    return parts
+            numbers, at = range(begin, min(begin + size, whole.stop)), place % full * plan["shard_size"] if full > 1 else 0
+            if not at:
+                batches.append([])
+            rows, begins, ends = slice(at, at + len(numbers)), begin == whole.start, numbers.stop == whole.stop
+            batches[-1].append(Part(shard, numbers, begins, ends, own, rows))
+    return batches
 
 
-def _computed(maker: Maker, parts: list[Part], clock: DeviceClock) -> Iterator[tuple[Part, dict[str, jax.Array]]]:
-    """What is computed of each part, in order, ready or not; the AHEAD parts behind it are sent to the devices before."""
+def numbers_of(parts: list[Part], size: int) -> np.ndarray:
+    """The numbers of a batch's rows; those that fill it up lie behind the last."""
+    numbers = np.concatenate([np.arange(part.numbers.start, part.numbers.stop) for part in parts])
+    return np.append(numbers, numbers[-1] + np.arange(1, size - len(numbers) + 1))
+
+
+def _own(parts: list[Part]) -> list[Part]:
+    return [part for part in parts if part.own]
+
+
+def _computed(maker: Maker, batches: list[list[Part]], clock: DeviceClock) -> Iterator[tuple[list[Part], dict[str, jax.Array]]]:
+    """What is computed of each batch, in order, ready or not; the AHEAD batches behind it are sent to the devices before."""
     own, sent = mesh.own_rows(maker.machine, maker.size), deque()
-    with loader.Ahead(lambda part: maker.read(part.numbers.start + own), parts, depth=2) as batches:
-        for part, rows in zip(parts, batches, strict=True):
+    with loader.Ahead(lambda parts: maker.read(numbers_of(parts, maker.size)[own]), batches, depth=2) as inputs:
+        for parts, rows in zip(batches, inputs, strict=True):
             stopping.stop_if_asked()
             batch = mesh.put_batch(maker.machine, rows, maker.size)
             arrays = clock.timed(lambda batch=batch: maker.compute(batch))
-            if part.own:
+            if _own(parts):
                 jax.tree.map(lambda array: array.copy_to_host_async(), arrays)
-            sent.append((part, arrays))
+            sent.append((parts, arrays))
             if len(sent) > AHEAD:
                 yield sent.popleft()
     yield from sent

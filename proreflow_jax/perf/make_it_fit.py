@@ -79,7 +79,8 @@ def at_once(config: ConfigDict, job: str, chips: int, images: int) -> Change:
         return {"evaluate.batch": total}
     if job == "pairs":
         size = config.pairs.shard_size
-        return {"pairs.batch": total} | ({} if size % total == 0 else {"pairs.shard_size": total * max(1, size // total)})
+        alike = size % total == 0 or total % size == 0
+        return {"pairs.batch": total} | ({} if alike else {"pairs.shard_size": total * max(1, size // total)})
     if config.train.batch % total == 0:
         return {"train.accumulation": config.train.batch // total}
     return {"train.batch": total, "train.accumulation": 1}

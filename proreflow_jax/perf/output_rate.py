@@ -53,28 +53,41 @@ def output_rate(experiment: Experiment, stage: Stage, per_chip: float) -> dict[s
 def idle_share(rates: Rates, chips: int, per_chip: float, config: Any) -> float:
     """The share of a stage's time in which the chips wait for their hosts.
 
-    config: pairs.{batch, shard_size, examples}; batches grow to ROWS_A_CHIP rows a chip, and shards to a batch.
+    config: pairs.{batch, shard_size, examples}; batches grow to ROWS_A_CHIP rows a chip.
     """
     batch = config.batch * max(1, -(-ROWS_A_CHIP * chips // config.batch))
-    a_shard = -(-config.shard_size // batch)  # batches
-    shards = -(-config.examples // (a_shard * batch))
+    rows = min(batch, config.shard_size)  # of a batch in one shard
+    a_shard, together = -(-config.shard_size // rows), batch // rows
+    shards = -(-config.examples // config.shard_size)
     computing = batch / (per_chip * chips)
-    return 1 - shards * a_shard * computing / _seconds(rates, chips, computing, (batch, a_shard, shards))
+    whole = -(-shards // together) * a_shard * computing
+    return 1 - whole / _seconds(rates, chips, computing, Sizes(rows, a_shard, together, shards))
 
 
-def _seconds(rates: Rates, chips: int, computing: float, sizes: tuple[int, int, int]) -> float:
-    """Seconds of a whole stage. computing: of one batch. sizes: rows of a batch, batches of a shard, shards."""
-    batch, a_shard, shards = sizes
+class Sizes(NamedTuple):
+    """How a stage's records are cut."""
+
+    rows: int  # of one batch in one shard
+    a_shard: int  # batches of a shard; 1 where a batch holds several
+    together: int  # shards of a batch
+    shards: int
+
+
+def _seconds(rates: Rates, chips: int, computing: float, sizes: Sizes) -> float:
+    """Seconds of a whole stage. computing: of one batch."""
     written = [0.0] * max(1, chips // CHIPS_A_HOST)  # when each host's thread has done what it was given
     ready, landed = 0.0, [0.0] * (AHEAD + 1)
-    for shard in range(shards):
-        host = shard % len(written)
-        for place in range(a_shard):
+    for begin in range(0, sizes.shards, sizes.together):
+        hosts = [shard % len(written) for shard in range(begin, min(begin + sizes.together, sizes.shards))]
+        for place in range(sizes.a_shard):
             ready = max(ready, landed[-AHEAD - 1]) + computing
-            at = max(landed[-1], ready + batch * rates.fetch)
-            landed.append(at if place else max(at, written[host]))  # a shard begins when the host's last one is done
-            written[host] = max(landed[-1], written[host]) + batch * rates.write
-        written[host] += a_shard * batch * rates.finish
+            at = max(landed[-1], ready + sizes.together * sizes.rows * rates.fetch)
+            for host in hosts:
+                at = at if place else max(at, written[host])  # a shard begins when the host's last one is done
+                written[host] = max(at, written[host]) + sizes.rows * rates.write
+                if place == sizes.a_shard - 1:
+                    written[host] += sizes.a_shard * sizes.rows * rates.finish
+            landed.append(at)
     return max(written)
 
 

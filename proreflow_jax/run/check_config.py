@@ -157,10 +157,10 @@ def _check_pairs(config: ConfigDict, machine: Mesh) -> None:
     record_plan.shard_count(plan)
     if p.mode == "stored":
         record_plan.check_groups(plan, config.train.batch, config.train.groups, "--config.train.groups")
-    if p.batch < 1 or p.shard_size % p.batch or p.batch % ways:
+    if p.batch < 1 or (p.shard_size % p.batch and p.batch % p.shard_size) or p.batch % ways:
         raise UserError(
-            f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} and be a multiple "
-            f"of {ways} devices (data x fsdp)"
+            f"--config.pairs.batch={p.batch} must divide --config.pairs.shard_size={p.shard_size} or be a multiple of it, "
+            f"and be a multiple of {ways} devices (data x fsdp)"
         )
     if p.start == "data" and config.data.kind in kinds.WITHOUT_IMAGES:
         raise UserError("--config.pairs.start=data needs images, --config.data.kind=prompts has none: use pairs.start=noise")
