@@ -541,3 +541,4 @@ def test_the_digits_compile_for_a_real_slice_and_their_memory_adds_up(caplog, tm
     weights = sum(math.prod(s.shape) for s in open.open_outline(config, jax.devices()[:4]).networks.denoiser.shapes.values())
     assert parts["state"] == pytest.approx(4 * 4 * weights / 4, rel=0.1)  # weights, average, two moments, over four chips
     assert found["fits"] and 0 < found["utilisation"] < 1 and found["not_estimated"] == {}
+    assert found["unscheduled_seconds"] == 0 < found["scheduled_seconds"] < found["seconds"]

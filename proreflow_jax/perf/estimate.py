@@ -160,6 +160,7 @@ def times(useful: float, job: Job, cost: hlo_cost.Cost, place: Target) -> dict[s
         "seconds_if_streaming_is_faster": fast,
         "seconds_per_image": slow / job.images,
         "utilisation": ideal / slow,
+        **_scheduled(ideal, cost, chip),
         "hours": slow * job.calls / 3600,
         "chip_hours": slow * job.calls / 3600 * place.count,
         "cycles": cost.cycles,
@@ -172,6 +173,19 @@ def times(useful: float, job: Job, cost: hlo_cost.Cost, place: Target) -> dict[s
         "waited_bytes": cost.waited,
         "waited_seconds": cost.waited / chip.links,
         "links": chip.links,
+    }
+
+
+def _scheduled(ideal: float, cost: hlo_cost.Cost, chip: chips.Chip) -> dict[str, Any]:
+    """Seconds by libtpu's last schedule, and what of them is estimated since its schedule is not known."""
+    seconds = cost.scheduled_seconds(chip)
+    if seconds is None:
+        return {}
+    return {
+        "scheduled_seconds": seconds,
+        "scheduled_utilisation": ideal / seconds,
+        "scheduled_cycles": cost.scheduled,
+        "unscheduled_seconds": cost.unscheduled / chip.clock,
     }
 
 

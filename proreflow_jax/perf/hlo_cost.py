@@ -13,11 +13,12 @@ estimate counts as the time of reading and writing the data.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from proreflow_jax import UserError
 from proreflow_jax.perf.chips import Chip
+from proreflow_jax.perf.hlo_text import Op, bytes_of, fused, hlo_shapes, parse, trips
+from proreflow_jax.perf.schedule import Schedule
 
 KINDS = ("convolutions", "linears", "attention", "norms and sums", "copies", "pads", "elementwise", "kernels")
 MATRIX = (
@@ -28,19 +29,6 @@ MATRIX = (
 )  # the compiler's estimates of these are right
 PESSIMISM = 2.2  # by which its estimates of all other kinds are too slow
 
-NO_ESTIMATE = 2**62  # cycles from which a number is none: the compiler writes 2^63 - 1 beside what a SparseCore does
-
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_KIND = re.compile(r" ([a-z][a-z\-]*)\(([^)]*)\)")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_ELSEWHERE = re.compile(r"\bcalled_computations=\{%?([\w.\-]+)\}")
-_TARGET = re.compile(r'custom_call_target="([^"]*)"')
-_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_TYPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
 _ATTENTION = re.compile(r"BTNH|BNTS|attention|splash")
 _TRANSFER = re.compile(r"(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(-start)?$")
 _FREE = {  # operations that take no time of their own, or whose time is another's: layouts, ends of asynchronous ones
@@ -61,21 +49,6 @@ _FREE_CALLS = (
 )
 NARROW = "narrow_mha"  # begins the names of models/narrow_kernel.py's kernels
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of a splash kernel, by a part of its name
-_BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends inside a kernel's metadata
-
-
-class Op(NamedTuple):
-    """One operation, a line of a computation."""
-
-    name: str
-    kind: str
-    type: str
-    operands: tuple[str, ...]  # of a constant its value
-    cycles: int | None
-    op_name: str
-    called: dict[str, tuple[str, ...]]
-    target: str  # of a custom call
-    channel: str  # of a transfer between chips: its number, which all parts of one that is spread over the program share
 
 
 class Cost(NamedTuple):
@@ -87,6 +60,12 @@ class Cost(NamedTuple):
     communication: float  # bytes that a chip sends
     waited: float  # of these, bytes of transfers for which the chip waits
     unread_loops: int  # loops whose length was not found: counted once
+    scheduled: dict[str, float] = {}  # cycles by kind by libtpu's last schedule, empty where that is not known
+    unscheduled: float = 0.0  # of these, estimated cycles of operations whose schedule is not known
+
+    def scheduled_seconds(self, chip: Chip) -> float | None:
+        """By the last schedule, with what the chip waits; None where that is not known."""
+        return sum(self.scheduled.values()) / chip.clock + self.waited / (chip.links or 1.0) if self.scheduled else None
 
     def seconds(self, chip: Chip) -> tuple[float, float]:
         """(the compiler's estimate, the same with all kinds but MATRIX faster by PESSIMISM); both with what the chip waits."""
@@ -96,68 +75,18 @@ class Cost(NamedTuple):
         return (matrix + rest) / chip.clock + waits, (matrix + rest / PESSIMISM) / chip.clock + waits
 
 
-def parse(text: str) -> tuple[dict[str, list[Op]], str]:
-    """(computations by name, the entry's name) of a program's text. Raises UserError if it has no entry or no estimate."""
-    computations: dict[str, list[Op]] = {}
-    entry, current = "", None
-    for line in _BROKEN.sub("", text).splitlines():
-        if head := _HEAD.match(line):
-            current = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif current is not None and (match := _LINE.match(line)):
-            current.append(_op(*match.groups()))
-    if not entry:
-        raise UserError("the text has no ENTRY")
-    if not any(op.cycles for lines in computations.values() for op in lines):
-        raise UserError("no operation has an estimate of cycles")
-    return computations, entry
-
-
-def _op(name: str, rest: str) -> Op:
-    kind = _KIND.search(f" {rest}")
-    cycles, op_name, target, channel = (pattern.search(rest) for pattern in (_CYCLES, _OP_NAME, _TARGET, _CHANNEL))
-    called: dict[str, tuple[str, ...]] = {key: (value,) for key, value in _CALLED.findall(rest)}
-    if branches := _BRANCHES.search(rest):
-        called["branches"] = tuple(word.strip().lstrip("%") for word in branches[1].split(","))
-    if elsewhere := _ELSEWHERE.search(rest):
-        called["elsewhere"] = (elsewhere[1],)
-    operands = tuple(re.findall(r"%([\w.\-]+)", kind[2])) if kind else ()
-    if kind and kind[1] == "constant":
-        operands = (kind[2],)
-    return Op(
-        name=name,
-        kind=kind[1] if kind else "",
-        type=rest[: rest.find(f"{kind[1]}({kind[2]})")] if kind else rest,
-        operands=operands,
-        cycles=int(cycles[1]) if cycles and int(cycles[1]) < NO_ESTIMATE else None,
-        op_name=op_name[1] if op_name else "",
-        called=called,
-        target=target[1] if target else "",
-        channel=channel[1] if channel else name,
-    )
-
-
-def hlo_shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every array in a type, a tuple's too."""
-    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _TYPE.findall(type_)]
-
-
-def _bytes(type_: str) -> int:
-    width = lambda dtype: 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) // 8
-    return sum(width(dtype) * math.prod(shape) for dtype, shape in hlo_shapes(type_))
-
-
-def cost(text: str, chip: Chip) -> Cost:
-    """The cost of the entry and all computations that it calls; see the top of the file."""
+def cost(text: str, chip: Chip, bundles: Mapping[str, int] | None = None) -> Cost:
+    """The cost of the entry and all computations that it calls; see the top of the file. bundles: of `schedule.bundles`."""
     computations, entry = parse(text)
-    cycles, kernels, unknown = Counter(), Counter(), Counter()
+    schedule = Schedule(bundles or {}, computations, chip)
+    cycles, kernels, unknown, spared = Counter(), Counter(), Counter(), Counter()
     tally, sent = Counter(), {}
 
     def walk(name: str, times: float, behind: bool = False) -> None:
         types = {op.name: op.type for op in computations[name]}
         for op in computations[name]:
             if op.kind == "while":
-                length = _trips(computations[op.called["condition"][0]])
+                length = trips(computations[op.called["condition"][0]])
                 tally["loops"] += length is None
                 walk(op.called["body"][0], times * (length or 1), behind)
             elif op.kind in ("call", "conditional", "async-start") or "elsewhere" in op.called:
@@ -167,7 +96,7 @@ def cost(text: str, chip: Chip) -> Cost:
                 note(op, types, times, behind or op.kind.endswith("-start") or op.cycles is not None)
 
     def note(op: Op, types: dict[str, str], times: float, behind: bool) -> None:
-        inside = list(_inside(op, computations))
+        inside = list(fused(op, computations))
         sends = [part for part in inside if _TRANSFER.match(part.kind)]
         kind = _class(op, inside)
         for part in sends:
@@ -175,13 +104,16 @@ def cost(text: str, chip: Chip) -> Cost:
             sent[part.channel] = (sent[part.channel][0], True) if again else (times * _sent(part), behind)
         if op.cycles is not None:
             cycles[kind] += times * op.cycles
+            scheduled = schedule.cycles(op, types)
+            spared[kind] += 0.0 if scheduled is None else times * (op.cycles - scheduled)
+            tally["unscheduled"] += times * op.cycles if scheduled is None else 0.0
         elif op.kind == "custom-call":
             if op.target not in _FREE_CALLS:
                 known = _splash(op, types, chip) or _narrow(op, types, chip)
                 label = _label(op)
                 (kernels if known else unknown)[label] += times
                 cycles["kernels"] += times * (known or 0.0)
-        elif sends or op.kind in _FREE or op.kind.endswith("-done") or _bytes(op.type) <= _SCALAR:
+        elif sends or op.kind in _FREE or op.kind.endswith("-done") or bytes_of(op.type) <= _SCALAR:
             return
         elif op.kind in _MOVES or (op.kind == "fusion" and kind not in MATRIX):
             cycles[kind] += times * _moved(op, types) / chip.bandwidth * chip.clock
@@ -189,29 +121,23 @@ def cost(text: str, chip: Chip) -> Cost:
             unknown[op.kind] += times
 
     walk(entry, 1.0)
-    communication, waited = sum(size for size, _ in sent.values()), sum(size for size, behind in sent.values() if not behind)
-    return Cost(dict(cycles), dict(kernels), dict(unknown), float(communication), float(waited), int(tally["loops"]))
+    last = {kind: value - spared[kind] for kind, value in cycles.items()} if bundles else {}
+    return Cost(
+        cycles=dict(cycles),
+        kernels=dict(kernels),
+        unknown=dict(unknown),
+        communication=float(sum(size for size, _ in sent.values())),
+        waited=float(sum(size for size, behind in sent.values() if not behind)),
+        unread_loops=int(tally["loops"]),
+        scheduled=last,
+        unscheduled=float(tally["unscheduled"]) if bundles else 0.0,
+    )
 
 
 def _branches(op: Op, computations: dict[str, list[Op]]) -> tuple[str, ...]:
     """Computations that an operation runs; of a conditional only the branch with the most operations."""
     names = tuple(name for key, value in op.called.items() for name in value)
     return names if op.kind != "conditional" else (max(names, key=lambda name: len(computations[name])),)
-
-
-def _trips(condition: list[Op]) -> int | None:
-    """How often a loop runs that counts from 0: the only number in its condition; None if there are several."""
-    numbers = [op.operands[0] for op in condition if op.kind == "constant" and op.type.startswith(("s32[]", "u32[]"))]
-    return int(numbers[0]) if len(numbers) == 1 else None
-
-
-def _inside(op: Op, computations: dict[str, list[Op]]) -> Iterator[Op]:
-    """The operation and, of a fusion, everything that was fused into it."""
-    yield op
-    if op.kind == "fusion":
-        for name in op.called.get("calls", ()):
-            for part in computations.get(name, ()):
-                yield from _inside(part, computations)
 
 
 def _class(op: Op, inside: list[Op]) -> str:
@@ -232,14 +158,14 @@ def _class(op: Op, inside: list[Op]) -> str:
 def _moved(op: Op, types: dict[str, str]) -> int:
     """Bytes that an operation without an estimate reads and writes; of an update in place only the update."""
     if op.kind == "dynamic-update-slice":
-        return 2 * _bytes(types.get(op.operands[1], ""))
-    read = sum(_bytes(types.get(name, "")) for name in op.operands) if op.kind == "fusion" else _bytes(op.type)
-    return read + _bytes(op.type)
+        return 2 * bytes_of(types.get(op.operands[1], ""))
+    read = sum(bytes_of(types.get(name, "")) for name in op.operands) if op.kind == "fusion" else bytes_of(op.type)
+    return read + bytes_of(op.type)
 
 
 def _sent(op: Op) -> int:
     """Bytes of a transfer's result: gathered arrays, sums, a permuted block. The type of a start holds its inputs too."""
-    sizes = sorted((_bytes(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in hlo_shapes(op.type)), reverse=True)
+    sizes = sorted((bytes_of(f"{dtype}[{','.join(map(str, sides))}]") for dtype, sides in hlo_shapes(op.type)), reverse=True)
     if op.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
         return sum(sizes[: max(1, len(sizes) // 2)]) if op.kind == "all-gather-start" else sizes[0]
     return sum(sizes)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from proreflow_jax.perf import hlo_cost, resident
+from proreflow_jax.perf import hlo_cost, program_text, resident
 from proreflow_jax.perf.chips import GIB
 from proreflow_jax.perf.estimate import Target
 
@@ -64,6 +64,7 @@ def _time(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"  time     {seconds(result['seconds'])} a call, {seconds(result['seconds_per_image'])} an image ({faster})",
         f"  of it    {shares}",
+        f"  schedule {_schedule(result)}",
     ]
     if result["sent_bytes"]:
         sent = f"{scaled(result['sent_bytes'], UNITS)} a chip, {seconds(result['sent_seconds'])} at the links' full rate"
@@ -81,6 +82,15 @@ def _time(result: Mapping[str, Any]) -> list[str]:
     if result["calls"]:
         lines.append(f"  stage    {result['calls']:,} calls: {hours(result['hours'])}, {result['chip_hours']:.3g} chip hours")
     return lines
+
+
+def _schedule(result: Mapping[str, Any]) -> str:
+    if "scheduled_seconds" not in result:
+        return f"unknown: only {program_text.LIBTPU} is known to count it"
+    share = f"{100 * result['scheduled_utilisation']:.1f} % of the chips' peak"
+    left = result["unscheduled_seconds"]
+    estimated = f", {seconds(left)} of it estimated" if left > 0.005 * result["scheduled_seconds"] else ""
+    return f"{seconds(result['scheduled_seconds'])} a call by libtpu's last schedule, {share}{estimated}"
 
 
 def change(result: Mapping[str, Any] | None) -> str:

@@ -4,16 +4,17 @@ The format is private to libtpu and may change with any version. Only time is re
 """
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from proreflow_jax import UserError
-from proreflow_jax.perf import hlo_cost
+from proreflow_jax.perf import hlo_cost, schedule
 from proreflow_jax.perf.chips import Chip
 
-LIBTPU = "libtpu==0.0.51"  # whose text is known
+LIBTPU = f"libtpu=={schedule.VERSION}"  # whose text is known
 
 
 class UnknownText(UserError):
@@ -23,18 +24,20 @@ class UnknownText(UserError):
 def program_cost(program: Any, folder: Path, chip: Chip) -> hlo_cost.Cost:
     """The cost of a compiled program on one chip; `folder` is where libtpu dumped the program while compiling.
 
+    Its last schedule is counted where libtpu was loaded with `schedule.counting` and `schedule.clear` was called before.
+
     Raises UnknownText if there is no text or its format is not known.
     """
     try:
-        return read_cost(_program_text(program, folder), chip)
+        return read_cost(_program_text(program, folder), chip, schedule.bundles(schedule.folder()))
     except jax.errors.JaxRuntimeError as error:
         raise UnknownText(_unknown(f"no text: {str(error).splitlines()[0]}")) from error
 
 
-def read_cost(text: str, chip: Chip) -> hlo_cost.Cost:
-    """The cost of a program by its text. Raises UnknownText if the format is not known."""
+def read_cost(text: str, chip: Chip, bundles: Mapping[str, int] | None = None) -> hlo_cost.Cost:
+    """The cost of a program by its text and the bundles of its operations. Raises UnknownText if the format is not known."""
     try:
-        return hlo_cost.cost(text, chip)
+        return hlo_cost.cost(text, chip, bundles)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UnknownText(_unknown(f"{type(error).__name__}: {error}")) from error
 

@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from proreflow_jax import UserError
-from proreflow_jax.perf import chips, hlo_cost, program_text
+from proreflow_jax.perf import chips, hlo_cost, program_text, schedule
 
 ENVIRONMENT = {  # libtpu does not query the machine, logs nothing, and allows several processes
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -84,7 +84,8 @@ def devices(name: str, slices: int = 1) -> Sequence[Any]:
     """The devices of `slices` slices such as "v5e:4x4", for a mesh. Raises ValueError if the slice is not known."""
     chips.slice_chip(name)
     several = {"num_slices": slices} if slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+    with schedule.counting():
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
 
 
 def compile_for(jitted: Any, arguments: Sequence[Any], chip: chips.Chip, told: Callable[[int], None] = int) -> Compiled:
@@ -115,6 +116,7 @@ def _compiled(lowered: Any, chip: chips.Chip, start: float, told: Callable[[int]
         meanwhile(POLL, lambda: _listen(Path(folder), told)),
     ):
         warnings.filterwarnings("ignore", message=UNREAD)
+        schedule.clear()
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
