@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from proreflow_jax.data import loader, records
 from proreflow_jax.jobs.write_records import Maker, begin_records, records_there, write_records
 from proreflow_jax.reflow import pairs
+from proreflow_jax.run.compiler_options import compiler_options
 from proreflow_jax.run.dataset import encodes, open_source, read_captions, read_rows
 from proreflow_jax.run.experiment import PLANNED, Experiment, frozen_arrays, handed_on, load_weights, stage_plan
 from proreflow_jax.run.outlook import PAIRS, Outlook, compiling
@@ -61,7 +62,7 @@ def jit_pairs(stage: Stage, networks: pairs.Networks, machine: Mesh, config: Con
     its states are finite numbers: `finite` as computed, `fits` as stored. The arrays are whole on every device.
     """
     whole, batches, storage = mesh.replicated(machine), mesh.batch_sharding(machine), config.pairs.storage
-    options = mesh.compiler_options(machine, config.mesh.sparse_cores)
+    options = compiler_options(networks.denoiser, machine, config)
 
     def make(frozen: pairs.Frozen, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         rows = pairs.cross_windows(frozen, batch, recipe=stage.pairs, flow=stage.teacher, networks=networks)

@@ -27,6 +27,7 @@ from proreflow_jax.jobs.score_plan import INCEPTION, Plan, _check_count, _local,
 from proreflow_jax.models.network import Params
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks, text_context
+from proreflow_jax.run.compiler_options import compiler_options
 from proreflow_jax.run.experiment import Experiment, Weights, check_taught, load_weights
 from proreflow_jax.run.stages import EVALUATION_KEY, find_stage, seed_key
 from proreflow_jax.runtime import mesh
@@ -177,7 +178,7 @@ def jit_draw(experiment: Experiment, flow: Parameterization, steps: int, guidanc
     """`draw_images` of a model, jitted with the shardings of the mesh."""
     options = dict(flow=flow, steps=steps, guidance=guidance, dtype=experiment.config.model.sampling_dtype)
     draw = partial(draw_images, networks=experiment.networks, latent=experiment.base.latent_shape, **options)
-    compiler = mesh.compiler_options(experiment.mesh, experiment.config.mesh.sparse_cores)
+    compiler = compiler_options(experiment.networks.denoiser, experiment.mesh, experiment.config)
     return jax.jit(draw, out_shardings=mesh.batch_sharding(experiment.mesh), compiler_options=compiler)
 
 

@@ -24,6 +24,7 @@ from proreflow_jax.reflow.pairs import check_identity, text_context
 from proreflow_jax.reflow.train_step import TrainState, averaged, train_step
 from proreflow_jax.run import train_state
 from proreflow_jax.run.check_config import few_starts
+from proreflow_jax.run.compiler_options import compiler_options
 from proreflow_jax.run.dataset import encodes, open_source, read_rows
 from proreflow_jax.run.experiment import (
     TRAINED,
@@ -252,8 +253,8 @@ def jit_step(experiment: Experiment, stage: Stage) -> Any:
     )
     shardings = jax.tree.map(lambda shape: shape.sharding, train_state.stacked_shapes(layout))
     rows, whole = mesh.batch_sharding(machine), mesh.replicated(machine)
-    options = mesh.compiler_options(machine, config.mesh.sparse_cores)
     places = dict(in_shardings=(shardings, None, rows, None), out_shardings=(shardings, whole))
+    options = compiler_options(experiment.networks.denoiser, machine, config)
     return jax.jit(step, **places, donate_argnums=0, compiler_options=options)
 
 

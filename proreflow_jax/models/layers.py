@@ -3,7 +3,6 @@
 Statistics of every norm are taken in float32 (nnx's norms do that), the tensors stay in the dtype they came in.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 ATTENTION = "attention"  # name of attention's outputs, for policies that keep them
-LARGE = 1 << 21  # numbers of a weight from which a CPU takes longer over it than over few pixels or tokens
+LARGE = 1 << 21  # numbers of a weight from which CPUs compute some things another way
 SAVED = jax.checkpoint_policies
 
 
@@ -78,43 +77,6 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1, 
     """A 2-D convolution with torch's symmetric padding, by default half the kernel."""
     pad = size // 2 if padding == -1 else padding
     return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=pad, rngs=rngs)
-
-
-def suited(module: nnx.Module, compute: Compute) -> nnx.Module:
-    """The module; on a CPU its convolutions are computed by `convolve_on_cpu`."""
-    if compute.platform == "cpu":
-        for _, layer in nnx.iter_modules(module):
-            if isinstance(layer, nnx.Conv):
-                layer.conv_general_dilated = convolve_on_cpu
-    return module
-
-
-def few_pixels(pixels: int, kernel: Sequence[int]) -> bool:
-    """Whether a CPU takes longer over the weights of this shape (y, x, i, o) than over so many pixels of a result."""
-    return math.prod(kernel) >= LARGE and pixels <= kernel[2]
-
-
-def convolve_on_cpu(
-    x: Float[Array, "b h w i"],
-    kernel: Float[Array, "y x i o"],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    **options: Any,
-) -> Float[Array, "b _ _ o"]:
-    """`jax.lax.conv_general_dilated` without dilation, NHWC. Few pixels of many channels are laid side by side for one product.
-
-    XLA's convolution on CPUs spends its time on such weights: SD 1.5's 1,280 channels at 16 x 16 take 2.3 times as long, at
-    8 x 8 3.3 times.
-    """
-    sides = [n + sum(pad) - k for n, pad, k in zip(x.shape[1:], padding, kernel.shape, strict=False)]
-    height, width = (side // stride + 1 for side, stride in zip(sides, strides, strict=True))
-    if kernel.shape[:2] == (1, 1) or not few_pixels(len(x) * height * width, kernel.shape):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    filled, (down, right) = jnp.pad(x, ((0, 0), *padding, (0, 0))), strides
-    offsets = itertools.product(*map(range, kernel.shape[:2]))
-    cut = lambda i, j: filled[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
-    columns = jnp.concatenate([cut(i, j) for i, j in offsets], axis=-1)
-    return jnp.dot(columns, kernel.reshape(-1, kernel.shape[-1]), precision=options["precision"])
 
 
 def group_norm(channels: int, groups: int, epsilon: float, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -226,15 +188,16 @@ class Upsample(nnx.Module):
     """Nearest-neighbour doubling, cropped to `shape` (height, width) where the skip is odd, then a 3x3 convolution.
 
     Doubling is computed at the small size. A 3x3 kernel over doubled pixels sees 2x2 different ones, by the parity of row and
-    column. Four kernels of summed weights do 4/9 of the work; where a CPU has few pixels, summing them is more.
+    column. Four kernels of summed weights do 4/9 of the work; for few pixels on a CPU, summing large ones is more.
     """
 
-    def __init__(self, channels: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, channels: int, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
         self.conv = conv(channels, channels, 3, rngs)
+        self.large_on_cpu = compute.platform == "cpu" and math.prod(self.conv.kernel_shape) >= LARGE
 
     def __call__(self, x: Float[Array, "b h w c"], shape: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
         b, h, w, c = x.shape
-        few = self.conv.conv_general_dilated is convolve_on_cpu and few_pixels(4 * b * h * w, self.conv.kernel_shape)
+        few = self.large_on_cpu and b * h * w <= c // 8
         if shape in (None, (2 * h, 2 * w)) and not few:
             return self._doubled(x)
         wide = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)

@@ -10,6 +10,7 @@ states before the last layer of two encoders side by side, the second's pooled s
 SD 3's three encoders are in joint_conditioning.py.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ Params = dict[str, Float[Array | np.ndarray, "..."]]
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 TORCH_NAME |= {"mean": "running_mean", "var": "running_var"}  # of a batch norm
 
+BY_REDUCTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}  # options of XLA's compiler for CPUs
 SCANNED = 4  # from so many equal blocks in a row a TPU program loops over them
 
 
@@ -38,6 +40,16 @@ class Network(NamedTuple):
     apply: Callable[..., Any]  # apply(params, *inputs, method="__call__")
     config: dict
     constants: frozenset[str] = frozenset()  # names of `shapes` that no training changes: torch's buffers
+
+
+def compiler_options(net: Network, platform: str) -> dict[str, str]:
+    """Options of a jit that computes a network.
+
+    On a CPU XLA gives products, convolutions and sums to YNNPACK; of large weights it takes less time to keep the first two:
+    SD 1.5's convolutions 0.7 of it (docs/bench.md). Small networks' programs stay as they are.
+    """
+    large = any(math.prod(shape.shape) >= layers.LARGE for shape in net.shapes.values())
+    return dict(BY_REDUCTIONS) if large and platform == "cpu" else {}
 
 
 def _name(path: tuple) -> str:
@@ -105,8 +117,7 @@ def make_unet(config: dict, compute: Compute = PLAIN) -> Network:
     """
     compute = compute._replace(repeat=scanned) if compute.platform == "tpu" else compute
     architecture = unet.architecture(config)
-    suited = lambda rngs: layers.suited(unet.UNet(architecture, rngs, compute), compute)
-    return network(lambda rngs: layers.gathering(suited(rngs), compute), config)
+    return network(lambda rngs: layers.gathering(unet.UNet(architecture, rngs, compute), compute), config)
 
 
 def make_transformer(config: dict, compute: Compute = PLAIN, repeated: int = 1) -> Network:

@@ -179,7 +179,7 @@ class UpBlock(nnx.Module):
         if level.depth:
             self.attentions = nnx.List([_transformer(a, level, level.depth, rngs, compute) for _ in range(n)])
         if not last:
-            self.upsamplers = nnx.List([Upsample(width, rngs)])
+            self.upsamplers = nnx.List([Upsample(width, rngs, compute)])
 
     def __call__(self, x: Array, skips: list[Array], embedding: Array, context: Array) -> Array:
         for i, resnet in enumerate(self.resnets):

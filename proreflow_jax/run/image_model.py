@@ -17,7 +17,7 @@ from proreflow_jax.data.images import LINE_LIMIT, square
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.flow.schedule import GRID, RectifiedFlow
 from proreflow_jax.flow.solvers import SOLVERS
-from proreflow_jax.models.network import Context, Params
+from proreflow_jax.models.network import Context, Params, compiler_options
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks, posterior, text_context
@@ -82,11 +82,14 @@ class ImageModel:
         self.params, self.flow, self.digest = weights.params, weights.flow, weights.digest
         self._text, self._vae = jax.device_put((base.text, base.params["vae"]))
         bound = {"denoiser": networks.denoiser, "schedule": networks.schedule, "flow": weights.flow, "dtype": dtype}
+        options = {"compiler_options": compiler_options(networks.denoiser, jax.default_backend())}
+        of_vae = {"compiler_options": compiler_options(networks.vae, jax.default_backend())}
+        draw, step = (partial(_guided, work, bound) for work in (sampler.sample_latents, sampler.sample_step))
         self._read = jax.jit(partial(text_context, networks.condition))
-        self._draw = jax.jit(partial(_guided, sampler.sample_latents, bound), static_argnames=("on", "solver", "steps", "skip"))
-        self._step = jax.jit(partial(_guided, sampler.sample_step, bound), static_argnames=("on", "solver"))
-        self._encode = jax.jit(lambda vae, images: posterior(networks, vae, images)[0] * networks.scaling)
-        self._decode = jax.jit(lambda vae, z: sampler.decode(networks.vae, vae, z, networks.scaling, dtype))
+        self._draw = jax.jit(draw, static_argnames=("on", "solver", "steps", "skip"), **options)
+        self._step = jax.jit(step, static_argnames=("on", "solver"), **options)
+        self._encode = jax.jit(lambda vae, images: posterior(networks, vae, images)[0] * networks.scaling, **of_vae)
+        self._decode = jax.jit(lambda vae, z: sampler.decode(networks.vae, vae, z, networks.scaling, dtype), **of_vae)
 
     @classmethod
     def of(cls, experiment: Experiment, weights: Weights, name: str) -> "ImageModel":
