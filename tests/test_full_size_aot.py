@@ -18,7 +18,7 @@ from configs.sd15 import get_config as sd15
 from configs.sd35_medium import get_config as sd35_medium
 from configs.sdxl import get_config as sdxl
 from proreflow_jax.models import network, strips, vae
-from proreflow_jax.models.layers import Compute, conv, group_norm
+from proreflow_jax.models.layers import Compute, ResnetBlock, conv, group_norm
 from proreflow_jax.perf import chips, estimate, hlo_cost, tpu_compile
 from proreflow_jax.run import check_config
 
@@ -121,6 +121,34 @@ class LastLevel(nnx.Module):
     def over_strips(self, x):
         parts = self.block.over_strips(strips.cut(x, strips.SUBLANES))
         return strips.join(strips.convolve(self.conv_out, self.conv_norm_out, parts))
+
+
+class BetweenBlocks(nnx.Module):
+    """A 128-wide ResNet block of that level, between two such blocks."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.block = ResnetBlock(128, 128, 32, vae.EPSILON, rngs)
+
+    def __call__(self, x):
+        return self.block(x)
+
+    def over_strips(self, x, *sums):
+        out = strips.resnet(self.block, strips.Strips(x, sums, strips.SUBLANES))
+        return out.x, out.sums
+
+
+@pytest.mark.parametrize(("pictures", "method"), [(1, "over_strips"), (8, "__call__")])
+def test_a_block_of_the_decoders_last_level_on_v5e(pictures, method):
+    """512 x 512 pixels: eight at once, or one after the other in strips, whatever the number."""
+    mesh, chip, net = tpu.slice_mesh("v5e:1x1"), chips.CHIPS["v5e"], network.network(BetweenBlocks, {})
+    params = {name: tpu.abstract(value.shape, mesh) for name, value in net.shapes.items()}
+    sums = tpu.abstract((8, 128), mesh, dtype=jnp.float32)
+    cut = (tpu.abstract((64, 512, 8, 128), mesh), sums, sums)
+    inputs = cut if method == "over_strips" else (tpu.abstract((pictures, 512, 512, 128), mesh),)
+    compiled = jax.jit(lambda p, *x: net.apply(p, *x, method=method)).lower(params, *inputs).compile()
+    slow, fast = (1e3 * value / pictures for value in hlo_cost.cost(compiled.as_text(), chip).seconds(chip))
+    print(f"{method}, {pictures}: {slow:.2f} ms a picture, {fast:.2f} if streaming is faster")  # noqa: T201
+    assert slow <= 2.0
 
 
 @pytest.mark.parametrize(("pictures", "method", "most"), [(1, "__call__", 11.5), (8, "__call__", 6.5), (1, "over_strips", 7.0)])
