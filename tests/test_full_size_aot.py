@@ -172,14 +172,17 @@ def test_sd15_online_step_on_v5e(tmp_path):
     assert found["utilisation"] >= 0.52 and found["not_estimated"] == {}
 
 
-@pytest.mark.parametrize(("slice", "teacher", "least"), [("v5p:2x2x2", "whole", 0.55), ("v6e:4x4", "split", 0.32)])
-def test_sdxl_online_step(tmp_path, slice, teacher, least):
+@pytest.mark.parametrize(
+    ("slice", "teacher", "least", "scheduled"), [("v5p:2x2x2", "whole", 0.55, 0.55), ("v6e:4x4", "split", 0.32, 0.40)]
+)
+def test_sdxl_online_step(tmp_path, slice, teacher, least, scheduled):
     """8 images a chip; a v6e's SparseCores carry the weights of a teacher that is split."""
     batch = ROWS * chips.chip_count(slice)
     found = step(sdxl(), outline(tmp_path / "sdxl", "sdxl"), slice, train__batch=batch, mesh__teacher=teacher)
     assert found["fits"] and found["at_once"] == ROWS
     assert 1 <= of_ideal(found, 2_567_463_684, chips.chip_count(slice)) < 1.1
     assert found["utilisation"] >= least and found["not_estimated"] == {}
+    assert found["scheduled_utilisation"] >= scheduled
 
 
 @pytest.mark.parametrize(("slice", "least"), [("v5e:4x4", 0.45), ("v5p:2x2x2", 0.45), ("v6e:4x4", 0.25)])

@@ -12,9 +12,9 @@ from proreflow_jax.perf import chips, hlo_cost, hlo_text, plan_report, program_t
 
 CHIP = chips.CHIPS["v5e"]
 CLOCKED = CHIP.clock / CHIP.bandwidth  # cycles that a byte takes
-WINDOWS = (
-    'backend_config={"window_config":{"kernel_window_bounds":["160","10"],"estimated_cycles":"%d","iteration_bounds":[%s],'
-    '"cost_model_type":"COST_MODEL_TYPE_CLASSIC"}}'
+WINDOWS = (  # as in a dump; jaxlib's text has the fields in another order
+    'backend_config={"window_config":{"buffering_level":"2","cost_model_type":"COST_MODEL_TYPE_INVALID","estimated_cycles":"%d",'
+    '"estimated_vmem_bytes":"0","iteration_bounds":[%s],"kernel_window_bounds":["160","10"],"output_window_bounds":["2"]}}'
 )
 LAYOUT = "{1,0:T(8,128)(2,1)}"
 PRODUCT = f"""

@@ -23,7 +23,7 @@ _ELSEWHERE = re.compile(r"\bcalled_computations=\{%?([\w.\-]+)\}")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TYPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
-_WINDOWS = re.compile(r'"window_config":\{(.*?),"cost_model_type')
+_WINDOWS = re.compile(r'"window_config":\{([^}]*)\}')
 _BROKEN = re.compile(r"(?<=kernel_metadata=\{)\n|\n(?=\}\})")  # line ends inside a kernel's metadata
 
 
@@ -39,7 +39,7 @@ class Op(NamedTuple):
     called: dict[str, tuple[str, ...]]
     target: str  # of a custom call
     channel: str  # of a transfer between chips: its number, which all parts of one that is spread over the program share
-    windows: str  # of what works through its arrays window by window: their sizes and, at the end, how many there are
+    windows: str  # of what works through its arrays window by window: their sizes and how many there are
 
 
 def parse(text: str) -> tuple[dict[str, list[Op]], str]:

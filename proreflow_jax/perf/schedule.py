@@ -37,6 +37,7 @@ _COUNTS = "*-final_hlo-static-per-bundle-utilization.txt"
 _NAME = re.compile(r"^\d+-(.*)-\d+-final_hlo-static")
 _BUNDLE = re.compile(r"^\d[\d ]*$", re.MULTILINE)
 _ARRAY = re.compile(r"\b(?:pred|[suf]\d+|bf16|f8\w+)\[[\d,]*\](?:\{[^}]*\})?")
+_BOUNDS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')  # of an operation's windows: how many there are
 _ELSEWHERE = re.compile(r"S\(\d+\)")  # in an array's layout: it lies in VMEM, or another place that is not the chip's memory
 
 
@@ -91,9 +92,10 @@ class Schedule:
     def cycles(self, op: Op, types: Mapping[str, str]) -> float | None:
         """Cycles of an operation that works in windows; None if its bundles are not known. `types` by names of operands."""
         count = self._counts.get(op.name, self._alike.get(_key(op, types)))
-        if count is None or not op.windows:
+        bounds = _BOUNDS.search(op.windows)
+        if count is None or bounds is None:
             return None
-        turns = math.prod(int(n) for n in re.findall(r"\d+", op.windows.rpartition("[")[2]))
+        turns = math.prod(int(n) for n in re.findall(r"\d+", bounds[1]))
         moved = self.traffic(op, types) / self._chip.bandwidth * self._chip.clock
         return max(count * turns, moved) + (LATENCY + moved / turns if moved else 0.0)
 
