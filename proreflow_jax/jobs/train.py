@@ -253,9 +253,8 @@ def jit_step(experiment: Experiment, stage: Stage) -> Any:
     )
     shardings = jax.tree.map(lambda shape: shape.sharding, train_state.stacked_shapes(layout))
     rows, whole = mesh.batch_sharding(machine), mesh.replicated(machine)
-    places = dict(in_shardings=(shardings, None, rows, None), out_shardings=(shardings, whole))
-    options = compiler_options(experiment.networks.denoiser, machine, config)
-    return jax.jit(step, **places, donate_argnums=0, compiler_options=options)
+    places = dict(in_shardings=(shardings, None, rows, None), out_shardings=(shardings, whole), donate_argnums=0)
+    return jax.jit(step, **places, compiler_options=compiler_options(experiment.networks.denoiser, machine, config))
 
 
 def _sums_in_order(experiment: Experiment) -> bool:
