@@ -63,7 +63,7 @@ FIELDS = [  # overrides of the tiny config, what the line must name
     ({"stages": "eight"}, ("whole numbers", "--config.stages")),
     ({"train__batch": 12, "mesh__data": 8}, ("12", "8 devices", "--config.train.batch")),
     ({"train__accumulation": 3}, ("3", "--config.train.accumulation")),
-    ({"pairs__batch": 32}, ("32", "--config.pairs.shard_size=16")),
+    ({"pairs__batch": 24}, ("24", "--config.pairs.shard_size=16")),
     ({"pairs__batch": 4, "mesh__data": 8}, ("4", "8 devices", "--config.pairs.batch")),
     ({"pairs__batch": 0}, ("--config.pairs.batch=0",)),
     ({"pairs__examples": 0}, ("--config.pairs.examples",)),
