@@ -23,9 +23,9 @@ def test_only_a_cpu_and_large_weights_have_options_of_their_own():
     """The demo's networks are small: their programs, and so its numbers, stay."""
     small = network.make_unet(write_pipeline.unet_config(tiny.UNET, tiny.TEXT, tiny.LATENT))
     large = network.make_unet(SD_15)
-    assert network.compiler_options(large, "cpu") == network.BY_REDUCTIONS
-    assert not any(network.compiler_options(net, platform) for net in (small, large) for platform in ("gpu", "tpu"))
-    assert network.compiler_options(small, "cpu") == {}
+    assert network.cpu_options(large, "cpu") == network.BY_REDUCTIONS
+    assert not any(network.cpu_options(net, platform) for net in (small, large) for platform in ("gpu", "tpu"))
+    assert network.cpu_options(small, "cpu") == {}
 
 
 def test_jax_takes_the_options_and_the_numbers_stay():

@@ -42,7 +42,7 @@ class Network(NamedTuple):
     constants: frozenset[str] = frozenset()  # names of `shapes` that no training changes: torch's buffers
 
 
-def compiler_options(net: Network, platform: str) -> dict[str, str]:
+def cpu_options(net: Network, platform: str) -> dict[str, str]:
     """Options of a jit that computes a network.
 
     On a CPU XLA gives products, convolutions and sums to YNNPACK; of large weights it takes less time to keep the first two:

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from proreflow_jax import UserError
-from proreflow_jax.models.network import cast, compiler_options
+from proreflow_jax.models.network import cast, cpu_options
 from proreflow_jax.perf import chips, dummy_arrays, flops
 from proreflow_jax.perf.measure import run_spread, work
 from proreflow_jax.pretrained import weights
@@ -109,7 +109,7 @@ def _ours(experiment: Experiment, params: Any, inputs: Inputs, dtype: str) -> Ca
     net, place = experiment.networks.denoiser, mesh.replicated(experiment.mesh)
     computed, exact = jax.jit(lambda p: cast(p, dtype))(params), ("timesteps", "time_ids")
     arrays = [jax.device_put(jnp.asarray(v, None if n in exact else dtype), place) for n, v in inputs.items()]
-    apply = jax.jit(net.apply, compiler_options=compiler_options(net, mesh.platform(experiment.mesh)))
+    apply = jax.jit(net.apply, compiler_options=cpu_options(net, mesh.platform(experiment.mesh)))
     return lambda: np.asarray(apply(computed, *arrays), np.float32)
 
 

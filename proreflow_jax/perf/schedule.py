@@ -85,9 +85,10 @@ class Schedule:
 
     def __init__(self, counts: Mapping[str, int], computations: Mapping[str, Sequence[Op]], chip: Chip) -> None:
         self._counts, self._computations, self._chip = counts, computations, chip
-        self._alike = {
-            _key(op, _types(ops)): counts[op.name] for ops in computations.values() for op in ops if op.name in counts
-        }
+        self._alike: dict[tuple[str, ...], int] = {}
+        for ops in computations.values():
+            types = {op.name: op.type for op in ops}
+            self._alike |= {_key(op, types): counts[op.name] for op in ops if op.name in counts}
 
     def cycles(self, op: Op, types: Mapping[str, str]) -> float | None:
         """Cycles of an operation that works in windows; None if its bundles are not known. `types` by names of operands."""
@@ -147,10 +148,6 @@ class Schedule:
 def in_memory(type_: str) -> int:
     """Bytes of those arrays of a type that lie in the chip's memory."""
     return sum(bytes_of(array) for array in _ARRAY.findall(type_) if not _ELSEWHERE.search(array))
-
-
-def _types(ops: Sequence[Op]) -> dict[str, str]:
-    return {op.name: op.type for op in ops}
 
 
 def _key(op: Op, types: Mapping[str, str]) -> tuple[str, ...]:

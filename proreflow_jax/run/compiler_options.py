@@ -9,5 +9,5 @@ from proreflow_jax.runtime import mesh
 
 def compiler_options(denoiser: network.Network, machine: Mesh, config: ConfigDict) -> dict[str, str]:
     """Options of a job's jit on this mesh."""
-    ours = network.compiler_options(denoiser, mesh.platform(machine))
+    ours = network.cpu_options(denoiser, mesh.platform(machine))
     return ours | mesh.compiler_options(machine, config.mesh.sparse_cores)

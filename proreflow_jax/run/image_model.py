@@ -17,7 +17,7 @@ from proreflow_jax.data.images import LINE_LIMIT, square
 from proreflow_jax.flow.parameterization import JUMPS, Parameterization
 from proreflow_jax.flow.schedule import GRID, RectifiedFlow
 from proreflow_jax.flow.solvers import SOLVERS
-from proreflow_jax.models.network import Context, Params, compiler_options
+from proreflow_jax.models.network import Context, Params, cpu_options
 from proreflow_jax.pretrained.pipeline import Pipeline
 from proreflow_jax.reflow import sampler
 from proreflow_jax.reflow.pairs import Networks, posterior, text_context
@@ -82,8 +82,8 @@ class ImageModel:
         self.params, self.flow, self.digest = weights.params, weights.flow, weights.digest
         self._text, self._vae = jax.device_put((base.text, base.params["vae"]))
         bound = {"denoiser": networks.denoiser, "schedule": networks.schedule, "flow": weights.flow, "dtype": dtype}
-        options = {"compiler_options": compiler_options(networks.denoiser, jax.default_backend())}
-        of_vae = {"compiler_options": compiler_options(networks.vae, jax.default_backend())}
+        options = {"compiler_options": cpu_options(networks.denoiser, jax.default_backend())}
+        of_vae = {"compiler_options": cpu_options(networks.vae, jax.default_backend())}
         draw, step = (partial(_guided, work, bound) for work in (sampler.sample_latents, sampler.sample_step))
         self._read = jax.jit(partial(text_context, networks.condition))
         self._draw = jax.jit(draw, static_argnames=("on", "solver", "steps", "skip"), **options)
