@@ -50,8 +50,8 @@ def test_blocks_of_queries_are_whole_attention(monkeypatch, tokens, keys):
 
 
 def test_chunks_bound_the_memory_forward_and_backward(monkeypatch):
-    heads = [jax.ShapeDtypeStruct((1, 1024, 2, 8), jnp.float32)] * 3
-    scores = 4 * 2 * 1024 * 1024
+    heads = [jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)] * 3
+    scores = 4 * 2 * 2048 * 2048
     monkeypatch.setattr(attention_kernels, "CHUNK_SCORES", scores // 16)
     for wrap in (lambda f: f, with_gradients):
         taken = [

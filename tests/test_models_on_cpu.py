@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from full_size import SD_15
 
@@ -35,30 +36,33 @@ def test_jax_takes_the_options_and_the_numbers_stay():
     np.testing.assert_allclose(run(network.BY_REDUCTIONS), run(None), rtol=1e-4, atol=1e-6)
 
 
-def test_few_pixels_of_large_weights_are_doubled_before_they_are_convolved(monkeypatch):
-    (x,) = arrays((1, 2, 3, 48))
-    count = lambda net: str(jax.make_jaxpr(lambda *given: net.apply(*given))(params, x)).count("conv_general_dilated[")
+def operations(net: network.Network, params: dict, x: jax.Array, name: str) -> int:
+    return str(jax.make_jaxpr(lambda *given: net.apply(*given))(params, x)).count(f"{name}[")
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 48), (2, 5, 4, 48), (1, 1, 1, 48)])
+def test_large_weights_are_doubled_by_products_whose_sums_are_the_same(monkeypatch, shape):
     made = lambda: network.network(lambda rngs: layers.Upsample(48, rngs), {})
     params = tiny.random_params(made().shapes, 0)
-    plain = made()
+    (x,), plain = arrays(shape), made()
     monkeypatch.setattr(layers, "LARGE", 1)
-    assert (count(plain), count(made())) == (4, 1)
+    count = lambda net: [operations(net, params, x, name) for name in ("conv_general_dilated", "dot_general")]
+    assert (count(plain), count(made())) == ([4, 0], [0, 1])
     np.testing.assert_allclose(made().apply(params, x), plain.apply(params, x), rtol=1e-4, atol=1e-5)
-    (x,) = arrays((1, 4, 3, 48))  # 12 pixels, more than an eighth of the channels
-    assert count(made()) == 4
+    halved = made().apply({name: value.astype(jnp.bfloat16) for name, value in params.items()}, x.astype(jnp.bfloat16))
+    assert halved.dtype == jnp.bfloat16
+    np.testing.assert_allclose(halved.astype(jnp.float32), plain.apply(params, x), rtol=0.05, atol=0.05)
 
 
 def test_halves_of_large_weights_are_not_copied_for_few_tokens(monkeypatch):
     net = network.network(lambda rngs: attention.GEGLU(16, 32, rngs), {})
     (x,) = arrays((2, 9, 16))
     params = tiny.random_params(net.shapes, 0)
-    products = lambda: [
-        e for e in jax.make_jaxpr(lambda *given: net.apply(*given))(params, x).eqns if e.primitive.name == "dot_general"
-    ]
+    products = lambda: operations(net, params, x, "dot_general")
     before = net.apply(params, x)
-    assert len(products()) == 2
+    assert products() == 2
     monkeypatch.setattr(layers, "LARGE", 1)
-    assert len(products()) == 1
+    assert products() == 1
     np.testing.assert_allclose(net.apply(params, x), before, rtol=1e-5, atol=1e-6)
 
 

@@ -38,7 +38,9 @@ CUDNN_WIDEST = 128  # head width that cuDNN's kernels take on every card that ha
 SMALL_SCORES = 256 << 20  # bytes of one device's scores; "auto" makes larger ones in blocks
 CHUNK_SCORES = 64 << 20  # bytes of scores that one block of queries may take
 MARKS = 3  # lanes of one bias: 3 x 8 bits of bfloat16 make up a float32
-CACHED_ROWS, CACHED_LEAST = 256, 32  # queries of all images in one block, and of one image at least
+CACHED_ROWS = 256  # queries of all images in one block
+CACHED_LEAST, CACHED_MOST = 32, 128  # queries of one image there
+CACHED_BLOCKS = 4  # blocks that a CPU's cores compute side by side: one's sums while another's product is under way
 
 
 def choose_attention(
@@ -129,24 +131,27 @@ def _cached(q: Array, k: Array, v: Array, bias: np.ndarray | None) -> Array:
     Whole scores go through memory once for every pass over them: four times the time on a CPU, where no kernel fuses them.
     """
     b, s, h, d = q.shape
-    size = min(s, max(CACHED_ROWS // b, CACHED_LEAST))
-    count = -(-s // size)
-    rows = jnp.pad(d**-0.5 * q, ((0, 0), (0, count * size - s), (0, 0), (0, 0))).reshape(b, count, size, h, d)
+    size = min(s, CACHED_MOST, max(CACHED_ROWS // b, CACHED_LEAST))
+    blocks = min(CACHED_BLOCKS, -(-s // size))
+    count = -(-s // (size * blocks))
+    rows = jnp.pad(d**-0.5 * q, ((0, 0), (0, count * blocks * size - s), (0, 0), (0, 0)))
+    rows = jnp.transpose(rows.reshape(b, count, blocks, size, h, d), (4, 1, 2, 0, 3, 5))
+    keys, values = jnp.transpose(k, (2, 0, 3, 1)), jnp.transpose(v, (2, 0, 1, 3))
 
     @jax.checkpoint
     def block(q: Array, k: Array, v: Array) -> Array:
-        scores = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
         scores = scores if bias is None else scores + bias.astype(np.float32)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        out = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
     def head(qkv: tuple[Array, Array, Array]) -> Array:
         q, k, v = qkv
-        return jax.lax.map(lambda part: block(part, k, v), q)
+        return jax.lax.map(lambda parts: jnp.stack([block(part, k, v) for part in parts]), q)
 
-    out = jax.lax.map(head, (jnp.transpose(rows, (3, 1, 0, 2, 4)), *(jnp.transpose(x, (2, 0, 1, 3)) for x in (k, v))))
-    return jnp.transpose(out, (2, 1, 3, 0, 4)).reshape(b, count * size, h, d)[:, :s]
+    out = jax.lax.map(head, (rows, keys, values))
+    return jnp.transpose(out, (3, 1, 2, 4, 0, 5)).reshape(b, count * blocks * size, h, d)[:, :s]
 
 
 def splash(
