@@ -201,7 +201,7 @@ class Upsample(nnx.Module):
         if shape in (None, (2 * h, 2 * w)):
             return self._by_products(x) if self.large_on_cpu else self._by_kernels(x)
         wide = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        height, width = shape or (2 * h, 2 * w)
+        height, width = shape
         return self.conv(wide[:, :height, :width])  # torch's nearest pixels at odd sizes are the doubled ones, cropped
 
     def _by_products(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
