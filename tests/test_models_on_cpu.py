@@ -13,6 +13,7 @@ from proreflow_jax.pretrained import write_pipeline
 
 OPTIONS = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=None)
 NEVER = 1 << 62
+CPU = Compute(platform="cpu")
 
 
 def arrays(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -42,7 +43,7 @@ def operations(net: network.Network, params: dict, x: jax.Array, name: str) -> i
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 48), (2, 5, 4, 48), (1, 1, 1, 48)])
 def test_large_weights_are_doubled_by_products_whose_sums_are_the_same(monkeypatch, shape):
-    made = lambda: network.network(lambda rngs: layers.Upsample(48, rngs), {})
+    made = lambda compute=CPU: network.network(lambda rngs: layers.Upsample(48, rngs, compute), {})
     params = tiny.random_params(made().shapes, 0)
     (x,), plain = arrays(shape), made()
     monkeypatch.setattr(layers, "LARGE", 1)
@@ -52,6 +53,10 @@ def test_large_weights_are_doubled_by_products_whose_sums_are_the_same(monkeypat
     halved = made().apply({name: value.astype(jnp.bfloat16) for name, value in params.items()}, x.astype(jnp.bfloat16))
     assert halved.dtype == jnp.bfloat16
     np.testing.assert_allclose(halved.astype(jnp.float32), plain.apply(params, x), rtol=0.05, atol=0.05)
+    for other in (made(None), made(Compute(platform="tpu"))):  # a VAE's; another machine's
+        assert count(other) == [4, 0]
+    monkeypatch.setattr(layers, "MOST_PRODUCTS", 9 * x.size - 1)
+    assert count(made()) == [4, 0]
 
 
 def test_halves_of_large_weights_are_not_copied_for_few_tokens(monkeypatch):
@@ -73,7 +78,7 @@ def test_a_network_is_the_same_with_large_weights_and_with_small_ones(monkeypatc
 
     def found(large: int) -> tuple:
         monkeypatch.setattr(layers, "LARGE", large)
-        net = network.make_unet(config, Compute(platform="cpu"))
+        net = network.make_unet(config, CPU)
         params = tiny.random_params(net.shapes, 0)
         run = lambda p: net.apply(p, x, jnp.full((1,), 500.0), states)
         return jax.jit(run)(params), jax.jit(jax.grad(lambda p: jnp.sum(run(p) ** 2)))(params)

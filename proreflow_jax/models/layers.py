@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 ATTENTION = "attention"  # name of attention's outputs, for policies that keep them
 LARGE = 1 << 21  # numbers of a weight from which CPUs compute some things another way
+MOST_PRODUCTS = 1 << 26  # of pixels with a doubling's weights, which lie in memory at once there: 256 MiB
 SAVED = jax.checkpoint_policies
 
 
@@ -189,17 +190,20 @@ class Upsample(nnx.Module):
 
     Doubling is computed at the small size. A 3x3 kernel over doubled pixels sees 2x2 different ones, by the parity of row and
     column, so four kernels of summed weights do 4/9 of the work. Summing large weights takes a CPU longer than that saves; it
-    sums the pixels' products with each of the nine weights, 1/4 of the work (elsewhere the sums' bytes would cost as much).
+    sums the pixels' products with each of the nine weights, 1/4 of the work (elsewhere the sums' bytes would cost as much). A
+    VAE, whose pictures have many pixels for its weights, has no `compute` here.
     """
 
-    def __init__(self, channels: int, rngs: nnx.Rngs, compute: Compute = PLAIN) -> None:
+    def __init__(self, channels: int, rngs: nnx.Rngs, compute: Compute | None = None) -> None:
         self.conv = conv(channels, channels, 3, rngs)
-        self.large_on_cpu = compute.platform == "cpu" and math.prod(self.conv.kernel_shape) >= LARGE
+        on_cpu = compute is not None and compute.platform == "cpu"
+        self.large_on_cpu = on_cpu and math.prod(self.conv.kernel_shape) >= LARGE
 
     def __call__(self, x: Float[Array, "b h w c"], shape: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
         b, h, w, c = x.shape
         if shape in (None, (2 * h, 2 * w)):
-            return self._by_products(x) if self.large_on_cpu else self._by_kernels(x)
+            few = self.large_on_cpu and 9 * x.size <= MOST_PRODUCTS
+            return self._by_products(x) if few else self._by_kernels(x)
         wide = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         height, width = shape
         return self.conv(wide[:, :height, :width])  # torch's nearest pixels at odd sizes are the doubled ones, cropped
