@@ -6,8 +6,9 @@ counts as its floor (matrix products at peak, a head's width filled up to the ma
 (`chips`), others are listed by name.
 Transfers between chips have no estimate either: their bytes are counted. One that starts and ends apart (`-start`), works
 meanwhile, or is spread over the program in several parts hides behind the work, as does one that a SparseCore carries out;
-while any other runs the chip waits, and it counts as its bytes at the links' full rate. Other data movement without an
-estimate counts as the time of reading and writing the data.
+while any other runs the chip waits, and it counts as its bytes at the links' full rate. What travels to VMEM and back while the
+chip works counts as the time that it is late (`prefetch`); other data movement without an estimate as the time of reading and
+writing the data.
 """
 
 import math
@@ -16,11 +17,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from proreflow_jax.perf import prefetch
 from proreflow_jax.perf.chips import Chip
 from proreflow_jax.perf.hlo_text import Op, bytes_of, fused, hlo_shapes, parse, trips
 from proreflow_jax.perf.schedule import Schedule
 
-KINDS = ("convolutions", "linears", "attention", "norms and sums", "copies", "pads", "elementwise", "kernels")
 MATRIX = (
     "convolutions",
     "linears",
@@ -36,7 +37,6 @@ _FREE = {  # operations that take no time of their own, or whose time is another
     *("copy-start", "copy-done", "async-start", "async-update", "async-done", "opt-barrier", "domain", "broadcast", "reshape"),
     *("slice-start", "slice-done", "dynamic-slice-start", "dynamic-slice-done", "add-dependency"),
 }
-_MOVES = ("copy", "dynamic-update-slice", "dynamic-slice", "slice", "transpose", "concatenate")
 _SCALAR = 1024  # bytes below which an operation without an estimate is bookkeeping, as loops' counters are
 _FREE_CALLS = (
     "AllocateBuffer",
@@ -81,6 +81,7 @@ def cost(text: str, chip: Chip, bundles: Mapping[str, int] | None = None) -> Cos
     schedule = Schedule(bundles or {}, computations, chip)
     cycles, kernels, unknown, spared = Counter(), Counter(), Counter(), Counter()
     tally, sent = Counter(), {}
+    queues = [prefetch.Queue(chip.bandwidth / chip.clock) for _ in range(2)]  # by the estimates; by the schedule
 
     def walk(name: str, times: float, behind: bool = False) -> None:
         types = {op.name: op.type for op in computations[name]}
@@ -89,11 +90,21 @@ def cost(text: str, chip: Chip, bundles: Mapping[str, int] | None = None) -> Cos
                 length = trips(computations[op.called["condition"][0]])
                 tally["loops"] += length is None
                 walk(op.called["body"][0], times * (length or 1), behind)
+            elif size := prefetch.traffic(op, computations):
+                for queue in queues:
+                    queue.send(op.name, size)
             elif op.kind in ("call", "conditional", "async-start") or "elsewhere" in op.called:
                 for called in _branches(op, computations):
                     walk(called, times, behind or op.kind == "async-start")
             else:
                 note(op, types, times, behind or op.kind.endswith("-start") or op.cycles is not None)
+
+    def took(op: Op, types: dict[str, str], times: float, kind: str, estimated: float, scheduled: float) -> None:
+        cycles[kind] += times * estimated
+        spared[kind] += times * (estimated - scheduled)
+        moved = schedule.traffic(op, types)
+        for queue, busy in zip(queues, (estimated, scheduled), strict=True):
+            queue.work(busy, moved)
 
     def note(op: Op, types: dict[str, str], times: float, behind: bool) -> None:
         inside = list(fused(op, computations))
@@ -103,20 +114,24 @@ def cost(text: str, chip: Chip, bundles: Mapping[str, int] | None = None) -> Cos
             again = part.channel in sent
             sent[part.channel] = (sent[part.channel][0], True) if again else (times * _sent(part), behind)
         if op.cycles is not None:
-            cycles[kind] += times * op.cycles
             scheduled = schedule.cycles(op, types)
-            spared[kind] += 0.0 if scheduled is None else times * (op.cycles - scheduled)
+            took(op, types, times, kind, op.cycles, op.cycles if scheduled is None else scheduled)
             tally["unscheduled"] += times * op.cycles if scheduled is None else 0.0
         elif op.kind == "custom-call":
             if op.target not in _FREE_CALLS:
                 known = _splash(op, types, chip) or _narrow(op, types, chip)
                 label = _label(op)
                 (kernels if known else unknown)[label] += times
-                cycles["kernels"] += times * (known or 0.0)
+                took(op, types, times, "kernels", known or 0.0, known or 0.0)
+        elif op.kind in ("async-update", "async-done", "copy-done"):
+            estimated, scheduled = (queue.wait(op) for queue in queues)
+            cycles["prefetches"] += times * estimated
+            spared["prefetches"] += times * (estimated - scheduled)
         elif sends or op.kind in _FREE or op.kind.endswith("-done") or bytes_of(op.type) <= _SCALAR:
             return
-        elif op.kind in _MOVES or (op.kind == "fusion" and kind not in MATRIX):
-            cycles[kind] += times * _moved(op, types) / chip.bandwidth * chip.clock
+        elif op.kind in prefetch.MOVES or (op.kind == "fusion" and kind not in MATRIX):
+            busy = _moved(op, types) / chip.bandwidth * chip.clock
+            took(op, types, times, kind, busy, busy)
         else:
             unknown[op.kind] += times
 
