@@ -34,7 +34,7 @@ _ATTENTION = re.compile(r"BTNH|BNTS|attention|splash")
 _TRANSFER = re.compile(r"(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(-start)?$")
 _FREE = {  # operations that take no time of their own, or whose time is another's: layouts, ends of asynchronous ones
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id", "iota"),
-    *("copy-start", "copy-done", "async-start", "async-update", "async-done", "opt-barrier", "domain", "broadcast", "reshape"),
+    *("copy-start", "opt-barrier", "domain", "broadcast", "reshape"),
     *("slice-start", "slice-done", "dynamic-slice-start", "dynamic-slice-done", "add-dependency"),
 }
 _SCALAR = 1024  # bytes below which an operation without an estimate is bookkeeping, as loops' counters are
@@ -68,11 +68,11 @@ class Cost(NamedTuple):
         return sum(self.scheduled.values()) / chip.clock + self.waited / (chip.links or 1.0) if self.scheduled else None
 
     def seconds(self, chip: Chip) -> tuple[float, float]:
-        """(the compiler's estimate, the same with all kinds but MATRIX faster by PESSIMISM); both with what the chip waits."""
-        matrix = sum(value for kind, value in self.cycles.items() if kind in MATRIX)
-        rest = sum(self.cycles.values()) - matrix
+        """(the compiler's estimate, the same with what is estimated but MATRIX faster by PESSIMISM); both with the waits."""
+        right = sum(value for kind, value in self.cycles.items() if kind in (*MATRIX, "prefetches"))
+        rest = sum(self.cycles.values()) - right
         waits = self.waited / chip.links if self.waited else 0.0
-        return (matrix + rest) / chip.clock + waits, (matrix + rest / PESSIMISM) / chip.clock + waits
+        return (right + rest) / chip.clock + waits, (right + rest / PESSIMISM) / chip.clock + waits
 
 
 def cost(text: str, chip: Chip, bundles: Mapping[str, int] | None = None) -> Cost:
