@@ -29,7 +29,7 @@ a higher rate, by our guess --config.optimizer.learning_rate=1e-4. Whether rank 
 weights.
 
 Work: pairs 32,768 x (32 + 8 + 4) forwards x 0.80 TFLOP = 1.16 million TFLOP; training 3 stages x 4,000 steps x 128 images x 3
-forwards' worth x 0.80 = 3.7 million. On v6e-8 (8 x 918 TFLOP/s) that is 0.18 hours at full speed, 0.34 at the 52.2 % of the
+forwards' worth x 0.80 = 3.7 million. On v6e-8 (8 x 918 TFLOP/s) that is 0.18 hours at full speed, 0.35 at the 52.9 % of the
 peak that the compiler's cycles give SD 1.5's step on v5e (configs/sd15.py). Nothing was measured.
 Compiling comes on top. Disk: pairs 10 + 5 + 3 GB, and two checkpoints of 13.8 GB in each of three stages.
 """

@@ -30,7 +30,7 @@ activations, 6.3 an image (4.3 of them scores, which fused attention does not ke
     v5e-16   16 chips   16 GB   8 at once as above: --config.train.accumulation=2; four hosts, which are untried
 
 Work: pairs 131,072 x (32 + 8 + 4) forwards x 0.80 TFLOP = 4.6 million TFLOP; training 3 stages x 10,000 steps x 256 images
-x 3 forwards' worth x 0.80 = 18.5 million. On v5p-8 (4 x 459 TFLOP/s) that is 3.5 hours at full speed, 6.7 at the 52.2 % of
+x 3 forwards' worth x 0.80 = 18.5 million. On v5p-8 (4 x 459 TFLOP/s) that is 3.5 hours at full speed, 6.6 at the 52.9 % of
 the peak that the compiler's cycles give that step on v5e. Nothing was measured. Disk: pairs 39 + 21 + 13 GB, two checkpoints
 of 13.8 GB in each of three stages.
 

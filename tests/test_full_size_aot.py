@@ -170,10 +170,11 @@ def test_sd15_online_step_on_v5e(tmp_path):
     assert found["fits"] and found["at_once"] == ROWS
     assert 1 <= of_ideal(found, 859_520_964, 16) < 1.1
     assert found["utilisation"] >= 0.52 and found["not_estimated"] == {}
+    assert found["scheduled_utilisation"] >= 0.55
 
 
 @pytest.mark.parametrize(
-    ("slice", "teacher", "least", "scheduled"), [("v5p:2x2x2", "whole", 0.55, 0.55), ("v6e:4x4", "split", 0.32, 0.40)]
+    ("slice", "teacher", "least", "scheduled"), [("v5p:2x2x2", "whole", 0.55, 0.42), ("v6e:4x4", "split", 0.32, 0.40)]
 )
 def test_sdxl_online_step(tmp_path, slice, teacher, least, scheduled):
     """8 images a chip; a v6e's SparseCores carry the weights of a teacher that is split."""
